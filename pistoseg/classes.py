@@ -1,0 +1,99 @@
+"""Tissue classes: names, colours, the background's id, and how a label is written in a file name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+IGNORE_ID = 255
+"""Mask value of a pixel whose class is unknown: never trained on, never scored."""
+
+MAX_CLASSES = 250
+
+
+@dataclass(frozen=True)
+class TissueClass:
+    """One tissue.
+
+    Args:
+        name: as labels, reports and QuPath write it.
+        color: RGB, 0-255 each.
+    """
+
+    name: str
+    color: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class TissueClasses:
+    """The tissues of a project; class ids are positions 0..L-1 in `classes`.
+
+    Args:
+        classes: L tissue classes in the order of the image-level flags.
+        background_id: mask value of tissue-free pixels, usually L.
+        background_color: RGB of those pixels in pictures.
+        codec: how an image-level label is written: `flags` (`x-[1, 0, 1].png`, `x[101].png`), `prefix`
+            (`TUM___x.png`), or `auto`.
+    """
+
+    classes: tuple[TissueClass, ...]
+    background_id: int = field(default=-1)
+    background_color: tuple[int, int, int] = (255, 255, 255)
+    codec: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.background_id < 0:
+            object.__setattr__(self, "background_id", len(self.classes))
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+    @property
+    def names(self) -> list[str]:
+        """The L class names, by class id."""
+        return [tissue.name for tissue in self.classes]
+
+    def index(self, name: str) -> int:
+        """Class id of a name, whatever its case; `KeyError` when there is none."""
+        for position, tissue in enumerate(self.classes):
+            if tissue.name.casefold() == name.strip().casefold():
+                return position
+        raise KeyError(name)
+
+    def palette(self) -> NDArray[np.uint8]:
+        """Colours by mask value, (256, 3) uint8; values without a meaning are grey."""
+        import numpy as np
+
+        colors = np.full((256, 3), 128, np.uint8)
+        for position, tissue in enumerate(self.classes):
+            colors[position] = tissue.color
+        colors[self.background_id] = self.background_color
+        return colors
+
+    def to_json(self) -> dict[str, Any]:
+        """As written in config files, manifests and model bundles."""
+        return {
+            "classes": [{"name": tissue.name, "color": list(tissue.color)} for tissue in self.classes],
+            "background_id": self.background_id,
+            "background_color": list(self.background_color),
+            "codec": self.codec,
+        }
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> TissueClasses:
+        """The inverse of `to_json`."""
+        return cls(
+            tuple(TissueClass(item["name"], _rgb(item["color"])) for item in value["classes"]),
+            value.get("background_id", -1),
+            _rgb(value.get("background_color", (255, 255, 255))),
+            value.get("codec", "auto"),
+        )
+
+
+def _rgb(value: Any) -> tuple[int, int, int]:
+    red, green, blue = value
+    return int(red), int(green), int(blue)

@@ -1,0 +1,1 @@
+"""Training images in: published layouts, labels, decoding, the patches artifact and `pistoseg data check`."""
