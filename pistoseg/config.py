@@ -166,7 +166,7 @@ class AugmentationConfig(Section):
 
 
 class TrainingConfig(Section):
-    """A segmentation network and how it is trained."""
+    """A segmentation network and how it is trained; the preliminary one sees whole mosaics."""
 
     architecture: Literal["unetplusplus", "unet", "fpn", "deeplabv3plus", "manet", "linknet", "pan"] = Field(
         "unetplusplus", description="Segmentation network, as segmentation-models-pytorch names it."
@@ -175,7 +175,6 @@ class TrainingConfig(Section):
     weights: str | None = Field("imagenet", description="Encoder weights: imagenet, a file or URI, or null for none.")
     decoder_attention: Literal["scse"] | None = Field("scse", description="Attention in UNet's and UNet++'s decoder.")
     loss: Literal["bce", "dice", "bce+dice"] = Field("bce", description="Segmentation loss; bce is the paper's.")
-    patch_size: int = Field(224, ge=32, le=4096, description="Height and width of a training sample (network px).")
     epochs: Positive = Field(15, description="Epochs.")
     samples_per_epoch: Positive | None = Field(
         None, description="Samples in an epoch; null: the number of mosaics or training images."
@@ -198,6 +197,7 @@ class PreciseConfig(TrainingConfig):
 
     encoder: str = Field("efficientnet-b3", description="Encoder, as segmentation-models-pytorch names it.")
     lr: float = Field(5e-4, gt=0, le=1, description="AdamW's learning rate in the first epoch.")
+    patch_size: int = Field(224, ge=32, le=4096, description="Height and width of a crop of a training image (network px).")
     masks: Literal["synthesized", "pseudo"] = Field(
         "pseudo", description="Trained on pseudo-masks of the real images, or on the mosaics alone (Table 1)."
     )
@@ -289,13 +289,6 @@ class Config(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         problems = []
-        if self.synthesis.strategy != "one_label":
-            for stage, size in (("height", self.synthesis.height), ("width", self.synthesis.width)):
-                if size < self.preliminary.patch_size:
-                    problems.append(
-                        f"synthesis makes mosaics of {stage} {size} px (n * crop), smaller than preliminary.patch_size "
-                        f"{self.preliminary.patch_size}"
-                    )
         weights = self.synthesis.class_sampling
         if isinstance(weights, dict):
             names = {tissue.name for tissue in self.classes.classes}

@@ -212,3 +212,33 @@ def write_parquet(table: pa.Table, uri: str, row_group_size: int = 256) -> None:
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", row_group_size=row_group_size)
     write_bytes(uri, sink.getvalue().to_pybytes())
+
+
+def list_details(uri: str) -> list[tuple[str, int, str]]:
+    """Relative name, size in bytes and version (modification time or ETag) of every file below a folder, sorted."""
+    path = local_path(uri)
+    if path is not None:
+        root = path.absolute()
+        found = []
+        for item in _walk(root):
+            try:
+                stat = os.stat(item)
+            except OSError:  # a dangling link; whoever opens it says so
+                found.append((os.path.relpath(item, root), -1, ""))
+            else:
+                found.append((os.path.relpath(item, root), stat.st_size, str(stat.st_mtime_ns)))
+        return sorted(found)
+    backend, inner = filesystem(uri)
+    below = inner.rstrip("/") + "/"
+    details = backend.find(inner, detail=True).items()
+    tags = ("ETag", "etag", "md5", "mtime", "LastModified", "created")
+    return sorted(
+        (key.removeprefix(below), int(info.get("size") or 0), str(next((info[tag] for tag in tags if tag in info), "")))
+        for key, info in details
+    )
+
+
+def remove_file(uri: str) -> None:
+    """Delete one file by its exact name."""
+    backend, path = filesystem(uri)
+    backend.rm_file(path)

@@ -117,6 +117,11 @@ def decode_png(data: bytes | memoryview) -> np.ndarray:
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
+def decode_ids(data: bytes | memoryview) -> np.ndarray:
+    """Decode a mask that encode_png or encode_mask wrote: (H, W) uint8 class ids; it trusts its input."""
+    return np.array(Image.open(io.BytesIO(data)), dtype=np.uint8)
+
+
 def encode_png(array: np.ndarray) -> bytes:
     """Encode (H, W, 3) RGB or (H, W) grey uint8 as PNG; the same pixels give the same bytes."""
     pixels = cv2.cvtColor(array, cv2.COLOR_RGB2BGR) if array.ndim == 3 else array

@@ -79,11 +79,10 @@ def format_flags(labels: Sequence[int]) -> str:
 
 def class_named(name: str, classes: TissueClasses) -> int | None:
     """The id of the class with this name, in any case; None when there is none."""
-    wanted = name.strip().casefold()
-    for index, known in enumerate(classes.names):
-        if known.casefold() == wanted:
-            return index
-    return None
+    try:
+        return classes.index(name)
+    except KeyError:
+        return None
 
 
 def parse_prefix(file_name: str, classes: TissueClasses) -> list[int] | None:
@@ -109,15 +108,17 @@ def parse_prefix(file_name: str, classes: TissueClasses) -> list[int] | None:
 
 
 def parse_name(file_name: str, classes: TissueClasses) -> list[int] | None:
-    """Read the label of a file name, be it flags in brackets or a class prefix.
+    """Read the label of a file name as the classes' codec says: flags in brackets, a class prefix, or either.
 
     Returns:
         One flag per class, or None when the name carries no label.
     Raises:
         PistoSegError: the name carries a label that does not fit the classes.
     """
-    flags = parse_flags(file_name, len(classes))
-    return flags if flags is not None else parse_prefix(file_name, classes)
+    flags = parse_flags(file_name, len(classes)) if classes.codec != "prefix" else None
+    if flags is None and classes.codec != "flags":
+        return parse_prefix(file_name, classes)
+    return flags
 
 
 def parse_folder(folder_name: str, classes: TissueClasses) -> list[int] | None:

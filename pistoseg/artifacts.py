@@ -1,0 +1,106 @@
+"""Artifacts: folders named by what they were made from, committed by a manifest that is written last.
+
+`<workspace>/<stage>/<fingerprint>/manifest.json` marks a finished artifact; a folder without one is unfinished work,
+which the stage picks up where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pistoseg
+from pistoseg import storage
+from pistoseg.errors import PistoSegError
+
+MANIFEST = "manifest.json"
+
+
+def fingerprint(stage: str, version: int, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+    """Hash of everything a stage's result depends on.
+
+    Args:
+        stage: the stage's name.
+        version: format version of the stage; raised when its results change.
+        settings: the part of the config that the stage reads, JSON-serialisable.
+        inputs: fingerprints of the input artifacts by role.
+    Returns:
+        16 hexadecimal digits.
+    """
+    text = json.dumps([stage, version, settings, inputs], sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A committed artifact."""
+
+    stage: str
+    fingerprint: str
+    uri: str
+    manifest: dict[str, Any]
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What the stage said about its result."""
+        value: dict[str, Any] = self.manifest["summary"]
+        return value
+
+    def path(self, *parts: str) -> str:
+        """URI of a file in it."""
+        return storage.join(self.uri, *parts)
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A folder on any file system that holds artifacts."""
+
+    root: str
+
+    def folder(self, stage: str, key: str) -> str:
+        """URI of an artifact's folder, whether it is there or not."""
+        return storage.join(self.root, stage, key)
+
+    def find(self, stage: str, key: str) -> Artifact | None:
+        """The artifact if it is committed."""
+        uri = self.folder(stage, key)
+        try:
+            manifest = json.loads(storage.read_bytes(storage.join(uri, MANIFEST)))
+        except FileNotFoundError:
+            return None
+        except json.JSONDecodeError as error:
+            raise PistoSegError(
+                f"is damaged: {error}", file=storage.join(uri, MANIFEST), remedy="delete that folder and run again"
+            ) from None
+        return Artifact(stage, key, uri, manifest)
+
+    def commit(
+        self,
+        stage: str,
+        key: str,
+        *,
+        version: int,
+        settings: Mapping[str, Any],
+        inputs: Mapping[str, Artifact],
+        summary: Mapping[str, Any],
+        seconds: float,
+    ) -> Artifact:
+        """Write the manifest, which makes the folder an artifact."""
+        manifest = {
+            "stage": stage,
+            "fingerprint": key,
+            "format": version,
+            "pistoseg": pistoseg.__version__,
+            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "seconds": round(seconds, 1),
+            "settings": settings,
+            "inputs": {role: {"stage": item.stage, "fingerprint": item.fingerprint} for role, item in inputs.items()},
+            "summary": summary,
+        }
+        uri = self.folder(stage, key)
+        storage.write_bytes(storage.join(uri, MANIFEST), json.dumps(manifest, indent=2).encode())
+        return Artifact(stage, key, uri, json.loads(json.dumps(manifest)))

@@ -1,0 +1,1 @@
+"""The networks, their losses, inference and the model bundle: PyTorch alone, no Ray."""

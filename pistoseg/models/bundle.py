@@ -1,0 +1,245 @@
+"""The model bundle: a folder with `model.safetensors` and `model.json`, enough to segment. Nothing is pickled."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+
+from pistoseg import storage
+from pistoseg.classes import TissueClasses
+from pistoseg.config import ScaleConfig
+from pistoseg.errors import PistoSegError
+from pistoseg.models import inference, segmentation
+from pistoseg.models.inference import Predictor
+from pistoseg.models.segmentation import Normalization, SegmentationNetwork
+
+FORMAT = "pistoseg-model"
+FORMAT_VERSION = 1
+WEIGHTS = "model.safetensors"
+INFO = "model.json"
+
+_PROTOCOL = ("tile", "stride", "scales", "symmetries", "window", "average", "batch_size")
+
+
+def save(
+    uri: str,
+    model: SegmentationNetwork,
+    *,
+    classes: TissueClasses,
+    patch_size: int,
+    scale: Mapping[str, Any] | None = None,
+    evaluation: Mapping[str, Any] | None = None,
+    lineage: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a bundle; `model.json`, written last, completes it.
+
+    Args:
+        uri: folder, local or on any fsspec file system.
+        model: the network, on any device.
+        classes: tissue classes by class id.
+        patch_size: side of the training samples (network px).
+        scale: `mpp` (um per network px or null), `source_mpp`, `resize` (network px per image px), `fit`.
+        evaluation: how it was scored; the keys `tile`, `stride`, `scales`, `symmetries`, `window` and `average` are the
+            defaults of its `Predictor`.
+        lineage: artifact fingerprints, code version, data summary.
+        metrics: scores.
+    """
+    tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    info = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "pistoseg_version": metadata.version("pistoseg"),
+        "architecture": model.architecture,
+        "encoder": model.encoder_name,
+        "decoder_attention": model.decoder_attention,
+        "normalization": {"mean": list(model.normalization.mean), "std": list(model.normalization.std)},
+        **classes.to_json(),
+        "patch_size": patch_size,
+        "scale": {"mpp": None, "source_mpp": None, "resize": 1.0, "fit": None} | dict(scale or {}),
+        "evaluation": dict(evaluation or {}),
+        "lineage": dict(lineage or {}),
+        "metrics": dict(metrics or {}),
+    }
+    text = json.dumps(info, indent=2, ensure_ascii=False, allow_nan=False, default=_plain)
+    storage.write_bytes(storage.join(uri, WEIGHTS), safetensors.torch.save(tensors))
+    storage.write_bytes(storage.join(uri, INFO), (text + "\n").encode())
+
+
+def load(uri: str, device: str | torch.device | None = None) -> Segmenter:
+    """Load a bundle.
+
+    Args:
+        uri: the folder, local or on any fsspec file system.
+        device: `cpu`, `cuda`...; None or `auto` for CUDA where there is one.
+    Raises:
+        PistoSegError: where the folder is no bundle, is of a newer format, or its parts do not fit each other.
+    """
+    uri = str(uri)
+    info = read_info(uri)
+    classes = TissueClasses.from_json(info)
+    model = segmentation.build(info["architecture"], info["encoder"], len(classes), None, info["decoder_attention"])
+    model.normalization = Normalization(tuple(info["normalization"]["mean"]), tuple(info["normalization"]["std"]))
+    source = storage.join(uri, WEIGHTS)
+    try:
+        model.load_state_dict(safetensors.torch.load(storage.read_bytes(source)))
+    except FileNotFoundError:
+        raise PistoSegError(
+            "is missing; the bundle is incomplete", file=source, remedy="copy the whole folder"
+        ) from None
+    except SafetensorError as error:
+        raise PistoSegError(
+            f"is not a safetensors file: {error}", file=source, remedy="copy the bundle again"
+        ) from error
+    except RuntimeError as error:
+        detail = str(error).splitlines()[min(1, len(str(error).splitlines()) - 1)].strip()
+        raise PistoSegError(
+            f"its weights do not fit the network that {INFO} describes ({detail})",
+            file=source,
+            remedy="keep the two files of a bundle together",
+        ) from error
+    return Segmenter(model.eval(), info, classes, device)
+
+
+def read_info(uri: str) -> dict[str, Any]:
+    """What `model.json` says, checked; no weights are read."""
+    path = storage.join(uri, INFO)
+    try:
+        info = json.loads(storage.read_bytes(path))
+    except (FileNotFoundError, NotADirectoryError):
+        raise PistoSegError(
+            f"is no model bundle: it has no {INFO}", file=uri, remedy="give the folder that `pistoseg train` printed"
+        ) from None
+    except ValueError as error:
+        raise PistoSegError(f"is not valid JSON: {error}", file=path, remedy="copy the bundle again") from error
+    if not isinstance(info, dict) or info.get("format") != FORMAT:
+        raise PistoSegError("does not describe a PistoSeg model", file=path, field="format")
+    if not isinstance(info.get("format_version"), int) or info["format_version"] > FORMAT_VERSION:
+        raise PistoSegError(
+            f"the bundle has format {info.get('format_version')}, this PistoSeg reads up to {FORMAT_VERSION}",
+            file=path,
+            field="format_version",
+            remedy=f"upgrade PistoSeg (the bundle was written by {info.get('pistoseg_version', 'a newer one')})",
+        )
+    for key in ("architecture", "encoder", "decoder_attention", "normalization", "classes", "patch_size", "scale"):
+        if key not in info:
+            raise PistoSegError("is missing", file=path, field=key, remedy="copy the bundle again")
+    return info
+
+
+class Segmenter:
+    """A loaded bundle: segments images with the settings that the model was scored with.
+
+    Attributes:
+        model: the network.
+        info: what `model.json` says.
+        classes: tissue classes by class id.
+    """
+
+    def __init__(
+        self,
+        model: SegmentationNetwork,
+        info: dict[str, Any],
+        classes: TissueClasses,
+        device: str | torch.device | None = None,
+    ) -> None:
+        self.model = model
+        self.info = info
+        self.classes = classes
+        self.device = inference.resolve_device(device)
+        self._default: Predictor | None = None
+
+    def predictor(self, **settings: Any) -> Predictor:
+        """A `Predictor` of this model; `settings` go before those of the bundle's evaluation protocol."""
+        patch_size = self.info["patch_size"]
+        evaluation = self.info.get("evaluation", {})
+        protocol = {key: evaluation[key] for key in _PROTOCOL if evaluation.get(key) is not None}
+        defaults = {"tile": patch_size, "stride": patch_size // 2, "device": self.device}
+        merged = defaults | protocol | settings
+        if "tile" in settings and "stride" not in settings:
+            merged["stride"] = max(1, settings["tile"] // 2)
+        return Predictor(self.model, self.model.normalization, **merged)
+
+    def factor(self, mpp: float | None = None) -> float:
+        """Network px per image px, for an image of `mpp` um per px (default: that of the training images)."""
+        scale = ScaleConfig.model_validate(self.info["scale"])
+        if mpp and not scale.mpp:
+            raise PistoSegError(
+                "the model's pixel size is unknown, so that an image's mpp can't be used",
+                field="mpp",
+                remedy="resize the image to the pixel size of the training images, and leave mpp out",
+            )
+        return scale.factor(mpp)
+
+    def predict(self, image: Any, mpp: float | None = None) -> NDArray[np.uint8]:
+        """The class of every pixel.
+
+        Args:
+            image: (H, W, 3) uint8 array, PIL image, or path or URI of an image file.
+            mpp: um per px of the image; None: as the training images.
+        Returns:
+            (H, W) uint8 class ids at the image's own size; names and colours are in `classes`.
+        """
+        return self._predictor().predict(read_image(image), self.factor(mpp))
+
+    def probabilities(self, image: Any, mpp: float | None = None) -> NDArray[np.float32]:
+        """Class probabilities, (L, H, W) float32 at the image's own size; arguments as in `predict`."""
+        return self._predictor().probabilities(read_image(image), self.factor(mpp))
+
+    def _predictor(self) -> Predictor:
+        if self._default is None:
+            self._default = self.predictor()
+        return self._default
+
+
+def read_image(image: Any) -> NDArray[np.uint8]:
+    """An (H, W, 3) uint8 array from an array, a PIL image, or the path or URI of an image file."""
+    from PIL import Image, UnidentifiedImageError
+
+    if isinstance(image, (str, Path)):
+        try:
+            with Image.open(io.BytesIO(storage.read_bytes(str(image)))) as opened:
+                return _rgb(opened)
+        except (FileNotFoundError, IsADirectoryError):
+            raise PistoSegError("does not exist or is no file", file=str(image)) from None
+        except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+            raise PistoSegError(f"can't be read as an image: {error}", file=str(image)) from error
+    if isinstance(image, Image.Image):
+        return _rgb(image)
+    pixels = np.asarray(image)
+    if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8 or 0 in pixels.shape:
+        raise PistoSegError(
+            f"an image must be (H, W, 3) uint8, not {pixels.shape} {pixels.dtype}", remedy="convert it to 8-bit RGB"
+        )
+    return pixels
+
+
+def _rgb(image: Any) -> NDArray[np.uint8]:
+    """8-bit RGB of a PIL image; alpha is laid on white, 16-bit grey is refused."""
+    from PIL import Image
+
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        raise PistoSegError(f"has pixels of mode {image.mode}", remedy="convert it to 8-bit RGB")
+    if "A" in image.getbands() or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+    return np.asarray(image.convert("RGB"))
+
+
+def _plain(value: Any) -> Any:
+    """NumPy scalars and arrays as JSON writes them."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} can't be written to {INFO}")

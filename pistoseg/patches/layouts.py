@@ -1,0 +1,247 @@
+"""The one place that knows how data sets are laid out in folders.
+
+Training images: a table of windows, a folder per class, or labels in file names. Evaluation images: img/ and mask/.
+Below them, everything is a `SourceImage` or an `EvaluationPair`.
+"""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Iterable
+from dataclasses import replace
+
+from pistoseg import storage
+from pistoseg.classes import TissueClasses
+from pistoseg.config import DataConfig
+from pistoseg.errors import PistoSegError
+from pistoseg.patches import labels, table
+from pistoseg.patches.source import EvaluationListing, EvaluationPair, Listing, Rejection, SourceImage, Window
+
+SPLITS = {
+    "training": ("1.training", "training", "train"),
+    "validation": ("2.validation", "validation", "val", "valid"),
+    "testing": ("3.testing", "testing", "test"),
+}
+IMAGE_FOLDERS = ("img", "images", "image", "imgs")
+MASK_FOLDERS = ("mask", "masks")
+BACKGROUND_FOLDERS = ("background-mask", "background_mask", "background-masks")
+_OTHER_IMAGES = (".bmp", ".gif", ".webp", ".jp2", ".heic", ".avif", ".dcm", ".svs", ".ndpi", ".mrxs", ".scn", ".npy")
+
+
+def find_split(data_uri: str, split: str) -> str | None:
+    """Find the folder of a split in a data set.
+
+    Args:
+        data_uri: the data set's folder, or its training folder itself.
+        split: `training`, `validation` or `testing`.
+    Returns:
+        The folder's URI; data_uri itself for the training split of a folder without any split or img/ in it;
+        None where there is no such split.
+    Raises:
+        PistoSegError: data_uri is no folder.
+    """
+    _require_folder(data_uri)
+    children = _children(data_uri)
+    found = _first(children, SPLITS[split])
+    if found is not None or split != "training":
+        return found
+    has_split = any(_first(children, names) for names in SPLITS.values())
+    is_evaluation = _first(children, MASK_FOLDERS) is not None
+    return None if has_split or is_evaluation else data_uri
+
+
+def scan_training(uri: str, classes: TissueClasses, config: DataConfig) -> Listing:
+    """List the training images of a folder with their labels, without reading any image.
+
+    Args:
+        uri: the training folder.
+        classes: what labels must fit.
+        config: `layout`, or `auto`: a table if there is one with the right columns, else folders named like classes,
+            else labels in file names.
+    Raises:
+        PistoSegError: no such folder, nothing in it, no layout that fits, or a table that cannot be read.
+    """
+    _require_folder(uri)
+    files = relative_files(uri)
+    layout, table_uri = config.layout, None
+    if layout in ("auto", "table"):
+        table_uri = table.find_table(uri, files, classes, config.table, required=layout == "table")
+    if layout == "auto":
+        layout = "table" if table_uri else _detect(uri, files, classes)
+    if table_uri is not None:
+        images, rejected = table.read_windows(table_uri, uri, files, classes)
+    elif layout == "folders":
+        images, rejected = _scan_folders(files, classes)
+    else:
+        images, rejected = _scan_names(files, classes)
+    if not images and not rejected:
+        raise PistoSegError("has no images", file=uri, remedy="put PNG, JPEG or TIFF images there")
+    return Listing(_numbered(images), rejected, layout)
+
+
+def scan_evaluation(uri: str) -> EvaluationListing:
+    """List images with their masks, matched by the file name without its suffix.
+
+    Args:
+        uri: the folder with img/ and mask/ (or images/, masks/, and WSSS4LUAD's background-mask/), or a data set,
+            whose validation split is taken.
+    Raises:
+        PistoSegError: no such folder, no images in it, or two files of one name.
+    """
+    _require_folder(uri)
+    children = _children(uri)
+    image_folder, mask_folder = _first(children, IMAGE_FOLDERS), _first(children, MASK_FOLDERS)
+    if image_folder is None or mask_folder is None:
+        split = _first(children, SPLITS["validation"])
+        if split is not None:
+            return scan_evaluation(split)
+        raise PistoSegError(
+            "has no img/ and mask/ folders",
+            file=uri,
+            remedy=f"put images into img/ and masks of the same names into mask/; there is {_some(children)}",
+        )
+    images, masks = _by_stem(image_folder), _by_stem(mask_folder)
+    background_folder = _first(children, BACKGROUND_FOLDERS)
+    backgrounds = _by_stem(background_folder) if background_folder else {}
+    if not images and not masks:
+        raise PistoSegError("has no images", file=image_folder, remedy="put PNG, JPEG or TIFF images there")
+    return EvaluationListing(
+        [EvaluationPair(name, images[name], masks.get(name), backgrounds.get(name)) for name in sorted(images)],
+        missing_images=sorted(masks.keys() - images.keys()),
+        missing_masks=sorted(images.keys() - masks.keys()),
+    )
+
+
+def relative_files(uri: str) -> dict[str, str]:
+    """Every file below a folder: path relative to it -> URI, in the order of the paths."""
+    path = storage.local_path(uri)
+    if path is not None:
+        root = str(path.absolute())
+    else:
+        backend, inner = storage.filesystem(uri)
+        root = str(backend.unstrip_protocol(inner))
+    prefix = root.rstrip("/") + "/"
+    return {item.removeprefix(prefix): item for item in storage.list_files(uri)}
+
+
+def _detect(uri: str, files: dict[str, str], classes: TissueClasses) -> str:
+    """The layout of a folder without a table."""
+    images = [name for name in files if labels.is_image(name)]
+    folders = {name.split("/")[0] for name in images if "/" in name}
+    if any(labels.parse_folder(folder, classes) for folder in folders):
+        return "folders"
+    if any(_carries_label(posixpath.basename(name), classes) for name in images):
+        return "flags"
+    if not images:
+        seen = f"it holds {_some(files)}" if files else "it is empty"
+        raise PistoSegError(
+            f"has no training images ({seen})",
+            file=uri,
+            remedy="give the folder with the labelled PNG, JPEG or TIFF images, or one with training/ in it",
+        )
+    raise PistoSegError(
+        f"holds {len(images)} images ({_some(images)}) but no labels that PistoSeg knows: no table "
+        f"({table.expected_columns(classes)}), no folder named like a class ({_some(classes.names)}), no flags like "
+        f"{labels.format_flags(labels.one_hot(0, len(classes)))} or prefix like "
+        f"{classes.names[0]}{labels.PREFIX_SEPARATOR} in file names",
+        file=uri,
+        field="layout",
+        remedy="label the images in one of these ways, or check that the classes are those of this data set",
+    )
+
+
+def _carries_label(file_name: str, classes: TissueClasses) -> bool:
+    """Whether a name has a label, be it right or wrong."""
+    try:
+        return labels.parse_name(file_name, classes) is not None
+    except PistoSegError:
+        return True
+
+
+def _scan_folders(files: dict[str, str], classes: TissueClasses) -> tuple[list[SourceImage], list[Rejection]]:
+    def label(name: str) -> list[int]:
+        folder = name.split("/")[0] if "/" in name else ""
+        found = labels.parse_folder(folder, classes)
+        if found is None:
+            where = f"no class is called {folder!r}, the folder that it is in" if folder else "it is in no class folder"
+            raise PistoSegError(
+                where, field="label", remedy=f"move it to a folder named like a class: {', '.join(classes.names)}"
+            )
+        return found
+
+    return _scan(files, label)
+
+
+def _scan_names(files: dict[str, str], classes: TissueClasses) -> tuple[list[SourceImage], list[Rejection]]:
+    def label(name: str) -> list[int]:
+        found = labels.parse_name(posixpath.basename(name), classes)
+        if found is None:
+            raise PistoSegError(
+                "its name carries no label",
+                field="label",
+                remedy=f"end the name with one flag per class, e.g. {labels.format_flags([1] + [0] * (len(classes) - 1))}",
+            )
+        return found
+
+    return _scan(files, label)
+
+
+def _scan(files: dict[str, str], label) -> tuple[list[SourceImage], list[Rejection]]:  # type: ignore[no-untyped-def]
+    images, rejected = [], []
+    for name, uri in files.items():
+        try:
+            if name.lower().endswith(_OTHER_IMAGES):
+                raise PistoSegError("is of a format that is not read", field="format", remedy="save it as PNG or TIFF")
+            if labels.is_image(name):
+                images.append(SourceImage(name, uri, (Window.whole(label(name)),)))
+        except PistoSegError as error:
+            rejected.append(Rejection.of(error, name))
+    return images, rejected
+
+
+def _numbered(images: list[SourceImage]) -> list[SourceImage]:
+    """Fill in the ids: positions before anything is rejected on reading, so that they depend on the listing alone."""
+    numbered, first_window = [], 0
+    for index, image in enumerate(images):
+        numbered.append(replace(image, index=index, first_window=first_window))
+        first_window += len(image.windows)
+    return numbered
+
+
+def _children(uri: str) -> list[str]:
+    return [child for child in storage.list_dir(uri) if not storage.name(child).startswith(".")]
+
+
+def _first(children: list[str], names: tuple[str, ...]) -> str | None:
+    """The first folder of these names, in any case."""
+    by_name = {storage.name(child).lower(): child for child in children}
+    return next((by_name[name] for name in names if name in by_name and storage.is_dir(by_name[name])), None)
+
+
+def _by_stem(folder: str) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name, uri in relative_files(folder).items():
+        if not labels.is_image(name):
+            continue
+        stem = labels.stem(name)
+        if stem in found:
+            raise PistoSegError(
+                f"{storage.name(found[stem])} and {storage.name(uri)} have the same name but for the suffix",
+                file=folder,
+                remedy="keep one of the two",
+            )
+        found[stem] = uri
+    return found
+
+
+def _require_folder(uri: str) -> None:
+    if not storage.is_dir(uri):
+        problem = "is not a folder" if storage.exists(uri) else "does not exist"
+        raise PistoSegError(problem, file=uri, remedy="give the folder of the data set (--data)")
+
+
+def _some(names: Iterable[str]) -> str:
+    listed = [storage.name(name) for name in names]
+    if not listed:
+        return "nothing"
+    return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")

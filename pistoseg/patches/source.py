@@ -1,0 +1,142 @@
+"""What the readers of layouts hand on: images with labelled windows, and what was refused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from pistoseg.errors import PistoSegError
+
+WHOLE = -1
+"""Width and height of a window that covers its image, whose size is not known before it is decoded."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """A rectangle with an image-level label, in px of the upright image.
+
+    Args:
+        x: left edge.
+        y: top edge.
+        width: px, or WHOLE.
+        height: px, or WHOLE.
+        labels: one flag (0 or 1) per class.
+        row: line of the table that it was read from, counted from 1; 0 for labels in names.
+    """
+
+    x: int
+    y: int
+    width: int
+    height: int
+    labels: tuple[int, ...]
+    row: int = 0
+
+    @classmethod
+    def whole(cls, labels: list[int] | tuple[int, ...]) -> Window:
+        """A window that covers its image, whatever its size."""
+        return cls(0, 0, WHOLE, WHOLE, tuple(labels))
+
+    def resolved(self, width: int, height: int) -> Window:
+        """The same window with its size filled in for an image of width x height px."""
+        if self.width != WHOLE:
+            return self
+        return Window(0, 0, width, height, self.labels, self.row)
+
+    @property
+    def single_class(self) -> int | None:
+        """The class id of a single-tissue window, None for any other."""
+        return self.labels.index(1) if sum(self.labels) == 1 else None
+
+
+@dataclass(frozen=True)
+class SourceImage:
+    """A training image that was found but not read yet.
+
+    Args:
+        name: its path below the training folder; unique.
+        uri: where to read it.
+        windows: at least one; a whole-image label is `Window.whole`.
+        index: its position among all images found: the `image` id of the artifact.
+        first_window: position of its first window among all windows: ids count up from here.
+    """
+
+    name: str
+    uri: str
+    windows: tuple[Window, ...]
+    index: int = 0
+    first_window: int = 0
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """An image or a table row that is not used: a row of rejected.parquet."""
+
+    name: str
+    field: str
+    reason: str
+    remedy: str
+
+    @classmethod
+    def of(cls, error: PistoSegError, name: str | None = None) -> Rejection:
+        """From an error, under another name where given."""
+        return cls(name or error.file or "", error.field or "", error.reason, error.remedy or "")
+
+    def to_row(self) -> dict[str, str]:
+        """As a row of rejected.parquet."""
+        return {"name": self.name, "field": self.field, "reason": self.reason, "remedy": self.remedy}
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The training images of a folder, in the order of their names.
+
+    Args:
+        images: with ids filled in.
+        rejected: images and table rows that cannot be used.
+        layout: `table`, `folders` or `flags`.
+    """
+
+    images: list[SourceImage]
+    rejected: list[Rejection]
+    layout: str
+
+    @property
+    def n_windows(self) -> int:
+        """Labelled windows over all images."""
+        return sum(len(image.windows) for image in self.images)
+
+
+@dataclass(frozen=True)
+class EvaluationPair:
+    """An image with its ground truth.
+
+    Args:
+        name: the stem that they share.
+        image_uri: the image.
+        mask_uri: class ids; None where the mask is missing.
+        background_uri: WSSS4LUAD's background mask, not zero where there is no tissue.
+    """
+
+    name: str
+    image_uri: str
+    mask_uri: str | None
+    background_uri: str | None = None
+
+
+@dataclass(frozen=True)
+class EvaluationListing:
+    """Images with masks, and what is missing.
+
+    Args:
+        pairs: every image, in the order of their names; without a mask where there is none.
+        missing_images: names of masks whose image is not there: the ground truth is then incomplete.
+        missing_masks: names of images without a mask.
+    """
+
+    pairs: list[EvaluationPair]
+    missing_images: list[str] = field(default_factory=list)
+    missing_masks: list[str] = field(default_factory=list)
+
+    @property
+    def scored(self) -> list[EvaluationPair]:
+        """The pairs that have a mask."""
+        return [pair for pair in self.pairs if pair.mask_uri is not None]

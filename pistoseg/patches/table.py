@@ -1,0 +1,269 @@
+"""Tables of labelled windows: CSV or Parquet with the columns image, x, y, width, height and one per class.
+
+Without x, y, width and height a row labels its whole image. Other columns are ignored.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import posixpath
+from collections.abc import Iterator
+from typing import Any
+
+from pistoseg import storage
+from pistoseg.classes import TissueClasses
+from pistoseg.errors import PistoSegError
+from pistoseg.patches.source import WHOLE, Rejection, SourceImage, Window
+
+_BOX = ("x", "y", "width", "height")
+_PREFERRED = ("patches.csv", "patches.parquet")
+Row = dict[str, Any]
+
+
+def expected_columns(classes: TissueClasses) -> str:
+    """The columns that a table must have, for messages."""
+    return "CSV or Parquet with the columns image, x, y, width, height, " + ", ".join(classes.names)
+
+
+def find_table(
+    uri: str, files: dict[str, str], classes: TissueClasses, name: str | None, required: bool = False
+) -> str | None:
+    """Find the table of a training folder.
+
+    Args:
+        uri: the training folder.
+        files: what is below it, by relative path.
+        classes: each needs a column.
+        name: the table's path, relative to the folder or the one above, or a URI; None to look for one.
+        required: whether its absence is an error.
+    Returns:
+        The table's URI, or None.
+    Raises:
+        PistoSegError: the named table is missing, several fit, or patches.csv lacks columns.
+    """
+    if name is not None:
+        for candidate in (storage.join(uri, name), storage.join(posixpath.dirname(uri.rstrip("/")), name), name):
+            if storage.exists(candidate) and not storage.is_dir(candidate):
+                return candidate
+        raise PistoSegError("does not exist", file=name, field="data.table", remedy=f"give a path relative to {uri}")
+    top = [item for item in files if "/" not in item and item.lower().endswith((".csv", ".parquet"))]
+    for item in top:
+        if item.lower() in _PREFERRED:
+            return files[item]
+    fitting = [item for item in top if not _missing_columns(_header(files[item]), classes)]
+    if len(fitting) > 1:
+        raise PistoSegError(
+            f"has several tables of windows: {', '.join(fitting)}",
+            file=uri,
+            field="data.table",
+            remedy="name the one to use in data.table",
+        )
+    if not fitting and required:
+        raise PistoSegError(f"has no {expected_columns(classes)}", file=uri, field="data.table", remedy="name the table")
+    return files[fitting[0]] if fitting else None
+
+
+def read_windows(
+    table_uri: str, uri: str, files: dict[str, str], classes: TissueClasses
+) -> tuple[list[SourceImage], list[Rejection]]:
+    """Read a table of windows; a row that cannot be used is rejected with its line number.
+
+    Args:
+        table_uri: the table.
+        uri: the training folder; image paths are relative to it or to the table's folder.
+        files: what is below uri, by relative path.
+        classes: each has a column of 0 and 1, in any case.
+    Raises:
+        PistoSegError: the table cannot be read, lacks columns, has no rows, or none of its images exists.
+    """
+    header, rows = _open(table_uri)
+    missing = _missing_columns(header, classes)
+    if missing:
+        raise PistoSegError(
+            f"lacks the columns {', '.join(missing)} (it has {', '.join(header)})",
+            file=table_uri,
+            field="columns",
+            remedy=f"a table of windows is a {expected_columns(classes)}",
+        )
+    find = _ImageFinder(storage.name(table_uri), table_uri, uri, files)
+    windows: dict[str, list[Window]] = {}
+    rejected: list[Rejection] = []
+    seen: dict[tuple[str, int, int, int, int], Window] = {}
+    for number, row in rows:
+        try:
+            window = _window(row, number, header, classes)
+            name = find(row["image"])
+            key = (name, window.x, window.y, window.width, window.height)
+            if key in seen:
+                raise _repeated(seen[key], window)
+            seen[key] = window
+            windows.setdefault(name, []).append(window)
+        except PistoSegError as error:
+            image = str(row.get("image") or "").strip()
+            row_name = f"{storage.name(table_uri)} row {number}" + (f" ({image})" if image else "")
+            rejected.append(Rejection.of(error, row_name))
+    if not windows:
+        why = f"; the first: {rejected[0].reason}" if rejected else ""
+        raise PistoSegError(
+            f"has no usable row{why}",
+            file=table_uri,
+            remedy=(rejected[0].remedy if rejected else "") or "add a row for every window",
+        )
+    return [SourceImage(name, find.uris[name], tuple(windows[name])) for name in sorted(windows)], rejected
+
+
+class _ImageFinder:
+    """From the image column to the name and URI of a file that is there."""
+
+    def __init__(self, table: str, table_uri: str, uri: str, files: dict[str, str]) -> None:
+        self.table = table
+        self.folders = (posixpath.dirname(table_uri), uri)
+        self.files = files
+        self.uris: dict[str, str] = {}
+        self.elsewhere: dict[str, str | None] = {}
+
+    def __call__(self, value: Any) -> str:
+        written = str(value if value is not None else "").strip()
+        if not written:
+            raise PistoSegError("is empty", field="image", remedy="write the image's path relative to the table")
+        name = posixpath.normpath(written.replace("\\", "/")) if "://" not in written else written
+        uri = self.files.get(name)
+        if uri is None:
+            if name not in self.elsewhere:
+                self.elsewhere[name] = self._look(name)
+            uri = self.elsewhere[name]
+        if uri is None:
+            raise PistoSegError(
+                f"the image {written} does not exist", field="image", remedy="add the image, or remove the row"
+            )
+        self.uris[name] = uri
+        return name
+
+    def _look(self, name: str) -> str | None:
+        if "://" in name or name.startswith("/"):
+            candidates = [name]
+        else:
+            candidates = [storage.join(folder, name) for folder in self.folders]
+        return next((c for c in candidates if storage.exists(c) and not storage.is_dir(c)), None)
+
+
+def _window(row: Row, number: int, header: list[str], classes: TissueClasses) -> Window:
+    if None in row:
+        raise PistoSegError("has more fields than the header", field="columns", remedy="quote values that hold commas")
+    box = [_integer(row[column], column) for column in _BOX] if "x" in header else [0, 0, WHOLE, WHOLE]
+    x, y, width, height = box
+    for column, value, least in (("x", x, 0), ("y", y, 0), ("width", width, 1), ("height", height, 1)):
+        if value < least and value != WHOLE or (value == WHOLE and "x" in header):
+            raise PistoSegError(
+                f"is {value}, and must be at least {least}", field=column, remedy="give px of the image, from its top left"
+            )
+    flags = []
+    for name in classes.names:
+        value = _number(row[name.casefold()], name)
+        if value not in (0, 1):
+            raise PistoSegError(
+                f"is {row[name.casefold()]}, and a flag is 0 or 1", field=name, remedy="write 1 where the class is present"
+            )
+        flags.append(int(value))
+    return Window(x, y, width, height, tuple(flags), number)
+
+
+def _number(value: Any, column: str) -> float:
+    text = str(value if value is not None else "").strip()
+    try:
+        number = {"true": 1.0, "false": 0.0}.get(text.lower())
+        number = float(text) if number is None else number
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        problem = f"is {text!r}, which is no number" if text else "is empty"
+        raise PistoSegError(problem, field=column, remedy="write a number")
+    return number
+
+
+def _integer(value: Any, column: str) -> int:
+    number = _number(value, column)
+    if number != int(number) or abs(number) > 2**31 - 1:
+        raise PistoSegError(f"is {value}, and must be a whole number of px", field=column, remedy="round it")
+    return int(number)
+
+
+def _repeated(first: Window, second: Window) -> PistoSegError:
+    if first.labels == second.labels:
+        return PistoSegError(f"repeats row {first.row}", field="window", remedy="remove one of the two rows")
+    return PistoSegError(
+        f"is the window of row {first.row} with another label; row {first.row} is used",
+        field="label",
+        remedy="keep the row whose label is right",
+    )
+
+
+def _missing_columns(header: list[str], classes: TissueClasses) -> list[str]:
+    wanted = ["image", *(name.casefold() for name in classes.names)]
+    if any(column in header for column in _BOX):
+        wanted[1:1] = _BOX
+    return [column for column in wanted if column not in header]
+
+
+def _header(table_uri: str) -> list[str]:
+    """The columns of a table that may be something else altogether."""
+    try:
+        return _open(table_uri)[0]
+    except PistoSegError:
+        return []
+
+
+def _open(table_uri: str) -> tuple[list[str], Iterator[tuple[int, Row]]]:
+    """Casefolded column names, and rows with their line numbers."""
+    return _open_parquet(table_uri) if table_uri.lower().endswith(".parquet") else _open_csv(table_uri)
+
+
+def _open_csv(table_uri: str) -> tuple[list[str], Iterator[tuple[int, Row]]]:
+    try:
+        text = storage.read_bytes(table_uri).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise PistoSegError(f"is not UTF-8 text ({error})", file=table_uri, remedy="save it as CSV UTF-8") from error
+    except OSError as error:
+        raise PistoSegError(f"cannot be read ({error})", file=table_uri, remedy="check the path and its rights") from error
+    first_line = text.partition("\n")[0]
+    delimiter = max(",;\t", key=first_line.count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    header = [column.strip().casefold() for column in next(reader, [])]
+
+    def rows() -> Iterator[tuple[int, Row]]:
+        try:
+            for values in reader:
+                if not values:
+                    continue
+                row: Row = dict.fromkeys(header)
+                row.update(zip(header, values, strict=False))
+                if len(values) > len(header):
+                    row[None] = values[len(header) :]  # type: ignore[index]
+                yield reader.line_num, row
+        except csv.Error as error:
+            raise PistoSegError(
+                f"is not valid CSV ({error})", file=table_uri, field=f"row {reader.line_num}", remedy="save it again as CSV"
+            ) from error
+
+    return header, rows()
+
+
+def _open_parquet(table_uri: str) -> tuple[list[str], Iterator[tuple[int, Row]]]:
+    try:
+        table = storage.read_parquet(table_uri)
+    except Exception as error:  # pyarrow raises many kinds on damaged files
+        raise PistoSegError(
+            f"is not a Parquet file that can be read ({error})", file=table_uri, remedy="write it again"
+        ) from error
+    header = [column.strip().casefold() for column in table.column_names]
+
+    def rows() -> Iterator[tuple[int, Row]]:
+        number = 0
+        for batch in table.rename_columns(header).to_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row
+
+    return header, rows()

@@ -1,0 +1,1 @@
+"""One file a stage: where Ray meets the rest."""

@@ -1,0 +1,155 @@
+"""Ray: connecting to it, what it can run at once, and work in shards whose finished part survives a crash."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+
+from pistoseg import storage
+from pistoseg.config import ComputeConfig
+from pistoseg.progress import Progress
+
+OBJECT_STORE_BYTES = 4 << 30
+"""Largest object store of a local Ray; shared memory is taken only as it is used."""
+
+
+@contextmanager
+def connected(config: ComputeConfig) -> Iterator[None]:
+    """Connect to the cluster of the config or of RAY_ADDRESS, else start a local Ray for the block."""
+    if ray.is_initialized():
+        yield
+        return
+    # A run must not look for newer versions of Ray or ask who its user is.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
+    address = config.address or os.environ.get("RAY_ADDRESS")
+    local = {} if address else {"num_cpus": available_cpus(), "object_store_memory": _object_store(), "include_dashboard": False}
+    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def available_cpus() -> int:
+    """CPUs this process may use: its affinity and its cgroup's quota, not what the machine has."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        with open("/sys/fs/cgroup/cpu.max") as file:
+            quota, period = file.read().split()
+        if quota != "max":
+            count = min(count, max(1, round(int(quota) / int(period))))
+    except (OSError, ValueError):
+        pass  # no cgroup v2: the affinity is all there is to know
+    return max(1, count)
+
+
+def _object_store() -> int:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(OBJECT_STORE_BYTES, memory // 4)
+
+
+def cluster_cpus() -> int:
+    """CPUs of the cluster."""
+    return max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+
+def cluster_gpus() -> int:
+    """GPUs of the cluster."""
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
+def cpu_pool(config: ComputeConfig) -> int:
+    """Actors for CPU work: `compute.workers`, else one a CPU."""
+    return config.workers or cluster_cpus()
+
+
+def node_threads() -> int:
+    """Threads for the one network process of a CPU node."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    return max(1, int(min(node["Resources"].get("CPU", 1) for node in nodes)))
+
+
+def network_pool(config: ComputeConfig, share: float = 1.0) -> tuple[int, dict[str, float]]:
+    """Actors that hold a network, and what Ray sets aside for each: a GPU, or most of a node's CPUs."""
+    gpus = 0 if config.device == "cpu" else cluster_gpus()
+    if gpus:
+        return gpus, {"num_gpus": 1, "num_cpus": 1}
+    nodes = sum(1 for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1)
+    return max(1, nodes), {"num_cpus": max(1, int(node_threads() * share))}
+
+
+def run_shards(
+    worker: type,
+    arguments: dict[str, Any],
+    shards: list[Any],
+    folder: str,
+    *,
+    actors: int,
+    resources: dict[str, float],
+    progress: Progress,
+    weight: Callable[[Any], int] = len,
+) -> None:
+    """Process shards in parallel; each leaves `part-<number>.parquet` in a folder, which marks it as done.
+
+    Args:
+        worker: class whose instances take (number, shard, part's URI) and write that part.
+        arguments: of the class.
+        shards: JSON values, the same in every run of the same artifact.
+        folder: where the parts go; those that are there are kept.
+        actors: size of the actor pool.
+        resources: of each actor, as Ray names them.
+        progress: told the weight of the finished shards.
+        weight: images (or mosaics) in a shard.
+    """
+    finished = {storage.name(item) for item in storage.list_dir(folder)}
+    total = sum(map(weight, shards))
+    rows = [
+        {"number": number, "shard": json.dumps(shard)}
+        for number, shard in enumerate(shards)
+        if part_name(number) not in finished
+    ]
+    done = total - sum(weight(shards[row["number"]]) for row in rows)
+    progress.update(done, total)
+    if not rows:
+        return
+    results = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+        _ShardActor,
+        fn_constructor_args=(worker, arguments, folder),
+        compute=ray.data.ActorPoolStrategy(size=min(actors, len(rows))),
+        **resources,
+    )
+    for row in results.iter_rows():
+        done += weight(shards[row["number"]])
+        progress.update(done, total)
+
+
+class _ShardActor:
+    def __init__(self, worker: type, arguments: dict[str, Any], folder: str) -> None:
+        self.worker = worker(**{key: _fetched(value) for key, value in arguments.items()})
+        self.folder = folder
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        number = int(row["number"])
+        self.worker(number, json.loads(row["shard"]), storage.join(self.folder, part_name(number)))
+        return {"number": number}
+
+
+def _fetched(value: Any) -> Any:
+    return ray.get(value) if isinstance(value, ray.ObjectRef) else value
+
+
+def part_name(number: int) -> str:
+    """File name of a shard's result."""
+    return f"part-{number:05d}.parquet"

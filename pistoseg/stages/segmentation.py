@@ -1,0 +1,126 @@
+"""Both trained segmentation models: the preliminary one on mosaics, the precise one on real images."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import ray
+
+from pistoseg import storage
+from pistoseg.config import Config, PreciseConfig, TrainingConfig
+from pistoseg.errors import PistoSegError
+from pistoseg.models import bundle, segmentation
+from pistoseg.patches.store import PatchSet
+from pistoseg.pipeline import StageContext
+from pistoseg.stages import cluster
+from pistoseg.stages.synthesis import mosaics
+from pistoseg.training.samples import MaskedCrops, StoredMosaics, crop_rows, fresh_mosaics
+from pistoseg.training.stream import SampleSource
+from pistoseg.training.trainer import remove_checkpoints, train
+
+
+def preliminary(context: StageContext) -> dict[str, Any]:
+    """Train on mosaics; write `bundle/` and `epochs.json`."""
+    return _run(context, context.config.preliminary, _mosaic_source(context, context.config.preliminary))
+
+
+def precise(context: StageContext) -> dict[str, Any]:
+    """Train on the masks that `precise.masks` names; write `bundle/` and `epochs.json`."""
+    training = context.config.precise
+    if training.masks == "synthesized":
+        return _run(context, training, _mosaic_source(context, training))
+    return _run(context, training, _masked_source(context, training))
+
+
+def _run(context: StageContext, training: TrainingConfig, source: SampleSource) -> dict[str, Any]:
+    config = context.config
+    classes = config.classes.tissue()
+    network = segmentation.build(
+        training.architecture, training.encoder, len(classes), training.weights, training.decoder_attention
+    )
+    if "initial" in context.inputs:
+        network.load_state_dict(bundle.load(context.inputs["initial"].path("bundle"), "cpu").model.state_dict())
+    has_validation = context.inputs["validation"].summary["images"] > 0
+    gpus = config.compute.device != "cpu" and cluster.cluster_gpus() > 0
+    trained = train(
+        network,
+        source,
+        training,
+        config.compute,
+        folder=context.folder,
+        seed=config.seed,
+        validation=context.inputs["validation"].uri if has_validation else None,
+        classes=classes,
+        info=_validation_info(config),
+        actors=_sample_actors(config),
+        threads=max(1, cluster.node_threads() // config.compute.train_workers),
+        gpus=gpus,
+        on_step=context.progress.update,
+        on_epoch=lambda row: context.run.metrics(row, step=int(row["epoch"])),
+    )
+    for row in trained.history:  # the epochs before a crash, too
+        context.run.metrics(row, step=int(row["epoch"]))
+    network.load_state_dict(trained.state)
+    kept = trained.history[trained.epoch]
+    metrics = {key: kept[key] for key in ("loss", "validation_miou", "validation_fwiou") if key in kept}
+    bundle.save(
+        context.path("bundle"),
+        network,
+        classes=classes,
+        patch_size=source.size[0],
+        scale=config.scale.model_dump(),
+        evaluation=config.evaluation.resolved(),
+        lineage={role: f"{item.stage}/{item.fingerprint}" for role, item in context.inputs.items()},
+        metrics=metrics | {"epoch": trained.epoch},
+    )
+    storage.write_bytes(context.path("epochs.json"), json.dumps(trained.history, indent=1).encode())
+    remove_checkpoints(context.folder)
+    speed = float(np.mean([row["images_per_s"] for row in trained.history]))
+    return {"metrics": metrics | {"images_per_s": round(speed, 2)}, "epoch": trained.epoch, "samples": source.count}
+
+
+def _validation_info(config: Config) -> dict[str, Any]:
+    """Scale and window of the validation between epochs: one scale and no symmetries, for it runs often."""
+    window = config.evaluation.patch_size
+    evaluation = {"tile": window, "stride": window * 3 // 4, "window": "gaussian"}
+    return {"patch_size": window, "scale": config.scale.model_dump(), "evaluation": evaluation}
+
+
+def _sample_actors(config: Config) -> int:
+    # One actor feeds many training steps on CPUs; GPUs eat as much as the CPUs make.
+    return config.compute.workers or (cluster.cluster_cpus() if cluster.cluster_gpus() else 1)
+
+
+def _mosaic_source(context: StageContext, training: TrainingConfig) -> SampleSource:
+    config, synthesis = context.config, context.config.synthesis
+    size = (synthesis.height, synthesis.width)
+    artifact = context.inputs["masks"]
+    if synthesis.mode == "stored":
+        count = artifact.summary["count"]
+        shared = {
+            "folder": artifact.path("mosaics"),
+            "count": count,
+            "part_size": artifact.summary["part_size"],
+            "per_epoch": training.samples_per_epoch or count,
+        }
+        return SampleSource(StoredMosaics, ray.put(shared), count, size)
+    return SampleSource(fresh_mosaics, ray.put(mosaics(config, context.inputs["patches"])), synthesis.count, size)
+
+
+def _masked_source(context: StageContext, training: PreciseConfig) -> SampleSource:
+    masks = storage.read_parquet(context.inputs["masks"].path("masks"), columns=["image", "height", "width", "png"])
+    images = PatchSet.open(context.inputs["patches"].uri).table
+    if images["image"].to_pylist() != masks["image"].to_pylist():
+        raise PistoSegError("masks and images do not belong together", file=context.inputs["masks"].uri)
+    areas = masks["height"].to_numpy().astype(np.int64) * masks["width"].to_numpy()
+    shared = {
+        "images": images.select(["png"]),
+        "masks": masks.select(["png"]),
+        "areas": areas,
+        "patch_size": training.patch_size,
+        "seed": context.config.seed,
+    }
+    count = len(crop_rows(areas, training.patch_size))
+    return SampleSource(MaskedCrops, ray.put(shared), count, (training.patch_size,) * 2)

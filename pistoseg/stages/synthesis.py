@@ -1,0 +1,96 @@
+"""Mosaics: stored as Parquet, or only looked at, when the trainer gets them as a stream."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+
+from pistoseg import storage
+from pistoseg.artifacts import Artifact
+from pistoseg.config import Config
+from pistoseg.patches.background import background_mask
+from pistoseg.patches.decode import encode_mask, encode_png
+from pistoseg.patches.store import PatchSet
+from pistoseg.pipeline import StageContext
+from pistoseg.stages import cluster
+from pistoseg.synthesis import TissueBank
+from pistoseg.synthesis.preview import sheet
+from pistoseg.training.samples import fresh_mosaics, mosaic_source
+
+PART_MOSAICS = 256
+PREVIEW = 16
+SCHEMA = pa.schema([("index", pa.int64()), ("image", pa.binary()), ("mask", pa.binary())])
+
+
+def run(context: StageContext) -> dict[str, Any]:
+    """Write `preview.png` and, when stored, `mosaics/` (index, image and mask as PNG)."""
+    config = context.config
+    source = mosaics(config, context.inputs["patches"])
+    if config.synthesis.mode == "stored":
+        _store(source, config, context)
+    else:
+        context.progress.say("mosaics are streamed: made afresh in every epoch, nothing is written")
+    synthesizer = fresh_mosaics(source)
+    samples = [synthesizer.sample(0, index) for index in range(PREVIEW)]
+    storage.write_bytes(context.path("preview.png"), encode_png(sheet(samples, config.classes.tissue())))
+    stored = {"count": config.synthesis.count, "part_size": PART_MOSAICS} if config.synthesis.mode == "stored" else {}
+    return {"mode": config.synthesis.mode, "pictures": ["preview.png"], **stored, "shares": _shares(samples, config)}
+
+
+def mosaics(config: Config, patches: Artifact) -> dict[str, Any]:
+    """The single-tissue images of a `patches` artifact, ready for `fresh_mosaics`."""
+    classes = config.classes.tissue()
+    data = config.data
+
+    def background(image: np.ndarray) -> np.ndarray:
+        return background_mask(image, data.background_grey, data.background_min_area)
+
+    bank = TissueBank.from_images(
+        PatchSet.open(patches.uri).single_tissue(),
+        len(classes),
+        background if data.background == "bright" else None,
+        class_names=classes.names,
+    )
+    return mosaic_source(bank, config.synthesis, classes.names, classes.background_id, config.seed)
+
+
+def _store(source: dict[str, Any], config: Config, context: StageContext) -> None:
+    starts = range(0, config.synthesis.count, PART_MOSAICS)
+    shards = [[start, min(start + PART_MOSAICS, config.synthesis.count)] for start in starts]
+    cluster.run_shards(
+        _Make,
+        {"source": ray.put(source), "classes": config.classes.tissue()},
+        shards,
+        context.path("mosaics"),
+        actors=cluster.cpu_pool(config.compute),
+        resources={"num_cpus": 1},
+        progress=context.progress,
+        weight=lambda shard: shard[1] - shard[0],
+    )
+
+
+class _Make:
+    def __init__(self, source: dict[str, Any], classes: Any) -> None:
+        import cv2
+
+        cv2.setNumThreads(1)
+        self.samples, self.classes = fresh_mosaics(source), classes
+
+    def __call__(self, number: int, shard: list[int], part: str) -> None:
+        rows = []
+        for index in range(*shard):
+            image, mask = self.samples.sample(0, index)
+            rows.append({"index": index, "image": encode_png(image), "mask": encode_mask(mask, self.classes)})
+        storage.write_parquet(pa.Table.from_pylist(rows, SCHEMA), part)
+
+
+def _shares(samples: list[tuple[np.ndarray, np.ndarray]], config: Config) -> dict[str, float]:
+    """Share of the previewed pixels by class."""
+    classes = config.classes.tissue()
+    counts = np.bincount(np.concatenate([mask.ravel() for _, mask in samples]), minlength=256)
+    named = dict(zip(classes.names, counts[: len(classes)].tolist(), strict=True))
+    named["background"] = int(counts[classes.background_id])
+    return {name: round(count / counts.sum(), 4) for name, count in named.items()}

@@ -1,0 +1,97 @@
+"""Validation images with masks: checked and kept at their own pixel size, as the truth that models are scored against."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pistoseg import storage
+from pistoseg.classes import TissueClasses
+from pistoseg.errors import PistoSegError
+from pistoseg.patches import decode
+from pistoseg.patches.digest import validation_folder
+from pistoseg.patches.layouts import scan_evaluation
+from pistoseg.patches.masked import FOLDER
+from pistoseg.pipeline import StageContext
+from pistoseg.stages import cluster
+
+SHARD_IMAGES = 64
+SCHEMA = pa.schema(
+    [
+        ("name", pa.string()),
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("image", pa.binary()),
+        ("mask", pa.binary()),
+    ]
+)
+
+
+def run(context: StageContext) -> dict[str, Any]:
+    """Write `images/` (name, height, width, image and mask as PNG); no images is a valid result."""
+    folder = validation_folder(context.config)
+    if folder is None:
+        context.progress.say("warning: there are no validation images (img/ and mask/): models will not be scored")
+        return {"images": 0, "missing_images": [], "missing_masks": []}
+    return collect(folder, context)
+
+
+def collect(folder: str, context: StageContext) -> dict[str, Any]:
+    """Read the pairs of a folder into the artifact; used for any images that a model is scored on."""
+    config = context.config
+    listing = scan_evaluation(folder)
+    pairs = [asdict(pair) for pair in listing.scored]
+    shards = [pairs[start : start + SHARD_IMAGES] for start in range(0, len(pairs), SHARD_IMAGES)]
+    cluster.run_shards(
+        _Read,
+        {"classes": config.classes.tissue(), "max_pixels": config.data.max_pixels},
+        shards,
+        context.path(FOLDER),
+        actors=cluster.cpu_pool(config.compute),
+        resources={"num_cpus": 1},
+        progress=context.progress,
+    )
+    missing = {"missing_images": listing.missing_images, "missing_masks": listing.missing_masks}
+    for kind, names in missing.items():
+        if names:
+            context.progress.say(f"warning: {len(names)} {kind.replace('_', ' ')} in {folder}: {', '.join(names[:5])}")
+    return {"images": len(pairs), **missing}
+
+
+class _Read:
+    def __init__(self, classes: TissueClasses, max_pixels: int) -> None:
+        self.classes, self.max_pixels = classes, max_pixels
+
+    def __call__(self, number: int, shard: list[dict[str, Any]], part: str) -> None:
+        rows, problems = [], []
+        for pair in shard:
+            try:
+                rows.append(self._read(pair))
+            except PistoSegError as error:
+                problems.append(str(error))
+        if problems:
+            # A truth that can't be read must not silently shrink the images that scores are made of.
+            raise PistoSegError(
+                f"{len(problems)} validation images or masks are bad:\n  " + "\n  ".join(problems),
+                remedy="mend or remove them",
+            )
+        storage.write_parquet(pa.Table.from_pylist(rows, SCHEMA), part, row_group_size=16)
+
+    def _read(self, pair: dict[str, Any]) -> dict[str, Any]:
+        image = decode.decode_rgb(storage.read_bytes(pair["image_uri"]), pair["image_uri"], self.max_pixels)
+        size = image.shape[:2]
+        mask = decode.decode_mask(storage.read_bytes(pair["mask_uri"]), pair["mask_uri"], self.classes, size)
+        if pair["background_uri"]:
+            data = storage.read_bytes(pair["background_uri"])
+            background = decode.decode_background(data, pair["background_uri"], size)
+            mask = np.where(background, self.classes.background_id, mask).astype(np.uint8)
+        return {
+            "name": pair["name"],
+            "height": size[0],
+            "width": size[1],
+            "image": decode.encode_png(image),
+            "mask": decode.encode_png(mask),
+        }

@@ -1,0 +1,259 @@
+"""MLflow: a run per pipeline, a child per stage, pictures, and the precise model as a registered version.
+
+A pipeline's result never depends on MLflow: where it can't be reached the run says so once and goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pistoseg
+from pistoseg import storage
+from pistoseg.artifacts import Artifact, Workspace
+from pistoseg.config import Config, TrackingConfig
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
+
+MAX_PARAM = 500
+"""Longest parameter value, in characters, that is sent."""
+
+
+def tracking_uri(config: TrackingConfig, workspace: Workspace) -> str:
+    """Where runs go: the config's server, MLFLOW_TRACKING_URI, or SQLite in the workspace."""
+    return config.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{_local_folder(workspace) / 'mlflow.db'}"
+
+
+def _local_folder(workspace: Workspace) -> Path:
+    # SQLite needs a local disk; a workspace in object storage gets its database where the command runs.
+    return storage.local_path(storage.absolute(workspace.root)) or Path.cwd() / "pistoseg-mlflow"
+
+
+class _Guard:
+    """Calls MLflow and keeps its failures from ending a pipeline."""
+
+    def __init__(self) -> None:
+        self.broken = False
+
+    def __call__(self, call: Callable[[], Any]) -> Any:
+        if self.broken:
+            return None
+        from mlflow.exceptions import MlflowException
+        from requests.exceptions import RequestException
+        from sqlalchemy.exc import SQLAlchemyError
+
+        try:
+            return call()
+        except (MlflowException, RequestException, SQLAlchemyError, OSError) as error:
+            self.broken = True
+            print(f"MLflow can't be written, this run goes on without it: {str(error).splitlines()[0]}")
+            return None
+
+
+class StageRun:
+    """The MLflow run of one stage; does nothing when tracking is off."""
+
+    def __init__(self, client: MlflowClient | None = None, run_id: str | None = None, guard: _Guard | None = None) -> None:
+        self.client, self.run_id, self.guard = client, run_id, guard or _Guard()
+        self._logged: set[tuple[str, int]] = set()
+
+    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
+        """Log numbers; a (name, step) that was logged before is left alone."""
+        if self.client is None or self.run_id is None:
+            return
+        client, run_id = self.client, self.run_id
+        for key, value in values.items():
+            if (key, step) not in self._logged and value == value:
+                self._logged.add((key, step))
+                self.guard(lambda key=key, value=value: client.log_metric(run_id, _key(key), float(value), step=step))
+
+    def finish(self, artifact: Artifact) -> None:
+        """Log a committed artifact's metrics, pictures and manifest."""
+        self.metrics(artifact.summary.get("metrics", {}))
+        if self.client is None or self.run_id is None:
+            return
+        client, run_id = self.client, self.run_id
+        for name in ("manifest.json", *artifact.summary.get("pictures", [])):
+            with tempfile.TemporaryDirectory() as folder:
+                file = Path(folder) / storage.name(name)
+                file.write_bytes(storage.read_bytes(artifact.path(name)))
+                self.guard(lambda file=file: client.log_artifact(run_id, str(file)))
+
+
+class Tracker:
+    """The MLflow run of one pipeline."""
+
+    def __init__(self, config: Config, workspace: Workspace, client: MlflowClient | None) -> None:
+        self.config, self.workspace, self.client = config, workspace, client
+        self.guard = _Guard()
+        self.run_id: str | None = None
+        self.experiment_id: str | None = None
+        self._stage_runs: dict[str, str] = {}
+
+    @classmethod
+    @contextmanager
+    def start(cls, config: Config, workspace: Workspace) -> Iterator[Tracker]:
+        """Open the pipeline's run; it is ended as finished, failed or killed."""
+        if not config.tracking.enabled:
+            yield cls(config, workspace, None)
+            return
+        os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+        import mlflow
+        from mlflow.tracking import MlflowClient
+
+        uri = tracking_uri(config.tracking, workspace)
+        if uri.startswith("sqlite:"):
+            _local_folder(workspace).mkdir(parents=True, exist_ok=True)
+            _quiet_migrations()
+        mlflow.set_tracking_uri(uri)
+        tracker = cls(config, workspace, MlflowClient(uri))
+        tracker.guard(tracker._open)
+        status = "FAILED"
+        try:
+            yield tracker
+            status = "FINISHED"
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
+        finally:
+            tracker._end(tracker.run_id, status)
+
+    def _open(self) -> None:
+        assert self.client is not None
+        experiment = self.client.get_experiment_by_name(self.config.tracking.experiment)
+        if experiment is None:
+            local = tracking_uri(self.config.tracking, self.workspace).startswith("sqlite:")
+            place = (_local_folder(self.workspace) / "mlflow").as_uri() if local else None
+            self.experiment_id = self.client.create_experiment(self.config.tracking.experiment, artifact_location=place)
+        else:
+            self.experiment_id = experiment.experiment_id
+        tags = {"pistoseg.version": pistoseg.__version__, "pistoseg.workspace": self.workspace.root}
+        if commit := _git_commit():
+            tags["pistoseg.commit"] = commit
+        name = storage.name(self.config.data.uri or "pipeline")
+        self.run_id = self.client.create_run(self.experiment_id, tags=tags, run_name=name).info.run_id
+        for key, value in _flat(self.config.model_dump(mode="json", exclude={"tracking"})).items():
+            self.client.log_param(self.run_id, key, str(value)[:MAX_PARAM])
+
+    @contextmanager
+    def stage(
+        self, name: str, key: str, settings: Mapping[str, Any], inputs: Mapping[str, Artifact]
+    ) -> Iterator[StageRun]:
+        """Open a stage's run below the pipeline's."""
+        if self.client is None or self.run_id is None:
+            yield StageRun()
+            return
+        client, parent, experiment = self.client, self.run_id, self.experiment_id
+        tags = {"mlflow.parentRunId": parent, "pistoseg.stage": name, "pistoseg.fingerprint": key}
+        tags |= {f"pistoseg.input.{role}": f"{item.stage}/{item.fingerprint}" for role, item in inputs.items()}
+
+        def create() -> str:
+            run_id: str = client.create_run(experiment, tags=tags, run_name=name).info.run_id
+            for field, value in _flat(settings).items():
+                if not field.startswith("files"):
+                    client.log_param(run_id, field, str(value)[:MAX_PARAM])
+            return run_id
+
+        run_id = self.guard(create)
+        status = "FAILED"
+        try:
+            yield StageRun(client if run_id else None, run_id, self.guard)
+            status = "FINISHED"
+            if run_id:
+                self._stage_runs[name] = run_id
+        finally:
+            self._end(run_id, status)
+
+    def reused(self, artifact: Artifact) -> None:
+        """Note that a stage was up to date."""
+        if self.client is not None and self.run_id is not None:
+            client, run_id = self.client, self.run_id
+            self.guard(lambda: client.set_tag(run_id, f"pistoseg.reused.{artifact.stage}", artifact.fingerprint))
+
+    def finish(self, artifacts: Mapping[str, Artifact]) -> None:
+        """Log the pipeline's scores and register its precise model."""
+        if self.client is None or self.run_id is None:
+            return
+        run = StageRun(self.client, self.run_id, self.guard)
+        for stage in ("preliminary_evaluation", "evaluation"):
+            if stage in artifacts:
+                prefix = "" if stage == "evaluation" else "preliminary_"
+                metrics = artifacts[stage].summary.get("metrics", {})
+                run.metrics({prefix + key: value for key, value in metrics.items()})
+        if "precise" in artifacts:
+            self.guard(lambda: self._register(artifacts["precise"]))
+
+    def _register(self, artifact: Artifact) -> None:
+        import mlflow
+        import numpy as np
+        from mlflow.models import ModelSignature
+        from mlflow.types import Schema, TensorSpec
+
+        assert self.client is not None
+        name = self.config.tracking.model
+        # mlflow caches registries by URI; a version of this very artifact is not registered twice.
+        for version in self.client.search_model_versions(f"name='{name}'"):
+            if version.tags.get("pistoseg.fingerprint") == artifact.fingerprint:
+                return
+        signature = ModelSignature(
+            inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1, 3), "images")]),
+            outputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1))]),
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            bundle = Path(folder) / "bundle"
+            bundle.mkdir()
+            for file in ("model.json", "model.safetensors"):
+                (bundle / file).write_bytes(storage.read_bytes(artifact.path("bundle", file)))
+            with mlflow.start_run(run_id=self._stage_runs.get("precise", self.run_id)):
+                info = mlflow.pyfunc.log_model(
+                    name="bundle",
+                    loader_module="pistoseg.models.mlflow_flavor",
+                    data_path=str(bundle),
+                    signature=signature,
+                    pip_requirements=[f"pistoseg=={pistoseg.__version__}"],
+                    registered_model_name=name,
+                )
+        tags = {"pistoseg.fingerprint": artifact.fingerprint, "pistoseg.bundle": artifact.path("bundle")}
+        for key, value in tags.items():
+            self.client.set_model_version_tag(name, str(info.registered_model_version), key, value)
+
+    def _end(self, run_id: str | None, status: str) -> None:
+        if self.client is not None and run_id is not None:
+            client = self.client
+            self.guard(lambda: client.set_terminated(run_id, status))
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value if isinstance(value, (str, int, float)) else json.dumps(value)
+    return flat
+
+
+def _key(name: str) -> str:
+    return "".join(char if char.isalnum() or char in "_-. /" else "_" for char in name)
+
+
+def _git_commit() -> str | None:
+    folder = Path(pistoseg.__file__).parent.parent
+    if not (folder / ".git").exists():
+        return None
+    call = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=False)
+    return call.stdout.strip() or None
+
+
+def _quiet_migrations() -> None:
+    import logging
+
+    for name in ("alembic", "mlflow.store.db.utils"):
+        logging.getLogger(name).setLevel(logging.WARNING)

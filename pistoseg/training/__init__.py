@@ -1,0 +1,1 @@
+"""The one Ray Train loop and what feeds it."""

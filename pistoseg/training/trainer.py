@@ -1,0 +1,218 @@
+"""Runs a training through Ray Train: one call, resumed by calling it again."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.train.torch import TorchTrainer
+
+from pistoseg import storage
+from pistoseg.classes import TissueClasses
+from pistoseg.config import ComputeConfig, TrainingConfig
+from pistoseg.errors import PistoSegError
+from pistoseg.models.segmentation import SegmentationNetwork
+from pistoseg.training.loop import CHECKPOINT, FAILURE, SCORE, TrainingJob, train_worker
+from pistoseg.training.stream import SampleSource, sample_dataset
+
+RUN = "ray_train"
+POLL_S = 0.5
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained network's state and how it got there.
+
+    Args:
+        state: tensors by name.
+        epoch: whose model it is, from 0.
+        history: metrics of every epoch.
+    """
+
+    state: dict[str, torch.Tensor]
+    epoch: int
+    history: list[dict[str, float]]
+
+
+@ray.remote(num_cpus=0)
+class _Monitor:
+    """Collects what training workers say, for the driver to fetch."""
+
+    def __init__(self) -> None:
+        self.done, self.note = 0, ""
+        self.rows: list[dict[str, float]] = []
+
+    def step(self, done: int, note: str) -> None:
+        self.done, self.note = done, note
+
+    def epoch(self, row: dict[str, float]) -> None:
+        self.rows.append(row)
+
+    def fetch(self) -> tuple[int, str, list[dict[str, float]]]:
+        rows, self.rows = self.rows, []
+        return self.done, self.note, rows
+
+
+def train(
+    network: SegmentationNetwork,
+    source: SampleSource,
+    config: TrainingConfig,
+    compute: ComputeConfig,
+    *,
+    folder: str,
+    seed: int,
+    validation: str | None,
+    classes: TissueClasses,
+    info: dict[str, Any],
+    actors: int,
+    threads: int,
+    gpus: bool,
+    on_step: Callable[[int, int, str], None],
+    on_epoch: Callable[[dict[str, float]], None],
+) -> Trained:
+    """Train a network; continues from the last epoch of an interrupted call with the same folder.
+
+    Args:
+        network: at its start.
+        source: of the training samples.
+        config: network and training settings.
+        compute: workers and retries.
+        folder: URI of the artifact; checkpoints go to `ray_train/` in it.
+        seed: of augmentation.
+        validation: URI of the validation artifact, or None.
+        classes: the L tissues.
+        info: of the bundle that will be made of it: scale and window of the validation.
+        actors: that make samples.
+        threads: of a CPU worker.
+        gpus: whether a worker gets a GPU.
+        on_step: called with (steps done, steps in all, note).
+        on_epoch: called with each new epoch's metrics.
+
+    Raises:
+        PistoSegError: when a loss is not finite; the batch is kept in the folder.
+    """
+    per_worker = max(1, config.batch_size // compute.train_workers)
+    steps = math.ceil((config.samples_per_epoch or source.count) / (per_worker * compute.train_workers))
+    samples = steps * per_worker * compute.train_workers
+    failure = storage.join(folder, FAILURE)
+    if storage.exists(failure):
+        storage.remove_file(failure)  # the user runs again on purpose: from the last good epoch
+    monitor = _Monitor.remote()
+    job = TrainingJob(
+        config=config,
+        network=ray.put(network),
+        classes=classes,
+        seed=seed,
+        steps=steps,
+        batch_size=per_worker,
+        folder=folder,
+        validation=validation,
+        info=info,
+        threads=threads,
+        monitor=monitor,
+    )
+    file_system, path = storage.arrow_filesystem(folder)
+
+    def dataset() -> ray.data.Dataset:
+        # Called at every (re)start of the workers, so that the stream begins with the epoch they resume at.
+        first = len(_last_history(folder))
+        return sample_dataset(source, first, config.epochs, samples, actors)
+
+    by_score = config.keep == "best" and validation is not None
+    options = ray.data.ExecutionOptions(preserve_order=True)
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"job": job},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=compute.train_workers,
+            use_gpu=gpus,
+            resources_per_worker={"CPU": 1, "GPU": 1} if gpus else {"CPU": 1},
+        ),
+        run_config=ray.train.RunConfig(
+            name=RUN,
+            storage_path=path,
+            storage_filesystem=file_system,
+            failure_config=ray.train.FailureConfig(max_failures=compute.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(
+                num_to_keep=2, checkpoint_score_attribute=SCORE if by_score else None, checkpoint_score_order="max"
+            ),
+        ),
+        datasets={"train": dataset},
+        dataset_config=ray.train.DataConfig(execution_options=options),
+    )
+    with _Watch(monitor, steps * config.epochs, on_step, on_epoch):
+        result = trainer.fit()
+    if storage.exists(failure):
+        reason = json.loads(storage.read_bytes(failure))
+        raise PistoSegError(
+            f"the loss is {reason['loss']} in epoch {reason['epoch'] + 1}, step {reason['step'] + 1}; the batch is "
+            f"kept in {reason['batch']}",
+            file=folder,
+            remedy="look at that batch; a smaller lr, clip_norm, or precision=fp32 usually helps",
+        )
+    checkpoint = result.get_best_checkpoint(SCORE, "max") if by_score else result.checkpoint
+    assert checkpoint is not None
+    state = _load(checkpoint)
+    epochs = json.loads(state["history"])
+    full = json.loads(_load(result.checkpoint)["history"]) if result.checkpoint is not None else epochs
+    return Trained(state["network"], len(epochs) - 1, full)
+
+
+def remove_checkpoints(folder: str) -> None:
+    """Delete the checkpoints of a finished training; its bundle holds the model."""
+    storage.remove_tree(storage.join(folder, RUN))
+
+
+def _load(checkpoint: ray.train.Checkpoint) -> dict[str, Any]:
+    with checkpoint.as_directory() as folder:
+        state: dict[str, Any] = torch.load(Path(folder) / CHECKPOINT, map_location="cpu", weights_only=True)
+    return state
+
+
+def _last_history(folder: str) -> list[dict[str, float]]:
+    """Metrics of the epochs that a checkpoint holds."""
+    file_system, path = storage.arrow_filesystem(storage.join(folder, RUN))
+    if not storage.exists(storage.join(folder, RUN)):
+        return []
+    result = ray.train.Result.from_path(path, storage_filesystem=file_system)
+    return json.loads(_load(result.checkpoint)["history"]) if result.checkpoint is not None else []
+
+
+class _Watch:
+    """Passes what the monitor collected to the driver's callbacks while the training runs."""
+
+    def __init__(
+        self, monitor: Any, total: int, on_step: Callable[[int, int, str], None], on_epoch: Callable[[dict[str, float]], None]
+    ) -> None:
+        self.monitor, self.total, self.on_step, self.on_epoch = monitor, total, on_step, on_epoch
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.wait(POLL_S):
+            self._fetch()
+        self._fetch()
+
+    def _fetch(self) -> None:
+        try:
+            done, note, rows = ray.get(self.monitor.fetch.remote(), timeout=30)
+        except ray.exceptions.RayError:
+            return  # shown again at the next poll; a lost monitor costs the display, not the training
+        self.on_step(done, self.total, note)
+        for row in rows:
+            self.on_epoch(row)
