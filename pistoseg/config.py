@@ -197,7 +197,9 @@ class PreciseConfig(TrainingConfig):
 
     encoder: str = Field("efficientnet-b3", description="Encoder, as segmentation-models-pytorch names it.")
     lr: float = Field(5e-4, gt=0, le=1, description="AdamW's learning rate in the first epoch.")
-    patch_size: int = Field(224, ge=32, le=4096, description="Height and width of a crop of a training image (network px).")
+    patch_size: int = Field(
+        224, ge=32, le=4096, description="Height and width of a crop of a training image (network px)."
+    )
     masks: Literal["synthesized", "pseudo"] = Field(
         "pseudo", description="Trained on pseudo-masks of the real images, or on the mosaics alone (Table 1)."
     )
@@ -260,7 +262,9 @@ class ComputeConfig(Section):
 class TrackingConfig(Section):
     """MLflow."""
 
-    uri: str | None = Field(None, description="Tracking server; null: MLFLOW_TRACKING_URI, else SQLite in the workspace.")
+    uri: str | None = Field(
+        None, description="Tracking server; null: MLFLOW_TRACKING_URI, else SQLite in the workspace."
+    )
     experiment: str = Field("pistoseg", min_length=1, description="MLflow experiment.")
     model: str = Field("pistoseg", min_length=1, description="Registered model's name.")
     enabled: bool = Field(True, description="Whether runs are tracked.")
@@ -269,7 +273,9 @@ class TrackingConfig(Section):
 class Config(Section):
     """A whole pipeline."""
 
-    seed: int = Field(0, ge=0, lt=2**63, description="Same config, data and seed: same mosaics on any number of workers.")
+    seed: int = Field(
+        0, ge=0, lt=2**63, description="Same config, data and seed: same mosaics on any number of workers."
+    )
     classes: ClassesConfig = Field(description="Tissue classes; or the path of a YAML with them.")
     scale: ScaleConfig = Field(default_factory=ScaleConfig, description="Pixel size of all stages.")
     data: DataConfig = Field(default_factory=DataConfig, description="Training images.")
@@ -405,7 +411,9 @@ def _describe(section: BaseModel, indent: int) -> list[str]:
 
 def _read_preset(preset: str) -> dict[str, Any]:
     if preset not in presets():
-        raise PistoSegError(f"there is no preset {preset!r}", field="--preset", remedy=f"use one of: {', '.join(presets())}")
+        raise PistoSegError(
+            f"there is no preset {preset!r}", field="--preset", remedy=f"use one of: {', '.join(presets())}"
+        )
     text = (resources.files("pistoseg") / "presets" / f"{preset}.yaml").read_text("utf-8")
     value: dict[str, Any] = yaml.safe_load(text)
     return value
@@ -424,12 +432,14 @@ def _parse_override(item: str) -> dict[str, Any]:
     if not equals or not key.strip():
         raise PistoSegError(f"{item!r} is not section.key=value", field="--set")
     try:
-        value = yaml.safe_load(text) if text.strip() else None
+        value: Any = yaml.safe_load(text) if text.strip() else None
     except yaml.YAMLError as error:
         raise PistoSegError(f"{item!r}: the value is not valid YAML: {error}", field="--set") from None
-    for part in reversed(key.strip().split(".")):
-        value = {part: value}
-    return value  # type: ignore[no-any-return]
+    *sections, field = key.strip().split(".")
+    nested = {field: value}
+    for section in reversed(sections):
+        nested = {section: nested}
+    return nested
 
 
 def _suggestion(location: tuple[int | str, ...]) -> str:
@@ -437,7 +447,9 @@ def _suggestion(location: tuple[int | str, ...]) -> str:
 
     model: Any = Config
     for part in location[:-1]:
-        annotation = model.model_fields[part].annotation if isinstance(part, str) and part in model.model_fields else None
+        annotation = (
+            model.model_fields[part].annotation if isinstance(part, str) and part in model.model_fields else None
+        )
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
             return ""
         model = annotation

@@ -37,7 +37,13 @@ class Progress:
             yield
             return
         if self.console.is_terminal:
-            columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+            columns = (
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+            )
             with RichProgress(
                 TextColumn("{task.description}"), *columns, TextColumn("{task.fields[note]}"), console=self.console
             ) as bar:

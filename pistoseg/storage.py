@@ -55,7 +55,8 @@ def filesystem(uri: str) -> tuple[Any, str]:
     if path is not None:
         return fsspec.filesystem("file", auto_mkdir=True), str(path.absolute())
     try:
-        return fsspec.core.url_to_fs(uri)
+        backend, path_in_it = fsspec.core.url_to_fs(uri)
+        return backend, str(path_in_it)
     except (ImportError, ValueError) as error:
         raise PistoSegError(
             f"can't be opened: {error}", file=uri, remedy="use a local path or a protocol that fsspec knows, e.g. s3://"
@@ -96,7 +97,7 @@ def file_size(uri: str) -> int:
 def open_file(uri: str, mode: str = "rb") -> IO[Any]:
     """Open one file by its exact name; the folders above it are made when writing."""
     backend, path = filesystem(uri)
-    return backend.open(path, mode)  # type: ignore[no-any-return]
+    return backend.open(path, mode)
 
 
 def read_bytes(uri: str) -> bytes:

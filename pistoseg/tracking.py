@@ -42,7 +42,7 @@ class _Guard:
     def __init__(self) -> None:
         self.broken = False
 
-    def __call__(self, call: Callable[[], Any]) -> Any:
+    def __call__(self, call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
         if self.broken:
             return None
         from mlflow.exceptions import MlflowException
@@ -50,7 +50,7 @@ class _Guard:
         from sqlalchemy.exc import SQLAlchemyError
 
         try:
-            return call()
+            return call(*arguments, **named)
         except (MlflowException, RequestException, SQLAlchemyError, OSError) as error:
             self.broken = True
             print(f"MLflow can't be written, this run goes on without it: {str(error).splitlines()[0]}")
@@ -60,7 +60,9 @@ class _Guard:
 class StageRun:
     """The MLflow run of one stage; does nothing when tracking is off."""
 
-    def __init__(self, client: MlflowClient | None = None, run_id: str | None = None, guard: _Guard | None = None) -> None:
+    def __init__(
+        self, client: MlflowClient | None = None, run_id: str | None = None, guard: _Guard | None = None
+    ) -> None:
         self.client, self.run_id, self.guard = client, run_id, guard or _Guard()
         self._logged: set[tuple[str, int]] = set()
 
@@ -72,7 +74,7 @@ class StageRun:
         for key, value in values.items():
             if (key, step) not in self._logged and value == value:
                 self._logged.add((key, step))
-                self.guard(lambda key=key, value=value: client.log_metric(run_id, _key(key), float(value), step=step))
+                self.guard(client.log_metric, run_id, _key(key), float(value), step=step)
 
     def finish(self, artifact: Artifact) -> None:
         """Log a committed artifact's metrics, pictures and manifest."""
@@ -84,7 +86,7 @@ class StageRun:
             with tempfile.TemporaryDirectory() as folder:
                 file = Path(folder) / storage.name(name)
                 file.write_bytes(storage.read_bytes(artifact.path(name)))
-                self.guard(lambda file=file: client.log_artifact(run_id, str(file)))
+                self.guard(client.log_artifact, run_id, str(file))
 
 
 class Tracker:
@@ -175,7 +177,7 @@ class Tracker:
         """Note that a stage was up to date."""
         if self.client is not None and self.run_id is not None:
             client, run_id = self.client, self.run_id
-            self.guard(lambda: client.set_tag(run_id, f"pistoseg.reused.{artifact.stage}", artifact.fingerprint))
+            self.guard(client.set_tag, run_id, f"pistoseg.reused.{artifact.stage}", artifact.fingerprint)
 
     def finish(self, artifacts: Mapping[str, Artifact]) -> None:
         """Log the pipeline's scores and register its precise model."""
@@ -188,24 +190,18 @@ class Tracker:
                 metrics = artifacts[stage].summary.get("metrics", {})
                 run.metrics({prefix + key: value for key, value in metrics.items()})
         if "precise" in artifacts:
-            self.guard(lambda: self._register(artifacts["precise"]))
+            self.guard(self._register, artifacts["precise"])
 
     def _register(self, artifact: Artifact) -> None:
         import mlflow
-        import numpy as np
-        from mlflow.models import ModelSignature
-        from mlflow.types import Schema, TensorSpec
+
+        from pistoseg.models.mlflow_flavor import LOADER_MODULE, signature
 
         assert self.client is not None
         name = self.config.tracking.model
-        # mlflow caches registries by URI; a version of this very artifact is not registered twice.
         for version in self.client.search_model_versions(f"name='{name}'"):
             if version.tags.get("pistoseg.fingerprint") == artifact.fingerprint:
                 return
-        signature = ModelSignature(
-            inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1, 3), "images")]),
-            outputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1))]),
-        )
         with tempfile.TemporaryDirectory() as folder:
             bundle = Path(folder) / "bundle"
             bundle.mkdir()
@@ -214,9 +210,9 @@ class Tracker:
             with mlflow.start_run(run_id=self._stage_runs.get("precise", self.run_id)):
                 info = mlflow.pyfunc.log_model(
                     name="bundle",
-                    loader_module="pistoseg.models.mlflow_flavor",
+                    loader_module=LOADER_MODULE,
                     data_path=str(bundle),
-                    signature=signature,
+                    signature=signature(),
                     pip_requirements=[f"pistoseg=={pistoseg.__version__}"],
                     registered_model_name=name,
                 )
@@ -226,8 +222,7 @@ class Tracker:
 
     def _end(self, run_id: str | None, status: str) -> None:
         if self.client is not None and run_id is not None:
-            client = self.client
-            self.guard(lambda: client.set_terminated(run_id, status))
+            self.guard(self.client.set_terminated, run_id, status)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

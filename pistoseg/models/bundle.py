@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
-from pistoseg import storage
+from pistoseg import __version__, storage
 from pistoseg.classes import TissueClasses
 from pistoseg.config import ScaleConfig
 from pistoseg.errors import PistoSegError
@@ -59,7 +58,7 @@ def save(
     info = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "pistoseg_version": metadata.version("pistoseg"),
+        "pistoseg_version": __version__,
         "architecture": model.architecture,
         "encoder": model.encoder_name,
         "decoder_attention": model.decoder_attention,
@@ -87,9 +86,16 @@ def load(uri: str, device: str | torch.device | None = None) -> Segmenter:
     """
     uri = str(uri)
     info = read_info(uri)
-    classes = TissueClasses.from_json(info)
+    try:
+        classes = TissueClasses.from_json(info)
+        normalization = Normalization(tuple(info["normalization"]["mean"]), tuple(info["normalization"]["std"]))
+        ScaleConfig.model_validate(info["scale"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise PistoSegError(
+            f"is damaged: {error}", file=storage.join(uri, INFO), remedy="copy the bundle again"
+        ) from error
     model = segmentation.build(info["architecture"], info["encoder"], len(classes), None, info["decoder_attention"])
-    model.normalization = Normalization(tuple(info["normalization"]["mean"]), tuple(info["normalization"]["std"]))
+    model.normalization = normalization
     source = storage.join(uri, WEIGHTS)
     try:
         model.load_state_dict(safetensors.torch.load(storage.read_bytes(source)))

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
+import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -71,12 +72,12 @@ def _bell(size: int) -> Tensor:
 
 
 def resize_image(image: Image, height: int, width: int) -> Image:
-    """Bilinear resize of (H, W, 3) uint8, with antialiasing when it shrinks."""
+    """Resize (H, W, 3) uint8 by area where it shrinks, bilinearly where it grows."""
     if image.shape[:2] == (height, width):
         return image
-    planes = torch.from_numpy(np.array(image)).permute(2, 0, 1).unsqueeze(0)  # a copy: some arrays are read-only
-    resized = F.interpolate(planes, size=(height, width), mode="bilinear", antialias=True, align_corners=False)
-    result: Image = resized[0].permute(1, 2, 0).contiguous().numpy()
+    shrinks = height * width < image.shape[0] * image.shape[1]
+    kind = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    result: Image = cv2.resize(np.ascontiguousarray(image), (width, height), interpolation=kind)
     return result
 
 

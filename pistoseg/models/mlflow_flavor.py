@@ -36,11 +36,12 @@ class BundleModel:
 def signature() -> Any:
     """The `ModelSignature` of a bundle: (N, H, W, 3) uint8 -> (N, H, W) uint8."""
     from mlflow.models import ModelSignature
-    from mlflow.types import Schema, TensorSpec
+    from mlflow.types import DataType, ParamSchema, ParamSpec, Schema, TensorSpec
 
     return ModelSignature(
         inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1, 3))]),
         outputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1))]),
+        params=ParamSchema([ParamSpec("mpp", DataType.double, None)]),
     )
 
 

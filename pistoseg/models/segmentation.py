@@ -75,19 +75,28 @@ class SegmentationNetwork(nn.Module):
         self.encoder_name = encoder_name
         self.decoder_attention = decoder_attention
         self.n_classes = n_classes
-        self.stride = max(32, int(network.encoder.output_stride))  # type: ignore[union-attr, arg-type]
+        stride = int(network.encoder.output_stride)  # type: ignore[union-attr, arg-type]
+        self.multiple = max(32, stride)
+        self.minimum = 8 * stride if architecture == "pan" else 1  # PAN halves its last feature map three times
 
     def forward(self, images: Tensor) -> Tensor:
         """Class logits of normalised images, (N, 3, H, W) float -> (N, L, H, W) float, for any H and W."""
         height, width = images.shape[-2:]
-        logits: Tensor = self.network(pad_to_multiple(images, self.stride))
+        logits: Tensor = self.network(pad(images, self.multiple, self.minimum))
         return logits[..., :height, :width]
 
 
-def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
-    """Extend (N, C, H, W) at the bottom and right to multiples, by reflection, or by the edge where it is too small."""
+def pad(images: Tensor, multiple: int, minimum: int = 1) -> Tensor:
+    """Extend images at the bottom and right, by reflection, or by the edge where they are too small for that.
+
+    Args:
+        images: (N, C, H, W) float.
+        multiple: of which the new height and width are.
+        minimum: of the new height and width (px).
+    """
     height, width = images.shape[-2:]
-    down, right = -height % multiple, -width % multiple
+    down, right = (max(minimum, side) - side for side in (height, width))
+    down, right = down + -(height + down) % multiple, right + -(width + right) % multiple
     if not down and not right:
         return images
     mode = "reflect" if down < height and right < width else "replicate"
@@ -127,6 +136,13 @@ def build(
         network = smp.create_model(architecture, encoder, encoder_weights=None, classes=n_classes, **options)
     except (KeyError, RuntimeError, ValueError, NotImplementedError) as error:
         raise encoders.unknown_encoder(encoder, error) from error
+    if any(parameter.numel() == 0 for parameter in network.parameters()):
+        raise PistoSegError(
+            f"the stages of encoder {encoder!r} are too thin for {architecture}"
+            + (" with scSE attention" if attention else ""),
+            field="encoder",
+            remedy="set decoder_attention to null, or use a wider encoder or another architecture",
+        )
     encoders.load_weights(network.encoder, encoder, weights)
     mean, std = encoders.normalization(encoder, weights)
     return SegmentationNetwork(network, Normalization(mean, std), architecture, encoder, attention, n_classes)

@@ -67,7 +67,10 @@ def sheet(rows: list[list[Panel]], classes: TissueClasses, columns: int = 2) -> 
 
 
 def legend(
-    draw: ImageDraw.ImageDraw, classes: TissueClasses, origin: tuple[int, int], font: ImageFont.FreeTypeFont | ImageFont.ImageFont
+    draw: ImageDraw.ImageDraw,
+    classes: TissueClasses,
+    origin: tuple[int, int],
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
 ) -> None:
     """Draw a square and a name for each class, from left to right."""
     x, y = origin

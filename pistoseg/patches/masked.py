@@ -55,4 +55,3 @@ class MaskedImages:
 
     def __iter__(self) -> Iterator[MaskedImage]:
         return (self[position] for position in range(len(self)))
-

@@ -30,7 +30,11 @@ def connected(config: ComputeConfig) -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
     address = config.address or os.environ.get("RAY_ADDRESS")
-    local = {} if address else {"num_cpus": available_cpus(), "object_store_memory": _object_store(), "include_dashboard": False}
+    local = (
+        {}
+        if address
+        else {"num_cpus": available_cpus(), "object_store_memory": _object_store(), "include_dashboard": False}
+    )
     ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -120,7 +124,7 @@ def run_shards(
         for number, shard in enumerate(shards)
         if part_name(number) not in finished
     ]
-    done = total - sum(weight(shards[row["number"]]) for row in rows)
+    done = sum(weight(shard) for number, shard in enumerate(shards) if part_name(number) in finished)
     progress.update(done, total)
     if not rows:
         return
@@ -131,7 +135,7 @@ def run_shards(
         **resources,
     )
     for row in results.iter_rows():
-        done += weight(shards[row["number"]])
+        done += weight(shards[int(row["number"])])
         progress.update(done, total)
 
 

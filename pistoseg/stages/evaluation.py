@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv
 
-from pistoseg import storage
-from pistoseg.config import EvaluationConfig
-from pistoseg.metrics import ConfusionMatrix, bootstrap_interval
+from pistoseg import metrics, storage
+from pistoseg.config import ComputeConfig, DataConfig, EvaluationConfig
 from pistoseg.models import bundle
 from pistoseg.outputs.pictures import Panel, sheet
 from pistoseg.patches.decode import decode_ids, encode_mask, encode_png
@@ -20,6 +18,7 @@ from pistoseg.patches.masked import MaskedImages
 from pistoseg.pipeline import StageContext
 from pistoseg.progress import Progress
 from pistoseg.stages import cluster
+from pistoseg.stages.validation import collect
 
 SHARD_IMAGES = 16
 PICTURES = 16
@@ -42,9 +41,39 @@ def run(context: StageContext) -> dict[str, Any]:
         missing=missing,
         progress=context.progress,
     )
-    metrics = {"miou": report["miou"], "fwiou": report["fwiou"], "accuracy": report["accuracy"]}
-    metrics |= {f"iou/{name}": value for name, value in report["iou"].items() if value is not None}
-    return {"images": report["images"], "metrics": metrics, "report": report, "pictures": ["predictions.png"]}
+    scores = {key: report[key] for key in ("miou", "fwiou", "mean_dice", "pixel_accuracy")}
+    scores |= {f"iou/{name}": value for name, value in report["iou"].items()}
+    known = {key: value for key, value in scores.items() if value is not None}
+    return {"images": report["images"], "metrics": known, "report": report, "pictures": ["predictions.png"]}
+
+
+def evaluate_folder(
+    model: str, data: str, out: str, config: EvaluationConfig, *, device: str, progress: Progress
+) -> dict[str, Any]:
+    """Score a model bundle on a folder with img/ and mask/; the report goes to `out`.
+
+    Args:
+        model: URI of a bundle, whose classes name the values of the masks.
+        data: URI of the folder.
+        out: URI of a folder for `metrics.json`, `per_image.csv`, `predictions.png` and `parts/`.
+        config: protocol and confidence intervals.
+        device: where the network runs.
+        progress: told what is read and scored.
+    Returns:
+        What `metrics.json` holds.
+    """
+    images = storage.join(out, "images")
+    for leftover in (images, storage.join(out, "parts")):
+        storage.remove_tree(leftover)  # of another model or other images, perhaps
+    with progress.stage("Reading images and masks"):
+        classes = bundle.load(model, "cpu").classes
+        summary = collect(data, images, classes, max_pixels=DataConfig().max_pixels, actors=1, progress=progress)
+    with progress.stage("Scoring"):
+        report = evaluate(
+            model, images, out, config, device=device, seed=0, missing=summary["missing_images"], progress=progress
+        )
+    storage.remove_tree(images)
+    return report
 
 
 def evaluate(
@@ -75,10 +104,16 @@ def evaluate(
     count = len(MaskedImages.open(images))
     positions = list(range(count))
     shards = [positions[start : start + SHARD_IMAGES] for start in range(0, count, SHARD_IMAGES)]
-    actors, resources = _pool(device)
+    actors, resources = cluster.network_pool(ComputeConfig.model_validate({"device": device}))
     cluster.run_shards(
         _Score,
-        {"model": model, "images": images, "protocol": _predictor_settings(config), "device": device, "threads": cluster.node_threads()},
+        {
+            "model": model,
+            "images": images,
+            "protocol": _predictor_settings(config),
+            "device": device,
+            "threads": cluster.node_threads(),
+        },
         shards,
         storage.join(folder, "parts"),
         actors=actors,
@@ -98,15 +133,11 @@ def evaluate(
     if missing:
         progress.say(f"warning: incomplete: the ground truth names {len(missing)} images that are not there")
     storage.write_bytes(storage.join(folder, "metrics.json"), json.dumps(report, indent=2).encode())
-    storage.write_bytes(storage.join(folder, "per_image.csv"), _per_image(table["name"].to_pylist(), matrices, classes.names))
+    storage.write_bytes(
+        storage.join(folder, "per_image.csv"), _per_image(table["name"].to_pylist(), matrices, classes.names)
+    )
     storage.write_bytes(storage.join(folder, "predictions.png"), _picture(images, table, classes))
     return report
-
-
-def _pool(device: str) -> tuple[int, dict[str, float]]:
-    from pistoseg.config import ComputeConfig
-
-    return cluster.network_pool(ComputeConfig.model_validate({"device": device}))
 
 
 def _predictor_settings(config: EvaluationConfig) -> dict[str, Any]:
@@ -129,47 +160,25 @@ class _Score:
         for position in shard:
             item = self.images[position]
             prediction = self.segmenter.predict(item.image)
-            matrix = ConfusionMatrix(len(classes))
-            matrix.update(item.mask, prediction)
-            rows.append(
-                {"name": item.name, "matrix": matrix.counts.ravel(), "prediction": encode_mask(prediction, classes)}
-            )
+            matrix = metrics.confusion(item.mask, prediction, len(classes))
+            rows.append({"name": item.name, "matrix": matrix.ravel(), "prediction": encode_mask(prediction, classes)})
         storage.write_parquet(pa.Table.from_pylist(rows, SCHEMA), part)
 
 
 def _report(matrices: np.ndarray, names: list[str], config: EvaluationConfig, seed: int) -> dict[str, Any]:
-    total = ConfusionMatrix(len(names), matrices.sum(0))
-    report = {
-        "images": len(matrices),
-        "miou": total.miou(),
-        "fwiou": total.fwiou(),
-        "accuracy": total.accuracy(),
-        "iou": dict(zip(names, _numbers(total.iou()), strict=True)),
-        "dice": dict(zip(names, _numbers(total.dice()), strict=True)),
-        "confusion_matrix": {"rows": "truth", "columns": "prediction", "classes": names, "pixels": total.counts.tolist()},
-    }
+    report = {"images": len(matrices), **metrics.ConfusionMatrix(len(names), matrices.sum(0)).to_dict(names)}
     if config.bootstrap:
-        interval = {
-            "miou": bootstrap_interval(matrices, ConfusionMatrix.miou, config.bootstrap, seed),
-            "fwiou": bootstrap_interval(matrices, ConfusionMatrix.fwiou, config.bootstrap, seed),
+        report["confidence_interval_95"] = {
+            name: list(metrics.bootstrap_interval(matrices, score, config.bootstrap, seed))
+            for name, score in (("miou", metrics.miou), ("fwiou", metrics.fwiou))
         }
-        report["confidence_interval_95"] = {key: list(value) for key, value in interval.items()}
     return report
 
 
-def _numbers(values: np.ndarray) -> list[float | None]:
-    return [None if value != value else float(value) for value in values]
-
-
 def _per_image(images: list[str], matrices: np.ndarray, names: list[str]) -> bytes:
-    text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow(["image", "miou", "fwiou", "accuracy", *(f"iou {name}" for name in names), "pixels"])
-    for image, counts in zip(images, matrices, strict=True):
-        matrix = ConfusionMatrix(len(names), counts)
-        values = [matrix.miou(), matrix.fwiou(), matrix.accuracy(), *matrix.iou()]
-        writer.writerow([image, *("" if value != value else f"{value:.4f}" for value in values), counts.sum()])
-    return text.getvalue().encode()
+    sink = pa.BufferOutputStream()
+    pa.csv.write_csv(pa.table(metrics.image_table(images, matrices, names)), sink)
+    return bytes(sink.getvalue())
 
 
 def _picture(images: str, table: pa.Table, classes: Any) -> bytes:

@@ -62,14 +62,14 @@ class _Ingest:
             rejected += [asdict(item) for item in its_rejections]
         # The images' part is written last: it marks the shard as done.
         name = storage.name(part)
-        storage.write_parquet(pa.Table.from_pylist(rejected, REJECTED_SCHEMA), storage.join(self.folder, "rejected", name))
+        storage.write_parquet(
+            pa.Table.from_pylist(rejected, REJECTED_SCHEMA), storage.join(self.folder, "rejected", name)
+        )
         storage.write_parquet(pa.Table.from_pylist(windows, WINDOWS_SCHEMA), storage.join(self.folder, "windows", name))
         storage.write_parquet(pa.Table.from_pylist(images, IMAGES_SCHEMA), part, row_group_size=32)
 
 
-def _summary(
-    patches: PatchSet, classes: TissueClasses, layout: str, rejected: list[dict[str, Any]]
-) -> dict[str, Any]:
+def _summary(patches: PatchSet, classes: TissueClasses, layout: str, rejected: list[dict[str, Any]]) -> dict[str, Any]:
     labels = patches.labels
     single = labels.sum(axis=1) == 1
     return {

@@ -48,7 +48,12 @@ def run(context: StageContext) -> dict[str, Any]:
     actors, resources = cluster.network_pool(config.compute)
     cluster.run_shards(
         _Predict,
-        {"config": config, "patches": patches.uri, "model": context.inputs["model"].path("bundle"), "threads": cluster.node_threads()},
+        {
+            "config": config,
+            "patches": patches.uri,
+            "model": context.inputs["model"].path("bundle"),
+            "threads": cluster.node_threads(),
+        },
         _shards(table),
         context.path("masks"),
         actors=actors,
@@ -64,7 +69,9 @@ def _shards(table: pa.Table) -> list[list[int]]:
     """Positions of images, in groups of about SHARD_PIXELS px."""
     shards: list[list[int]] = [[]]
     pixels = 0
-    for position, (height, width) in enumerate(zip(table["height"].to_pylist(), table["width"].to_pylist(), strict=True)):
+    for position, (height, width) in enumerate(
+        zip(table["height"].to_pylist(), table["width"].to_pylist(), strict=True)
+    ):
         if shards[-1] and pixels + height * width > SHARD_PIXELS:
             shards.append([])
             pixels = 0
@@ -167,8 +174,10 @@ def _picture(context: StageContext) -> bytes:
     chosen = mixed or list(range(len(patches)))
     chosen = [chosen[round(place)] for place in np.linspace(0, len(chosen) - 1, min(PICTURES, len(chosen)))]
     rows = [
-        [Panel(masks["name"][position].as_py(), patches.image(position)),
-         Panel("pseudo-mask", patches.image(position), decode_ids(masks["png"][position].as_py()))]
+        [
+            Panel(masks["name"][position].as_py(), patches.image(position)),
+            Panel("pseudo-mask", patches.image(position), decode_ids(masks["png"][position].as_py())),
+        ]
         for position in chosen
     ]
     return encode_png(sheet(rows, classes))

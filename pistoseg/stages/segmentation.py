@@ -71,7 +71,7 @@ def _run(context: StageContext, training: TrainingConfig, source: SampleSource) 
         classes=classes,
         patch_size=source.size[0],
         scale=config.scale.model_dump(),
-        evaluation=config.evaluation.resolved(),
+        evaluation=config.evaluation.resolved() | {"config": config.evaluation.model_dump(mode="json")},
         lineage={role: f"{item.stage}/{item.fingerprint}" for role, item in context.inputs.items()},
         metrics=metrics | {"epoch": trained.epoch},
     )

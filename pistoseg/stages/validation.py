@@ -1,4 +1,4 @@
-"""Validation images with masks: checked and kept at their own pixel size, as the truth that models are scored against."""
+"""Validation images with masks: checked, kept at their own pixel size: the truth that models are scored against."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from pistoseg.patches.digest import validation_folder
 from pistoseg.patches.layouts import scan_evaluation
 from pistoseg.patches.masked import FOLDER
 from pistoseg.pipeline import StageContext
+from pistoseg.progress import Progress
 from pistoseg.stages import cluster
 
 SHARD_IMAGES = 64
@@ -36,28 +37,52 @@ def run(context: StageContext) -> dict[str, Any]:
     if folder is None:
         context.progress.say("warning: there are no validation images (img/ and mask/): models will not be scored")
         return {"images": 0, "missing_images": [], "missing_masks": []}
-    return collect(folder, context)
-
-
-def collect(folder: str, context: StageContext) -> dict[str, Any]:
-    """Read the pairs of a folder into the artifact; used for any images that a model is scored on."""
     config = context.config
+    return collect(
+        folder,
+        context.folder,
+        config.classes.tissue(),
+        max_pixels=config.data.max_pixels,
+        actors=cluster.cpu_pool(config.compute),
+        progress=context.progress,
+    )
+
+
+def collect(
+    folder: str, out: str, classes: TissueClasses, *, max_pixels: int, actors: int, progress: Progress
+) -> dict[str, Any]:
+    """Read the images of a folder that have masks into an artifact's folder.
+
+    Args:
+        folder: URI with img/ and mask/.
+        out: URI of the artifact's folder.
+        classes: what the masks' values mean.
+        max_pixels: larger images are refused.
+        actors: that read.
+        progress: told the number of finished images.
+    Returns:
+        `images` read, `missing_images` that only have a mask, `missing_masks`.
+    Raises:
+        PistoSegError: naming every image or mask that is bad.
+    """
     listing = scan_evaluation(folder)
     pairs = [asdict(pair) for pair in listing.scored]
+    if not pairs:
+        raise PistoSegError("has no image with a mask", file=folder, remedy="give img/ and mask/ files the same names")
     shards = [pairs[start : start + SHARD_IMAGES] for start in range(0, len(pairs), SHARD_IMAGES)]
     cluster.run_shards(
         _Read,
-        {"classes": config.classes.tissue(), "max_pixels": config.data.max_pixels},
+        {"classes": classes, "max_pixels": max_pixels},
         shards,
-        context.path(FOLDER),
-        actors=cluster.cpu_pool(config.compute),
+        storage.join(out, FOLDER),
+        actors=actors,
         resources={"num_cpus": 1},
-        progress=context.progress,
+        progress=progress,
     )
     missing = {"missing_images": listing.missing_images, "missing_masks": listing.missing_masks}
     for kind, names in missing.items():
         if names:
-            context.progress.say(f"warning: {len(names)} {kind.replace('_', ' ')} in {folder}: {', '.join(names[:5])}")
+            progress.say(f"warning: {len(names)} {kind.replace('_', ' ')} in {folder}: {', '.join(names[:5])}")
     return {"images": len(pairs), **missing}
 
 

@@ -6,7 +6,7 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from pistoseg.classes import IGNORE_ID
 from pistoseg.config import AugmentationConfig
@@ -35,7 +35,9 @@ def augment(images: Tensor, masks: Tensor, config: AugmentationConfig, seed: int
     return images.round().clamp(0, 255).to(torch.uint8), masks
 
 
-def _warp(images: Tensor, masks: Tensor, config: AugmentationConfig, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _warp(
+    images: Tensor, masks: Tensor, config: AugmentationConfig, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """Flips, quarter turns, rotation, zoom and crop as one sampling of each image."""
     n, height, width, _ = images.shape
     channels_first = images.permute(0, 3, 1, 2).float()

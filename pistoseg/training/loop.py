@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from pistoseg.classes import TissueClasses
 from pistoseg.config import TrainingConfig
 from pistoseg.metrics import ConfusionMatrix
 from pistoseg.models.bundle import Segmenter
-from pistoseg.models.inference import uses_bf16
+from pistoseg.models.inference import resolve_precision
 from pistoseg.models.losses import segmentation_loss
 from pistoseg.models.segmentation import SegmentationNetwork
 from pistoseg.patches.masked import MaskedImages
@@ -75,6 +76,8 @@ def train_worker(arguments: dict[str, Any]) -> None:
             batch_size=job.batch_size, prefetch_batches=2, drop_last=True
         )
     )
+    # The stream's start-up is no waiting of the first epoch.
+    batches = chain(list(islice(batches, 1)), batches)
     for epoch in range(training.epoch, job.config.epochs):
         if not training.run_epoch(epoch, batches):
             return
@@ -90,7 +93,7 @@ class _Training:
             torch.set_num_threads(job.threads)
         torch.manual_seed(job.seed)
         self.network: SegmentationNetwork = ray.get(job.network)
-        self.network.to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.network.to(device=self.device, memory_format=torch.channels_last)
         self.model: nn.Module = ray.train.torch.prepare_model(self.network, move_to_device=False)
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(),
@@ -98,7 +101,7 @@ class _Training:
             weight_decay=job.config.weight_decay,
             fused=True,
         )
-        self.bf16 = uses_bf16(job.config.precision, self.device)
+        self.bf16 = resolve_precision(job.config.precision, self.device) == "bf16"
         self.history: list[dict[str, float]] = []
         self.epoch = 0
         self._resume()
@@ -203,7 +206,9 @@ class _Training:
 
     def _fail(self, batch: dict[str, Tensor], epoch: int, step: int, loss: float) -> None:
         name = f"failed-batch-rank{self.rank}.safetensors"
-        storage.write_bytes(storage.join(self.job.folder, name), save({key: value.contiguous() for key, value in batch.items()}))
+        storage.write_bytes(
+            storage.join(self.job.folder, name), save({key: value.contiguous() for key, value in batch.items()})
+        )
         if self.rank == 0:
             reason = {"epoch": epoch, "step": step, "loss": str(loss), "batch": name}
             storage.write_bytes(storage.join(self.job.folder, FAILURE), json.dumps(reason).encode())

@@ -46,7 +46,9 @@ class SampleSource:
     size: tuple[int, int]
 
 
-def sample_dataset(source: SampleSource, first_epoch: int, epochs: int, per_epoch: int, actors: int) -> ray.data.Dataset:
+def sample_dataset(
+    source: SampleSource, first_epoch: int, epochs: int, per_epoch: int, actors: int
+) -> ray.data.Dataset:
     """The samples of epochs first_epoch..epochs-1, in order.
 
     Columns: `epoch` and `index` int64, `image` (H, W, 3) uint8, `mask` (H, W) uint8.

@@ -24,6 +24,8 @@ from pistoseg.training.loop import CHECKPOINT, FAILURE, SCORE, TrainingJob, trai
 from pistoseg.training.stream import SampleSource, sample_dataset
 
 RUN = "ray_train"
+SNAPSHOT = "checkpoint_manager_snapshot.json"
+"""What `ray.train.Result.from_path` reads; Ray Train writes it with the first checkpoint."""
 POLL_S = 0.5
 
 
@@ -42,7 +44,6 @@ class Trained:
     history: list[dict[str, float]]
 
 
-@ray.remote(num_cpus=0)
 class _Monitor:
     """Collects what training workers say, for the driver to fetch."""
 
@@ -105,7 +106,7 @@ def train(
     failure = storage.join(folder, FAILURE)
     if storage.exists(failure):
         storage.remove_file(failure)  # the user runs again on purpose: from the last good epoch
-    monitor = _Monitor.remote()
+    monitor = ray.remote(num_cpus=0)(_Monitor).remote()
     job = TrainingJob(
         config=config,
         network=ray.put(network),
@@ -179,9 +180,10 @@ def _load(checkpoint: ray.train.Checkpoint) -> dict[str, Any]:
 
 def _last_history(folder: str) -> list[dict[str, float]]:
     """Metrics of the epochs that a checkpoint holds."""
-    file_system, path = storage.arrow_filesystem(storage.join(folder, RUN))
-    if not storage.exists(storage.join(folder, RUN)):
+    run = storage.join(folder, RUN)
+    if not storage.exists(storage.join(run, SNAPSHOT)):
         return []
+    file_system, path = storage.arrow_filesystem(run)
     result = ray.train.Result.from_path(path, storage_filesystem=file_system)
     return json.loads(_load(result.checkpoint)["history"]) if result.checkpoint is not None else []
 
@@ -190,7 +192,11 @@ class _Watch:
     """Passes what the monitor collected to the driver's callbacks while the training runs."""
 
     def __init__(
-        self, monitor: Any, total: int, on_step: Callable[[int, int, str], None], on_epoch: Callable[[dict[str, float]], None]
+        self,
+        monitor: Any,
+        total: int,
+        on_step: Callable[[int, int, str], None],
+        on_epoch: Callable[[dict[str, float]], None],
     ) -> None:
         self.monitor, self.total, self.on_step, self.on_epoch = monitor, total, on_step, on_epoch
         self._stop = threading.Event()

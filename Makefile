@@ -1,0 +1,37 @@
+# Two commands set up everything: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test lint format types lock clean
+
+demo: $(STAMP)  ## the whole pipeline on a synthetic cohort: scores, the output tree, how to browse it
+	$(BIN)/pistoseg demo --workspace demo
+
+test: lint types  ## lint, format check, type check, tests
+	$(BIN)/pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+format: $(STAMP)  ## mend what ruff can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(STAMP): requirements.lock pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $(STAMP)
+
+lock: $(STAMP)  ## resolve the versions anew, after pyproject.toml changed
+	$(BIN)/pip-compile --quiet --upgrade --extra demo --extra dev --strip-extras --no-emit-index-url \
+		--no-emit-find-links --no-annotate --allow-unsafe --output-file requirements.lock pyproject.toml
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,7 @@
+"""`python -m pistoseg`."""
+
+import sys
+
+from pistoseg.cli import main
+
+sys.exit(main())

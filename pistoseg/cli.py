@@ -1,0 +1,187 @@
+"""The command line: each verb parses its arguments and calls one function."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pistoseg import __version__
+from pistoseg.errors import PistoSegError
+
+if TYPE_CHECKING:
+    from pistoseg.config import Config
+
+EPILOG = """first steps:
+  pistoseg demo                                                    the whole pipeline on a synthetic cohort
+  pistoseg data check DATA --preset wsss4luad                      is my data set fit for training?
+  pistoseg train --preset wsss4luad --profile cpu --data DATA --workspace runs/mine
+  pistoseg evaluate --model BUNDLE --data DIR --out DIR            score a model on images with masks
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0 done, 2 the user's input or settings are wrong, 130 interrupted."""
+    options = build_parser().parse_args(arguments)
+    run: Callable[[argparse.Namespace], int] = options.run
+    try:
+        return run(options)
+    except PistoSegError as error:
+        print(f"pistoseg: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("pistoseg: interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all verbs."""
+    parser = argparse.ArgumentParser(
+        prog="pistoseg",
+        description="From image-level labels to tissue segmentation models.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"pistoseg {__version__}")
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+
+    train = _verb(verbs, "train", _train, "labelled images -> a trained, scored model")
+    _config_options(train)
+    _run_options(train)
+
+    synthesize = _verb(verbs, "synthesize", _synthesize, "labelled images -> mosaics with masks")
+    _config_options(synthesize)
+    _run_options(synthesize)
+    synthesize.add_argument("--preview", type=_positive, metavar="N", help="only draw a sheet of N mosaics")
+    synthesize.add_argument("--out", default="mosaics.png", help="the sheet's file (default: %(default)s)")
+
+    evaluate = _verb(verbs, "evaluate", _evaluate, "score a model on images with masks")
+    evaluate.add_argument("--model", required=True, metavar="BUNDLE", help="folder or URI of a model bundle")
+    evaluate.add_argument("--data", required=True, metavar="DIR", help="folder or URI with img/ and mask/")
+    evaluate.add_argument("--out", required=True, metavar="DIR", help="folder or URI of the report")
+    evaluate.add_argument(
+        "--protocol", choices=("single-scale", "wsss4luad", "bcss-wsss"), help="default: the bundle's"
+    )
+    evaluate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+
+    data = _group(verbs, "data", "look at data sets")
+    check = _verb(data, "check", _data_check, "is a data set fit for training?")
+    check.add_argument("data", metavar="DIR", help="folder or URI of the data set")
+    _config_options(check)
+    check.add_argument("--out", metavar="DIR", help="write report.json and sheets of examples there")
+    check.add_argument("--workers", type=_positive, default=None, help="threads (default: one a CPU)")
+
+    config = _group(verbs, "config", "look at settings")
+    show = _verb(config, "show", _config_show, "print the resolved settings, each with its meaning")
+    _config_options(show)
+
+    ui = _verb(verbs, "ui", _ui, "browse runs and models in MLflow")
+    ui.add_argument("--workspace", default="runs/pistoseg", help="workspace with the runs (default: %(default)s)")
+    ui.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    ui.add_argument("--port", type=int, default=5000, help="port to listen on (default: %(default)s)")
+
+    demo = _verb(verbs, "demo", _demo, "the whole pipeline on a synthetic cohort")
+    demo.add_argument("--workspace", default="demo", help="folder of the cohort and the runs (default: %(default)s)")
+    demo.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    return parser
+
+
+def _verb(verbs: Any, name: str, run: Callable[[argparse.Namespace], int], summary: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(name, help=summary, description=summary)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _group(verbs: Any, name: str, summary: str) -> Any:
+    return verbs.add_parser(name, help=summary, description=summary).add_subparsers(metavar="VERB", required=True)
+
+
+def _config_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", help="wsss4luad, bcss-wsss, glas or demo")
+    parser.add_argument("--profile", help="a profile of the preset, e.g. cpu")
+    parser.add_argument("--config", metavar="FILE", help="YAML with settings; goes before the preset's")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="e.g. synthesis.alpha=0.3"
+    )
+
+
+def _run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", metavar="DIR", help="folder or URI of the data set")
+    parser.add_argument("--workspace", default="runs/pistoseg", help="where artifacts go (default: %(default)s)")
+    parser.add_argument("--workers", type=_positive, metavar="N", help="actors that read images and make mosaics")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def _config(options: argparse.Namespace) -> Config:
+    from pistoseg.config import load_config
+
+    overrides = list(options.overrides)
+    if isinstance(getattr(options, "data", None), str):
+        overrides.append(f"data.uri={_quoted(options.data)}")
+    if getattr(options, "workers", None):
+        overrides.append(f"compute.workers={options.workers}")
+    return load_config(options.preset, options.profile, options.config, overrides)
+
+
+def _quoted(text: str) -> str:
+    import json
+
+    return json.dumps(text)
+
+
+def _train(options: argparse.Namespace) -> int:
+    from pistoseg.commands import train
+
+    train(_config(options), options.workspace)
+    return 0
+
+
+def _synthesize(options: argparse.Namespace) -> int:
+    from pistoseg.commands import synthesize
+
+    synthesize(_config(options), options.workspace, options.preview, options.out)
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from pistoseg.commands import evaluate
+
+    evaluate(options.model, options.data, options.out, options.protocol, options.device)
+    return 0
+
+
+def _data_check(options: argparse.Namespace) -> int:
+    from pistoseg.commands import data_check
+
+    return data_check(options.data, _config(options), options.out, options.workers)
+
+
+def _config_show(options: argparse.Namespace) -> int:
+    from pistoseg.config import describe
+
+    print(describe(_config(options)), end="")
+    return 0
+
+
+def _ui(options: argparse.Namespace) -> int:
+    from pistoseg.commands import ui
+
+    return ui(options.workspace, options.host, options.port)
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from pistoseg.commands import demo
+
+    demo(options.workspace, options.overrides)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

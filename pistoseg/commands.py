@@ -1,0 +1,164 @@
+"""What the verbs do, callable from Python: `cli` and the jobs parse arguments, these functions act."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pistoseg import storage
+from pistoseg.artifacts import Artifact, Workspace
+from pistoseg.config import ComputeConfig, Config, EvaluationConfig, TrackingConfig, load_config
+from pistoseg.errors import PistoSegError
+from pistoseg.pipeline import run_pipeline
+from pistoseg.progress import Progress
+
+
+def train(config: Config, workspace: str) -> dict[str, Artifact]:
+    """Run the pipeline up to the scores; print them, the output tree and how to look at the run."""
+    from pistoseg.stages import cluster
+
+    place = Workspace(storage.absolute(workspace))
+    progress = Progress()
+    with cluster.connected(config.compute):
+        artifacts = run_pipeline(config, place, progress=progress)
+    console = Console()
+    _print_scores(console, artifacts)
+    _print_tree(console, place, artifacts)
+    console.print(f"browse:  pistoseg ui --workspace {workspace}", highlight=False)
+    return artifacts
+
+
+def synthesize(config: Config, workspace: str, preview: int | None, out: str) -> None:
+    """Make the mosaics of a config; with `preview` only a sheet of that many, written to `out`."""
+    from pistoseg.stages import cluster
+
+    place = Workspace(storage.absolute(workspace))
+    if preview is None and config.synthesis.mode == "streamed":
+        raise PistoSegError(
+            "synthesis.mode is streamed, so that no mosaics are kept",
+            field="synthesis.mode",
+            remedy="add --set synthesis.mode=stored, or --preview 16 for a sheet of them",
+        )
+    target = "patches" if preview else "synthesis"
+    with cluster.connected(config.compute):
+        artifacts = run_pipeline(config, place, (target,), progress=Progress())
+    if preview:
+        from pistoseg.patches.decode import encode_png
+        from pistoseg.stages.synthesis import mosaics
+        from pistoseg.synthesis.preview import sheet
+        from pistoseg.training.samples import fresh_mosaics
+
+        synthesizer = fresh_mosaics(mosaics(config, artifacts["patches"]))
+        samples = [synthesizer.sample(0, index) for index in range(preview)]
+        storage.write_bytes(out, encode_png(sheet(samples, config.classes.tissue())))
+        print(out)
+    else:
+        print(artifacts["synthesis"].path("mosaics"))
+
+
+def evaluate(model: str, data: str, out: str, protocol: str | None, device: str) -> dict[str, Any]:
+    """Score a bundle on the images of a folder; classes and protocol come from the bundle unless given."""
+    from pistoseg.models.bundle import read_info
+    from pistoseg.stages import cluster
+    from pistoseg.stages.evaluation import evaluate_folder
+
+    model, out, progress = storage.absolute(model), storage.absolute(out), Progress()
+    settings = {"protocol": protocol} if protocol else read_info(model)["evaluation"].get("config", {})
+    config = EvaluationConfig.model_validate(settings)
+    with cluster.connected(ComputeConfig.model_validate({"device": device})):
+        report = evaluate_folder(model, storage.absolute(data), out, config, device=device, progress=progress)
+    table = _score_table("model", report["iou"])
+    _add_scores(table, storage.name(model), report)
+    Console().print(table)
+    print(storage.join(out, "metrics.json"))
+    return report
+
+
+def data_check(data: str, config: Config, out: str | None, workers: int | None) -> int:
+    """Validate a data set and print the report; 1 when something would stop a training."""
+    from pistoseg.patches.check import check
+    from pistoseg.stages.cluster import available_cpus
+
+    report = check(
+        storage.absolute(data), config.classes.tissue(), config.data, workers=workers or available_cpus(), out=out
+    )
+    print(report.to_text())
+    return 0 if report.ok else 1
+
+
+def ui(workspace: str, host: str, port: int) -> int:
+    """Serve MLflow over a workspace's runs; replaces this process."""
+    from pistoseg.tracking import tracking_uri
+
+    uri = tracking_uri(TrackingConfig(), Workspace(storage.absolute(workspace)))
+    database = uri.removeprefix("sqlite:///")
+    if uri.startswith("sqlite:") and not os.path.exists(database):
+        raise PistoSegError("has no runs yet", file=workspace, remedy="run `pistoseg train --workspace` with it first")
+    if not uri.startswith("sqlite:"):
+        print(f"runs are at {uri}")
+        return 0
+    print(f"http://{host}:{port}  (Ctrl-C ends it)", flush=True)
+    command = ["mlflow", "server", "--backend-store-uri", uri, "--host", host, "--port", str(port)]
+    os.execv(sys.executable, [sys.executable, "-m", *command])
+
+
+def demo(workspace: str, overrides: list[str]) -> None:
+    """Draw a synthetic cohort and run the whole pipeline on it."""
+    from pistoseg.phantom import write_cohort
+
+    cohort = storage.join(storage.absolute(workspace), "cohort")
+    if not storage.exists(storage.join(cohort, "phantom.json")):
+        print(f"drawing a synthetic cohort (no patient's tissue): {cohort}", flush=True)
+        write_cohort(cohort, seed=0, slides=1)
+    train(load_config("demo", overrides=[*overrides, f"data.uri={cohort}"]), workspace)
+    print("all images of this demo are synthetic; its scores say nothing about real tissue")
+
+
+def _print_scores(console: Console, artifacts: dict[str, Artifact]) -> None:
+    reports = {
+        name: artifacts[stage].summary["report"]
+        for name, stage in (("preliminary", "preliminary_evaluation"), ("precise", "evaluation"))
+        if stage in artifacts and artifacts[stage].summary["images"]
+    }
+    if not reports:
+        return
+    table = _score_table("model", next(iter(reports.values()))["iou"])
+    for name, report in reports.items():
+        _add_scores(table, name, report)
+    console.print(table)
+
+
+def _score_table(title: str, classes: dict[str, Any]) -> Table:
+    table = Table(title="IoU on the validation images")
+    table.add_column(title)
+    for name in (*classes, "mIoU", "fwIoU", "mIoU 95 %", "images"):
+        table.add_column(name, justify="right")
+    return table
+
+
+def _add_scores(table: Table, name: str, report: dict[str, Any]) -> None:
+    values = ["-" if value is None else f"{value:.3f}" for value in report["iou"].values()]
+    interval = report.get("confidence_interval_95", {}).get("miou")
+    spread = f"{interval[0]:.3f} to {interval[1]:.3f}" if interval else "-"
+    complete = str(report["images"]) + ("" if report["complete"] else " (incomplete)")
+    table.add_row(name, *values, f"{report['miou']:.3f}", f"{report['fwiou']:.3f}", spread, complete)
+
+
+def _print_tree(console: Console, workspace: Workspace, artifacts: dict[str, Artifact]) -> None:
+    console.print(workspace.root, highlight=False)
+    notes = {
+        "patches": "images/ windows/ rejected.parquet",
+        "validation": "images/",
+        "synthesis": "preview.png, mosaics/ when stored",
+        "preliminary": "bundle/ epochs.json",
+        "preliminary_evaluation": "metrics.json per_image.csv predictions.png",
+        "pseudo_masks": "masks/ pseudo_masks.png",
+        "precise": "bundle/ (the model) epochs.json",
+        "evaluation": "metrics.json per_image.csv predictions.png",
+    }
+    for stage, artifact in artifacts.items():
+        console.print(f"  {stage}/{artifact.fingerprint}/  {notes[stage]}", highlight=False)

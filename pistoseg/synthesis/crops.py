@@ -1,0 +1,112 @@
+"""Crops of single-tissue images, drawn by the hundred and spliced in one copy."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pistoseg.errors import PistoSegError
+from pistoseg.synthesis.bank import TissueBank
+from pistoseg.synthesis.sampling import ImageSampler
+
+
+class Crops(NamedTuple):
+    """Some crops, each H_p x W_p px.
+
+    Args:
+        images: int64 image numbers.
+        starts: int64, the bank's pixel in each crop's top left corner.
+        strides: int64, pixels from one row of a crop to the next: its image's width.
+    """
+
+    images: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    strides: NDArray[np.int64]
+
+    def grid(self, first: int, rows: int, columns: int) -> Crops:
+        """The rows*columns crops from `first` on as a grid in raster order."""
+        return Crops(*(part[first : first + rows * columns].reshape(rows, columns) for part in self))
+
+
+class CropSource:
+    """Where crops come from: an image by class sampling, then a place in it, uniformly.
+
+    A crop with too large a share of background is redrawn, at most `max_redraws` times; then it is taken as it is.
+
+    Args:
+        bank: the single-tissue images.
+        sampler: draws image numbers.
+        height: H_p (px).
+        width: W_p (px).
+        background_threshold: largest share of background, 0-1; 1: anything goes.
+        max_redraws: redraws of one crop at the most.
+    Raises:
+        PistoSegError: some images are smaller than a crop.
+    """
+
+    def __init__(
+        self,
+        bank: TissueBank,
+        sampler: ImageSampler,
+        height: int,
+        width: int,
+        background_threshold: float = 1.0,
+        max_redraws: int = 10,
+    ) -> None:
+        small = int(((bank.shapes[:, 0] < height) | (bank.shapes[:, 1] < width)).sum())
+        if small:
+            raise PistoSegError(
+                f"{small} of {len(bank)} single-tissue images are smaller than a crop of {height}x{width} px",
+                field="synthesis.crop_height",
+                remedy=f"pack the bank for this crop, TissueBank.from_images(..., crop=({height}, {width})), "
+                "or make the crop smaller",
+            )
+        self.height = height
+        self.width = width
+        self._rejected: NDArray[np.bool_] | None = None
+        if bank.has_background and background_threshold < 1 and max_redraws > 0:
+            self._rejected = bank.with_rejection(height, width, background_threshold).rejected
+        self._max_redraws = max_redraws
+        self._sampler = sampler
+        self._runs = bank.runs(width)
+        self._offsets = bank.offsets
+        self._strides = bank.shapes[:, 1].astype(np.int64)
+        self._places = bank.shapes.astype(np.int64) - (height - 1, width - 1)  # (n, 2): possible top left corners
+        self._row = np.arange(height)[:, None]
+
+    def draw(self, rng: np.random.Generator, n: int) -> Crops:
+        """Draw n crops."""
+        images = self._sampler.draw(rng, n)
+        starts = self._place(rng, images)
+        if self._rejected is not None:
+            self._redraw(rng, images, starts)
+        return Crops(images, starts, self._strides[images])
+
+    def splice(self, crops: Crops) -> NDArray[np.uint8]:
+        """Splice a grid of crops in raster order.
+
+        Args:
+            crops: (rows, columns) crops.
+        Returns:
+            (rows * H_p, columns * W_p, 4) uint8, RGB and tissue.
+        """
+        rows, columns = crops.starts.shape
+        runs = crops.starts[:, None, :] + crops.strides[:, None, :] * self._row
+        return self._runs[runs].view(np.uint8).reshape(rows * self.height, columns * self.width, 4)
+
+    def _place(self, rng: np.random.Generator, images: NDArray[np.int64]) -> NDArray[np.int64]:
+        corners = (rng.random((len(images), 2)) * self._places[images]).astype(np.int64)
+        return self._offsets[images] + corners[:, 0] * self._strides[images] + corners[:, 1]
+
+    def _redraw(self, rng: np.random.Generator, images: NDArray[np.int64], starts: NDArray[np.int64]) -> None:
+        assert self._rejected is not None
+        bad = np.flatnonzero(self._rejected[starts])
+        for _ in range(self._max_redraws):
+            if not len(bad):
+                return
+            substitutes = self._sampler.redraw(rng, images[bad])
+            images[bad] = substitutes
+            starts[bad] = places = self._place(rng, substitutes)
+            bad = bad[self._rejected[places]]

@@ -1,0 +1,103 @@
+"""Which single-tissue image a crop comes from, and the random numbers of a sample."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pistoseg.errors import PistoSegError
+
+ClassSampling = Literal["natural", "balanced"] | Mapping[str, float]
+
+_WORD = (1 << 64) - 1
+_DOMAIN = 0x5049_5354_4F53_4547  # keeps these streams apart from any other use of Philox with the same seed
+
+
+def address_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
+    """The random numbers of sample `index` of `epoch`: a function of (seed, epoch, index) alone.
+
+    Seed is the key and (epoch, index) the high half of the counter of a Philox generator, so that no two samples
+    share numbers however many they draw.
+    """
+    counter = [0, 0, index & _WORD, epoch & _WORD]
+    return np.random.Generator(np.random.Philox(key=[seed & _WORD, _DOMAIN], counter=counter))
+
+
+class ImageSampler:
+    """Draws image numbers by class.
+
+    Args:
+        labels: (n,) class id of each single-tissue image.
+        class_names: the L class names.
+        sampling: `natural` draws images uniformly, so that a class has its share of the images; `balanced` draws
+            classes uniformly; a mapping gives a weight per class name.
+    Raises:
+        PistoSegError: a class that is to be drawn has no single-tissue image, or the weights do not fit the classes.
+    """
+
+    def __init__(self, labels: NDArray[np.uint8], class_names: Sequence[str], sampling: ClassSampling) -> None:
+        counts = np.bincount(labels, minlength=len(class_names))
+        weights = _weights(class_names, sampling)
+        self._refuse_absent(class_names, counts, weights)
+        self.natural = sampling == "natural"
+        self._n = len(labels)
+        self._labels = labels
+        self._order = np.argsort(labels, kind="stable")  # the images of class c are order[starts[c]:][:counts[c]]
+        self._starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
+        self._counts = counts
+        self._edges = np.cumsum(weights)[:-1] / np.sum(weights)
+
+    @staticmethod
+    def _refuse_absent(names: Sequence[str], counts: NDArray[np.int64], weights: NDArray[np.float64]) -> None:
+        absent = [name for name, count, weight in zip(names, counts, weights, strict=True) if weight > 0 and not count]
+        if absent:
+            raise PistoSegError(
+                f"no single-tissue image of {', '.join(absent)}, so that no mosaic could show it",
+                field="synthesis.class_sampling",
+                remedy="add images or windows that show this tissue alone (one flag set), drop the class from the "
+                "classes, or give it weight 0 in synthesis.class_sampling",
+            )
+
+    def draw(self, rng: np.random.Generator, n: int) -> NDArray[np.int64]:
+        """Draw n image numbers, (n,) int64."""
+        if self.natural:
+            return (rng.random(n) * self._n).astype(np.int64)
+        return self._within(rng, np.searchsorted(self._edges, rng.random(n), side="right"))
+
+    def redraw(self, rng: np.random.Generator, images: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Draw a substitute for each image.
+
+        Where classes have set shares the substitute has the same class, so that rejecting crops does not shift the
+        shares; with natural sampling it is any image.
+        """
+        if self.natural:
+            return self.draw(rng, len(images))
+        return self._within(rng, self._labels[images])
+
+    def _within(self, rng: np.random.Generator, classes: NDArray[np.integer]) -> NDArray[np.int64]:
+        places = (rng.random(len(classes)) * self._counts[classes]).astype(np.int64)
+        return self._order[self._starts[classes] + places]
+
+
+def _weights(names: Sequence[str], sampling: ClassSampling) -> NDArray[np.float64]:
+    if not isinstance(sampling, Mapping):
+        return np.ones(len(names))  # natural does not use them, but needs every class as well
+    folded = {name.strip().casefold(): weight for name, weight in sampling.items()}
+    expected = [name.strip().casefold() for name in names]
+    if set(folded) != set(expected):
+        raise PistoSegError(
+            f"weights are given for {', '.join(sampling)}, but the classes are {', '.join(names)}",
+            field="synthesis.class_sampling",
+            remedy="give one weight per class name, 0 for a class to leave out",
+        )
+    weights = np.array([folded[name] for name in expected], dtype=np.float64)
+    if not np.isfinite(weights).all() or (weights < 0).any() or weights.sum() <= 0:
+        raise PistoSegError(
+            "the weights must be finite, not negative, and not all 0",
+            field="synthesis.class_sampling",
+            remedy="give at least one class a positive weight",
+        )
+    return weights

@@ -1,0 +1,176 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import pistoseg
+from pistoseg.classes import TissueClass, TissueClasses
+from pistoseg.errors import PistoSegError
+from pistoseg.models import bundle, segmentation
+from pistoseg.models.mlflow_flavor import LOADER_MODULE, signature
+from pistoseg.models.segmentation import Normalization
+
+CLASSES = TissueClasses((TissueClass("tumor", (0, 64, 128)), TissueClass("strôma", (64, 128, 0))), 2, (255, 255, 255))
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    network = segmentation.build("unet", "tu-mobilenetv3_small_050", 2, None, None)
+    network.normalization = Normalization((0.7, 0.5, 0.6), (0.2, 0.25, 0.3))
+    return network.eval()
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory):
+    uri = str(tmp_path_factory.mktemp("bundles") / "model [1]")
+    bundle.save(
+        uri,
+        model,
+        classes=CLASSES,
+        patch_size=64,
+        scale={"mpp": 1.0, "source_mpp": 0.5},
+        evaluation={"protocol": "single-scale", "tile": 64, "stride": 64, "scales": (1.0,), "symmetries": 8},
+        lineage={"patches": "3f2a"},
+        metrics={"miou": np.float64(0.5)},
+    )
+    return uri
+
+
+def picture(height=70, width=90):
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3)).astype(np.uint8)
+
+
+def test_a_bundle_is_two_files_and_gives_the_model_back(model, folder):
+    assert sorted(item.name for item in Path(folder).iterdir()) == ["model.json", "model.safetensors"]
+    loaded = pistoseg.load(folder, device="cpu")
+    for key, value in model.state_dict().items():
+        assert torch.equal(loaded.model.state_dict()[key], value), key
+    assert loaded.model.normalization == model.normalization
+    assert loaded.classes == CLASSES
+    assert loaded.info["metrics"] == {"miou": 0.5}
+    assert loaded.info["lineage"] == {"patches": "3f2a"}
+    assert loaded.info["pistoseg_version"] == pistoseg.__version__
+
+
+def test_the_protocol_of_the_evaluation_is_the_default(folder):
+    loaded = pistoseg.load(folder, device="cpu")
+    default = loaded.predictor()
+    assert (default.tile, default.stride, default.symmetries, default.scales) == (64, 64, 8, (1.0,))
+    other = loaded.predictor(tile=96, symmetries=1)
+    assert (other.tile, other.stride, other.symmetries) == (96, 48, 1)
+
+
+def test_masks_have_the_size_of_the_image_and_the_network_sees_its_own_pixel_size(folder):
+    loaded = pistoseg.load(folder, device="cpu")
+    assert loaded.factor() == 0.5
+    assert loaded.factor(2.0) == 2.0
+    pixels = picture()
+    mask, maps = loaded.predict(pixels), loaded.probabilities(pixels)
+    assert mask.shape == (70, 90)
+    assert mask.dtype == np.uint8
+    assert maps.shape == (2, 70, 90)
+    np.testing.assert_array_equal(mask, maps.argmax(0))
+    np.testing.assert_array_equal(mask, loaded.predict(pixels, mpp=0.5))
+    np.testing.assert_allclose(maps, loaded.predictor().probabilities(pixels, 0.5))
+
+
+def test_arrays_files_and_pil_images_give_the_same(folder, tmp_path):
+    loaded = pistoseg.load(folder, device="cpu")
+    pixels = picture()
+    Image.fromarray(pixels).save(tmp_path / "x [1].png")
+    expected = loaded.predict(pixels)
+    opaque = Image.fromarray(pixels).convert("RGBA")
+    for image in (tmp_path / "x [1].png", str(tmp_path / "x [1].png"), Image.fromarray(pixels), opaque):
+        np.testing.assert_array_equal(loaded.predict(image), expected)
+
+
+def test_any_fsspec_uri_holds_a_bundle(model):
+    bundle.save("memory://models/a", model, classes=CLASSES, patch_size=64)
+    assert pistoseg.load("memory://models/a", device="cpu").predict(picture()).shape == (70, 90)
+
+
+def copy(folder, target, **changes):
+    target.mkdir()
+    info = json.loads((Path(folder) / "model.json").read_text()) | changes
+    (target / "model.json").write_text(json.dumps(info))
+    (target / "model.safetensors").write_bytes((Path(folder) / "model.safetensors").read_bytes())
+    return target
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format_version": 99}, "format_version: the bundle has format 99.*upgrade"),
+        ({"format": "other"}, "does not describe a PistoSeg model"),
+        ({"encoder": "tu-mobilenetv3_small_100"}, "weights do not fit"),
+        ({"encoder": "tu-no_such_encoder"}, "no_such_encoder"),
+        ({"normalization": {}}, "is damaged"),
+        ({"scale": {"mpp": -1}}, "is damaged"),
+    ],
+)
+def test_a_description_that_does_not_fit_is_an_error_that_says_so(folder, tmp_path, changes, message):
+    with pytest.raises(PistoSegError, match=message):
+        pistoseg.load(str(copy(folder, tmp_path / "b", **changes)))
+
+
+def test_what_is_no_bundle_is_an_error_that_names_it(folder, tmp_path):
+    with pytest.raises(PistoSegError, match="nowhere: is no model bundle"):
+        pistoseg.load(str(tmp_path / "nowhere"))
+    broken = copy(folder, tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"PK\x03\x04")
+    with pytest.raises(PistoSegError, match=r"model\.safetensors: is not a safetensors file"):
+        pistoseg.load(str(broken))
+    (broken / "model.safetensors").unlink()
+    with pytest.raises(PistoSegError, match=r"model\.safetensors: is missing"):
+        pistoseg.load(str(broken))
+    (broken / "model.json").write_text("{")
+    with pytest.raises(PistoSegError, match="not valid JSON"):
+        pistoseg.load(str(broken))
+
+
+def test_bad_input_to_predict_is_an_error_that_names_it(model, folder, tmp_path):
+    loaded = pistoseg.load(folder, device="cpu")
+    (tmp_path / "text.png").write_text("no picture")
+    deep = tmp_path / "deep.png"
+    Image.fromarray(np.zeros((40, 40), np.uint16)).save(deep)
+    for image, message in (
+        (tmp_path / "none.png", r"none\.png: does not exist"),
+        (tmp_path / "text.png", r"text\.png: can't be read as an image"),
+        (deep, "8-bit RGB"),
+        (np.zeros((40, 40), np.uint8), r"\(40, 40\) uint8"),
+        (np.zeros((40, 40, 3)), "float64"),
+    ):
+        with pytest.raises(PistoSegError, match=message):
+            loaded.predict(image)
+    bundle.save(str(tmp_path / "unknown"), model, classes=CLASSES, patch_size=64)
+    with pytest.raises(PistoSegError, match="pixel size is unknown"):
+        pistoseg.load(str(tmp_path / "unknown"), device="cpu").predict(picture(), mpp=0.5)
+
+
+def test_mlflow_keeps_a_bundle_as_a_model_with_a_signature(folder, tmp_path):
+    import mlflow
+
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    experiment = mlflow.create_experiment("bundles", artifact_location=(tmp_path / "artifacts").as_uri())
+    with mlflow.start_run(experiment_id=experiment):
+        logged = mlflow.pyfunc.log_model(
+            name="model",
+            loader_module=LOADER_MODULE,
+            data_path=folder,
+            signature=signature(),
+            pip_requirements=["pistoseg"],
+        )
+    assert not [item for item in tmp_path.rglob("*") if item.suffix in (".pkl", ".pickle")]
+    model = mlflow.pyfunc.load_model(logged.model_uri)
+    images = np.stack([picture(), picture()[::-1]])
+    masks = model.predict(images)
+    expected = pistoseg.load(folder)
+    np.testing.assert_array_equal(masks, np.stack([expected.predict(image) for image in images]))
+    finer = model.predict(images, params={"mpp": 1.0})
+    np.testing.assert_array_equal(finer[0], expected.predict(images[0], mpp=1.0))
+    with pytest.raises(mlflow.MlflowException, match="uint8"):
+        model.predict(images.astype(np.float64))
