@@ -7,7 +7,7 @@ Below them, everything is a `SourceImage` or an `EvaluationPair`.
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from pistoseg import storage
@@ -25,7 +25,7 @@ SPLITS = {
 IMAGE_FOLDERS = ("img", "images", "image", "imgs")
 MASK_FOLDERS = ("mask", "masks")
 BACKGROUND_FOLDERS = ("background-mask", "background_mask", "background-masks")
-_OTHER_IMAGES = (".bmp", ".gif", ".webp", ".jp2", ".heic", ".avif", ".dcm", ".svs", ".ndpi", ".mrxs", ".scn", ".npy")
+_OTHER_IMAGES = (".bmp", ".gif", ".webp", ".jp2", ".heic", ".avif", ".dcm", ".svs", ".ndpi", ".mrxs", ".scn")
 
 
 def find_split(data_uri: str, split: str) -> str | None:
@@ -63,7 +63,8 @@ def scan_training(uri: str, classes: TissueClasses, config: DataConfig) -> Listi
     """
     _require_folder(uri)
     files = relative_files(uri)
-    layout, table_uri = config.layout, None
+    layout: str = config.layout
+    table_uri: str | None = None
     if layout in ("auto", "table"):
         table_uri = table.find_table(uri, files, classes, config.table, required=layout == "table")
     if layout == "auto":
@@ -74,8 +75,14 @@ def scan_training(uri: str, classes: TissueClasses, config: DataConfig) -> Listi
         images, rejected = _scan_folders(files, classes)
     else:
         images, rejected = _scan_names(files, classes)
-    if not images and not rejected:
-        raise PistoSegError("has no images", file=uri, remedy="put PNG, JPEG or TIFF images there")
+    if not images:
+        why = f"none of the {len(rejected)} images can be used; the first, {rejected[0].name}: {rejected[0].reason}"
+        raise PistoSegError(
+            why if rejected else "has no training images",
+            file=uri,
+            field=rejected[0].field if rejected else None,
+            remedy=rejected[0].remedy if rejected else "put labelled PNG, JPEG or TIFF images there",
+        )
     return Listing(_numbered(images), rejected, layout)
 
 
@@ -175,18 +182,19 @@ def _scan_folders(files: dict[str, str], classes: TissueClasses) -> tuple[list[S
 def _scan_names(files: dict[str, str], classes: TissueClasses) -> tuple[list[SourceImage], list[Rejection]]:
     def label(name: str) -> list[int]:
         found = labels.parse_name(posixpath.basename(name), classes)
+        example = labels.format_flags(labels.one_hot(0, len(classes)))
         if found is None:
             raise PistoSegError(
                 "its name carries no label",
                 field="label",
-                remedy=f"end the name with one flag per class, e.g. {labels.format_flags([1] + [0] * (len(classes) - 1))}",
+                remedy=f"end the name with one flag per class, e.g. {example}",
             )
         return found
 
     return _scan(files, label)
 
 
-def _scan(files: dict[str, str], label) -> tuple[list[SourceImage], list[Rejection]]:  # type: ignore[no-untyped-def]
+def _scan(files: dict[str, str], label: Callable[[str], list[int]]) -> tuple[list[SourceImage], list[Rejection]]:
     images, rejected = [], []
     for name, uri in files.items():
         try:

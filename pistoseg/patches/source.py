@@ -80,9 +80,18 @@ class Rejection:
         """From an error, under another name where given."""
         return cls(name or error.file or "", error.field or "", error.reason, error.remedy or "")
 
-    def to_row(self) -> dict[str, str]:
-        """As a row of rejected.parquet."""
-        return {"name": self.name, "field": self.field, "reason": self.reason, "remedy": self.remedy}
+
+def outside(source: SourceImage, window: Window, width: int, height: int) -> Rejection | None:
+    """The rejection of a window that reaches beyond its image of width x height px; None when it fits."""
+    if window.x + window.width <= width and window.y + window.height <= height:
+        return None
+    place = f"row {window.row} ({source.name})" if window.row else source.name
+    return Rejection(
+        place,
+        "window",
+        f"x {window.x}, y {window.y}, {window.width}x{window.height} px reaches beyond its image of {width}x{height}",
+        "give windows in px of the image, from its top left corner",
+    )
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,9 @@ def find_table(
             remedy="name the one to use in data.table",
         )
     if not fitting and required:
-        raise PistoSegError(f"has no {expected_columns(classes)}", file=uri, field="data.table", remedy="name the table")
+        raise PistoSegError(
+            f"has no {expected_columns(classes)}", file=uri, field="data.table", remedy="name the table"
+        )
     return files[fitting[0]] if fitting else None
 
 
@@ -152,21 +154,25 @@ class _ImageFinder:
 def _window(row: Row, number: int, header: list[str], classes: TissueClasses) -> Window:
     if None in row:
         raise PistoSegError("has more fields than the header", field="columns", remedy="quote values that hold commas")
-    box = [_integer(row[column], column) for column in _BOX] if "x" in header else [0, 0, WHOLE, WHOLE]
-    x, y, width, height = box
-    for column, value, least in (("x", x, 0), ("y", y, 0), ("width", width, 1), ("height", height, 1)):
-        if value < least and value != WHOLE or (value == WHOLE and "x" in header):
+    box = [_integer(row[column], column) for column in _BOX] if "x" in header else None
+    for column, value, least in zip(_BOX, box or (), (0, 0, 1, 1), strict=False):
+        if value < least:
             raise PistoSegError(
-                f"is {value}, and must be at least {least}", field=column, remedy="give px of the image, from its top left"
+                f"is {value}, and must be at least {least}",
+                field=column,
+                remedy="give px of the image, from its top left",
             )
     flags = []
     for name in classes.names:
-        value = _number(row[name.casefold()], name)
-        if value not in (0, 1):
+        flag = _number(row[name.casefold()], name)
+        if flag not in (0, 1):
             raise PistoSegError(
-                f"is {row[name.casefold()]}, and a flag is 0 or 1", field=name, remedy="write 1 where the class is present"
+                f"is {row[name.casefold()]}, and a flag is 0 or 1",
+                field=name,
+                remedy="write 1 where the class is present",
             )
-        flags.append(int(value))
+        flags.append(int(flag))
+    x, y, width, height = box or (0, 0, WHOLE, WHOLE)
     return Window(x, y, width, height, tuple(flags), number)
 
 
@@ -226,7 +232,9 @@ def _open_csv(table_uri: str) -> tuple[list[str], Iterator[tuple[int, Row]]]:
     except UnicodeDecodeError as error:
         raise PistoSegError(f"is not UTF-8 text ({error})", file=table_uri, remedy="save it as CSV UTF-8") from error
     except OSError as error:
-        raise PistoSegError(f"cannot be read ({error})", file=table_uri, remedy="check the path and its rights") from error
+        raise PistoSegError(
+            f"cannot be read ({error})", file=table_uri, remedy="check the path and its rights"
+        ) from error
     first_line = text.partition("\n")[0]
     delimiter = max(",;\t", key=first_line.count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
@@ -244,7 +252,10 @@ def _open_csv(table_uri: str) -> tuple[list[str], Iterator[tuple[int, Row]]]:
                 yield reader.line_num, row
         except csv.Error as error:
             raise PistoSegError(
-                f"is not valid CSV ({error})", file=table_uri, field=f"row {reader.line_num}", remedy="save it again as CSV"
+                f"is not valid CSV ({error})",
+                file=table_uri,
+                field=f"row {reader.line_num}",
+                remedy="save it again as CSV",
             ) from error
 
     return header, rows()

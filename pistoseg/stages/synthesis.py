@@ -48,12 +48,13 @@ def mosaics(config: Config, patches: Artifact) -> dict[str, Any]:
     def background(image: np.ndarray) -> np.ndarray:
         return background_mask(image, data.background_grey, data.background_min_area)
 
+    height, width = config.synthesis.crop_height, config.synthesis.crop_width
     bank = TissueBank.from_images(
         PatchSet.open(patches.uri).single_tissue(),
         len(classes),
         background if data.background == "bright" else None,
-        class_names=classes.names,
-    )
+        crop=(height, width),
+    ).with_rejection(height, width, config.synthesis.background_threshold)
     return mosaic_source(bank, config.synthesis, classes.names, classes.background_id, config.seed)
 
 

@@ -89,7 +89,7 @@ class TissueBank:
             if down or right:
                 padded += 1
                 packed = cv2.copyMakeBorder(packed, 0, down, 0, right, cv2.BORDER_REFLECT_101)
-            pixels += memoryview(packed).cast("B")
+            pixels += packed.data.cast("B")
             shapes.append((packed.shape[0], packed.shape[1]))
             labels.append(label)
         if not labels:
@@ -125,10 +125,6 @@ class TissueBank:
         """Mask of image i: (h, w) uint8, its class id where there is tissue and background_id elsewhere."""
         return tissue_mask(self.packed(i), background_id)
 
-    def background_share(self) -> float:
-        """Share of the bank's pixels that are background."""
-        return float(np.count_nonzero(self.pixels[:, 3] == BACKGROUND) / len(self.pixels))
-
     def runs(self, width: int) -> NDArray[np.void]:
         """Every run of `width` successive pixels as one item, (P - width + 1,): item k starts at pixel k.
 
@@ -143,13 +139,14 @@ class TissueBank:
         """This bank, knowing which crops have a larger share of background than the threshold.
 
         The pixels are shared with the original. Do it before `arrays`, so that processes share the result as well.
+        Where nothing can be rejected this is the bank itself.
 
         Args:
             height: H_p (px).
             width: W_p (px).
             threshold: share of background, 0-1.
         """
-        if self.rejection == (height, width, threshold):
+        if not self.has_background or threshold >= 1 or self.rejection == (height, width, threshold):
             return self
         rejected = np.zeros(len(self.pixels), bool)
         for i in range(len(self)):
@@ -166,7 +163,7 @@ class TissueBank:
     def arrays(self) -> dict[str, NDArray]:
         """The bank as arrays alone, for an object store; `from_arrays` takes them back without a copy."""
         counts = [self.has_background, *self.crop, self.padded, self.left_out]
-        shared = {
+        shared: dict[str, NDArray] = {
             "pixels": self.pixels,
             "offsets": self.offsets,
             "shapes": self.shapes,

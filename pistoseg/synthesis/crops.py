@@ -65,8 +65,8 @@ class CropSource:
             )
         self.height = height
         self.width = width
-        self._rejected: NDArray[np.bool_] | None = None
-        if bank.has_background and background_threshold < 1 and max_redraws > 0:
+        self._rejected = None
+        if background_threshold < 1 and max_redraws > 0:
             self._rejected = bank.with_rejection(height, width, background_threshold).rejected
         self._max_redraws = max_redraws
         self._sampler = sampler

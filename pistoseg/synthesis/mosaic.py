@@ -118,13 +118,11 @@ class Mosaic:
         mask = np.empty((self._height, self._width), np.uint8)
         for quadrant, crops in zip(quadrants, grids, strict=True):
             block = self._source.splice(crops)
-            matrix, size = quadrant.source.matrix(), (quadrant.width, quadrant.height)
-            place = np.s_[
-                quadrant.top : quadrant.top + quadrant.height, quadrant.left : quadrant.left + quadrant.width
-            ]
-            cv2.warpAffine(block, matrix, size, image[place], _IMAGE, cv2.BORDER_REFLECT_101)
-            tissue = cv2.extractChannel(block, 3)
-            cv2.warpAffine(tissue, matrix, size, mask[place], _MASK, cv2.BORDER_REFLECT_101)
+            place = np.s_[quadrant.top : quadrant.top + quadrant.height, quadrant.left : quadrant.left + quadrant.width]
+            if quadrant.warp == IDENTITY:
+                _cut(block, quadrant, image[place], mask[place])
+            else:
+                _warp(block, quadrant, image[place], mask[place])
         return image, mask
 
     def _quadrants(self, rng: np.random.Generator) -> list[Quadrant]:
@@ -192,6 +190,22 @@ def rotation_and_scale(
         _rounded(cosine),
         _rounded(centre_y - sine * from_x - cosine * from_y) + _OFF_TIE,
     )
+
+
+def _warp(block: NDArray[np.uint8], quadrant: Quadrant, image: NDArray[np.uint8], mask: NDArray[np.uint8]) -> None:
+    """Fill a quadrant's image (h, w, 4) and mask (h, w) from its visible cells."""
+    matrix, size = quadrant.source.matrix(), (quadrant.width, quadrant.height)
+    cv2.warpAffine(block, matrix, size, image, _IMAGE, cv2.BORDER_REFLECT_101)
+    cv2.warpAffine(cv2.extractChannel(block, 3), matrix, size, mask, _MASK, cv2.BORDER_REFLECT_101)
+
+
+def _cut(block: NDArray[np.uint8], quadrant: Quadrant, image: NDArray[np.uint8], mask: NDArray[np.uint8]) -> None:
+    """The same for a quadrant that is neither rotated nor scaled: a copy, several times faster."""
+    source = quadrant.source
+    y, x, down, across = int(source.y0), int(source.x0), int(source.yy), int(source.xx)  # a flip counts downwards
+    pixels = block.view(np.uint32)[y::down, x::across, 0]
+    image.view(np.uint32)[..., 0] = pixels[: quadrant.height, : quadrant.width]
+    mask[:] = image[..., 3]
 
 
 def _compose(warp: Affine, flip_y: bool, flip_x: bool, crop_y: int, crop_x: int, height: int, width: int) -> Affine:

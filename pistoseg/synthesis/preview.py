@@ -63,9 +63,7 @@ def _legend(samples: Sequence[tuple[NDArray[np.uint8], NDArray[np.uint8]]], clas
             names.append(name)
     colors = classes.palette()[ids].tolist()
     shares = counts[ids] / counts.sum()
-    return [
-        (f"{name} {share:.0%}", tuple(color)) for name, color, share in zip(names, colors, shares, strict=True)
-    ]
+    return [(f"{name} {share:.0%}", tuple(color)) for name, color, share in zip(names, colors, shares, strict=True)]
 
 
 def _wrapped(entries: list[_Entry], width: int) -> list[list[tuple[int, _Entry]]]:

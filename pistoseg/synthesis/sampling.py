@@ -22,8 +22,9 @@ def address_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
     Seed is the key and (epoch, index) the high half of the counter of a Philox generator, so that no two samples
     share numbers however many they draw.
     """
-    counter = [0, 0, index & _WORD, epoch & _WORD]
-    return np.random.Generator(np.random.Philox(key=[seed & _WORD, _DOMAIN], counter=counter))
+    key = np.array((seed & _WORD, _DOMAIN), np.uint64)  # a list with a word above 2**63 would become float64
+    counter = np.array((0, 0, index & _WORD, epoch & _WORD), np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
 class ImageSampler:

@@ -1,0 +1,289 @@
+"""`pistoseg data check`: reads every image and mask of a data set once and says whether it is fit for training."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+from pistoseg import storage
+from pistoseg.classes import IGNORE_ID, TissueClasses
+from pistoseg.config import DataConfig
+from pistoseg.errors import PistoSegError
+from pistoseg.outputs.pictures import Panel, sheet
+from pistoseg.patches.decode import decode_background, decode_mask, encode_png, pixel_hash, read_file, read_rgb
+from pistoseg.patches.layouts import IMAGE_FOLDERS, MASK_FOLDERS, find_split, scan_evaluation, scan_training
+from pistoseg.patches.report import Report, SplitReport
+from pistoseg.patches.source import EvaluationPair, Rejection, SourceImage, Window, outside
+
+_EXAMPLES = 16
+_SHEETS = 24
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A training image that was read: its windows with their sizes filled in, and what identifies its pixels."""
+
+    source: SourceImage
+    width: int
+    height: int
+    windows: tuple[Window, ...]
+    sha256: str
+
+
+@dataclass(frozen=True)
+class _Truth:
+    """An evaluation image that was read: pixels of its mask by value; None without a mask."""
+
+    pair: EvaluationPair
+    sha256: str
+    counts: np.ndarray | None
+
+
+def check(
+    data_uri: str, classes: TissueClasses, config: DataConfig, *, workers: int = 4, out: str | None = None
+) -> Report:
+    """Validate a data set; nothing is changed in it.
+
+    Args:
+        data_uri: the data set, its training folder, or a folder with img/ and mask/.
+        classes: what labels and masks must fit.
+        config: layout, limits, and the validation folder where it lies elsewhere.
+        workers: threads that read.
+        out: folder or URI for report.json, report.txt and sheets of examples; None writes nothing.
+    Raises:
+        PistoSegError: data_uri is no folder. Everything else that is wrong is in the report.
+    """
+    report = Report(data_uri, classes.names)
+    training = find_split(data_uri, "training")
+    read: list[_Read] = []
+    if training is not None:
+        read = _check_training(training, classes, config, report, workers)
+    truths = {
+        split: _check_split(split, folder, classes, config, report, workers)
+        for split, folder in _evaluation_folders(data_uri, config).items()
+    }
+    if training is None:
+        report.warnings.append("there are no training images: no 1.training, training or train folder")
+    if not report.splits:
+        report.warnings.append("there are no images with masks (img/ and mask/): models will not be scored")
+    by_hash = {image.sha256: image.source.name for image in read}
+    for split, found in truths.items():
+        pairs = [(by_hash[t.sha256], f"{split}/{t.pair.name}") for t in found if t.sha256 in by_hash]
+        report.leaks += pairs
+        if pairs:
+            report.warnings.append(f"{len(pairs)} images of {split} are also trained on: scores will be too good")
+    if out is not None:
+        _write(report, out, read, truths, classes, config)
+    return report
+
+
+def _evaluation_folders(data_uri: str, config: DataConfig) -> dict[str, str]:
+    folders = {split: find_split(data_uri, split) for split in ("validation", "testing")}
+    names = {storage.name(child).lower() for child in storage.list_dir(data_uri)}
+    if names & set(IMAGE_FOLDERS) and names & set(MASK_FOLDERS):
+        folders["validation"] = data_uri
+    if config.validation:
+        folders["validation"] = config.validation
+    return {split: folder for split, folder in folders.items() if folder is not None}
+
+
+def _check_training(uri: str, classes: TissueClasses, config: DataConfig, report: Report, workers: int) -> list[_Read]:
+    try:
+        listing = scan_training(uri, classes, config)
+    except PistoSegError as error:
+        report.problems.append(str(error))
+        return []
+
+    def read(source: SourceImage) -> tuple[_Read | None, list[Rejection]]:
+        try:
+            pixels = read_rgb(source.uri, source.name, config.max_pixels, config.min_size)
+        except PistoSegError as error:
+            return None, [Rejection.of(error, source.name)]
+        height, width = pixels.shape[:2]
+        windows = [window.resolved(width, height) for window in source.windows]
+        beyond = [outside(source, window, width, height) for window in windows]
+        kept = tuple(window for window, rejection in zip(windows, beyond, strict=True) if rejection is None)
+        refused = [rejection for rejection in beyond if rejection is not None]
+        return (_Read(source, width, height, kept, pixel_hash(pixels)) if kept else None), refused
+
+    results = _in_threads(read, listing.images, workers)
+    images = [image for image, _ in results if image is not None]
+    report.layout = listing.layout
+    report.rejected = listing.rejected + [rejection for _, refused in results for rejection in refused]
+    _count(images, classes, report)
+    _find_duplicates(images, report)
+    _judge(report, config)
+    return images
+
+
+def _count(images: list[_Read], classes: TissueClasses, report: Report) -> None:
+    windows = [window for image in images for window in image.windows]
+    flags = np.array([window.labels for window in windows], dtype=np.int64).reshape(len(windows), len(classes))
+    single = flags[flags.sum(axis=1) == 1]
+    report.images, report.windows = len(images), len(windows)
+    report.by_class = dict(zip(classes.names, flags.sum(axis=0).tolist(), strict=True))
+    report.single_tissue = dict(zip(classes.names, single.sum(axis=0).tolist(), strict=True))
+    report.combinations = dict(Counter(_combination(window, classes) for window in windows).most_common())
+    report.sizes = dict(Counter(f"{image.width}x{image.height}" for image in images).most_common())
+
+
+def _find_duplicates(images: list[_Read], report: Report) -> None:
+    groups: dict[str, list[_Read]] = defaultdict(list)
+    for image in images:
+        groups[image.sha256].append(image)
+    for group in groups.values():
+        if len(group) > 1:
+            names = [image.source.name for image in group]
+            report.duplicates.append(names)
+            labels = {frozenset((w.x, w.y, w.width, w.height, w.labels) for w in image.windows) for image in group}
+            if len(labels) > 1:
+                report.conflicts.append(names)
+
+
+def _judge(report: Report, config: DataConfig) -> None:
+    refused, total = len(report.rejected), len(report.rejected) + report.windows
+    if not report.windows:
+        report.problems.append("no training image can be used")
+        return
+    if refused > config.max_rejected * total:
+        report.problems.append(
+            f"{refused} of {total} images or windows are bad, more than data.max_rejected ({config.max_rejected:.0%})"
+        )
+    elif refused:
+        report.warnings.append(f"{refused} of {total} images or windows are bad and will be left out")
+    for name, count in report.single_tissue.items():
+        if not count:
+            report.problems.append(f"no image shows {name!r} alone: no mosaic could show it")
+        elif count < config.min_single_tissue:
+            report.warnings.append(
+                f"{count} images show {name!r} alone; below {config.min_single_tissue} they repeat a lot"
+            )
+    if "none" in report.combinations:
+        report.warnings.append(f"{report.combinations['none']} images or windows show no class at all")
+    if report.duplicates:
+        report.warnings.append(
+            f"{sum(len(g) - 1 for g in report.duplicates)} training images repeat the pixels of others"
+        )
+    if report.conflicts:
+        report.warnings.append(f"{len(report.conflicts)} groups of equal images have labels that contradict each other")
+
+
+def _check_split(
+    split: str, uri: str, classes: TissueClasses, config: DataConfig, report: Report, workers: int
+) -> list[_Truth]:
+    try:
+        listing = scan_evaluation(uri)
+    except PistoSegError as error:
+        report.problems.append(str(error))
+        return []
+
+    def read(pair: EvaluationPair) -> _Truth | Rejection:
+        try:
+            pixels, mask = _read_pair(pair, classes, config)
+        except PistoSegError as error:
+            return Rejection.of(error)
+        counts = None if mask is None else np.bincount(mask.ravel(), minlength=256)
+        return _Truth(pair, pixel_hash(pixels), counts)
+
+    results = _in_threads(read, listing.pairs, workers)
+    truths = [result for result in results if isinstance(result, _Truth)]
+    counted = [truth.counts for truth in truths if truth.counts is not None]
+    total = sum(counted, np.zeros(256, np.int64))
+    values = {
+        **dict(enumerate(classes.names)),
+        classes.background_id: "background",
+        IGNORE_ID: "unknown",
+    }
+    found = SplitReport(
+        images=len(listing.pairs),
+        scored=len(counted),
+        pixels={name: int(total[value]) for value, name in values.items()},
+        missing_images=listing.missing_images,
+        missing_masks=listing.missing_masks,
+        bad=[result for result in results if isinstance(result, Rejection)],
+    )
+    report.splits[split] = found
+    if found.bad:
+        report.problems.append(f"{len(found.bad)} images or masks of {split} are bad: models can't be scored on them")
+    for kind, names in (("masks have no image", found.missing_images), ("images have no mask", found.missing_masks)):
+        if names:
+            report.warnings.append(f"{split} is incomplete: {len(names)} {kind} ({', '.join(names[:5])})")
+    absent = [name for name in classes.names if counted and not found.pixels[name]]
+    if absent:
+        report.warnings.append(f"no mask of {split} shows {', '.join(absent)}: the IoU there is undefined")
+    return truths
+
+
+def _read_pair(
+    pair: EvaluationPair, classes: TissueClasses, config: DataConfig
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Image (H, W, 3) and mask (H, W) uint8, background mask applied."""
+    image = read_rgb(pair.image_uri, max_pixels=config.max_pixels)
+    if pair.mask_uri is None:
+        return image, None
+    size = (image.shape[0], image.shape[1])
+    mask = decode_mask(read_file(pair.mask_uri), pair.mask_uri, classes, size, config.max_pixels)
+    if pair.background_uri is not None:
+        background = decode_background(read_file(pair.background_uri), pair.background_uri, size)
+        mask[background] = classes.background_id
+    return image, mask
+
+
+def _write(
+    report: Report,
+    out: str,
+    read: list[_Read],
+    truths: dict[str, list[_Truth]],
+    classes: TissueClasses,
+    config: DataConfig,
+) -> None:
+    for number, combination in enumerate(list(report.combinations)[:_SHEETS]):
+        windows = [(i, w) for i in read for w in i.windows if _combination(w, classes) == combination]
+        panels = [[_window_panel(image, window, config)] for image, window in _spread(windows)]
+        plain = re.sub(r"[^\w+-]+", "_", combination)[:80]
+        report.pictures.append(storage.join(out, f"training-{number:02d}-{plain}.png"))
+        storage.write_bytes(report.pictures[-1], encode_png(sheet(panels, classes, columns=4)))
+    for split, found in truths.items():
+        rows = []
+        for truth in _spread([truth for truth in found if truth.counts is not None]):
+            image, mask = _read_pair(truth.pair, classes, config)
+            rows.append([Panel(truth.pair.name, image), Panel("ground truth", image, mask)])
+        if rows:
+            report.pictures.append(storage.join(out, f"{split}.png"))
+            storage.write_bytes(report.pictures[-1], encode_png(sheet(rows, classes)))
+    storage.write_bytes(
+        storage.join(out, "report.json"), json.dumps(report.to_json(), indent=2, ensure_ascii=False).encode()
+    )
+    storage.write_bytes(storage.join(out, "report.txt"), report.to_text().encode())
+
+
+def _window_panel(image: _Read, window: Window, config: DataConfig) -> Panel:
+    pixels = read_rgb(image.source.uri, image.source.name, config.max_pixels)
+    crop = pixels[window.y : window.y + window.height, window.x : window.x + window.width]
+    place = f" {window.x},{window.y}" if window.row else ""
+    return Panel(storage.name(image.source.name) + place, crop)
+
+
+def _combination(window: Window, classes: TissueClasses) -> str:
+    return "+".join(name for name, flag in zip(classes.names, window.labels, strict=True) if flag) or "none"
+
+
+def _spread(items: list[Item]) -> list[Item]:
+    """At most _EXAMPLES of the items, evenly spaced."""
+    places = np.linspace(0, len(items) - 1, min(_EXAMPLES, len(items))).astype(int)
+    return [items[place] for place in places]
+
+
+def _in_threads(work: Callable[[Item], Result], items: Sequence[Item], workers: int) -> list[Result]:
+    """Results in the order of the items; decoding and hashing release the GIL."""
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        return list(pool.map(work, items))

@@ -1,0 +1,186 @@
+"""The `patches` artifact: images at the networks' pixel size with their labelled windows, as Parquet.
+
+images: `image` int64 id, `name`, `width` and `height` int32 (network px), `mpp` float64 (um per network px; NaN:
+unknown), `png` RGB, `sha256` of the pixels. windows: `window` int64 id, `image`, `x`, `y`, `width`, `height` int32
+(network px), `labels` L flags. rejected: `name`, `field`, `reason`, `remedy`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pistoseg import storage
+from pistoseg.config import DataConfig, ScaleConfig
+from pistoseg.errors import PistoSegError
+from pistoseg.models.inference import resize_image
+from pistoseg.patches import decode
+from pistoseg.patches.source import Rejection, SourceImage, Window, outside
+
+IMAGES_SCHEMA = pa.schema(
+    [
+        ("image", pa.int64()),
+        ("name", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("mpp", pa.float64()),
+        ("png", pa.binary()),
+        ("sha256", pa.string()),
+    ]
+)
+WINDOWS_SCHEMA = pa.schema(
+    [
+        ("window", pa.int64()),
+        ("image", pa.int64()),
+        ("x", pa.int32()),
+        ("y", pa.int32()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("labels", pa.list_(pa.uint8())),
+    ]
+)
+REJECTED_SCHEMA = pa.schema([(name, pa.string()) for name in ("name", "field", "reason", "remedy")])
+
+
+def ingest(
+    source: SourceImage, data: DataConfig, scale: ScaleConfig
+) -> tuple[dict[str, Any] | None, list[dict[str, Any]], list[Rejection]]:
+    """Read one training image and bring it to the networks' pixel size.
+
+    Args:
+        source: what was found.
+        data: what is accepted.
+        scale: the pixel size.
+    Returns:
+        The image's row (None when it is rejected), its windows' rows, and what was rejected and why.
+    """
+    try:
+        pixels = decode.read_rgb(source.uri, source.name, data.max_pixels, data.min_size)
+        height, width = pixels.shape[:2]
+        factor = (scale.fit / height, scale.fit / width) if scale.fit else (scale.factor(), scale.factor())
+        size = (max(1, round(height * factor[0])), max(1, round(width * factor[1])))
+        if size[0] * size[1] > data.max_pixels:
+            raise PistoSegError(
+                f"is {size[1]}x{size[0]} px at the networks' pixel size, more than the {data.max_pixels:,} px allowed",
+                field="size",
+                remedy="cut it into smaller images, raise data.max_pixels, or correct the scale section",
+            )
+    except PistoSegError as error:
+        return None, [], [Rejection.of(error, source.name)]
+    image = resize_image(pixels, *size)
+    windows: list[dict[str, Any]] = []
+    rejected: list[Rejection] = []
+    for number, found in enumerate(source.windows):
+        window = found.resolved(width, height)
+        rejection = outside(source, window, width, height)
+        if rejection is not None:
+            rejected.append(rejection)
+            continue
+        windows.append(_window_row(source, number, window, factor, size))
+    if not windows:
+        return None, [], rejected
+    row = {
+        "image": source.index,
+        "name": source.name,
+        "width": size[1],
+        "height": size[0],
+        "mpp": scale.mpp if scale.mpp and not scale.fit else math.nan,
+        "png": decode.encode_png(image),
+        "sha256": decode.pixel_hash(image),
+    }
+    return row, windows, rejected
+
+
+def _window_row(
+    source: SourceImage, number: int, window: Window, factor: tuple[float, float], size: tuple[int, int]
+) -> dict[str, Any]:
+    top = min(size[0] - 1, round(window.y * factor[0]))
+    left = min(size[1] - 1, round(window.x * factor[1]))
+    bottom = min(size[0], max(top + 1, round((window.y + window.height) * factor[0])))
+    right = min(size[1], max(left + 1, round((window.x + window.width) * factor[1])))
+    return {
+        "window": source.first_window + number,
+        "image": source.index,
+        "x": left,
+        "y": top,
+        "width": right - left,
+        "height": bottom - top,
+        "labels": list(window.labels),
+    }
+
+
+class PatchSet:
+    """The images and windows of a `patches` artifact; encoded bytes are held, pixels are made on demand.
+
+    Attributes:
+        table: the images, in the order of their ids.
+        windows: the windows, image by image.
+        labels: (windows, L) uint8 flags.
+    """
+
+    def __init__(self, table: pa.Table, windows: pa.Table) -> None:
+        self.table = table
+        self.windows = windows
+        flags = windows["labels"].combine_chunks()
+        self.labels: NDArray[np.uint8] = np.asarray(flags.flatten()).reshape(len(flags), -1)
+        self._boxes = np.stack([windows[name].to_numpy() for name in ("x", "y", "width", "height")], 1)
+        ids = windows["image"].to_numpy()
+        images = table["image"].to_numpy()
+        self._starts = np.searchsorted(ids, images, "left")
+        self._ends = np.searchsorted(ids, images, "right")
+
+    @classmethod
+    def open(cls, uri: str) -> PatchSet:
+        """Read an artifact's folder; `PistoSegError` when no image was good enough to be in it."""
+        images, windows = (storage.read_parquet(storage.join(uri, table)) for table in ("images", "windows"))
+        if not images.num_rows:
+            raise PistoSegError(
+                "every training image was rejected",
+                file=storage.join(uri, "rejected.parquet"),
+                remedy="`pistoseg data check` lists the reasons",
+            )
+        return cls(images, windows)
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    def image(self, position: int) -> NDArray[np.uint8]:
+        """Image at a position in `table`: (H, W, 3) uint8 RGB."""
+        return decode.decode_png(self.table["png"][position].as_py())
+
+    def single_tissue(self) -> Iterator[tuple[NDArray[np.uint8], int]]:
+        """The pixels (h, w, 3) uint8 and class id of every single-tissue window."""
+        single = self.labels.sum(axis=1) == 1
+        for position, (start, end) in enumerate(zip(self._starts, self._ends, strict=True)):
+            chosen = np.flatnonzero(single[start:end]) + start
+            if len(chosen):
+                image = self.image(position)
+                for window in chosen:
+                    x, y, width, height = self._boxes[window]
+                    yield image[y : y + height, x : x + width], int(self.labels[window].argmax())
+
+    def allowed(self, position: int) -> NDArray[np.bool_]:
+        """Which classes the labels allow at every pixel of an image.
+
+        A pixel may be of a class that every window over it names; where their labels contradict each other, of a class
+        that any of them names; where there is no window, of none.
+
+        Returns:
+            (L, H, W) bool.
+        """
+        height, width = (self.table[side][position].as_py() for side in ("height", "width"))
+        classes = self.labels.shape[1]
+        every = np.ones((classes, height, width), bool)
+        some = np.zeros((classes, height, width), bool)
+        for window in range(self._starts[position], self._ends[position]):
+            x, y, w, h = self._boxes[window]
+            flags = self.labels[window].astype(bool)[:, None, None]
+            every[:, y : y + h, x : x + w] &= flags
+            some[:, y : y + h, x : x + w] |= flags
+        agreed = every & some
+        return np.where(agreed.any(0), agreed, some)

@@ -1,0 +1,309 @@
+"""Synthesized images: what they show, that masks follow, and that a sample depends on its address alone."""
+
+from __future__ import annotations
+
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+
+import cv2
+import numpy as np
+import pytest
+
+from pistoseg.classes import TissueClass, TissueClasses
+from pistoseg.config import SynthesisConfig
+from pistoseg.errors import PistoSegError
+from pistoseg.synthesis import Synthesizer, TissueBank, address_rng, sheet
+
+NAMES = ["tumor", "stroma", "normal"]
+COLORS = np.array([(200, 10, 30), (20, 180, 60), (40, 50, 220), (255, 255, 255)], np.uint8)
+BACKGROUND_ID = 3
+
+
+def white(image):
+    return (image == 255).all(axis=-1)
+
+
+def colored(label: int, height: int, width: int, hole: int = 0):
+    """A single-tissue image in its class's colour with a white square."""
+    image = np.full((height, width, 3), COLORS[label])
+    image[5 : 5 + hole, 7 : 7 + hole] = 255
+    return image, label
+
+
+def colored_bank(crop=(1, 1)):
+    images = [colored(i % 3, 40 + 3 * i, 64 - 2 * i, hole=4 * (i % 5)) for i in range(9)]
+    return TissueBank.from_images(images, 3, white, crop=crop)
+
+
+def numbered_bank(labels=(0, 1, 2), size=(60, 50)):
+    """Red is the image's number, green the row, blue the column."""
+    images = []
+    for i, label in enumerate(labels):
+        image = np.empty((*size, 3), np.uint8)
+        image[..., 0], image[..., 1], image[..., 2] = i, np.arange(size[0])[:, None], np.arange(size[1])
+        images.append((image, label))
+    return TissueBank.from_images(images, 3)
+
+
+def config(**changes) -> SynthesisConfig:
+    return SynthesisConfig(**{"crop_height": 16, "crop_width": 12, "n_h": 4, "n_w": 5, **changes})
+
+
+def synthesizer(bank, seed=0, **changes) -> Synthesizer:
+    return Synthesizer(bank, config(**changes), NAMES, BACKGROUND_ID, seed)
+
+
+def same(first, second) -> bool:
+    return all((a == b).all() for a, b in zip(first, second, strict=True))
+
+
+STRATEGIES = ["mosaic", "one_label", "cutmix", "gridding"]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_gives_image_and_mask_of_the_set_size(strategy):
+    image, mask = synthesizer(colored_bank(), strategy=strategy).sample(0, 0)
+    assert (image.shape, image.dtype, mask.shape, mask.dtype) == ((64, 60, 3), np.uint8, (64, 60), np.uint8)
+    assert image.flags.c_contiguous
+    assert mask.flags.c_contiguous
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_mask_follows_the_image_and_its_background(strategy):
+    synth = synthesizer(colored_bank(), strategy=strategy, rotate=90)
+    seen = np.zeros(256, int)
+    wrong = total = 0
+    for index in range(60):
+        image, mask = synth.sample(0, index)
+        seen += np.bincount(mask.ravel(), minlength=256)
+        plain = cv2.erode(mask, np.ones((5, 5))) == cv2.dilate(mask, np.ones((5, 5)))
+        wrong += (image[plain] != COLORS[mask[plain]]).any(axis=-1).sum()
+        total += plain.sum()
+    assert wrong < 0.004 * total  # slivers under a pixel, and blends with what a quadrant's border cuts off
+    assert (seen[:4] > 0).all()
+    assert seen[4:].sum() == 0
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_mask_and_image_are_not_a_fraction_of_a_pixel_apart(strategy):
+    dark = np.zeros((50, 44, 3), np.uint8)
+    dark[10:31, 8:29] = 255
+    bank = TissueBank.from_images([(dark, 0)], 1, white)
+    synth = Synthesizer(bank, config(strategy=strategy), NAMES[:1], 1, 0)
+    aligned = shifted = 0
+    for index in range(60):
+        image, mask = synth.sample(0, index)
+        tissue = image[..., 0] > 127
+        aligned += (tissue != mask).sum()
+        shifted += (tissue[1:] != mask[:-1]).sum()
+    assert aligned < 0.05 * shifted
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_sample_depends_on_seed_epoch_and_index_alone(strategy):
+    bank = colored_bank()
+    bank.pixels.setflags(write=False)  # nor may it change what the next one is made from
+    synth = synthesizer(bank, strategy=strategy)
+    forward = [synth.sample(1, k) for k in range(6)]
+    other = synthesizer(bank, strategy=strategy)
+    backward = [other.sample(1, k) for k in reversed(range(6))][::-1]
+    assert all(same(a, b) for a, b in zip(forward, backward, strict=True))
+    # A single-coloured picture may come twice by chance: look at several.
+    changed = (
+        [synth.sample(2, k) for k in range(6)],
+        [synth.sample(1, k + 6) for k in range(6)],
+        [synthesizer(bank, seed=1, strategy=strategy).sample(1, k) for k in range(6)],
+    )
+    for others in changed:
+        assert not all(same(a, b) for a, b in zip(forward, others, strict=True))
+
+
+def _samples(arrays, indices):
+    return [synthesizer(TissueBank.from_arrays(arrays), seed=7, background_threshold=0.2).sample(3, k) for k in indices]
+
+
+def test_processes_make_the_same_samples_from_shared_arrays():
+    bank = colored_bank().with_rejection(16, 12, 0.2)
+    arrays = bank.arrays()
+    for array in arrays.values():
+        array.setflags(write=False)  # as an object store hands them out
+    here = _samples(arrays, range(8))
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        halves = list(pool.map(_samples, [arrays, arrays], [range(4), range(4, 8)]))
+    assert all(same(a, b) for a, b in zip(here, halves[0] + halves[1], strict=True))
+
+
+def test_address_rng_has_its_own_numbers_for_every_address():
+    addresses = [(s, e, k) for s in (0, 1, -1, 2**63) for e in (0, 1) for k in (0, 1, 2**40)]
+    drawn = {tuple(address_rng(*address).random(4)) for address in addresses}
+    assert len(drawn) == len(addresses)
+    assert (address_rng(5, 6, 7).random(100) == address_rng(5, 6, 7).random(100)).all()
+
+
+def test_gridding_splices_whole_crops_at_uniform_places():
+    synth = synthesizer(numbered_bank(), strategy="gridding", class_sampling="natural")
+    corners = []
+    for index in range(120):
+        image, mask = synth.sample(0, index)
+        cells = image.reshape(4, 16, 5, 12, 3).swapaxes(1, 2).reshape(20, 16, 12, 3)
+        assert (cells[..., 0] == mask.reshape(4, 16, 5, 12).swapaxes(1, 2).reshape(20, 16, 12)).all()
+        assert (np.diff(cells[..., 1].astype(int), axis=1) == 1).all()
+        assert (np.diff(cells[..., 2].astype(int), axis=2) == 1).all()
+        corners.append(cells[:, 0, 0, 1:])
+    for drawn, places in zip(np.concatenate(corners).T, (60 - 16 + 1, 50 - 12 + 1), strict=True):
+        counts = np.bincount(drawn, minlength=places)
+        expected = len(drawn) / places
+        assert len(counts) == places
+        assert ((counts - expected) ** 2 / expected).sum() < places + 5 * np.sqrt(2 * places)  # chi-square
+
+
+def shares(synth, n=150):
+    """Share of each class in cells of a gridding."""
+    cells = np.concatenate([synth.sample(0, k)[1][::16, ::12].ravel() for k in range(n)])
+    return np.bincount(cells, minlength=4)[:4] / len(cells)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "expected"),
+    [
+        ("natural", (0.7, 0.2, 0.1, 0)),
+        ("balanced", (1 / 3, 1 / 3, 1 / 3, 0)),
+        ({"Tumor": 1, "stroma": 3, "normal": 0}, (0.25, 0.75, 0, 0)),
+    ],
+)
+def test_classes_have_the_shares_that_were_asked_for(sampling, expected):
+    bank = numbered_bank(labels=(0,) * 7 + (1,) * 2 + (2,))
+    drawn = shares(synthesizer(bank, strategy="gridding", class_sampling=sampling))
+    assert drawn == pytest.approx(expected, abs=0.04)
+
+
+def half_empty_bank():
+    """Of each class one image of tissue and one of background."""
+    images = [colored(label, 30, 30) for label in range(3)]
+    images += [(np.full((30, 30, 3), 255, np.uint8), label) for label in range(3)]
+    return TissueBank.from_images(images, 3, white)
+
+
+@pytest.mark.parametrize(("redraws", "left"), [(0, 0.5), (1, 0.25), (10, 0.0)])
+def test_crops_of_background_are_redrawn_at_most_that_often(redraws, left):
+    drawn = shares(synthesizer(half_empty_bank(), strategy="gridding", background_threshold=0.5, max_redraws=redraws))
+    assert drawn[3] == pytest.approx(left, abs=0.03)
+
+
+def test_rejection_leaves_set_class_shares_alone():
+    images = [colored(0, 30, 30), colored(1, 30, 30), colored(2, 30, 30)]
+    images += [(np.full((30, 30, 3), 255, np.uint8), 0)] * 3
+    bank = TissueBank.from_images(images, 3, white)
+    drawn = shares(synthesizer(bank, strategy="gridding", background_threshold=0.5, class_sampling="balanced"))
+    assert drawn[1:3] == pytest.approx([1 / 3, 1 / 3], abs=0.04)
+    assert drawn[0] > 0.25
+
+
+def test_rejection_counts_the_background_of_each_crop():
+    limit = 16 / (16 * 12)  # a 4x4 square of background is just allowed
+    bank = colored_bank().with_rejection(16, 12, limit)
+    for i in range(len(bank)):
+        mask = bank.mask(i, BACKGROUND_ID)
+        start = bank.offsets[i]
+        rejected = bank.rejected[start : start + mask.size].reshape(mask.shape)
+        for y in range(0, mask.shape[0] - 15, 5):
+            for x in range(0, mask.shape[1] - 11, 3):
+                share = (mask[y : y + 16, x : x + 12] == BACKGROUND_ID).mean()
+                assert rejected[y, x] == (share > limit)
+
+
+def test_one_label_keeps_the_pixel_size_of_large_images_and_enlarges_small_ones():
+    bank = numbered_bank(size=(100, 90))
+    image, mask = synthesizer(bank, strategy="one_label").sample(0, 0)
+    assert len(np.unique(mask)) == 1
+    assert (np.diff(image[..., 1].astype(int), axis=0) == 1).all()
+    assert (np.diff(image[..., 2].astype(int), axis=1) == 1).all()
+    small, mask = synthesizer(numbered_bank(size=(32, 60)), strategy="one_label").sample(0, 0)
+    assert mask.shape == (64, 60)
+    assert small[..., 1].min() == 0
+    assert small[..., 1].max() == 31
+    assert np.ptp(small[..., 2]) == pytest.approx(30, abs=1)  # the same factor across
+
+
+def test_cutmix_puts_one_rectangle_of_another_image_into_an_image():
+    synth = synthesizer(numbered_bank(size=(100, 90)), strategy="cutmix")
+    areas = []
+    for index in range(200):
+        mask = synth.sample(0, index)[1]
+        values = np.unique(mask)
+        assert len(values) <= 2
+        if len(values) == 2:
+            rectangles = [np.argwhere(mask == value) for value in values]
+            full = [len(p) == np.prod(np.ptp(p, axis=0) + 1) for p in rectangles]
+            assert any(full)
+            areas.append(min(len(p) for p, is_full in zip(rectangles, full, strict=True) if is_full) / mask.size)
+    assert min(areas) < 0.1
+    assert max(areas) > 0.4
+
+
+def test_small_images_are_padded_and_tiny_ones_left_out():
+    images = [colored(0, 20, 30), colored(1, 40, 40), colored(2, 40, 40), colored(1, 7, 40)]
+    bank = TissueBank.from_images(images, 3, white, crop=(30, 40))
+    assert (len(bank), bank.padded, bank.left_out) == (3, 1, 1)
+    assert bank.shapes.tolist() == [[30, 40], [40, 40], [40, 40]]
+    again = TissueBank.from_arrays(bank.arrays())
+    assert (again.padded, again.left_out, again.crop) == (1, 1, (30, 40))
+    image, mask = bank.image(0), bank.mask(0, BACKGROUND_ID)
+    assert (image == COLORS[0]).all()
+    assert (mask == 0).all()
+
+
+def test_bank_keeps_images_and_masks():
+    images = [colored(i % 3, 40 + 3 * i, 64 - 2 * i, hole=4 * (i % 5)) for i in range(9)]
+    bank = TissueBank.from_images(iter(images), 3, white)
+    for i, (image, label) in enumerate(images):
+        assert (bank.image(i) == image).all()
+        assert (bank.mask(i, 9) == np.where(white(image), 9, label)).all()
+    plain = TissueBank.from_images(images, 3)
+    assert (plain.mask(4, 9) == 1).all()
+
+
+def test_a_class_without_single_tissue_images_is_named():
+    bank = numbered_bank(labels=(0, 0, 2))
+    with pytest.raises(PistoSegError, match=r"no single-tissue image of stroma.*Remedy: .*one flag set"):
+        synthesizer(bank)
+    synthesizer(bank, class_sampling={"tumor": 1, "stroma": 0, "normal": 1}).sample(0, 0)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"tumor": 1, "stroma": 1}, "the classes are tumor, stroma, normal"),
+        ({"tumor": 1, "stroma": 1, "necrosis": 1}, "the classes are tumor, stroma, normal"),
+        ({"tumor": 0, "stroma": 0, "normal": 0}, "not all 0"),
+    ],
+)
+def test_weights_that_do_not_fit_the_classes_are_refused(weights, message):
+    with pytest.raises(PistoSegError, match=message):
+        synthesizer(numbered_bank(), class_sampling=weights)
+
+
+def test_images_smaller_than_the_crop_are_refused_with_their_number():
+    with pytest.raises(PistoSegError, match="3 of 3 single-tissue images are smaller than a crop of 16x12 px"):
+        synthesizer(numbered_bank(size=(15, 40)))
+
+
+def test_an_empty_bank_and_an_impossible_anchor_are_refused():
+    with pytest.raises(PistoSegError, match="no single-tissue image"):
+        TissueBank.from_images([], 3)
+    with pytest.raises(PistoSegError, match="no anchor lies between"):
+        synthesizer(numbered_bank(), n_h=1, n_w=1, crop_height=5, crop_width=5, alpha=0.41, beta=0.59)
+
+
+def test_sheet_shows_images_masks_and_a_legend():
+    classes = TissueClasses(tuple(TissueClass(name, tuple(COLORS[i].tolist())) for i, name in enumerate(NAMES)))
+    synth = synthesizer(colored_bank())
+    samples = [synth.sample(0, k) for k in range(5)]
+    picture = sheet(samples, classes, columns=2)
+    assert (picture.dtype, picture.shape[2]) == (np.uint8, 3)
+    assert picture.shape[0] > 3 * 64
+    assert picture.shape[1] > 4 * 60
+    assert (picture[8:72, 8:68] == samples[0][0]).all()
+    assert (picture[9:71, 71:129] == classes.palette()[samples[0][1]][1:-1, 1:-1]).all()
+    legend = picture[3 * 72 + 8 :].reshape(-1, 3)
+    assert all((legend == color).all(axis=1).any() for color in COLORS)
