@@ -47,14 +47,13 @@ def synthesize(config: Config, workspace: str, preview: int | None, out: str) ->
     with cluster.connected(config.compute):
         artifacts = run_pipeline(config, place, (target,), progress=Progress())
     if preview:
-        from pistoseg.patches.decode import encode_png
         from pistoseg.stages.synthesis import mosaics
-        from pistoseg.synthesis.preview import sheet
+        from pistoseg.stages.synthesis import preview as picture
         from pistoseg.training.samples import fresh_mosaics
 
         synthesizer = fresh_mosaics(mosaics(config, artifacts["patches"]))
         samples = [synthesizer.sample(0, index) for index in range(preview)]
-        storage.write_bytes(out, encode_png(sheet(samples, config.classes.tissue())))
+        storage.write_bytes(out, picture(samples, config.classes.tissue()))
         print(out)
     else:
         print(artifacts["synthesis"].path("mosaics"))

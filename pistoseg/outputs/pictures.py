@@ -39,6 +39,11 @@ def overlay(
     return np.round(image * (1 - strength) + colors * strength).astype(np.uint8)
 
 
+def colored(mask: NDArray[np.uint8], classes: TissueClasses) -> NDArray[np.uint8]:
+    """A mask in the classes' colours, (H, W) uint8 -> (H, W, 3) uint8."""
+    return classes.palette()[mask]
+
+
 def sheet(rows: list[list[Panel]], classes: TissueClasses, columns: int = 2) -> NDArray[np.uint8]:
     """Lay rows of panels out, `columns` rows side by side, above a legend of the classes.
 

@@ -25,7 +25,6 @@ _SAVE_AS = "save it as an 8-bit RGB PNG, JPEG or TIFF"
 _ALPHA_MODES = {"LA", "La", "PA", "RGBA", "RGBa"}
 _COLOR_MODES = {"1", "L", "P", "RGB", "RGBX", "YCbCr"} | _ALPHA_MODES
 _BITS_PER_SAMPLE, _SAMPLE_FORMAT = 258, 339  # TIFF tags
-_PNG_COMPRESSION = 1  # 3 times as fast as zlib's default for 8 % more bytes on H&E
 
 
 def read_file(uri: str, name: str | None = None) -> bytes:
@@ -142,7 +141,9 @@ def decode_ids(data: bytes | memoryview) -> np.ndarray:
 def encode_png(array: np.ndarray) -> bytes:
     """Encode (H, W, 3) RGB or (H, W) grey uint8 as PNG; the same pixels give the same bytes."""
     pixels = cv2.cvtColor(array, cv2.COLOR_RGB2BGR) if array.ndim == 3 else array
-    done, buffer = cv2.imencode(".png", pixels, [cv2.IMWRITE_PNG_COMPRESSION, _PNG_COMPRESSION])
+    # OpenCV's default takes 12 ms to write and 7 ms to read 775x522 px of H&E. Run-length coding saves 8 % of the
+    # bytes and takes 20 and 10 ms; images are read far more often than written.
+    done, buffer = cv2.imencode(".png", pixels)
     assert done, array.shape
     return buffer.tobytes()
 

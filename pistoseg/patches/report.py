@@ -121,7 +121,7 @@ def _split_lines(name: str, split: SplitReport) -> list[str]:
     total = sum(split.pixels.values())
     shares = ", ".join(f"{key} {count / total:.1%}" for key, count in split.pixels.items() if count) if total else ""
     return [
-        f"{name:<10}{split.images} images, {split.scored} with a mask that fits" + (f": {shares}" if shares else "")
+        f"{name:<10}  {split.images} images, {split.scored} with a mask that fits" + (f": {shares}" if shares else "")
     ]
 
 

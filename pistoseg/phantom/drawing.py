@@ -108,16 +108,17 @@ def _tissue(
         if tissue == STROMA:
             h, e, angle = _stroma(window, seed, look, grain, broad, px)
         elif tissue == TUMOR:
-            h, e = 0.13 + 0.03 * patchy + 0.03 * grain + 0.02 * broad, 0.18 + 0.025 * patchy - 0.02 * grain
-            e += 0.025 * broad
+            cells = noise(seed, "cells", window, 2.6 * px)
+            h = 0.12 + 0.02 * patchy + 0.03 * grain + 0.02 * broad + 0.03 * cells
+            e = 0.18 + 0.02 * patchy - 0.02 * grain + 0.025 * broad - 0.03 * np.clip(cells - 0.6, 0, 2)
         elif tissue == LYMPHOCYTES:
-            h, e = 0.08 + 0.04 * patchy + 0.02 * grain, 0.13 + 0.045 * patchy + 0.02 * broad
+            h, e = 0.08 + 0.04 * patchy + 0.02 * grain, 0.15 + 0.04 * patchy + 0.02 * broad
         elif tissue == NECROSIS:
             smear, dust = noise(seed, "smear", window, 8 * px), noise(seed, "dust", window, 0.7 * px)
-            h = 0.07 + 0.02 * smear + 0.025 * clusters + 0.025 * grain + 0.03 * dust
-            e = 0.22 + 0.022 * smear + 0.02 * patchy + 0.03 * grain + 0.025 * dust + 0.02 * broad
+            h = 0.07 + 0.02 * smear + 0.025 * clusters + 0.02 * grain + 0.018 * dust
+            e = 0.22 + 0.022 * smear + 0.02 * patchy + 0.028 * grain + 0.014 * dust + 0.02 * broad
         else:
-            h, e = 0.05 + 0.025 * patchy + 0.015 * grain, 0.19 + 0.05 * patchy + 0.025 * grain + 0.02 * broad
+            h, e = 0.06 + 0.03 * patchy + 0.025 * grain, 0.19 + 0.05 * patchy + 0.04 * grain + 0.02 * broad
         weight = cv2.GaussianBlur((mask == tissue).astype(np.float32), (0, 0), 0.45 * px)
         haematoxylin += weight * np.maximum(h + look.tint[tissue, 0], 0)
         eosin += weight * np.maximum(e + look.tint[tissue, 1], 0.01)
@@ -184,7 +185,7 @@ def _scan(
     px: float,
 ) -> NDArray[np.uint8]:
     """Beer-Lambert and the scanner: I = I0 * 10^-(amounts @ stain vectors), optics, illumination, sensor noise."""
-    thickness = 1 + 0.08 * noise(seed, "thickness", window, 250 * px) + 0.06 * noise(seed, "fine", window, 0.9 * px)
+    thickness = 1 + 0.08 * noise(seed, "thickness", window, 250 * px) + 0.09 * noise(seed, "fine", window, 0.8 * px)
     amounts = np.stack([haematoxylin * thickness * look.amounts[0], eosin * thickness * look.amounts[1]], axis=-1)
     vectors = np.stack([look.haematoxylin, look.eosin]).astype(np.float32)
     light = cv2.exp((amounts @ vectors) * np.float32(-np.log(10)))

@@ -28,7 +28,8 @@ def connected(config: ComputeConfig) -> Iterator[None]:
     # A run must not look for newer versions of Ray or ask who its user is.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
+    # Ray Data's own pools make the core worker warn about their constructor arguments on every start (ray#53727).
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     address = config.address or os.environ.get("RAY_ADDRESS")
     local = (
         {}
@@ -38,8 +39,8 @@ def connected(config: ComputeConfig) -> Iterator[None]:
     ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    logging.getLogger("ray").setLevel(logging.ERROR)
+    for name in ("ray", "ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         yield
     finally:

@@ -10,14 +10,15 @@ import ray
 
 from pistoseg import storage
 from pistoseg.artifacts import Artifact
+from pistoseg.classes import TissueClasses
 from pistoseg.config import Config
+from pistoseg.outputs.pictures import Panel, colored, sheet
 from pistoseg.patches.background import background_mask
 from pistoseg.patches.decode import encode_mask, encode_png
 from pistoseg.patches.store import PatchSet
 from pistoseg.pipeline import StageContext
 from pistoseg.stages import cluster
 from pistoseg.synthesis import TissueBank
-from pistoseg.synthesis.preview import sheet
 from pistoseg.training.samples import fresh_mosaics, mosaic_source
 
 PART_MOSAICS = 256
@@ -35,7 +36,7 @@ def run(context: StageContext) -> dict[str, Any]:
         context.progress.say("mosaics are streamed: made afresh in every epoch, nothing is written")
     synthesizer = fresh_mosaics(source)
     samples = [synthesizer.sample(0, index) for index in range(PREVIEW)]
-    storage.write_bytes(context.path("preview.png"), encode_png(sheet(samples, config.classes.tissue())))
+    storage.write_bytes(context.path("preview.png"), preview(samples, config.classes.tissue()))
     stored = {"count": config.synthesis.count, "part_size": PART_MOSAICS} if config.synthesis.mode == "stored" else {}
     return {"mode": config.synthesis.mode, "pictures": ["preview.png"], **stored, "shares": _shares(samples, config)}
 
@@ -58,6 +59,15 @@ def mosaics(config: Config, patches: Artifact) -> dict[str, Any]:
     return mosaic_source(bank, config.synthesis, classes.names, classes.background_id, config.seed)
 
 
+def preview(samples: list[tuple[np.ndarray, np.ndarray]], classes: TissueClasses) -> bytes:
+    """A PNG sheet of mosaics, (H, W, 3) uint8, beside their masks, (H, W) uint8."""
+    rows = [
+        [Panel(f"mosaic {index}", image), Panel("mask", colored(mask, classes))]
+        for index, (image, mask) in enumerate(samples)
+    ]
+    return encode_png(sheet(rows, classes, columns=min(4, len(rows))))
+
+
 def _store(source: dict[str, Any], config: Config, context: StageContext) -> None:
     starts = range(0, config.synthesis.count, PART_MOSAICS)
     shards = [[start, min(start + PART_MOSAICS, config.synthesis.count)] for start in starts]
@@ -74,7 +84,7 @@ def _store(source: dict[str, Any], config: Config, context: StageContext) -> Non
 
 
 class _Make:
-    def __init__(self, source: dict[str, Any], classes: Any) -> None:
+    def __init__(self, source: dict[str, Any], classes: TissueClasses) -> None:
         import cv2
 
         cv2.setNumThreads(1)

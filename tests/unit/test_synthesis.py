@@ -9,10 +9,9 @@ import cv2
 import numpy as np
 import pytest
 
-from pistoseg.classes import TissueClass, TissueClasses
 from pistoseg.config import SynthesisConfig
 from pistoseg.errors import PistoSegError
-from pistoseg.synthesis import Synthesizer, TissueBank, address_rng, sheet
+from pistoseg.synthesis import Synthesizer, TissueBank, address_rng
 
 NAMES = ["tumor", "stroma", "normal"]
 COLORS = np.array([(200, 10, 30), (20, 180, 60), (40, 50, 220), (255, 255, 255)], np.uint8)
@@ -293,17 +292,3 @@ def test_an_empty_bank_and_an_impossible_anchor_are_refused():
         TissueBank.from_images([], 3)
     with pytest.raises(PistoSegError, match="no anchor lies between"):
         synthesizer(numbered_bank(), n_h=1, n_w=1, crop_height=5, crop_width=5, alpha=0.41, beta=0.59)
-
-
-def test_sheet_shows_images_masks_and_a_legend():
-    classes = TissueClasses(tuple(TissueClass(name, tuple(COLORS[i].tolist())) for i, name in enumerate(NAMES)))
-    synth = synthesizer(colored_bank())
-    samples = [synth.sample(0, k) for k in range(5)]
-    picture = sheet(samples, classes, columns=2)
-    assert (picture.dtype, picture.shape[2]) == (np.uint8, 3)
-    assert picture.shape[0] > 3 * 64
-    assert picture.shape[1] > 4 * 60
-    assert (picture[8:72, 8:68] == samples[0][0]).all()
-    assert (picture[9:71, 71:129] == classes.palette()[samples[0][1]][1:-1, 1:-1]).all()
-    legend = picture[3 * 72 + 8 :].reshape(-1, 3)
-    assert all((legend == color).all(axis=1).any() for color in COLORS)

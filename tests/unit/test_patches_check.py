@@ -1,0 +1,147 @@
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from patch_files import CLASSES, encoded, mask_png, put, tissue
+
+from pistoseg import storage
+from pistoseg.config import DataConfig, load_config
+from pistoseg.patches.check import check
+from pistoseg.patches.decode import decode_rgb
+
+DATA = Path(os.environ.get("PISTOSEG_TEST_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
+FLAGS = ("[1, 0, 0]", "[0, 1, 0]", "[0, 0, 1]", "[1, 1, 0]")
+
+
+def write_good(root, each=3):
+    for number in range(each):
+        for place, flags in enumerate(FLAGS):
+            put(root, f"training/{number}-{flags}.png", seed=10 * number + place)
+    put(root, "validation/img/v.png", seed=1000)
+    ids = np.tile(np.arange(4, dtype=np.uint8), (32, 10))
+    put(root, "validation/mask/v.png", encoded(ids))
+
+
+def run(root, out=None, **settings):
+    return check(str(root), CLASSES, DataConfig(min_single_tissue=2, **settings), workers=2, out=out and str(out))
+
+
+def test_a_good_data_set_is_counted_and_passes(tmp_path):
+    write_good(tmp_path)
+    report = run(tmp_path)
+    assert report.ok
+    assert report.warnings == []
+    assert report.by_class == {"tumor": 6, "stroma": 6, "normal": 3}
+    assert report.single_tissue == {"tumor": 3, "stroma": 3, "normal": 3}
+    assert report.combinations == {"tumor": 3, "stroma": 3, "normal": 3, "tumor+stroma": 3}
+    assert report.sizes == {"40x32": 12}
+    assert report.splits["validation"].pixels == {
+        "tumor": 320,
+        "stroma": 320,
+        "normal": 320,
+        "background": 320,
+        "unknown": 0,
+    }
+
+
+def test_reports_and_pictures_are_written_to_the_given_folder_only(tmp_path):
+    write_good(tmp_path / "data")
+    before = storage.list_files(str(tmp_path / "data"))
+    report = run(tmp_path / "data", tmp_path / "out")
+    assert storage.list_files(str(tmp_path / "data")) == before
+    saved = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert saved["ok"]
+    assert saved["by_class"] == report.by_class
+    assert len(report.pictures) == 5
+    for picture in report.pictures:
+        assert decode_rgb(Path(picture).read_bytes(), picture).std() > 10
+
+
+def test_equal_pixels_in_different_files_are_found_with_contradicting_labels_and_leaks(tmp_path):
+    write_good(tmp_path)
+    put(tmp_path, "training/again-[1, 0, 0].tif", encoded(tissue(0), "TIFF"))
+    put(tmp_path, "training/contradicts-[0, 1, 0].png", seed=11)
+    put(tmp_path, "training/other-[1, 0, 0].png", seed=11)
+    put(tmp_path, "validation/img/seen.png", seed=20)
+    put(tmp_path, "validation/mask/seen.png", mask_png())
+    report = run(tmp_path)
+    assert ["0-[1, 0, 0].png", "again-[1, 0, 0].tif"] in report.duplicates
+    assert [sorted(group) for group in report.conflicts] == [
+        ["1-[0, 1, 0].png", "contradicts-[0, 1, 0].png", "other-[1, 0, 0].png"]
+    ]
+    assert report.leaks == [("2-[1, 0, 0].png", "validation/seen")]
+    assert report.ok
+
+
+def test_bad_files_are_listed_and_too_many_of_them_are_a_problem(tmp_path):
+    write_good(tmp_path)
+    put(tmp_path, "training/text-[1, 0, 0].png", b"hello")
+    put(tmp_path, "training/flags-[1, 0].png")
+    report = run(tmp_path, max_rejected=0.5)
+    assert {r.name: r.field for r in report.rejected} == {"text-[1, 0, 0].png": "", "flags-[1, 0].png": "label"}
+    assert report.ok
+    assert "text-[1, 0, 0].png" in report.to_text()
+    assert not run(tmp_path, max_rejected=0.1).ok
+
+
+def test_rare_and_absent_single_tissue_classes_are_said(tmp_path):
+    write_good(tmp_path)
+    for number in range(3):
+        (tmp_path / "training" / f"{number}-[0, 0, 1].png").unlink()
+    put(tmp_path, "training/x-[0, 1, 1].png", seed=77)
+    report = run(tmp_path)
+    assert any("'normal' alone" in problem for problem in report.problems)
+    put(tmp_path, "training/y-[0, 0, 1].png", seed=78)
+    report = run(tmp_path)
+    assert report.ok
+    assert any("1 images show 'normal' alone" in warning for warning in report.warnings)
+
+
+def test_masks_that_do_not_fit_are_problems_and_missing_ones_are_warnings(tmp_path):
+    write_good(tmp_path)
+    for name in ("size", "values", "nomask"):
+        put(tmp_path, f"validation/img/{name}.png", seed=2000 + len(name))
+    put(tmp_path, "validation/mask/size.png", mask_png(31, 40))
+    put(tmp_path, "validation/mask/values.png", mask_png(value=7))
+    put(tmp_path, "validation/mask/gone.png", mask_png())
+    report = run(tmp_path)
+    split = report.splits["validation"]
+    assert [(storage.name(r.name), r.field) for r in split.bad] == [("size.png", "size"), ("values.png", "values")]
+    assert "7" in split.bad[1].reason
+    assert (split.missing_images, split.missing_masks) == (["gone"], ["nomask"])
+    assert (split.images, split.scored) == (4, 1)
+    assert not report.ok
+    assert "incomplete" in report.to_text()
+
+
+def test_a_background_mask_counts_as_background(tmp_path):
+    write_good(tmp_path)
+    put(tmp_path, "validation/background-mask/v.png", mask_png(value=255))
+    assert run(tmp_path).splits["validation"].pixels["background"] == 32 * 40
+
+
+def test_an_evaluation_folder_alone_can_be_checked(tmp_path):
+    write_good(tmp_path)
+    report = run(tmp_path / "validation")
+    assert report.ok
+    assert report.splits["validation"].scored == 1
+    assert "no training images" in report.to_text()
+
+
+@pytest.mark.parametrize(
+    ("preset", "folder", "single"),
+    [
+        ("wsss4luad", "wsss4luad-mini", {"tumor": 54, "stroma": 136, "normal": 83}),
+        ("glas", "glas", {"gland": 1123, "stroma": 1624}),
+    ],
+)
+def test_real_data_sets_pass_with_their_documented_counts(preset, folder, single):
+    if not (DATA / folder).is_dir():
+        pytest.skip(f"the data set {folder} is not here (PISTOSEG_TEST_DATA)")
+    config = load_config(preset)
+    report = check(str(DATA / folder), config.classes.tissue(), config.data, workers=2)
+    assert report.ok
+    assert report.single_tissue == single
+    assert report.rejected == []

@@ -1,0 +1,220 @@
+import pyarrow as pa
+import pytest
+from patch_files import CLASSES, mask_png, put
+
+from pistoseg import storage
+from pistoseg.config import DataConfig
+from pistoseg.errors import PistoSegError
+from pistoseg.patches.layouts import find_split, scan_evaluation, scan_training
+from pistoseg.patches.source import WHOLE
+
+HEADER = "image,x,y,width,height,tumor,stroma,normal\n"
+
+
+def scan(uri, **settings):
+    return scan_training(str(uri), CLASSES, DataConfig(**settings))
+
+
+def table(root, rows, header=HEADER, name="patches.csv"):
+    put(root, name, (header + "\n".join(rows)).encode())
+
+
+@pytest.fixture(params=["local", "memory"])
+def root(request, tmp_path):
+    if request.param == "local":
+        yield str(tmp_path)
+    else:
+        uri = f"memory://{tmp_path.name}-{request.node.name.replace('[', '-').replace(']', '')}"
+        yield uri
+        storage.remove_tree(uri)
+
+
+@pytest.mark.parametrize(
+    ("names", "split"),
+    [
+        (("1.training", "2.validation", "3.testing"), "published by WSSS4LUAD"),
+        (("training", "val", "test"), "published by BCSS-WSSS"),
+        (("Train", "validation", "testing"), "others"),
+    ],
+)
+def test_every_published_name_of_a_split_is_found(root, names, split):
+    for name in names:
+        put(root, f"{name}/x[100].png")
+    found = [storage.name(find_split(root, s)) for s in ("training", "validation", "testing")]
+    assert found == list(names)
+
+
+def test_a_folder_without_splits_is_itself_the_training_folder(tmp_path):
+    put(tmp_path, "x[100].png")
+    assert find_split(str(tmp_path), "training") == str(tmp_path)
+    assert find_split(str(tmp_path), "validation") is None
+
+
+def test_a_folder_of_evaluation_images_has_no_training_images(tmp_path):
+    put(tmp_path, "img/a.png")
+    put(tmp_path, "mask/a.png", mask_png())
+    assert find_split(str(tmp_path), "training") is None
+
+
+def test_flags_in_names_are_found_below_folders_with_every_character(root):
+    put(root, "a-[1, 0, 1].png")
+    put(root, "Fall 7 [alt]/Gewebe ä 組織 #1%20-[0, 1, 0].png")
+    listing = scan(root)
+    assert listing.layout == "flags"
+    labels = {image.name: image.windows[0].labels for image in listing.images}
+    assert labels == {"a-[1, 0, 1].png": (1, 0, 1), "Fall 7 [alt]/Gewebe ä 組織 #1%20-[0, 1, 0].png": (0, 1, 0)}
+    assert all(storage.read_bytes(image.uri) for image in listing.images)
+    assert listing.images[0].windows[0].width == WHOLE
+
+
+def test_class_prefixes_are_found(root):
+    put(root, "TUMOR___1.png")
+    put(root, "stroma___2.png")
+    put(root, "muscle___3.png")
+    listing = scan(root)
+    assert [image.windows[0].single_class for image in listing.images] == [0, 1]
+    assert listing.rejected[0].name == "muscle___3.png"
+
+
+def test_a_folder_per_class_is_found_and_other_folders_are_rejected(root):
+    put(root, "Tumor/1.png")
+    put(root, "normal/sub/2.png")
+    put(root, "muscle/3.png")
+    put(root, "notes.txt", b"")
+    listing = scan(root)
+    assert listing.layout == "folders"
+    assert [(i.name, i.windows[0].single_class) for i in listing.images] == [
+        ("Tumor/1.png", 0),
+        ("normal/sub/2.png", 2),
+    ]
+    assert [(r.name, r.field) for r in listing.rejected] == [("muscle/3.png", "label")]
+
+
+def test_windows_come_from_a_table_with_columns_in_any_case_and_order(root):
+    put(root, "images/a [1].png")
+    table(root, ["1,0,1,8,8,0,0,images/a [1].png,x", "0,1.0,0,16,16,4,4,images/a [1].png,y"],
+          "Tumor,STROMA,normal,width,height,x,y,Image,comment\n")  # fmt: skip
+    listing = scan(root)
+    assert listing.layout == "table"
+    assert [(w.x, w.width, w.labels) for w in listing.images[0].windows] == [(0, 8, (1, 0, 1)), (4, 16, (0, 1, 0))]
+    assert listing.n_windows == 2
+
+
+def test_a_parquet_table_without_boxes_labels_whole_images(root):
+    put(root, "a.png")
+    rows = {"image": ["a.png"], "tumor": [True], "stroma": [False], "normal": [0]}
+    storage.write_parquet(pa.table(rows), storage.join(root, "labels.parquet"))
+    listing = scan(root)
+    assert listing.images[0].windows[0].labels == (1, 0, 0)
+    assert listing.images[0].windows[0].width == WHOLE
+
+
+def test_ids_count_images_and_windows_in_the_order_of_names(tmp_path):
+    put(tmp_path, "b.png")
+    put(tmp_path, "a.png")
+    table(tmp_path, ["b.png,0,0,8,8,1,0,0", "a.png,0,0,8,8,1,0,0", "a.png,8,0,8,8,1,0,0"])
+    images = scan(tmp_path).images
+    assert [(i.name, i.index, i.first_window) for i in images] == [("a.png", 0, 0), ("b.png", 1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("row", "field", "says"),
+    [
+        ("gone.png,0,0,8,8,1,0,0", "image", "does not exist"),
+        (",0,0,8,8,1,0,0", "image", "empty"),
+        ("a.png,x,0,8,8,1,0,0", "x", "no number"),
+        ("a.png,0,NaN,8,8,1,0,0", "y", "no number"),
+        ("a.png,0,inf,8,8,1,0,0", "y", "no number"),
+        ("a.png,0,0,,8,1,0,0", "width", "empty"),
+        ("a.png,0,0,8,0,1,0,0", "height", "at least 1"),
+        ("a.png,-1,0,8,8,1,0,0", "x", "at least 0"),
+        ("a.png,0.5,0,8,8,1,0,0", "x", "whole number"),
+        ("a.png,1e300,0,8,8,1,0,0", "x", "whole number"),
+        ("a.png,0,0,8,8,2,0,0", "tumor", "0 or 1"),
+        ("a.png,0,0,8,8,1,,0", "stroma", "empty"),
+        ("a.png,0,0,8,8,1,0", "normal", "empty"),
+        ("a.png,0,0,8,8,1,0,0,9", "columns", "more fields"),
+        ("a.png,0,0,20,20,1,0,0", "window", "repeats row 2"),
+        ("a.png,0,0,20,20,0,1,0", "label", "row 2 with another label"),
+    ],
+)
+def test_a_bad_row_is_rejected_with_its_line_and_the_others_are_kept(tmp_path, row, field, says):
+    put(tmp_path, "a.png")
+    table(tmp_path, ["a.png,0,0,20,20,1,0,0", row])
+    listing = scan(tmp_path)
+    assert listing.n_windows == 1
+    (rejection,) = listing.rejected
+    assert "patches.csv row 3" in rejection.name
+    assert rejection.field == field
+    assert says in rejection.reason
+    assert rejection.remedy
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "lacks the columns image"),
+        (b"image,x,y,width,height,tumor,stroma\na.png,0,0,8,8,1,0\n", "lacks the columns normal"),
+        (HEADER.encode(), "no usable row"),
+        (HEADER.encode() + b"gone.png,0,0,8,8,1,0,0\n", "gone.png does not exist"),
+        (b"\xff\xfe\x00\x01", "UTF-8"),
+        (HEADER.encode() + b'"' + b"x" * 200_000, "not valid CSV"),
+    ],
+)
+def test_a_table_that_cannot_be_used_is_a_clear_error(tmp_path, content, says):
+    put(tmp_path, "a.png")
+    put(tmp_path, "patches.csv", content)
+    with pytest.raises(PistoSegError, match=says) as caught:
+        scan(tmp_path)
+    assert "patches.csv" in (caught.value.file or "")
+
+
+def test_a_broken_parquet_table_is_a_clear_error(tmp_path):
+    put(tmp_path, "patches.parquet", b"PAR1 nothing")
+    with pytest.raises(PistoSegError, match="Parquet"):
+        scan(tmp_path)
+
+
+def test_a_table_elsewhere_is_named_by_a_setting_and_two_are_ambiguous(tmp_path):
+    put(tmp_path, "training/a.png")
+    table(tmp_path, ["training/a.png,0,0,8,8,1,0,0"], name="windows.csv")
+    assert scan(tmp_path / "training", table="windows.csv").n_windows == 1
+    for name in ("one.csv", "two.csv"):
+        table(tmp_path / "training", ["a.png,0,0,8,8,1,0,0"], name=name)
+    with pytest.raises(PistoSegError, match=r"one\.csv, two\.csv"):
+        scan(tmp_path / "training")
+    with pytest.raises(PistoSegError, match="does not exist"):
+        scan(tmp_path / "training", table="three.csv")
+
+
+def test_images_without_any_label_say_what_was_looked_for(tmp_path):
+    put(tmp_path, "plain-1.png")
+    with pytest.raises(PistoSegError) as caught:
+        scan(tmp_path)
+    for part in ("plain-1.png", "[1, 0, 0]", "tumor___", "image, x, y, width, height"):
+        assert part in str(caught.value)
+
+
+def test_evaluation_images_and_masks_are_matched_by_stem_and_what_is_missing_is_listed(root):
+    for name in ("a [1].png", "b.jpg"):
+        put(root, f"2.validation/img/{name}")
+    for name in ("a [1].png", "gone.png"):
+        put(root, f"2.validation/mask/{name}", mask_png())
+    put(root, "2.validation/background-mask/a [1].png", mask_png())
+    listing = scan_evaluation(root)
+    assert [pair.name for pair in listing.pairs] == ["a [1]", "b"]
+    assert [pair.name for pair in listing.scored] == ["a [1]"]
+    assert listing.pairs[0].background_uri
+    assert (listing.missing_images, listing.missing_masks) == (["gone"], ["b"])
+
+
+def test_evaluation_folders_may_be_called_images_and_masks(tmp_path):
+    put(tmp_path, "images/a.tif")
+    put(tmp_path, "masks/a.png", mask_png())
+    assert scan_evaluation(str(tmp_path)).pairs[0].mask_uri
+
+
+def test_a_folder_without_masks_says_what_is_needed(tmp_path):
+    put(tmp_path, "img/a.png")
+    with pytest.raises(PistoSegError, match="no img/ and mask/"):
+        scan_evaluation(str(tmp_path))

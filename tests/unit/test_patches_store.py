@@ -1,0 +1,151 @@
+import math
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from patch_files import CLASSES, encoded, put, tissue
+
+from pistoseg import storage
+from pistoseg.config import DataConfig, ScaleConfig
+from pistoseg.errors import PistoSegError
+from pistoseg.patches.background import background_mask
+from pistoseg.patches.decode import decode_ids, decode_mask, decode_png, encode_mask, encode_png, pixel_hash
+from pistoseg.patches.source import SourceImage, Window
+from pistoseg.patches.store import IMAGES_SCHEMA, WINDOWS_SCHEMA, PatchSet, ingest
+
+
+def source(uri, *windows, name="x.png"):
+    return SourceImage(name, uri, windows, index=5, first_window=70)
+
+
+def read(uri, *windows, **scale):
+    return ingest(source(uri, *windows), DataConfig(), ScaleConfig(**scale))
+
+
+def patch_set(root, images, windows):
+    storage.write_parquet(pa.Table.from_pylist(images, IMAGES_SCHEMA), storage.join(root, "images", "part-0.parquet"))
+    storage.write_parquet(
+        pa.Table.from_pylist(windows, WINDOWS_SCHEMA), storage.join(root, "windows", "part-0.parquet")
+    )
+    return PatchSet.open(root)
+
+
+def test_an_image_at_its_own_scale_is_kept_to_the_pixel(tmp_path):
+    image, windows, rejected = read(put(tmp_path, "x.png", seed=3), Window.whole((1, 0, 0)))
+    assert np.array_equal(decode_png(image["png"]), tissue(3))
+    assert image["sha256"] == pixel_hash(tissue(3))
+    assert (image["image"], image["width"], image["height"]) == (5, 40, 32)
+    assert math.isnan(image["mpp"])
+    assert windows == [{"window": 70, "image": 5, "x": 0, "y": 0, "width": 40, "height": 32, "labels": [1, 0, 0]}]
+    assert rejected == []
+
+
+@pytest.mark.parametrize("factor", [0.1, 0.37, 1.9])
+def test_windows_are_scaled_with_their_image_and_stay_inside_it(tmp_path, factor):
+    places = [Window(x, y, 3, 3, (1, 0, 0)) for x in (0, 20, 37) for y in (0, 29)]
+    image, windows, _ = read(put(tmp_path, "x.png"), *places, resize=factor)
+    assert (image["height"], image["width"]) == (round(32 * factor), round(40 * factor))
+    for window in windows:
+        assert window["width"] >= 1
+        assert window["height"] >= 1
+        assert window["x"] + window["width"] <= image["width"]
+        assert window["y"] + window["height"] <= image["height"]
+
+
+def test_neighbouring_windows_neither_overlap_nor_gap_after_scaling(tmp_path):
+    places = [Window(x, 0, 8, 32, (1, 0, 0)) for x in range(0, 40, 8)]
+    image, windows, _ = read(put(tmp_path, "x.png"), *places, resize=0.73)
+    ends = [window["x"] + window["width"] for window in windows]
+    assert [window["x"] for window in windows[1:]] == ends[:-1]
+    assert ends[-1] == image["width"]
+
+
+def test_fit_brings_every_image_to_one_size(tmp_path):
+    image, windows, _ = read(put(tmp_path, "x.png"), Window.whole((1, 0, 0)), fit=24)
+    assert (image["height"], image["width"]) == (24, 24)
+    assert (windows[0]["height"], windows[0]["width"]) == (24, 24)
+
+
+def test_mpp_gives_the_factor(tmp_path):
+    image, _, _ = read(put(tmp_path, "x.png"), Window.whole((1, 0, 0)), mpp=0.5, source_mpp=0.25)
+    assert (image["width"], image["mpp"]) == (20, 0.5)
+
+
+def test_a_window_outside_its_image_is_rejected_and_no_other_window_changes_its_id(tmp_path):
+    inside = Window(0, 0, 20, 20, (1, 0, 0), row=2)
+    outside = Window(30, 0, 20, 20, (1, 0, 0), row=3)
+    _, windows, rejected = read(put(tmp_path, "x.png"), outside, inside)
+    assert [window["window"] for window in windows] == [71]
+    assert "row 3" in rejected[0].name
+    assert "40x32" in rejected[0].reason
+
+
+def test_an_image_that_grows_beyond_the_limit_is_rejected(tmp_path):
+    uri = put(tmp_path, "x.png")
+    image, _, rejected = ingest(
+        source(uri, Window.whole((1, 0, 0))), DataConfig(max_pixels=2000), ScaleConfig(resize=16)
+    )
+    assert image is None
+    assert "640x512" in rejected[0].reason
+
+
+def test_pixels_may_be_what_all_windows_over_them_allow(tmp_path):
+    root = str(tmp_path)
+    places = [
+        Window(0, 0, 20, 32, (1, 1, 0)),
+        Window(10, 0, 20, 32, (0, 1, 1)),
+        Window(0, 0, 4, 4, (0, 0, 1)),
+    ]
+    image, windows, _ = read(put(root, "x.png"), *places)
+    allowed = patch_set(root, [image], windows).allowed(0)
+    assert allowed.shape == (3, 32, 40)
+    assert allowed[:, 10, 5].tolist() == [True, True, False]
+    assert allowed[:, 10, 15].tolist() == [False, True, False]
+    assert allowed[:, 0, 0].tolist() == [True, True, True], "labels that contradict each other: any of them"
+    assert not allowed[:, 10, 35].any(), "no window: nothing is known"
+
+
+def test_single_tissue_windows_come_with_their_pixels_and_class(tmp_path):
+    root = str(tmp_path)
+    places = [Window(0, 0, 16, 16, (0, 1, 0)), Window(16, 0, 16, 16, (1, 1, 0)), Window(0, 16, 8, 16, (0, 0, 1))]
+    image, windows, _ = read(put(root, "x.png"), *places)
+    found = list(patch_set(root, [image], windows).single_tissue())
+    assert [label for _, label in found] == [1, 2]
+    assert np.array_equal(found[0][0], tissue()[:16, :16])
+    assert np.array_equal(found[1][0], tissue()[16:, :8])
+
+
+def test_an_artifact_without_images_says_that_all_were_rejected(tmp_path):
+    with pytest.raises(PistoSegError, match="every training image was rejected"):
+        patch_set(str(tmp_path), [], [])
+
+
+def test_masks_survive_encoding_in_the_colours_of_their_classes():
+    mask = np.array([[0, 1, 2], [3, 255, 0]], np.uint8)
+    data = encode_mask(mask, CLASSES)
+    assert np.array_equal(decode_mask(data, "m.png", CLASSES), mask)
+    assert np.array_equal(decode_ids(data), mask)
+
+
+def test_masks_in_the_colours_of_the_classes_are_read():
+    colors = np.array([[(0, 64, 128), (243, 152, 0)], [(255, 255, 255), (64, 128, 0)]], np.uint8)
+    assert decode_mask(encoded(colors), "m.png", CLASSES).tolist() == [[0, 2], [3, 1]]
+
+
+def test_the_same_pixels_give_the_same_bytes():
+    assert encode_png(tissue(1)) == encode_png(tissue(1).copy())
+    assert pixel_hash(tissue(1)) != pixel_hash(tissue(1).reshape(40, 32, 3))
+
+
+def test_background_is_bright_and_larger_than_a_speck():
+    image = np.full((60, 60, 3), 120, np.uint8)
+    image[:20, :20] = 240
+    image[5, 5] = 0
+    image[40:45, 40:45] = 240
+    mask = background_mask(image, grey=200, min_area=50)
+    assert mask[0, 0]
+    assert not mask[5, 5], "a dark speck in the background is tissue"
+    assert not mask[42, 42], "25 px are a gap in the tissue"
+    assert mask.sum() == 399
+    assert background_mask(image, grey=200, min_area=0).sum() == 399 + 25
+    assert not background_mask(np.zeros((8, 8, 3), np.uint8)).any()
