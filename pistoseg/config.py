@@ -203,6 +203,11 @@ class PreciseConfig(TrainingConfig):
     masks: Literal["synthesized", "pseudo"] = Field(
         "pseudo", description="Trained on pseudo-masks of the real images, or on the mosaics alone (Table 1)."
     )
+    class_sampling: Literal["natural", "rare"] = Field(
+        "natural",
+        description="natural: every crop once per epoch; rare: images with a rare class more often, by the square root "
+        "of how much rarer it is than the commonest.",
+    )
     initial: Literal["imagenet", "preliminary"] = Field(
         "imagenet", description="Start from `weights`, or from the preliminary model where the networks are the same."
     )

@@ -153,6 +153,10 @@ class PatchSet:
         """Image at a position in `table`: (H, W, 3) uint8 RGB."""
         return decode.decode_png(self.table["png"][position].as_py())
 
+    def image_labels(self) -> NDArray[np.uint8]:
+        """Which classes any window of an image names: (images, L) uint8 flags."""
+        return np.maximum.reduceat(self.labels, self._starts, axis=0)
+
     def single_tissue(self) -> Iterator[tuple[NDArray[np.uint8], int]]:
         """The pixels (h, w, 3) uint8 and class id of every single-tissue window."""
         single = self.labels.sum(axis=1) == 1

@@ -133,7 +133,12 @@ def _write_pyramid(
     """One page a level: OpenSlide does not see sub-IFDs."""
     import tifffile
 
-    options: dict[str, Any] = {"tile": (TILE, TILE), "dtype": np.uint8, "metadata": None, "resolutionunit": "CENTIMETER"}
+    options: dict[str, Any] = {
+        "tile": (TILE, TILE),
+        "dtype": np.uint8,
+        "metadata": None,
+        "resolutionunit": "CENTIMETER",
+    }
     if mask:
         colormap = PHANTOM_CLASSES.palette().T.astype(np.uint16) * 257
         options |= {"photometric": "palette", "colormap": colormap, "compression": "deflate"}

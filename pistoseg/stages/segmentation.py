@@ -16,7 +16,7 @@ from pistoseg.patches.store import PatchSet
 from pistoseg.pipeline import StageContext
 from pistoseg.stages import cluster
 from pistoseg.stages.synthesis import mosaics
-from pistoseg.training.samples import MaskedCrops, StoredMosaics, crop_rows, fresh_mosaics
+from pistoseg.training.samples import MaskedCrops, StoredMosaics, crop_rows, fresh_mosaics, rare_class_weights
 from pistoseg.training.stream import SampleSource
 from pistoseg.training.trainer import remove_checkpoints, train
 
@@ -111,16 +111,18 @@ def _mosaic_source(context: StageContext, training: TrainingConfig) -> SampleSou
 
 def _masked_source(context: StageContext, training: PreciseConfig) -> SampleSource:
     masks = storage.read_parquet(context.inputs["masks"].path("masks"), columns=["image", "height", "width", "png"])
-    images = PatchSet.open(context.inputs["patches"].uri).table
+    patches = PatchSet.open(context.inputs["patches"].uri)
+    images = patches.table
     if images["image"].to_pylist() != masks["image"].to_pylist():
         raise PistoSegError("masks and images do not belong together", file=context.inputs["masks"].uri)
     areas = masks["height"].to_numpy().astype(np.int64) * masks["width"].to_numpy()
+    weights = rare_class_weights(patches.image_labels()) if training.class_sampling == "rare" else None
+    rows = crop_rows(areas, training.patch_size, weights)
     shared = {
         "images": images.select(["png"]),
         "masks": masks.select(["png"]),
-        "areas": areas,
+        "rows": rows,
         "patch_size": training.patch_size,
         "seed": context.config.seed,
     }
-    count = len(crop_rows(areas, training.patch_size))
-    return SampleSource(MaskedCrops, ray.put(shared), count, (training.patch_size,) * 2)
+    return SampleSource(MaskedCrops, ray.put(shared), len(rows), (training.patch_size,) * 2)

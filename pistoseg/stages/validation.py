@@ -106,11 +106,12 @@ class _Read:
         storage.write_parquet(pa.Table.from_pylist(rows, SCHEMA), part, row_group_size=16)
 
     def _read(self, pair: dict[str, Any]) -> dict[str, Any]:
-        image = decode.decode_rgb(storage.read_bytes(pair["image_uri"]), pair["image_uri"], self.max_pixels)
+        image = decode.read_rgb(pair["image_uri"], max_pixels=self.max_pixels)
         size = image.shape[:2]
-        mask = decode.decode_mask(storage.read_bytes(pair["mask_uri"]), pair["mask_uri"], self.classes, size)
+        data = decode.read_file(pair["mask_uri"])
+        mask = decode.decode_mask(data, pair["mask_uri"], self.classes, size, self.max_pixels)
         if pair["background_uri"]:
-            data = storage.read_bytes(pair["background_uri"])
+            data = decode.read_file(pair["background_uri"])
             background = decode.decode_background(data, pair["background_uri"], size)
             mask = np.where(background, self.classes.background_id, mask).astype(np.uint8)
         return {

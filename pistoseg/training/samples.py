@@ -64,18 +64,18 @@ class StoredMosaics:
 class MaskedCrops:
     """Random crops of real images and their pseudo-masks.
 
-    An image is used once per epoch for each `patch_size` x `patch_size` that its area holds, at least once; the order
-    is a permutation drawn from (seed, epoch).
+    An image is used once per epoch for each `patch_size` x `patch_size` that its area holds, at least once, times its
+    weight; the order is a permutation drawn from (seed, epoch).
 
     Args:
-        shared: `images` and `masks`, tables with a binary column `png` each and rows that belong together; `areas`
-            int64, px; `patch_size`; `seed`.
+        shared: `images` and `masks`, tables with a binary column `png` each and rows that belong together; `rows`,
+            their numbers as often as an epoch uses them (`crop_rows`); `patch_size`; `seed`.
     """
 
     def __init__(self, shared: dict[str, Any]) -> None:
         self.images, self.masks = shared["images"]["png"], shared["masks"]["png"]
         self.size, self.seed = shared["patch_size"], shared["seed"]
-        self.rows = crop_rows(shared["areas"], self.size)
+        self.rows = shared["rows"] if "rows" in shared else crop_rows(shared["areas"], self.size)
         self._order: tuple[int, NDArray[np.int64]] = (-1, self.rows)
         self._cache: OrderedDict[int, Sample] = OrderedDict()
         self._cached = 0
@@ -117,7 +117,29 @@ class MaskedCrops:
         return sample
 
 
-def crop_rows(areas: NDArray[np.int64], size: int) -> NDArray[np.int64]:
-    """Row numbers of images, each as often as a crop of size x size fits into its area (px), at least once."""
-    times = np.maximum(1, np.round(areas / size**2)).astype(np.int64)
-    return np.repeat(np.arange(len(areas)), times)
+def crop_rows(areas: NDArray[np.int64], size: int, weights: NDArray[np.float64] | None = None) -> NDArray[np.int64]:
+    """Row numbers of images, each as often as a crop of size x size fits into its area, at least once, times its weight.
+
+    Args:
+        areas: (n,) px.
+        size: side of a crop, px.
+        weights: (n,) of at least 1; fractions are carried over to the next image.
+    """
+    times = np.maximum(1, np.round(areas / size**2))
+    ends = np.floor(np.cumsum(times if weights is None else times * weights) + 0.5).astype(np.int64)
+    return np.repeat(np.arange(len(areas)), np.diff(ends, prepend=0))
+
+
+def rare_class_weights(labels: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """How much more often images with a rare class are used: max over their classes c of sqrt(f_max / f_c).
+
+    The square root is that of repeat factor sampling (Gupta et al., CVPR 2019).
+
+    Args:
+        labels: (n, L) flags of n images.
+    Returns:
+        (n,) of at least 1.
+    """
+    frequency = labels.mean(axis=0)
+    factor = np.sqrt(frequency.max() / np.maximum(frequency, 1 / len(labels)))
+    return np.maximum(1.0, (labels * factor).max(axis=1))
