@@ -63,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--protocol", choices=("single-scale", "wsss4luad", "bcss-wsss"), help="default: the bundle's"
     )
+    evaluate.add_argument("--classes", metavar="FILE", help="YAML with the classes of the masks; default: the bundle's")
     evaluate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
 
     data = _group(verbs, "data", "look at data sets")
@@ -153,7 +154,14 @@ def _synthesize(options: argparse.Namespace) -> int:
 def _evaluate(options: argparse.Namespace) -> int:
     from pistoseg.commands import evaluate
 
-    evaluate(options.model, options.data, options.out, options.protocol, options.device)
+    evaluate(
+        options.model,
+        options.data,
+        options.out,
+        protocol=options.protocol,
+        classes=options.classes,
+        device=options.device,
+    )
     return 0
 
 

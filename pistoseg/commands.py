@@ -11,7 +11,7 @@ from rich.table import Table
 
 from pistoseg import storage
 from pistoseg.artifacts import Artifact, Workspace
-from pistoseg.config import ComputeConfig, Config, EvaluationConfig, TrackingConfig, load_config
+from pistoseg.config import ComputeConfig, Config, EvaluationConfig, TrackingConfig, load_classes, load_config
 from pistoseg.errors import PistoSegError
 from pistoseg.pipeline import run_pipeline
 from pistoseg.progress import Progress
@@ -59,7 +59,9 @@ def synthesize(config: Config, workspace: str, preview: int | None, out: str) ->
         print(artifacts["synthesis"].path("mosaics"))
 
 
-def evaluate(model: str, data: str, out: str, protocol: str | None, device: str) -> dict[str, Any]:
+def evaluate(
+    model: str, data: str, out: str, *, protocol: str | None = None, classes: str | None = None, device: str = "auto"
+) -> dict[str, Any]:
     """Score a bundle on the images of a folder; classes and protocol come from the bundle unless given."""
     from pistoseg.models.bundle import read_info
     from pistoseg.stages import cluster
@@ -68,8 +70,11 @@ def evaluate(model: str, data: str, out: str, protocol: str | None, device: str)
     model, out, progress = storage.absolute(model), storage.absolute(out), Progress()
     settings = {"protocol": protocol} if protocol else read_info(model)["evaluation"].get("config", {})
     config = EvaluationConfig.model_validate(settings)
+    tissue = load_classes(classes) if classes else None
     with cluster.connected(ComputeConfig.model_validate({"device": device})):
-        report = evaluate_folder(model, storage.absolute(data), out, config, device=device, progress=progress)
+        report = evaluate_folder(
+            model, storage.absolute(data), out, config, classes=tissue, device=device, progress=progress
+        )
     table = _score_table("model", report["iou"])
     _add_scores(table, storage.name(model), report)
     Console().print(table)

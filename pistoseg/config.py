@@ -134,7 +134,7 @@ class SynthesisConfig(Section):
     mode: Literal["streamed", "stored"] = Field(
         "streamed", description="streamed: fresh mosaics every epoch, nothing on disk; stored: `count` in Parquet."
     )
-    count: Positive = Field(20_000, description="Mosaics when stored.")
+    count: Positive = Field(20_000, description="Mosaics stored; also those of an epoch without samples_per_epoch.")
 
     @property
     def height(self) -> int:
@@ -362,23 +362,35 @@ def load_config(
     return validate(values, source=file or (f"preset {preset}" if preset else "config"))
 
 
+def load_classes(uri: str) -> TissueClasses:
+    """Tissue classes from a YAML file with the keys of the config's `classes` section."""
+    try:
+        return ClassesConfig.model_validate(read_yaml(uri)).tissue()
+    except ValidationError as error:
+        raise _refusal(error, uri) from None
+
+
 def validate(values: dict[str, Any], source: str = "config") -> Config:
     """A `Config` from plain values; `PistoSegError` lists all problems at once."""
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        lines = []
-        for problem in error.errors():
-            key = ".".join(str(part) for part in problem["loc"] if part not in ("literal", "dict"))
-            message = problem["msg"].removeprefix("Value error, ")
-            if problem["type"] == "extra_forbidden":
-                message = f"unknown key{_suggestion(problem['loc'])}"
-            lines.append(f"\n  {key + ': ' if key else ''}{message}")
-        raise PistoSegError(
-            f"{len(lines)} problem(s) in the config:" + "".join(dict.fromkeys(lines)),
-            file=source,
-            remedy="`pistoseg config show` prints every key with its meaning",
-        ) from None
+        raise _refusal(error, source) from None
+
+
+def _refusal(error: ValidationError, source: str) -> PistoSegError:
+    lines = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"] if part not in ("literal", "dict"))
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            message = f"unknown key{_suggestion(problem['loc'])}"
+        lines.append(f"\n  {key + ': ' if key else ''}{message}")
+    return PistoSegError(
+        f"{len(lines)} problem(s) in the config:" + "".join(dict.fromkeys(lines)),
+        file=source,
+        remedy="`pistoseg config show` prints every key with its meaning",
+    )
 
 
 def read_yaml(uri: str) -> dict[str, Any]:

@@ -81,10 +81,9 @@ def _dump(config: Config, *sections: str) -> dict[str, Any]:
 def _training_images(config: Config) -> dict[str, Any]:
     from pistoseg.patches.digest import training_digest
 
-    settings = _dump(config, "classes", "scale", "data")
-    for key in ("uri", "validation", "min_single_tissue", "max_rejected"):
-        settings["data"].pop(key)  # what counts is the files, and only once they are accepted
-    return settings | {"files": training_digest(config)}
+    # What counts is the files, wherever they lie; the limits on their number are checked when they are there.
+    read = config.data.model_dump(include={"layout", "table", "max_pixels", "min_size"})
+    return _dump(config, "classes", "scale") | {"data": read, "files": training_digest(config)}
 
 
 def _validation_images(config: Config) -> dict[str, Any]:
@@ -107,8 +106,13 @@ def _background(config: Config) -> dict[str, Any]:
 
 
 def _training(config: Config, section: str) -> dict[str, Any]:
-    evaluation = config.evaluation.model_dump(include={"patch_size"})
-    return _dump(config, section, "seed") | {"train_workers": config.compute.train_workers, "validation": evaluation}
+    settings = _dump(config, section, "seed") | {
+        "train_workers": config.compute.train_workers,
+        "validation": config.evaluation.model_dump(include={"patch_size"}),
+    }
+    if settings[section]["samples_per_epoch"] is None:
+        settings["count"] = config.synthesis.count  # the length of an epoch on streamed mosaics
+    return settings
 
 
 def _precise_inputs(config: Config) -> dict[str, str]:

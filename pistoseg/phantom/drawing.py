@@ -8,8 +8,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from pistoseg.phantom.geometry import ALVEOLI, BACKGROUND, LYMPHOCYTES, NECROSIS, REFERENCE_MPP, STROMA, TUMOR
-from pistoseg.phantom.noise import Window, noise, scalar, stream, warped, white
+from pistoseg.phantom.geometry import LYMPHOCYTES, NECROSIS, REFERENCE_MPP, STROMA, TUMOR
+from pistoseg.phantom.noise import Window, grain, noise, stream, warped
 from pistoseg.phantom.nuclei import KINDS, plant
 
 CONTEXT_UM = 16.0
@@ -98,7 +98,7 @@ def _tissue(
     present = [tissue for tissue in range(5) if (mask == tissue).any()]
     if not present:
         return np.zeros(mask.shape, np.float32), np.zeros(mask.shape, np.float32)
-    grain = noise(seed, "grain", window, 1.3 * px)
+    granules = grain(seed, "granules", window, 0.75 * px)
     patchy = noise(seed, "patchy", window, 5 * px)
     broad = noise(seed, "broad", window, 35 * px)
     clusters = noise(seed, "clusters", window, 22 * px)
@@ -106,28 +106,28 @@ def _tissue(
     haematoxylin, eosin = np.zeros((2, *mask.shape), np.float32)
     for tissue in present:
         if tissue == STROMA:
-            h, e, angle = _stroma(window, seed, look, grain, broad, px)
+            h, e, angle = _stroma(window, seed, look, granules, broad, px)
         elif tissue == TUMOR:
             cells = noise(seed, "cells", window, 2.6 * px)
-            h = 0.12 + 0.02 * patchy + 0.03 * grain + 0.02 * broad + 0.03 * cells
-            e = 0.18 + 0.02 * patchy - 0.02 * grain + 0.025 * broad - 0.03 * np.clip(cells - 0.6, 0, 2)
+            h = 0.12 + 0.02 * patchy + 0.03 * granules + 0.02 * broad + 0.03 * cells
+            e = 0.18 + 0.02 * patchy - 0.02 * granules + 0.025 * broad - 0.03 * np.clip(cells - 0.6, 0, 2)
         elif tissue == LYMPHOCYTES:
-            h, e = 0.08 + 0.04 * patchy + 0.02 * grain, 0.15 + 0.04 * patchy + 0.02 * broad
+            h, e = 0.08 + 0.04 * patchy + 0.02 * granules, 0.15 + 0.04 * patchy + 0.02 * broad
         elif tissue == NECROSIS:
-            smear, dust = noise(seed, "smear", window, 8 * px), noise(seed, "dust", window, 0.7 * px)
-            h = 0.07 + 0.02 * smear + 0.025 * clusters + 0.02 * grain + 0.018 * dust
-            e = 0.22 + 0.022 * smear + 0.02 * patchy + 0.028 * grain + 0.014 * dust + 0.02 * broad
+            smear, dust = noise(seed, "smear", window, 8 * px), grain(seed, "dust", window, 0.4 * px)
+            h = 0.07 + 0.02 * smear + 0.025 * clusters + 0.02 * granules + 0.018 * dust
+            e = 0.22 + 0.022 * smear + 0.02 * patchy + 0.028 * granules + 0.014 * dust + 0.02 * broad
         else:
-            h, e = 0.06 + 0.03 * patchy + 0.025 * grain, 0.19 + 0.05 * patchy + 0.04 * grain + 0.02 * broad
+            h, e = 0.06 + 0.03 * patchy + 0.025 * granules, 0.19 + 0.05 * patchy + 0.04 * granules + 0.02 * broad
         weight = cv2.GaussianBlur((mask == tissue).astype(np.float32), (0, 0), 0.45 * px)
-        haematoxylin += weight * np.maximum(h + look.tint[tissue, 0], 0)
-        eosin += weight * np.maximum(e + look.tint[tissue, 1], 0.01)
+        haematoxylin += weight * np.maximum(h + float(look.tint[tissue, 0]), 0)
+        eosin += weight * np.maximum(e + float(look.tint[tissue, 1]), 0.01)
     nuclei = _nuclei(mask, window, seed, look, clusters, angle, px)
     return _merge(haematoxylin, eosin, nuclei, px)
 
 
 def _stroma(
-    window: Window, seed: int, look: Look, grain: NDArray[np.float32], broad: NDArray[np.float32], px: float
+    window: Window, seed: int, look: Look, granules: NDArray[np.float32], broad: NDArray[np.float32], px: float
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float64]]:
     """Wavy collagen: haematoxylin, eosin and the direction of the fibres in radians, (h, w) each."""
     y, x = window.rows()[:, None].astype(np.float64), window.columns()[None, :].astype(np.float64)
@@ -140,11 +140,11 @@ def _stroma(
     fibre = warped(across * 1.8, along * 0.22)
     bundle = warped(across * 0.6, along * 0.12 + 300)
     density = 1.0 + 0.15 * broad - 0.25 * look.loose
-    eosin = (0.19 + 0.022 * fibril + 0.03 * fibre + 0.028 * bundle + 0.012 * grain) * density
+    eosin = (0.19 + 0.022 * fibril + 0.03 * fibre + 0.028 * bundle + 0.012 * granules) * density
     cleft = np.clip((bundle + 0.6 * fibre - 1.9 + 0.7 * look.loose) / 0.5, 0, 1)
     eosin *= 1 - 0.75 * cleft
     haematoxylin = (0.035 + 0.012 * fibre + 0.01 * fibril + 0.03 * look.loose) * (1 - 0.6 * cleft)
-    return haematoxylin, eosin, np.arctan2(-slope_x, slope_y)
+    return np.asarray(haematoxylin, np.float32), np.asarray(eosin, np.float32), np.arctan2(-slope_x, slope_y)
 
 
 def _nuclei(
@@ -185,7 +185,7 @@ def _scan(
     px: float,
 ) -> NDArray[np.uint8]:
     """Beer-Lambert and the scanner: I = I0 * 10^-(amounts @ stain vectors), optics, illumination, sensor noise."""
-    thickness = 1 + 0.08 * noise(seed, "thickness", window, 250 * px) + 0.09 * noise(seed, "fine", window, 0.8 * px)
+    thickness = 1 + 0.08 * noise(seed, "thickness", window, 250 * px) + 0.09 * grain(seed, "fine", window, 0.45 * px)
     amounts = np.stack([haematoxylin * thickness * look.amounts[0], eosin * thickness * look.amounts[1]], axis=-1)
     vectors = np.stack([look.haematoxylin, look.eosin]).astype(np.float32)
     light = cv2.exp((amounts @ vectors) * np.float32(-np.log(10)))
@@ -195,5 +195,5 @@ def _scan(
     illumination = 1 + 0.012 * noise(seed, "illumination", window, 700 * px)
     light *= illumination[..., None] * look.white.astype(np.float32)
     for channel in range(3):
-        light[..., channel] += look.noise * white(seed, f"sensor {channel}", window)
+        light[..., channel] += look.noise * grain(seed, f"sensor {channel}", window, 0.0)
     return np.clip(np.rint(light), 0, 255).astype(np.uint8)

@@ -90,12 +90,13 @@ def _septum_distance(seed: int, window: Window, px: float) -> NDArray[np.float32
         np.minimum(distance, np.abs(field) / np.maximum(np.hypot(slope_y, slope_x), 0.3 / (scale * px)), out=distance)
     thickness = 1.0 + 0.35 * noise(seed, "thickness", window, 30 * px) + 0.2 * noise(seed, "knots", window, 7 * px)
     thickness += 0.12 * noise(seed, "rough", window, 2.5 * px)
-    return (distance - np.maximum(thickness * scalar(seed, "septum", 2.2, 3.8), 0.6) * px)[1:-1, 1:-1]
+    distance -= np.maximum(thickness * scalar(seed, "septum", 2.2, 3.8), 0.6) * px
+    return distance[1:-1, 1:-1]
 
 
 def _outside(seed: int, window: Window, px: float, extent: tuple[int, int]) -> NDArray[np.bool_]:
     y = ((window.rows() + 0.5) / extent[0] * 2 - 1)[:, None]
     x = ((window.columns() + 0.5) / extent[1] * 2 - 1)[None, :]
-    radius = (np.abs(y) ** 3 + np.abs(x) ** 3) ** (1 / 3)
     ragged = noise(seed, "outline", window, max(extent) / 7) * 0.07 + noise(seed, "rim", window, 40 * px) * 0.012
-    return np.asarray(radius > 0.86 + ragged, bool)
+    edge = 0.86 + ragged
+    return np.asarray(np.abs(y) ** 3 + np.abs(x) ** 3 > edge * edge * edge, bool)

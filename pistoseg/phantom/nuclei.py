@@ -164,4 +164,4 @@ def _nucleus(
             spot = np.exp(-((y - at_y) ** 2 + (x - at_x) ** 2) / (2 * (0.55 * scale * rng.uniform(0.8, 1.4)) ** 2))
             amount = amount + 0.45 * spot
     body = np.clip(depth * short / 1.6 + 0.4, 0, 1)
-    return cv2.resize(np.asarray(amount * body, np.float32), (side, side), interpolation=cv2.INTER_AREA)  # type: ignore[no-any-return]
+    return np.asarray(cv2.resize(np.asarray(amount * body, np.float32), (side, side), interpolation=cv2.INTER_AREA))

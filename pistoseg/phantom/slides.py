@@ -16,7 +16,7 @@ from pistoseg.phantom.drawing import CONTEXT_UM, draw_image
 from pistoseg.phantom.geometry import PHANTOM_CLASSES, REFERENCE_MPP, draw_mask
 
 TILE = 256
-PIECE = 1024
+PIECE = 512
 """Px drawn at a time; a multiple of TILE and, for the levels, of DOWNSAMPLE."""
 DOWNSAMPLE = 4
 SLIDE_DOMAIN = 320.0
@@ -55,15 +55,17 @@ def write_slide(
         masks = [_memmap(spool / f"mask{level}", shape) for level, shape in enumerate(shapes)]
         images = [_memmap(spool / f"image{level}", (*shape, 3)) for level, shape in enumerate(shapes[1:], 1)]
         drawn = _draw(seed, mpp, masks[0], images[0] if images else None)
-        counts = np.zeros(256, np.int64)
-        _write_pyramid(spool / "slide.tif", _counted(drawn, masks[0], counts), shapes, images, mpp, mask=False)
+        _write_pyramid(spool / "slide.tif", drawn, shapes, images, mpp, mask=False)
         for level in range(1, len(shapes)):
             masks[level][:] = masks[level - 1][::DOWNSAMPLE, ::DOWNSAMPLE]
         _write_pyramid(spool / "mask.tif", _tiles(masks[0]), shapes, masks[1:], mpp, mask=True)
+        counts = np.zeros(256, np.int64)
+        for top in range(0, height, PIECE):
+            counts += np.bincount(masks[0][top : top + PIECE].ravel(), minlength=256)
         _upload(spool / "slide.tif", uri)
         _upload(spool / "mask.tif", mask_uri)
     names = [*PHANTOM_CLASSES.names, "background"]
-    shares = {name: round(float(counts[index] / (height * width)), 4) for index, name in enumerate(names)}
+    shares = {name: round(int(counts[index]) / (height * width), 4) for index, name in enumerate(names)}
     return {"width": width, "height": height, "mpp": mpp, "levels": len(shapes), "shares": shares}
 
 
@@ -95,14 +97,6 @@ def _draw(
             small = _halve(_halve(band))
             reduced[first : first + small.shape[0]] = small
         yield from _tiles(band)
-
-
-def _counted(
-    tiles: Iterator[NDArray[np.uint8]], mask: NDArray[np.uint8], counts: NDArray[np.int64]
-) -> Iterator[NDArray[np.uint8]]:
-    yield from tiles
-    for top in range(0, len(mask), PIECE):
-        counts += np.bincount(mask[top : top + PIECE].ravel(), minlength=256)
 
 
 def _halve(image: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -10,7 +10,9 @@ import pyarrow as pa
 import pyarrow.csv
 
 from pistoseg import metrics, storage
+from pistoseg.classes import TissueClasses
 from pistoseg.config import ComputeConfig, DataConfig, EvaluationConfig
+from pistoseg.errors import PistoSegError
 from pistoseg.models import bundle
 from pistoseg.outputs.pictures import Panel, sheet
 from pistoseg.patches.decode import decode_ids, encode_mask, encode_png
@@ -36,6 +38,7 @@ def run(context: StageContext) -> dict[str, Any]:
         validation.uri,
         context.folder,
         context.config.evaluation,
+        classes=context.config.classes.tissue(),
         device=context.config.compute.device,
         seed=context.config.seed,
         missing=missing,
@@ -48,15 +51,23 @@ def run(context: StageContext) -> dict[str, Any]:
 
 
 def evaluate_folder(
-    model: str, data: str, out: str, config: EvaluationConfig, *, device: str, progress: Progress
+    model: str,
+    data: str,
+    out: str,
+    config: EvaluationConfig,
+    *,
+    classes: TissueClasses | None,
+    device: str,
+    progress: Progress,
 ) -> dict[str, Any]:
     """Score a model bundle on a folder with img/ and mask/; the report goes to `out`.
 
     Args:
-        model: URI of a bundle, whose classes name the values of the masks.
+        model: URI of a bundle.
         data: URI of the folder.
         out: URI of a folder for `metrics.json`, `per_image.csv`, `predictions.png` and `parts/`.
         config: protocol and confidence intervals.
+        classes: what the values of the masks mean, class by class of the model; None: as the model says.
         device: where the network runs.
         progress: told what is read and scored.
     Returns:
@@ -66,11 +77,26 @@ def evaluate_folder(
     for leftover in (images, storage.join(out, "parts")):
         storage.remove_tree(leftover)  # of another model or other images, perhaps
     with progress.stage("Reading images and masks"):
-        classes = bundle.load(model, "cpu").classes
+        of_model = TissueClasses.from_json(bundle.read_info(model))
+        classes = classes or of_model
+        if len(classes) != len(of_model):
+            raise PistoSegError(
+                f"gives {len(classes)} classes, the model has {len(of_model)}: {', '.join(of_model.names)}",
+                field="--classes",
+                remedy="name the model's classes, in its order",
+            )
         summary = collect(data, images, classes, max_pixels=DataConfig().max_pixels, actors=1, progress=progress)
     with progress.stage("Scoring"):
         report = evaluate(
-            model, images, out, config, device=device, seed=0, missing=summary["missing_images"], progress=progress
+            model,
+            images,
+            out,
+            config,
+            classes=classes,
+            device=device,
+            seed=0,
+            missing=summary["missing_images"],
+            progress=progress,
         )
     storage.remove_tree(images)
     return report
@@ -82,6 +108,7 @@ def evaluate(
     folder: str,
     config: EvaluationConfig,
     *,
+    classes: TissueClasses,
     device: str,
     seed: int,
     missing: list[str],
@@ -94,6 +121,7 @@ def evaluate(
         images: URI of the artifact.
         folder: where the report goes.
         config: protocol and confidence intervals.
+        classes: names and colours for the report.
         device: where the network runs.
         seed: of the bootstrap.
         missing: images that the ground truth names but that are not there.
@@ -121,7 +149,6 @@ def evaluate(
         progress=progress,
     )
     table = storage.read_parquet(storage.join(folder, "parts"))
-    classes = bundle.load(model, "cpu").classes
     matrices = np.array(table["matrix"].to_pylist(), np.int64).reshape(-1, len(classes), len(classes))
     report = _report(matrices, classes.names, config, seed) | {
         "protocol": config.protocol,
@@ -181,7 +208,7 @@ def _per_image(images: list[str], matrices: np.ndarray, names: list[str]) -> byt
     return bytes(sink.getvalue())
 
 
-def _picture(images: str, table: pa.Table, classes: Any) -> bytes:
+def _picture(images: str, table: pa.Table, classes: TissueClasses) -> bytes:
     """Image, truth and prediction of the first images."""
     rows = []
     for position, item in enumerate(MaskedImages.open(images)):

@@ -118,7 +118,7 @@ class MaskedCrops:
 
 
 def crop_rows(areas: NDArray[np.int64], size: int, weights: NDArray[np.float64] | None = None) -> NDArray[np.int64]:
-    """Row numbers of images, each as often as a crop of size x size fits into its area, at least once, times its weight.
+    """Row numbers of images, each as often as a crop of size x size fits into its area (at least 1), times its weight.
 
     Args:
         areas: (n,) px.
