@@ -345,6 +345,10 @@ def load_config(
     profile = profile or own.pop("profile", None)
     own = {key: value for key, value in own.items() if key not in ("preset", "profile")}
     values: dict[str, Any] = {}
+    if profile and not preset:
+        raise PistoSegError(
+            f"profile {profile!r} belongs to a preset, and none is given", field="--profile", remedy="add --preset NAME"
+        )
     if preset:
         values = _read_preset(preset)
         profiles = values.pop("profiles", {})

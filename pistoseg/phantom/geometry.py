@@ -66,12 +66,14 @@ def draw_mask(
         score += 0.4 * noise(seed, f"nests {tissue}", window, 0.3 * domain * px)
         score += 0.1 * noise(seed, f"edge {tissue}", window, 9 * px) + scalar(seed, f"share {tissue}", -0.35, 0.35)
         if tissue == ALVEOLI:
-            score += 0.15  # most of it is air
+            score += 0.3  # most of it is air
         mask[score > best] = tissue
         np.maximum(best, score, out=best)
     if (mask == ALVEOLI).any():
         mask[(mask == ALVEOLI) & (_septum_distance(seed, window, px) > 0)] = BACKGROUND
     if (mask == TUMOR).any():
+        if STROMA in classes:
+            mask[(mask == TUMOR) & (_strand_distance(seed, window, px) < 0)] = STROMA
         lumen = noise(seed, "lumen", window, 17 * px) + 0.25 * noise(seed, "lumen edge", window, 5 * px)
         mask[(mask == TUMOR) & (lumen > scalar(seed, "lumens", 1.6, 3.2))] = BACKGROUND
     if extent is not None:
@@ -80,18 +82,33 @@ def draw_mask(
 
 
 def _septum_distance(seed: int, window: Window, px: float) -> NDArray[np.float32]:
-    """Px from the surface of the nearest septum, negative in it: septa follow the zero lines of two fields."""
-    step = window.step
-    window = Window(window.y - step, window.x - step, window.height + 2, window.width + 2, step)  # for the slopes
-    distance = np.full((window.height, window.width), np.inf, np.float32)
-    for layer, scale in enumerate((scalar(seed, "sacs", 24, 38), scalar(seed, "sacs", 17, 28))):
-        field = noise(seed, f"septa {layer}", window, scale * px) + 0.12 * noise(seed, f"wave {layer}", window, 9 * px)
-        slope_y, slope_x = np.gradient(field, step)
-        np.minimum(distance, np.abs(field) / np.maximum(np.hypot(slope_y, slope_x), 0.3 / (scale * px)), out=distance)
+    """Px from the surface of the nearest septum, negative in it: walls of air sacs of two sizes."""
+    distance = np.minimum(
+        _curve_distance(seed, "septa 0", window, scalar(seed, "sacs 0", 24, 38) * px, px),
+        _curve_distance(seed, "septa 1", window, scalar(seed, "sacs 1", 17, 28) * px, px),
+    )
     thickness = 1.0 + 0.35 * noise(seed, "thickness", window, 30 * px) + 0.2 * noise(seed, "knots", window, 7 * px)
     thickness += 0.12 * noise(seed, "rough", window, 2.5 * px)
-    distance -= np.maximum(thickness * scalar(seed, "septum", 2.2, 3.8), 0.6) * px
-    return distance[1:-1, 1:-1]
+    distance -= np.maximum(thickness * scalar(seed, "septum", 2.4, 4.2), 0.6) * px
+    return distance
+
+
+def _strand_distance(seed: int, window: Window, px: float) -> NDArray[np.float32]:
+    """The same for strands of stroma that part some tumors into nests."""
+    distance = _curve_distance(seed, "strands", window, 42 * px, px)
+    width = noise(seed, "strand width", window, 90 * px) + scalar(seed, "desmoplasia", -1.6, 0.4)
+    distance -= (6.0 * np.minimum(width, 1.2) + 0.7 * noise(seed, "strand edge", window, 6 * px)) * px
+    return distance
+
+
+def _curve_distance(seed: int, name: str, window: Window, scale: float, px: float) -> NDArray[np.float32]:
+    """Px to the zero line of a random field: (height, width) float32, not negative, right near the line only."""
+    step = window.step
+    window = Window(window.y - step, window.x - step, window.height + 2, window.width + 2, step)  # for the slopes
+    field = noise(seed, name, window, scale) + 0.12 * noise(seed, f"{name} waves", window, 9 * px)
+    slope_y, slope_x = np.gradient(field, step)
+    distance = np.abs(field) / np.maximum(np.hypot(slope_y, slope_x), 0.3 / scale)
+    return np.asarray(distance[1:-1, 1:-1], np.float32)
 
 
 def _outside(seed: int, window: Window, px: float, extent: tuple[int, int]) -> NDArray[np.bool_]:

@@ -123,13 +123,13 @@ def plant(
 def _stamps(name: str, scale: float) -> NDArray[np.float32]:
     """(variants, angles, side, side) float32 haematoxylin of a kind, from dark to pale; scale in px per micrometre."""
     kind = next(kind for kind in KINDS if kind.name == name)
-    rng = np.random.default_rng([len(name), *name.encode()])
     largest = kind.diameter[0] * (1 + 2 * kind.diameter[1]) / kind.aspect[0] ** 0.5 * (1 + 2 * kind.roughness)
     side = 2 * int(np.ceil(largest * scale / 2 + 1.5)) + 1
     stamps = np.empty((_VARIANTS, ANGLES, side, side), np.float32)
     for variant in range(_VARIANTS):
         dark = 1 - (variant + 0.5) / _VARIANTS
         for angle_bin in range(ANGLES):
+            rng = np.random.default_rng([*name.encode(), variant, angle_bin])
             stamps[variant, angle_bin] = _nucleus(kind, dark, np.pi * angle_bin / ANGLES, side, scale, rng)
     stamps.setflags(write=False)
     return stamps
@@ -153,7 +153,8 @@ def _nucleus(
         for order in (2, 3, 4, 5)
     )
     depth = 1 - np.hypot(along / long, across / short) / np.maximum(outline, 0.4)  # 0 on the outline, 1 in the centre
-    chromatin = cv2.GaussianBlur(rng.standard_normal((fine, fine)), (0, 0), 0.5 * scale * _OVERSAMPLING)
+    texture = rng.spawn(1)[0]  # takes as many numbers as there are pixels; the outline must not depend on them
+    chromatin = cv2.GaussianBlur(texture.standard_normal((fine, fine)), (0, 0), 0.5 * scale * _OVERSAMPLING)
     chromatin /= chromatin.std()
     low, high = kind.amount
     amount = (low + (high - low) * (dark + rng.uniform(-0.1, 0.1))) * (1 + kind.clumps * np.clip(chromatin, -2, 2))

@@ -36,7 +36,8 @@ def connected(config: ComputeConfig) -> Iterator[None]:
         if address
         else {"num_cpus": available_cpus(), "object_store_memory": _object_store(), "include_dashboard": False}
     )
-    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
+    # Without an address Ray would join a cluster that someone else started on this machine, and refuse `local`.
+    ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     for name in ("ray", "ray.data", "ray.train"):

@@ -1,0 +1,22 @@
+"""What all tests share: quiet tracking, and where real images are."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_foreign_services():
+    """Tests talk to no server that the shell happens to name."""
+    for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS", "AWS_ENDPOINT_URL"):
+        os.environ.pop(name, None)
+
+
+@pytest.fixture(scope="session")
+def real_data():
+    """Folder with the published data sets, or a skip: it is in no repository."""
+    folder = Path(os.environ.get("PISTOSEG_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not there; set PISTOSEG_TEST_DATA to the folder of the data sets")
+    return folder

@@ -1,0 +1,71 @@
+"""A synthetic cohort of small images, settings that train in seconds, and one local Ray for all tests of a process."""
+
+import hashlib
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import yaml
+
+from pistoseg.config import ComputeConfig
+from pistoseg.phantom import write_cohort
+
+SIZE = 64
+NETWORK = {
+    "architecture": "unet",
+    "encoder": "tu-mobilenetv3_small_050",
+    "weights": None,
+    "decoder_attention": None,
+    "batch_size": 8,
+    "samples_per_epoch": 16,
+    "precision": "fp32",
+}
+TINY = {
+    "preset": "demo",
+    "data": {"min_single_tissue": 1},
+    "synthesis": {"crop_height": 16, "crop_width": 16, "mode": "stored", "count": 40},
+    "preliminary": NETWORK | {"epochs": 1},
+    "pseudo_masks": {"patch_size": SIZE, "grid": 16, "symmetries": 1},
+    "precise": NETWORK | {"epochs": 2, "patch_size": SIZE},
+    "evaluation": {"patch_size": SIZE, "symmetries": 1, "bootstrap": 20},
+    "compute": {"device": "cpu"},
+}
+
+
+@pytest.fixture(scope="session")
+def cohort(tmp_path_factory):
+    """Forty training images of 64 px and four validation images of 96 px, in the published layout."""
+    folder = tmp_path_factory.mktemp("cohort [1]")  # brackets are globs to careless code
+    write_cohort(str(folder), training=40, validation=4, patch_size=SIZE, validation_size=96)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """Path of a YAML with settings of a pipeline that runs in seconds."""
+    file = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    file.write_text(yaml.safe_dump(TINY))
+    return file
+
+
+@pytest.fixture(scope="session")
+def local_ray():
+    """A local Ray with four CPUs on paper, so that pools of four actors run wherever the tests do."""
+    from pistoseg.stages import cluster
+
+    with patch.object(cluster, "available_cpus", return_value=4), cluster.connected(ComputeConfig(device="cpu")):
+        yield
+
+
+def contents(folder: Path) -> dict[str, tuple[int, str]]:
+    """Modification time and hash of every file below a folder, by relative name."""
+    return {
+        str(file.relative_to(folder)): (file.stat().st_mtime_ns, hashlib.sha256(file.read_bytes()).hexdigest())
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+
+
+def committed(workspace: Path) -> dict[str, Path]:
+    """Folders of the finished artifacts by stage; each stage has one at most."""
+    return {file.parent.parent.name: file.parent for file in workspace.glob("*/*/manifest.json")}

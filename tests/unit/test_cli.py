@@ -1,0 +1,168 @@
+import contextlib
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+import pistoseg
+from pistoseg.cli import main
+
+HEAVY = ("torch", "ray", "mlflow", "cv2", "pandas", "pyarrow", "PIL", "numpy", "timm", "fsspec")
+
+
+def imported_by(code):
+    """Heavy modules that are loaded after running `code` in a process of its own, and what it printed."""
+    script = (
+        "import contextlib, sys\n"
+        f"with contextlib.suppress(SystemExit):\n    {code}\n"
+        f"print('HEAVY', *[name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    call = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
+    *printed, last = call.stdout.splitlines()
+    return last.split()[1:], "\n".join(printed)
+
+
+def test_help_is_instant_and_shows_the_first_steps():
+    heavy, printed = imported_by("from pistoseg.cli import main; main(['--help'])")
+    assert heavy == []
+    assert "pistoseg demo" in printed
+    for verb in ("train", "synthesize", "evaluate", "data", "config", "ui"):
+        assert verb in printed
+
+
+def test_settings_are_shown_without_loading_what_they_set():
+    heavy, printed = imported_by("from pistoseg.cli import main; main(['config', 'show', '--preset', 'glas'])")
+    assert heavy == []
+    assert "alpha: 0.2" in printed
+
+
+def test_every_verb_has_help(capsys):
+    verbs = ["train", "synthesize", "evaluate", "data check", "config show", "ui", "demo"]
+    for verb in verbs:
+        with pytest.raises(SystemExit) as caught:
+            main([*verb.split(), "--help"])
+        assert caught.value.code == 0
+        assert f"pistoseg {verb}" in capsys.readouterr().out
+
+
+def test_the_module_runs_like_the_command():
+    call = subprocess.run(
+        [sys.executable, "-m", "pistoseg", "--version"], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (call.returncode, call.stdout.strip()) == (0, f"pistoseg {pistoseg.__version__}")
+
+
+def test_the_whole_command_ends_with_2_and_a_message_without_a_traceback():
+    command = [sys.executable, "-m", "pistoseg", "config", "show", "--preset", "wsss", "--set", "seed=1"]
+    call = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert call.returncode == 2
+    assert call.stderr.startswith("pistoseg: --preset: there is no preset 'wsss'. Remedy: use one of: ")
+    assert "Traceback" not in call.stderr
+    assert call.stdout == ""
+
+
+@pytest.fixture
+def no_ray(monkeypatch):
+    monkeypatch.setattr("pistoseg.stages.cluster.connected", lambda config: contextlib.nullcontext())
+
+
+def failed(arguments, capsys):
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("pistoseg: ")
+    assert "Traceback" not in captured.err
+    return captured.err
+
+
+def test_config_show_prints_the_resolved_settings(capsys):
+    assert main(["config", "show", "--preset", "wsss4luad", "--profile", "cpu", "--set", "precise.lr=1e-4"]) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["precise"]["lr"] == 1e-4
+    assert shown["synthesis"]["n_h"] == 7
+    assert shown["scale"]["fit"] is None
+
+
+def test_wrong_settings_are_listed(capsys):
+    message = failed(["config", "show", "--set", "precise.lrr=1", "--set", "synthesis.alpha=3"], capsys)
+    assert "did you mean lr?" in message
+    assert "synthesis.alpha" in message
+
+
+@pytest.mark.parametrize("verb", ["train", "synthesize"])
+def test_training_data_that_is_not_given_or_not_there(no_ray, capsys, tmp_path, verb):
+    common = [verb, "--workspace", str(tmp_path / "w"), "--set", "tracking.enabled=false"]
+    common += ["--set", "synthesis.mode=stored"]
+    assert "add --data FOLDER" in failed(common, capsys)
+    missing = tmp_path / "no [1, 0]: such"
+    assert f"{missing}: data.uri: does not exist" in failed([*common, "--data", str(missing)], capsys)
+
+
+def test_streamed_mosaics_can_not_be_written(no_ray, capsys, tmp_path):
+    message = failed(["synthesize", "--data", str(tmp_path), "--set", "synthesis.mode=streamed"], capsys)
+    assert "--preview 16" in message
+
+
+def test_a_model_that_is_none(no_ray, capsys, tmp_path):
+    arguments = ["evaluate", "--model", str(tmp_path), "--data", str(tmp_path), "--out", str(tmp_path / "out")]
+    assert f"{tmp_path}: is no model bundle" in failed(arguments, capsys)
+
+
+def test_a_workspace_without_runs_can_not_be_browsed(capsys, tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert "has no runs yet" in failed(["ui", "--workspace", str(tmp_path)], capsys)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["train", "--workers", "0"], ["evaluate"], [], ["evaluate", "--protocol", "best"], ["fly"]]
+)
+def test_wrong_arguments_end_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "usage: pistoseg" in capsys.readouterr().err
+
+
+def test_an_interrupt_says_how_to_go_on(monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pistoseg.commands.train", interrupted)
+    assert main(["train", "--data", "somewhere"]) == 130
+    assert "run the same command again" in capsys.readouterr().err
+
+
+def test_arguments_reach_the_config(monkeypatch):
+    seen = []
+    monkeypatch.setattr("pistoseg.commands.train", lambda config, workspace: seen.append((config, workspace)))
+    data = "/data/a: [1, 0] #x"
+    assert (
+        main(["train", "--preset", "glas", "--data", data, "--workers", "3", "--workspace", "w", "--set", "seed=4"])
+        == 0
+    )
+    (config, workspace) = seen[0]
+    assert (config.data.uri, config.compute.workers, config.seed, workspace) == (data, 3, 4, "w")
+
+
+def test_a_defect_keeps_its_traceback(monkeypatch):
+    def defect(*_):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("pistoseg.commands.train", defect)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["train", "--data", "somewhere"])
+
+
+def test_data_check_tells_by_its_exit_code_whether_a_data_set_is_fit(capsys, tmp_path):
+    from PIL import Image
+
+    folder = tmp_path / "1.training"
+    folder.mkdir()
+    (folder / "notes.png").write_bytes(b"no image")
+    assert main(["data", "check", str(tmp_path), "--workers", "1"]) != 0
+    (folder / "notes.png").unlink()
+    for number, flags in enumerate(("[1, 0, 0]", "[0, 1, 0]", "[0, 0, 1]")):
+        Image.effect_noise((64, 64), 30 + number).convert("RGB").save(folder / f"{number}-{flags}.png")
+    capsys.readouterr()
+    assert main(["data", "check", str(tmp_path), "--workers", "1"]) == 0
+    assert "tumor" in capsys.readouterr().out

@@ -1,0 +1,254 @@
+import pytest
+import yaml
+
+from pistoseg.config import Config, EvaluationConfig, ScaleConfig, describe, load_config, presets, validate
+from pistoseg.errors import PistoSegError
+
+
+def test_every_problem_is_reported_at_once_with_its_key():
+    wrong = [
+        "synthesis.alpha=2",
+        "precise.lr=fast",
+        "synthesis.strateggy=mosaic",
+        "sed=3",
+        "classes.background_id=300",
+        "preliminary.augmentation.rotate=-1",
+    ]
+    with pytest.raises(PistoSegError) as caught:
+        load_config("wsss4luad", overrides=wrong)
+    message = str(caught.value)
+    assert "6 problem(s)" in message
+    lines = message.splitlines()
+    for key in ("synthesis.alpha", "precise.lr", "classes.background_id", "preliminary.augmentation.rotate"):
+        assert sum(line.startswith(f"  {key}: ") for line in lines) == 1, key
+    assert "synthesis.strateggy: unknown key; did you mean strategy?" in message
+    assert "sed: unknown key; did you mean seed?" in message
+    assert "config show" in caught.value.remedy
+
+
+def test_an_unknown_key_that_resembles_nothing_gets_no_suggestion():
+    with pytest.raises(PistoSegError, match=r"zzzz: unknown key$|zzzz: unknown key\."):
+        load_config(overrides=["precise.zzzz=1"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("synthesis.alpha=0.9", "alpha (0.9) must be less than beta (0.8)"),
+        ("scale.source_mpp=0.5", "source_mpp needs mpp"),
+        ("scale.resize=0.5", "fit and resize contradict each other"),
+        ("synthesis.class_sampling={tumour: 1}", "classes that there are not: tumour"),
+        ("synthesis.class_sampling={tumor: 0, stroma: 0, normal: 0}", "gives every class the weight 0"),
+        ("precise.initial=preliminary", "needs the same architecture, encoder and decoder_attention"),
+        ("classes.background_id=1", "background_id 1 is the id of class 'stroma'"),
+        ("classes.classes=[{name: a, color: [0, 0, 0]}]", "at least 2"),
+        ("seed=-1", "seed"),
+        ("precise.lr=nan", "precise.lr"),
+    ],
+)
+def test_contradictory_and_impossible_settings_are_refused(override, message):
+    with pytest.raises(PistoSegError) as caught:
+        load_config("wsss4luad", overrides=[override])
+    assert message in str(caught.value)
+
+
+def test_class_names_must_differ_whatever_their_case():
+    classes = {"classes": [{"name": name, "color": [0, 0, 0]} for name in ("Tumor", "tumor")]}
+    with pytest.raises(PistoSegError, match="class names must differ"):
+        validate({"classes": classes})
+
+
+def test_mpp_and_resize_contradict_each_other():
+    with pytest.raises(PistoSegError, match="leave resize at 1"):
+        load_config("glas", overrides=["scale.resize=0.5"])
+
+
+def test_overrides_take_yaml_values():
+    config = load_config(
+        "wsss4luad",
+        overrides=[
+            "precise.lr=5e-5",  # YAML 1.1 reads this as a string
+            "precise.weights=null",
+            "scale.fit=",
+            "synthesis.class_sampling={tumor: 1, stroma: 2.5, normal: 0}",
+            "evaluation.scales=[1, 1.5]",
+            "preliminary.augmentation.flip=false",
+            "data.uri='a=b [1]: c'",
+            " seed =7",
+        ],
+    )
+    assert config.precise.lr == 5e-5
+    assert config.precise.weights is None
+    assert config.scale.fit is None
+    assert config.synthesis.class_sampling == {"tumor": 1, "stroma": 2.5, "normal": 0}
+    assert config.evaluation.scales == (1, 1.5)
+    assert config.preliminary.augmentation.flip is False
+    assert config.data.uri == "a=b [1]: c"
+    assert config.seed == 7
+
+
+@pytest.mark.parametrize("text", ["precise.lr", "=3", "seed=[1"])
+def test_a_malformed_override_is_quoted(text):
+    with pytest.raises(PistoSegError) as caught:
+        load_config(overrides=[text])
+    assert repr(text) in str(caught.value)
+    assert caught.value.field == "--set"
+
+
+def test_later_overrides_win():
+    assert load_config(overrides=["seed=1", "seed=2"]).seed == 2
+
+
+def test_the_paper_settings_are_in_the_faithful_presets():
+    for name in ("wsss4luad", "bcss-wsss"):
+        config = load_config(name)
+        synthesis, preliminary, precise = config.synthesis, config.preliminary, config.precise
+        assert (synthesis.strategy, synthesis.mode, synthesis.count) == ("mosaic", "stored", 20_000)
+        assert (synthesis.alpha, synthesis.beta) == (0.2, 0.8)
+        assert (synthesis.shift, synthesis.scale, synthesis.rotate) == (0.0625, 0.2, 45)
+        assert synthesis.transform_probability == 0.8
+        assert synthesis.class_sampling == "natural"
+        assert config.scale.fit == 224
+        for training in (preliminary, precise):
+            assert (training.architecture, training.decoder_attention) == ("unetplusplus", "scse")
+            assert (training.loss, training.epochs, training.batch_size) == ("bce", 15, 16)
+            assert (training.weight_decay, training.lr_decay, training.keep) == (0.05, 0.9, "best")
+            assert training.weights == "imagenet"
+        assert (preliminary.encoder, preliminary.lr) == ("efficientnet-b0", 1e-3)
+        assert (precise.encoder, precise.lr) == ("efficientnet-b3", 5e-4)
+        assert (precise.masks, precise.class_sampling, precise.patch_size) == ("pseudo", "natural", 224)
+        masks = config.pseudo_masks
+        assert (masks.grid, masks.symmetries, masks.constrain, masks.patch_size) == (32, 8, True, 224)
+
+
+def test_wsss4luad_is_the_papers():
+    config = load_config("wsss4luad")
+    synthesis = config.synthesis
+    assert (synthesis.crop_height, synthesis.crop_width, synthesis.n_h, synthesis.n_w) == (32, 32, 7, 7)
+    assert (synthesis.height, synthesis.width) == (224, 224)
+    assert synthesis.background_threshold == 0.267
+    assert (config.data.background, config.data.background_grey, config.data.background_min_area) == ("bright", 200, 50)
+    classes = config.classes.tissue()
+    assert classes.names == ["tumor", "stroma", "normal"]
+    assert [tissue.color for tissue in classes.classes] == [(0, 64, 128), (64, 128, 0), (243, 152, 0)]
+    assert (classes.background_id, classes.background_color) == (3, (255, 255, 255))
+    assert config.evaluation.resolved() == {
+        "tile": 224,
+        "stride": 112,
+        "scales": (1.0, 1.25, 1.5, 1.75, 2.0),
+        "symmetries": 1,
+        "window": "mean",
+    }
+
+
+def test_bcss_wsss_is_the_papers():
+    config = load_config("bcss-wsss")
+    synthesis = config.synthesis
+    assert (synthesis.crop_height, synthesis.crop_width, synthesis.n_h, synthesis.n_w) == (112, 112, 2, 2)
+    assert synthesis.background_threshold == 1.0
+    assert config.data.background == "none"
+    classes = config.classes.tissue()
+    assert classes.names == ["tumor", "stroma", "lymphocytic infiltrate", "necrosis"]
+    assert [tissue.color for tissue in classes.classes] == [(255, 0, 0), (0, 255, 0), (0, 0, 255), (153, 0, 255)]
+    assert classes.background_id == 4
+    resolved = config.evaluation.resolved()
+    assert (resolved["tile"], resolved["stride"], resolved["scales"]) == (224, 224, (1.0,))
+
+
+def test_an_evaluation_setting_goes_before_its_protocol():
+    resolved = EvaluationConfig(protocol="wsss4luad", stride=56, scales=(1.0,), symmetries=8).resolved()
+    assert (resolved["stride"], resolved["scales"], resolved["symmetries"]) == (56, (1.0,), 8)
+
+
+def test_a_profile_changes_what_it_names_and_nothing_else():
+    plain, cpu = load_config("wsss4luad"), load_config("wsss4luad", "cpu")
+    assert cpu.preliminary.encoder == "tu-tf_efficientnet_lite0"
+    assert (cpu.scale.fit, cpu.synthesis.mode) == (None, "streamed")
+    assert cpu.synthesis.background_threshold == plain.synthesis.background_threshold
+    assert cpu.classes == plain.classes
+    with pytest.raises(PistoSegError, match=r"no profile 'gpu'.*use one of: cpu"):
+        load_config("wsss4luad", "gpu")
+
+
+def test_a_profile_without_a_preset_is_refused_instead_of_ignored(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("classes: {classes: [{name: a, color: [0, 0, 0]}, {name: b, color: [9, 9, 9]}]}")
+    assert load_config(file=str(file)).classes.tissue().names == ["a", "b"]
+    with pytest.raises(PistoSegError, match="cpu"):
+        load_config(profile="cpu", file=str(file))
+
+
+def test_file_goes_before_the_preset_and_overrides_before_the_file(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("preset: bcss-wsss\nprofile: cpu\nseed: 5\nprecise: {lr: 0.01, epochs: 3}\n")
+    config = load_config(file=str(file), overrides=["precise.epochs=4"])
+    assert config.classes.tissue().names[3] == "necrosis"
+    assert config.scale.fit is None
+    assert (config.seed, config.precise.lr, config.precise.epochs) == (5, 0.01, 4)
+
+
+def test_classes_may_be_a_file_of_their_own(tmp_path):
+    file = tmp_path / "classes.yaml"
+    file.write_text("classes: [{name: Drüse, color: [1, 2, 3]}, {name: rest, color: [4, 5, 6]}]\n")
+    classes = load_config("glas", overrides=[f"classes={file}"]).classes.tissue()
+    assert classes.names == ["Drüse", "rest"]
+    assert classes.background_id == 2
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", "a: [1", "just text"])
+def test_a_file_that_is_no_mapping_is_named(tmp_path, content):
+    file = tmp_path / "bad.yaml"
+    file.write_text(content)
+    with pytest.raises(PistoSegError) as caught:
+        load_config(file=str(file))
+    assert caught.value.file == str(file)
+
+
+def test_a_missing_file_and_an_unknown_preset_say_so(tmp_path):
+    with pytest.raises(PistoSegError, match="does not exist"):
+        load_config(file=str(tmp_path / "no.yaml"))
+    with pytest.raises(PistoSegError, match=r"no preset 'wsss'.*bcss-wsss, demo, glas, wsss4luad"):
+        load_config("wsss")
+
+
+@pytest.mark.parametrize("preset", presets())
+def test_what_config_show_prints_can_be_read_back(preset):
+    config = load_config(preset)
+    text = describe(config)
+    assert validate(yaml.safe_load(text)) == config
+    assert all("  # " in line for line in text.splitlines())  # every key has its doc line
+
+
+def test_odd_values_survive_config_show():
+    config = load_config(
+        "glas",
+        overrides=[
+            "classes.classes=[{name: 'Drüse #1: x', color: [1, 2, 3]}, {name: 'no', color: [4, 5, 6]}]",
+            "synthesis.class_sampling={'Drüse #1: x': 1, 'no': 3}",
+            "data.uri='s3://bucket/a b [1, 0] # c'",
+            "evaluation.scales=[0.5, 1]",
+        ],
+    )
+    assert validate(yaml.safe_load(describe(config))) == config
+
+
+def test_a_config_does_not_change_after_validation():
+    config = load_config()
+    with pytest.raises(ValueError, match="frozen"):
+        config.precise.lr = 1.0
+
+
+def test_scale_factor_is_network_px_per_image_px():
+    assert ScaleConfig(mpp=1.0, source_mpp=0.5).factor() == 0.5
+    assert ScaleConfig(mpp=1.0, source_mpp=0.5).factor(0.25) == 0.25
+    assert ScaleConfig(resize=0.5).factor() == 0.5
+    assert ScaleConfig().factor() == 1.0
+
+
+def test_defaults_need_only_classes():
+    classes = {"classes": [{"name": name, "color": [0, 0, 0]} for name in "ab"]}
+    config = validate({"classes": classes})
+    assert isinstance(config, Config)
+    assert config.classes.tissue().background_id == 2
+    with pytest.raises(PistoSegError, match="classes"):
+        validate({})

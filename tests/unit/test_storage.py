@@ -1,0 +1,183 @@
+import os
+import uuid
+
+import pyarrow as pa
+import pytest
+
+from pistoseg import storage
+from pistoseg.errors import PistoSegError
+
+ODD_NAMES = [
+    "x-[1, 0, 0].png",
+    "a*b?.png",
+    "Größe 3 µm – 組織.png",
+    "with space.png",
+    "100%.png",
+    "semi;colon#hash.png",
+]
+
+
+@pytest.fixture(params=["local", "file", "memory"])
+def root(request, tmp_path):
+    if request.param == "memory":
+        uri = f"memory://pistoseg-{uuid.uuid4().hex}"
+        yield uri
+        storage.remove_tree(uri)
+    else:
+        yield f"file://{tmp_path}" if request.param == "file" else str(tmp_path)
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_a_file_of_any_name_is_written_listed_read_and_removed(root, name):
+    uri = storage.join(root, "folder [1]", name)
+    storage.write_bytes(uri, b"first")
+    storage.write_bytes(uri, b"second")
+    assert storage.read_bytes(uri) == b"second"
+    assert storage.file_size(uri) == 6
+    assert storage.exists(uri)
+    assert not storage.is_dir(uri)
+    listed = storage.list_files(root)
+    assert [storage.name(item) for item in listed] == [name]
+    assert storage.read_bytes(listed[0]) == b"second"
+    (child,) = storage.list_dir(storage.join(root, "folder [1]"))
+    assert storage.read_bytes(child) == b"second"
+    assert [(where, size) for where, size, _ in storage.list_details(root)] == [(f"folder [1]/{name}", 6)]
+    storage.remove_file(uri)
+    assert not storage.exists(uri)
+
+
+def test_a_name_with_brackets_does_not_match_other_files(root):
+    for name in ("x[01].png", "x0.png", "x1.png"):
+        storage.write_bytes(storage.join(root, name), name.encode())
+    assert storage.read_bytes(storage.join(root, "x[01].png")) == b"x[01].png"
+    storage.remove_file(storage.join(root, "x[01].png"))
+    assert [storage.name(item) for item in storage.list_files(root)] == ["x0.png", "x1.png"]
+
+
+def test_folders_list_their_children_sorted_and_files_recursively(root):
+    for name in ("b/2.bin", "b/deep/3.bin", "a.bin", "b/1.bin"):
+        storage.write_bytes(storage.join(root, name), b"x")
+    assert [storage.name(item) for item in storage.list_dir(root)] == ["a.bin", "b"]
+    assert [storage.name(item) for item in storage.list_files(root)] == ["a.bin", "1.bin", "2.bin", "3.bin"]
+    assert storage.is_dir(storage.join(root, "b"))
+    assert [item[0] for item in storage.list_details(root)] == ["a.bin", "b/1.bin", "b/2.bin", "b/deep/3.bin"]
+
+
+def test_hidden_files_are_left_out(root):
+    for name in (".DS_Store", ".git/config", "seen.png", "a/._seen.png"):
+        storage.write_bytes(storage.join(root, name), b"x")
+    assert [storage.name(item) for item in storage.list_files(root)] == ["seen.png"]
+
+
+def test_what_is_not_there(root):
+    missing = storage.join(root, "missing")
+    assert not storage.exists(missing)
+    assert not storage.is_dir(missing)
+    assert storage.list_dir(missing) == []
+    assert storage.list_files(missing) == []
+    storage.remove_tree(missing)
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes(missing)
+
+
+def test_a_tree_is_removed_and_its_neighbours_stay(root):
+    for name in ("gone/a/1", "gone/2", "gone-not/3"):
+        storage.write_bytes(storage.join(root, name), b"x")
+    storage.remove_tree(storage.join(root, "gone"))
+    assert [storage.name(item) for item in storage.list_files(root)] == ["3"]
+
+
+def test_text_must_be_utf8(root):
+    uri = storage.join(root, "notes.txt")
+    storage.write_bytes(uri, "µ".encode())
+    assert storage.read_text(uri) == "µ"
+    storage.write_bytes(uri, b"\xff\xfe")
+    with pytest.raises(PistoSegError, match="not UTF-8") as caught:
+        storage.read_text(uri)
+    assert caught.value.file == uri
+
+
+def test_tables_are_read_whole_from_a_folder_in_the_order_of_names(root):
+    for number in (1, 0):
+        table = pa.table({"n": [number * 2, number * 2 + 1], "other": ["a", "b"]})
+        storage.write_parquet(table, storage.join(root, "parts", f"part-{number:05d}.parquet"))
+    folder = storage.join(root, "parts")
+    assert storage.read_parquet(folder)["n"].to_pylist() == [0, 1, 2, 3]
+    assert storage.read_parquet(folder, columns=["other"]).column_names == ["other"]
+    assert storage.read_parquet(storage.join(folder, "part-00001.parquet"))["n"].to_pylist() == [2, 3]
+    with pytest.raises(PistoSegError, match="no Parquet files"):
+        storage.write_bytes(storage.join(root, "empty", "x.txt"), b"")
+        storage.read_parquet(storage.join(root, "empty"))
+
+
+def test_arrow_reads_and_writes_the_same_files(root):
+    file_system, path = storage.arrow_filesystem(storage.join(root, "arrow [1]"))
+    file_system.create_dir(path)
+    with file_system.open_output_stream(f"{path}/x.bin") as stream:
+        stream.write(b"arrow")
+    assert storage.read_bytes(storage.join(root, "arrow [1]", "x.bin")) == b"arrow"
+
+
+def test_a_changed_file_changes_the_details(root):
+    uri = storage.join(root, "x.png")
+    storage.write_bytes(uri, b"12345")
+    before = storage.list_details(root)
+    assert storage.list_details(root) == before
+    storage.write_bytes(uri, b"54321")
+    assert storage.list_details(root) != before
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+def test_a_write_that_fails_leaves_the_old_file_and_no_rubbish(tmp_path, monkeypatch, failing):
+    uri = str(tmp_path / "model [1].json")
+    storage.write_bytes(uri, b"old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(*((os, "fsync", full) if failing == "fsync" else (type(tmp_path), "replace", full)))
+    with pytest.raises(OSError, match="No space left"):
+        storage.write_bytes(uri, b"new and longer")
+    monkeypatch.undo()
+    assert storage.read_bytes(uri) == b"old"
+    assert os.listdir(tmp_path) == ["model [1].json"]
+
+
+def test_links_in_a_circle_end(tmp_path):
+    inner = tmp_path / "data" / "inner"
+    inner.mkdir(parents=True)
+    (inner / "x.png").write_bytes(b"x")
+    (inner / "up").symlink_to(tmp_path / "data")
+    (inner / "self").symlink_to(inner)
+    (tmp_path / "data" / "dangling.png").symlink_to(tmp_path / "nowhere")
+    names = [os.path.relpath(item, tmp_path / "data") for item in storage.list_files(str(tmp_path / "data"))]
+    assert names == ["dangling.png", "inner/x.png"]
+    details = storage.list_details(str(tmp_path / "data"))
+    assert [item[:2] for item in details] == [("dangling.png", -1), ("inner/x.png", 1)]
+
+
+def test_a_linked_folder_is_followed(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "x.png").write_bytes(b"x")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "link").symlink_to(tmp_path / "elsewhere")
+    assert storage.list_files(str(tmp_path / "data")) == [str(tmp_path / "data" / "link" / "x.png")]
+
+
+def test_uris_are_joined_by_their_parts():
+    assert storage.join("s3://bucket/a/", "/b/", "c d.png") == "s3://bucket/a/b/c d.png"
+    assert storage.join("/", "a") == "/a"
+    assert storage.name("s3://bucket/a/b/") == "b"
+    assert storage.local_path("s3://bucket/a") is None
+    assert str(storage.local_path("file:///tmp/x")) == "/tmp/x"
+
+
+def test_relative_paths_become_absolute_and_uris_stay(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert storage.absolute("runs/mine") == str(tmp_path / "runs" / "mine")
+    assert storage.absolute("s3://bucket/runs/") == "s3://bucket/runs"
+
+
+def test_an_unknown_protocol_is_an_error_of_the_user():
+    with pytest.raises(PistoSegError, match=r"can't be opened.*s3://"):
+        storage.exists("gopher://host/data")

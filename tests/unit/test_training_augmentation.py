@@ -1,0 +1,154 @@
+import numpy as np
+import pytest
+import torch
+
+from pistoseg.classes import IGNORE_ID
+from pistoseg.config import AugmentationConfig
+from pistoseg.training.augmentation import augment
+
+OFF = {"flip": False, "crop_scale": 1.0, "rotate": 0.0, "scale": 0.0, "stain": 0.0, "brightness": 0.0}
+STRONG = {"flip": True, "crop_scale": 0.6, "rotate": 180.0, "scale": 0.4, "probability": 1.0}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+def config(**changes):
+    return AugmentationConfig(**OFF | changes)
+
+
+def coded(n=6, height=48, width=48, block=8, seed=0):
+    """Masks of random blocks of three classes and images in which a pixel's colour is its class."""
+    cells = np.random.default_rng(seed).integers(0, 3, (n, -(-height // block), -(-width // block)))
+    masks = cells.repeat(block, 1).repeat(block, 2)[:, :height, :width].astype(np.uint8)
+    return torch.from_numpy(np.eye(3, dtype=np.uint8)[masks] * 255), torch.from_numpy(masks)
+
+
+@pytest.mark.parametrize(("height", "width"), [(48, 48), (40, 72), (72, 40)])
+def test_the_mask_follows_the_image(height, width):
+    images, masks = coded(16, height, width)
+    warped, labels = augment(images, masks, config(**STRONG), seed=3)
+    assert warped.shape == images.shape
+    assert labels.shape == masks.shape
+    assert (warped.dtype, labels.dtype) == (torch.uint8, torch.uint8)
+    pure = (warped == 255).any(-1) & (warped.sum(-1, dtype=torch.int32) == 255)  # not a mixture of neighbours
+    inside = pure & (labels != IGNORE_ID)
+    assert inside.float().mean() > 0.4
+    assert torch.equal(warped.argmax(-1)[inside].to(torch.uint8), labels[inside])
+
+
+def test_the_same_seed_makes_the_same_changes_and_another_seed_others():
+    images, masks = coded()
+    settings = AugmentationConfig()
+    first, second, other = (augment(images, masks, settings, seed) for seed in (5, 5, 6))
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+    assert not torch.equal(first[1], other[1])
+
+
+def test_every_image_of_a_batch_changes_in_its_own_way():
+    images, masks = coded(1)
+    _, labels = augment(images.repeat(8, 1, 1, 1), masks.repeat(8, 1, 1), config(**STRONG), seed=0)
+    assert len({item.numpy().tobytes() for item in labels}) == 8
+
+
+def test_the_input_is_left_alone():
+    images, masks = coded()
+    copies = images.clone(), masks.clone()
+    augment(images, masks, AugmentationConfig(), seed=1)
+    assert torch.equal(images, copies[0])
+    assert torch.equal(masks, copies[1])
+
+
+def test_with_everything_off_nothing_changes():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (4, 33, 47, 3), dtype=torch.uint8, generator=generator)
+    masks = torch.randint(0, 5, (4, 33, 47), dtype=torch.uint8, generator=generator)
+    warped, labels = augment(images, masks, config(), seed=9)
+    assert torch.equal(warped, images)
+    assert torch.equal(labels, masks)
+
+
+def test_probability_0_switches_rotation_and_zoom_off():
+    images, masks = coded()
+    warped, labels = augment(images, masks, config(rotate=90.0, scale=0.5, probability=0.0), seed=2)
+    assert torch.equal(warped, images)
+    assert torch.equal(labels, masks)
+
+
+def test_flips_and_quarter_turns_are_exact_and_all_happen():
+    images, masks = coded(1)
+    wanted = {
+        np.rot90(flipped, turns).tobytes(): None
+        for flipped in (masks[0].numpy(), masks[0].numpy()[:, ::-1])
+        for turns in range(4)
+    }
+    n = 64
+    warped, labels = augment(images.repeat(n, 1, 1, 1), masks.repeat(n, 1, 1), config(flip=True), seed=0)
+    assert {item.numpy().tobytes() for item in labels} == set(wanted)
+    assert torch.equal(warped.argmax(-1).to(torch.uint8), labels)
+
+
+def test_pixels_from_outside_are_ignored_and_the_middle_is_not():
+    images, masks = coded(16)
+    _, labels = augment(images, masks, config(rotate=45.0, probability=1.0), seed=1)
+    outside = labels == IGNORE_ID
+    assert not outside[:, 16:32, 16:32].any()
+    corners = outside[:, [0, 0, -1, -1], [0, -1, 0, -1]]
+    assert corners.any(1).float().mean() > 0.7
+
+
+def test_a_crop_never_leaves_the_image():
+    images, masks = coded(32)
+    _, labels = augment(images, masks, config(crop_scale=0.5), seed=1)
+    assert not (labels == IGNORE_ID).any()
+
+
+def test_ignored_pixels_stay_ignored():
+    images, masks = coded()
+    _, labels = augment(images, torch.full_like(masks, IGNORE_ID), AugmentationConfig(), seed=4)
+    assert (labels == IGNORE_ID).all()
+
+
+def test_a_rotation_of_a_wide_image_keeps_areas():
+    masks = torch.zeros(32, 60, 120, dtype=torch.uint8)
+    masks[:, 20:40, 50:70] = 1
+    images = torch.zeros(32, 60, 120, 3, dtype=torch.uint8)
+    _, labels = augment(images, masks, config(rotate=180.0, probability=1.0), seed=0)
+    areas = (labels == 1).sum((1, 2)).float()
+    assert torch.allclose(areas, torch.full_like(areas, 400), rtol=0.08)
+
+
+def test_zoom_changes_areas_within_its_limits():
+    masks = torch.zeros(64, 96, 96, dtype=torch.uint8)
+    masks[:, 38:58, 38:58] = 1
+    images = torch.zeros(64, 96, 96, 3, dtype=torch.uint8)
+    _, labels = augment(images, masks, config(scale=0.2, probability=1.0), seed=0)
+    zoom = ((labels == 1).sum((1, 2)).float() / 400).sqrt()
+    assert zoom.min() > 0.75
+    assert zoom.max() < 1.25
+    assert zoom.min() < 0.9
+    assert zoom.max() > 1.1
+
+
+@pytest.mark.parametrize("change", [{"stain": 0.05}, {"brightness": 0.3}])
+def test_colour_changes_leave_masks_alone_and_stay_small(change):
+    images = torch.full((8, 16, 16, 3), 0, dtype=torch.uint8)
+    images[..., 0], images[..., 1], images[..., 2] = 190, 120, 170
+    masks = torch.randint(0, 4, (8, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    changed, labels = augment(images, masks, config(**change), seed=2)
+    assert torch.equal(labels, masks)
+    difference = (changed.int() - images.int()).abs()
+    assert (difference.amax((1, 2, 3)) > 0).float().mean() > 0.8
+    assert difference.max() < 110
+
+
+def test_stain_and_brightness_survive_black_and_white():
+    images = torch.zeros(2, 8, 8, 3, dtype=torch.uint8)
+    images[1] = 255
+    masks = torch.zeros(2, 8, 8, dtype=torch.uint8)
+    changed, _ = augment(images, masks, config(stain=1.0, brightness=0.5), seed=0)
+    assert changed.dtype == torch.uint8
+    assert changed[0].float().mean() < changed[1].float().mean()
