@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pistoseg.models.segmentation import Normalization
+from pistoseg.pixels import resize_image
 
 Image = NDArray[np.uint8]
 Result = TypeVar("Result")
@@ -69,16 +69,6 @@ def _bell(size: int) -> Tensor:
     offset = (torch.arange(size, dtype=torch.float32) - (size - 1) / 2) / (size / 8)
     bell = torch.exp(-0.5 * offset**2)
     return bell / bell.max()
-
-
-def resize_image(image: Image, height: int, width: int) -> Image:
-    """Resize (H, W, 3) uint8 by area where it shrinks, bilinearly where it grows."""
-    if image.shape[:2] == (height, width):
-        return image
-    shrinks = height * width < image.shape[0] * image.shape[1]
-    kind = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-    result: Image = cv2.resize(np.ascontiguousarray(image), (width, height), interpolation=kind)
-    return result
 
 
 def resize_maps(maps: Tensor, height: int, width: int) -> Tensor:

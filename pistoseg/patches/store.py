@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from pistoseg import storage
 from pistoseg.config import DataConfig, ScaleConfig
 from pistoseg.errors import PistoSegError
-from pistoseg.models.inference import resize_image
 from pistoseg.patches import decode
 from pistoseg.patches.source import Rejection, SourceImage, Window, outside
+from pistoseg.pixels import resize_image
 
 IMAGES_SCHEMA = pa.schema(
     [

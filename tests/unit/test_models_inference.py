@@ -4,8 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pistoseg.models.inference import Predictor, grid, resize_image, window_weights
+from pistoseg.models.inference import Predictor, grid, window_weights
 from pistoseg.models.segmentation import Normalization
+from pistoseg.pixels import resize_image
 
 PLAIN = Normalization((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
