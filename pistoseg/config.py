@@ -221,7 +221,7 @@ class PseudoMaskConfig(Section):
     stride: int | None = Field(None, ge=8, description="Step between windows (network px); null: half a window.")
     symmetries: Literal[1, 8] = Field(8, description="Flips and quarter turns whose logits are averaged.")
     constrain: bool = Field(True, description="Only classes that the image-level label names may appear.")
-    batch_size: Positive = Field(8, description="Windows in a forward pass.")
+    batch_size: Positive = Field(16, description="Windows in a forward pass; symmetric copies count.")
 
 
 class EvaluationConfig(Section):
@@ -238,7 +238,7 @@ class EvaluationConfig(Section):
         None, description="Zoom factors averaged; null: the protocol's."
     )
     symmetries: Literal[1, 8] | None = Field(None, description="Symmetries averaged; null: the protocol's.")
-    batch_size: Positive = Field(8, description="Windows in a forward pass.")
+    batch_size: Positive = Field(16, description="Windows in a forward pass; symmetric copies count.")
     bootstrap: int = Field(1000, ge=0, description="Resamplings of the images for the confidence intervals; 0: none.")
 
     def resolved(self) -> dict[str, Any]:

@@ -290,9 +290,11 @@ class Predictor:
             groups = [variants]
         total: Tensor | float = 0.0
         for group in groups:
-            batch = torch.cat([_turn(tiles, *variant) for variant in group])
-            for variant, maps in zip(group, self._forward(batch, softmax).chunk(len(group)), strict=True):
-                total = _turn_back(maps, *variant) + total
+            together = max(1, self.batch_size // len(tiles))
+            for chunk in (group[start : start + together] for start in range(0, len(group), together)):
+                batch = torch.cat([_turn(tiles, *variant) for variant in chunk])
+                for variant, maps in zip(chunk, self._forward(batch, softmax).chunk(len(chunk)), strict=True):
+                    total = _turn_back(maps, *variant) + total
         assert isinstance(total, Tensor)
         return total / len(variants)
 

@@ -138,7 +138,7 @@ def evaluate(
         {
             "model": model,
             "images": images,
-            "protocol": _predictor_settings(config),
+            "protocol": config.resolved() | {"batch_size": config.batch_size},
             "device": device,
             "threads": cluster.node_threads(),
         },
@@ -165,10 +165,6 @@ def evaluate(
     )
     storage.write_bytes(storage.join(folder, "predictions.png"), _picture(images, table, classes))
     return report
-
-
-def _predictor_settings(config: EvaluationConfig) -> dict[str, Any]:
-    return config.resolved() | {"batch_size": config.batch_size * config.resolved()["symmetries"]}
 
 
 class _Score:

@@ -94,7 +94,7 @@ class _Predict:
             symmetries=settings.symmetries,
             scales=(1.0,),
             window="gaussian",
-            batch_size=settings.batch_size * settings.symmetries,
+            batch_size=settings.batch_size,
             average="logits",
         )
         self.patches = PatchSet.open(patches)
