@@ -56,18 +56,21 @@ def sheet(rows: list[list[Panel]], classes: TissueClasses, columns: int = 2) -> 
     """
     width = max((len(row) for row in rows), default=1)
     group = width * (CELL + MARGIN) + MARGIN
-    lines = -(-len(rows) // columns)
-    line = CELL + TEXT + MARGIN
-    canvas = Image.new("RGB", (columns * group, lines * line + TEXT + 3 * MARGIN), "white")
+    lines = [rows[start : start + columns] for start in range(0, len(rows), columns)]
+    heights = [TEXT + MARGIN + max(_fitted_size(panel.image)[1] for row in line for panel in row) for line in lines]
+    canvas = Image.new("RGB", (columns * group, sum(heights) + TEXT + 3 * MARGIN), "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(12)
-    for number, row in enumerate(rows):
-        top, left = MARGIN + number // columns * line, MARGIN + number % columns * group
-        for place, panel in enumerate(row):
-            x = left + place * (CELL + MARGIN)
-            draw.text((x, top), _short(panel.title), "black", font)
-            pixels = panel.image if panel.mask is None else overlay(panel.image, panel.mask, classes)
-            canvas.paste(_fitted(pixels), (x, top + TEXT))
-    legend(draw, classes, (MARGIN, lines * line + 2 * MARGIN), font)
+    top = MARGIN
+    for line, height in zip(lines, heights, strict=True):
+        for number, row in enumerate(line):
+            for place, panel in enumerate(row):
+                x = MARGIN + number * group + place * (CELL + MARGIN)
+                draw.text((x, top), _short(panel.title), "black", font)
+                pixels = panel.image if panel.mask is None else overlay(panel.image, panel.mask, classes)
+                fitted = Image.fromarray(pixels).resize(_fitted_size(pixels), Image.Resampling.BILINEAR)
+                canvas.paste(fitted, (x, top + TEXT))
+        top += height
+    legend(draw, classes, (MARGIN, top + MARGIN), font)
     return np.asarray(canvas)
 
 
@@ -85,11 +88,11 @@ def legend(
         x += TEXT + MARGIN * 2 + int(draw.textlength(tissue.name, font))
 
 
-def _fitted(pixels: NDArray[np.uint8]) -> Image.Image:
-    image = Image.fromarray(pixels)
-    ratio = CELL / max(image.size)
-    size = tuple(max(1, round(side * ratio)) for side in image.size)
-    return image.resize((size[0], size[1]), Image.Resampling.BILINEAR)
+def _fitted_size(pixels: NDArray[np.uint8]) -> tuple[int, int]:
+    """Width and height at which an image fits into a cell."""
+    height, width = pixels.shape[:2]
+    ratio = CELL / max(height, width)
+    return max(1, round(width * ratio)), max(1, round(height * ratio))
 
 
 def _short(text: str, length: int = 34) -> str:

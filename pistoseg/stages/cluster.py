@@ -13,6 +13,7 @@ import ray
 
 from pistoseg import storage
 from pistoseg.config import ComputeConfig
+from pistoseg.errors import PistoSegError
 from pistoseg.progress import Progress
 
 OBJECT_STORE_BYTES = 4 << 30
@@ -118,6 +119,8 @@ def run_shards(
         resources: of each actor, as Ray names them.
         progress: told the weight of the finished shards.
         weight: images (or mosaics) in a shard.
+    Raises:
+        PistoSegError: the first that a worker raised; no actor starts another shard after its own.
     """
     finished = {storage.name(item) for item in storage.list_dir(folder)}
     total = sum(map(weight, shards))
@@ -136,20 +139,36 @@ def run_shards(
         compute=ray.data.ActorPoolStrategy(size=min(actors, len(rows))),
         **resources,
     )
+    problem = None
     for row in results.iter_rows():
+        problem = problem or row["problem"]
         done += weight(shards[int(row["number"])])
         progress.update(done, total)
+    if problem:
+        raise PistoSegError(**json.loads(problem))
 
 
 class _ShardActor:
     def __init__(self, worker: type, arguments: dict[str, Any], folder: str) -> None:
-        self.worker = worker(**{key: _fetched(value) for key, value in arguments.items()})
-        self.folder = folder
+        self.worker, self.folder, self.problem = None, folder, ""
+        with self._kept_problem():
+            self.worker = worker(**{key: _fetched(value) for key, value in arguments.items()})
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         number = int(row["number"])
-        self.worker(number, json.loads(row["shard"]), storage.join(self.folder, part_name(number)))
-        return {"number": number}
+        if self.worker is not None and not self.problem:
+            with self._kept_problem():
+                self.worker(number, json.loads(row["shard"]), storage.join(self.folder, part_name(number)))
+        return {"number": number, "problem": self.problem}
+
+    @contextmanager
+    def _kept_problem(self) -> Iterator[None]:
+        # Ray Data would wrap the error, and the user get a traceback instead of what is wrong with the input.
+        try:
+            yield
+        except PistoSegError as error:
+            fields = {key: getattr(error, key) for key in ("reason", "file", "field", "remedy")}
+            self.problem = json.dumps(fields)
 
 
 def _fetched(value: Any) -> Any:

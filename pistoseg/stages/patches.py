@@ -72,7 +72,9 @@ class _Ingest:
 def _summary(patches: PatchSet, classes: TissueClasses, layout: str, rejected: list[dict[str, Any]]) -> dict[str, Any]:
     labels = patches.labels
     single = labels.sum(axis=1) == 1
+    counts = {"images": len(patches), "windows": len(labels), "single_tissue_windows": int(single.sum())}
     return {
+        "metrics": counts | {"rejected": len(rejected)},
         "layout": layout,
         "images": len(patches),
         "windows": len(labels),

@@ -47,14 +47,18 @@ class SampleSource:
 
 
 def sample_dataset(
-    source: SampleSource, first_epoch: int, epochs: int, per_epoch: int, actors: int
+    source: SampleSource, first_epoch: int, epochs: int, per_epoch: int, actors: int, workers: int = 1
 ) -> ray.data.Dataset:
-    """The samples of epochs first_epoch..epochs-1, in order.
+    """The samples of epochs first_epoch..epochs-1, in order, for an equal number of samples per worker and epoch.
 
     Columns: `epoch` and `index` int64, `image` (H, W, 3) uint8, `mask` (H, W) uint8.
     """
     height, width = source.size
-    per_block = max(1, min(per_epoch, BLOCK_BYTES // (height * width * 4)))
+    share = per_epoch // workers
+    per_block = max(1, min(share, BLOCK_BYTES // (height * width * 4)))
+    if workers > 1:
+        # Ray hands whole blocks to the workers in turn: with other sizes one would be in the next epoch already.
+        per_block = max(size for size in range(1, per_block + 1) if share % size == 0)
     total = np.arange(first_epoch * per_epoch, epochs * per_epoch)
     blocks = [
         pa.table({"epoch": part // per_epoch, "index": part % per_epoch})

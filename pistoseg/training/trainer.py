@@ -125,7 +125,7 @@ def train(
     def dataset() -> ray.data.Dataset:
         # Called at every (re)start of the workers, so that the stream begins with the epoch they resume at.
         first = len(_last_history(folder))
-        return sample_dataset(source, first, config.epochs, samples, actors)
+        return sample_dataset(source, first, config.epochs, samples, actors, compute.train_workers)
 
     by_score = config.keep == "best" and validation is not None
     options = ray.data.ExecutionOptions(preserve_order=True)
@@ -135,7 +135,8 @@ def train(
         scaling_config=ray.train.ScalingConfig(
             num_workers=compute.train_workers,
             use_gpu=gpus,
-            resources_per_worker={"CPU": 1, "GPU": 1} if gpus else {"CPU": 1},
+            # One CPU of a node stays free for the actors that make samples.
+            resources_per_worker={"CPU": 1, "GPU": 1} if gpus else {"CPU": max(1, threads - 1)},
         ),
         run_config=ray.train.RunConfig(
             name=RUN,
@@ -151,6 +152,7 @@ def train(
     )
     with _Watch(monitor, steps * config.epochs, on_step, on_epoch):
         result = trainer.fit()
+    ray.kill(monitor)
     if storage.exists(failure):
         reason = json.loads(storage.read_bytes(failure))
         raise PistoSegError(

@@ -10,7 +10,7 @@ from pistoseg.errors import PistoSegError
 ODD_NAMES = [
     "x-[1, 0, 0].png",
     "a*b?.png",
-    "Größe 3 µm – 組織.png",
+    "Größe 3 µm 組織.png",
     "with space.png",
     "100%.png",
     "semi;colon#hash.png",
@@ -105,8 +105,8 @@ def test_tables_are_read_whole_from_a_folder_in_the_order_of_names(root):
     assert storage.read_parquet(folder)["n"].to_pylist() == [0, 1, 2, 3]
     assert storage.read_parquet(folder, columns=["other"]).column_names == ["other"]
     assert storage.read_parquet(storage.join(folder, "part-00001.parquet"))["n"].to_pylist() == [2, 3]
+    storage.write_bytes(storage.join(root, "empty", "x.txt"), b"")
     with pytest.raises(PistoSegError, match="no Parquet files"):
-        storage.write_bytes(storage.join(root, "empty", "x.txt"), b"")
         storage.read_parquet(storage.join(root, "empty"))
 
 

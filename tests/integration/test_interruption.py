@@ -1,0 +1,140 @@
+"""SIGKILL at the worst moments: what was finished stays, what was begun goes on."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import NETWORK, TINY, committed, contents
+
+from pistoseg.pipeline import BY_NAME
+from pistoseg.training.trainer import RUN, SNAPSHOT, _last_history
+
+COUNT = 5000
+EPOCHS = 8
+TIMEOUT_S = 240
+
+
+@dataclass
+class Story:
+    """What was in the workspace when each run was killed, and at the end."""
+
+    workspace: Path
+    parts: dict[str, tuple[int, str]] = field(default_factory=dict)
+    epochs: list[dict[str, float]] = field(default_factory=list)
+    finished: dict[str, dict[str, dict[str, tuple[int, str]]]] = field(default_factory=dict)
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory, cohort):
+    """One workspace: killed while mosaics are made, in the second epoch, and between stages; then finished."""
+    folder = tmp_path_factory.mktemp("killed")
+    settings = TINY | {
+        "synthesis": TINY["synthesis"] | {"count": COUNT},
+        "preliminary": NETWORK | {"epochs": EPOCHS, "samples_per_epoch": 64},
+        "precise": NETWORK | {"epochs": 1, "patch_size": 64, "masks": "synthesized"},
+        "tracking": {"enabled": False},
+        "compute": {"device": "cpu", "workers": 1},
+    }
+    (folder / "killed.yaml").write_text(yaml.safe_dump(settings))
+    story = Story(folder / "workspace")
+    command = [sys.executable, "-m", "pistoseg", "train", "--config", str(folder / "killed.yaml")]
+    command += ["--data", str(cohort), "--workspace", str(story.workspace)]
+
+    kill_when(command, folder, lambda: len(list(story.workspace.glob("synthesis/*/mosaics/part-*.parquet"))) >= 3)
+    story.finished["synthesis"] = snapshot(story.workspace)
+    (mosaics,) = story.workspace.glob("synthesis/*/mosaics")
+    story.parts = contents(mosaics)
+
+    kill_when(command, folder, lambda: bool(list(story.workspace.glob(f"preliminary/*/{RUN}/{SNAPSHOT}"))))
+    story.finished["epoch"] = snapshot(story.workspace)
+    (training,) = story.workspace.glob("preliminary/*")
+    story.epochs = _last_history(str(training))
+
+    kill_when(command, folder, lambda: bool(list(story.workspace.glob("preliminary/*/manifest.json"))))
+    story.finished["stages"] = snapshot(story.workspace)
+
+    with (folder / "log.txt").open("a") as log:
+        subprocess.run(command, stdout=log, stderr=log, timeout=TIMEOUT_S, check=True)
+    story.finished["end"] = snapshot(story.workspace)
+    return story
+
+
+def kill_when(command, folder, moment):
+    """Run a command and kill it, and nothing but it, as soon as `moment()` holds; Ray has to end by itself."""
+    with (folder / "log.txt").open("a") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    wait_for(lambda: moment() or process.poll() is not None, TIMEOUT_S)
+    assert process.poll() is None, f"ended before it could be killed:\n{(folder / 'log.txt').read_text()[-3000:]}"
+    family = descendants(process.pid)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    wait_for(lambda: not any(Path(f"/proc/{pid}/stat").exists() and not zombie(pid) for pid in family), 60)
+
+
+def wait_for(condition, seconds):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        time.sleep(0.02)
+
+
+def descendants(pid):
+    """Process ids of all children, their children, and so on."""
+    children = []
+    for tasks in Path(f"/proc/{pid}/task").glob("*/children"):
+        children += [int(child) for child in tasks.read_text().split()]
+    return children + [item for child in children for item in descendants(child)]
+
+
+def zombie(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def snapshot(workspace):
+    return {stage: contents(folder) for stage, folder in committed(workspace).items()}
+
+
+def test_a_kill_during_synthesis_keeps_the_parts_that_were_done(story):
+    assert set(story.finished["synthesis"]) == {"patches", "validation"}
+    assert 3 <= len(story.parts) < -(-COUNT // 256)
+    (mosaics,) = story.workspace.glob("synthesis/*/mosaics")
+    after = contents(mosaics)
+    assert len(after) == -(-COUNT // 256)
+    assert {name: after[name] for name in story.parts if not name.startswith(".")} == story.parts
+
+
+def test_a_kill_in_an_epoch_goes_on_from_the_last_epoch(story):
+    assert "preliminary" not in story.finished["epoch"]
+    assert 1 <= len(story.epochs) < EPOCHS
+    (file,) = story.workspace.glob("preliminary/*/epochs.json")
+    rows = json.loads(file.read_text())
+    assert [row["epoch"] for row in rows] == list(range(EPOCHS))
+    assert rows[: len(story.epochs)] == story.epochs
+
+
+def test_a_kill_between_stages_leaves_the_finished_ones_alone(story):
+    assert "preliminary" in story.finished["stages"]
+    assert "preliminary_evaluation" not in story.finished["stages"]
+
+
+@pytest.mark.parametrize("moment", ["synthesis", "epoch", "stages"])
+def test_what_was_finished_is_never_touched_again(story, moment):
+    end = story.finished["end"]
+    assert {stage: end[stage] for stage in story.finished[moment]} == story.finished[moment]
+
+
+def test_the_end_is_that_of_a_run_that_was_never_killed(story):
+    assert set(story.finished["end"]) == set(BY_NAME) - {"pseudo_masks"}
+    for stage in BY_NAME:
+        assert len(list(story.workspace.glob(f"{stage}/*"))) == (stage != "pseudo_masks"), "resumed, not begun anew"
+    assert list(story.workspace.glob(f"*/*/{RUN}")) == []

