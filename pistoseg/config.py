@@ -184,6 +184,12 @@ class TrainingConfig(Section):
     lr_decay: float = Field(0.9, gt=0, le=1, description="Factor on the learning rate after every epoch.")
     weight_decay: float = Field(0.05, ge=0, le=1, description="AdamW's weight decay.")
     clip_norm: float = Field(5.0, ge=0, description="Largest norm of the gradient; 0: no clipping.")
+    average_decay: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Decay per step of a running average of the weights, which is what is kept; 0: off.",
+    )
     precision: Precision = Field("auto", description="auto: bf16 autocast where the device is good at it, else fp32.")
     keep: Literal["best", "last"] = Field(
         "best", description="Model kept: best validation mIoU, or last; without validation masks the last."

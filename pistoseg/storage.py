@@ -155,7 +155,8 @@ def list_files(uri: str) -> list[str]:
     except FileNotFoundError:
         return []
     below = inner.rstrip("/") + "/"
-    visible = (item for item in found if not any(part.startswith(".") for part in item[len(below) :].split("/")))
+    inside = (item for item in found if item.startswith(below))  # S3 servers may list an emptied folder itself
+    visible = (item for item in inside if not any(part.startswith(".") for part in item[len(below) :].split("/")))
     return sorted(_uri_like(uri, backend, item) for item in visible)
 
 
@@ -236,6 +237,7 @@ def list_details(uri: str) -> list[tuple[str, int, str]]:
     return sorted(
         (key.removeprefix(below), int(info.get("size") or 0), str(next((info[tag] for tag in tags if tag in info), "")))
         for key, info in details
+        if key.startswith(below)
     )
 
 

@@ -19,6 +19,7 @@ import ray.train.torch
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pistoseg import storage
 from pistoseg.classes import TissueClasses
@@ -101,11 +102,22 @@ class _Training:
             weight_decay=job.config.weight_decay,
             fused=True,
         )
+        # What is validated and kept: the network itself, or a running average of its weights and statistics.
+        self.average = None
+        if job.config.average_decay:
+            average = get_ema_multi_avg_fn(job.config.average_decay)
+            self.average = AveragedModel(self.network, multi_avg_fn=average, use_buffers=True)
         self.bf16 = resolve_precision(job.config.precision, self.device) == "bf16"
         self.history: list[dict[str, float]] = []
         self.epoch = 0
         self._resume()
         self.validation = MaskedImages.open(job.validation).shard(self.rank, self.world) if job.validation else None
+
+    @property
+    def _kept(self) -> SegmentationNetwork:
+        kept = self.network if self.average is None else self.average.module
+        assert isinstance(kept, SegmentationNetwork)
+        return kept
 
     def _resume(self) -> None:
         checkpoint = ray.train.get_checkpoint()
@@ -114,6 +126,8 @@ class _Training:
         with checkpoint.as_directory() as folder:
             state = torch.load(Path(folder) / CHECKPOINT, map_location="cpu", weights_only=True)
         self.network.load_state_dict(state["network"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.history = json.loads(state["history"])
         self.epoch = len(self.history)
@@ -171,11 +185,13 @@ class _Training:
             value /= self.world
         if bool(torch.isfinite(value)):
             self.optimizer.step()
+            if self.average is not None:
+                self.average.update_parameters(self.network)
         return float(value), float(norm)
 
     def _validate(self) -> dict[str, float]:
         assert self.validation is not None
-        segmenter = Segmenter(self.network, self.job.info, self.job.classes, self.device)
+        segmenter = Segmenter(self._kept, self.job.info, self.job.classes, self.device)
         matrix = ConfusionMatrix(len(self.job.classes))
         for item in self.validation:
             matrix.update(item.mask, segmenter.predict(item.image))
@@ -193,7 +209,9 @@ class _Training:
         ray.get(self.job.monitor.epoch.remote(row))
         with tempfile.TemporaryDirectory() as folder:
             state = {
+                "kept": self._kept.state_dict(),
                 "network": self.network.state_dict(),
+                "average": self.average.state_dict() if self.average is not None else {},
                 "optimizer": self.optimizer.state_dict(),
                 "history": json.dumps(self.history),
             }

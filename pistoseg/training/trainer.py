@@ -166,7 +166,7 @@ def train(
     state = _load(checkpoint)
     epochs = json.loads(state["history"])
     full = json.loads(_load(result.checkpoint)["history"]) if result.checkpoint is not None else epochs
-    return Trained(state["network"], len(epochs) - 1, full)
+    return Trained(state["kept"], len(epochs) - 1, full)
 
 
 def remove_checkpoints(folder: str) -> None:
