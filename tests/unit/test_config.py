@@ -113,7 +113,7 @@ def test_the_paper_settings_are_in_the_faithful_presets():
             assert (training.architecture, training.decoder_attention) == ("unetplusplus", "scse")
             assert (training.loss, training.epochs, training.batch_size) == ("bce", 15, 16)
             assert (training.weight_decay, training.lr_decay, training.keep) == (0.05, 0.9, "best")
-            assert training.weights == "imagenet"
+            assert (training.weights, training.average_decay) == ("imagenet", 0)
         assert (preliminary.encoder, preliminary.lr) == ("efficientnet-b0", 1e-3)
         assert (precise.encoder, precise.lr) == ("efficientnet-b3", 5e-4)
         assert (precise.masks, precise.class_sampling, precise.patch_size) == ("pseudo", "natural", 224)
