@@ -19,12 +19,8 @@ from pistoseg.progress import Progress
 
 def train(config: Config, workspace: str) -> dict[str, Artifact]:
     """Run the pipeline up to the scores; print them, the output tree and how to look at the run."""
-    from pistoseg.stages import cluster
-
     place = Workspace(storage.absolute(workspace))
-    progress = Progress()
-    with cluster.connected(config.compute):
-        artifacts = run_pipeline(config, place, progress=progress)
+    artifacts = _run(config, place, ("preliminary_evaluation", "evaluation"))
     console = Console()
     _print_scores(console, artifacts)
     _print_tree(console, place, artifacts)
@@ -34,8 +30,6 @@ def train(config: Config, workspace: str) -> dict[str, Artifact]:
 
 def synthesize(config: Config, workspace: str, preview: int | None, out: str) -> None:
     """Make the mosaics of a config; with `preview` only a sheet of that many, written to `out`."""
-    from pistoseg.stages import cluster
-
     place = Workspace(storage.absolute(workspace))
     if preview is None and config.synthesis.mode == "streamed":
         raise PistoSegError(
@@ -43,9 +37,7 @@ def synthesize(config: Config, workspace: str, preview: int | None, out: str) ->
             field="synthesis.mode",
             remedy="add --set synthesis.mode=stored, or --preview 16 for a sheet of them",
         )
-    target = "patches" if preview else "synthesis"
-    with cluster.connected(config.compute):
-        artifacts = run_pipeline(config, place, (target,), progress=Progress())
+    artifacts = _run(config, place, ("patches" if preview else "synthesis",))
     if preview:
         from pistoseg.stages.synthesis import mosaics
         from pistoseg.stages.synthesis import preview as picture
@@ -120,6 +112,17 @@ def demo(workspace: str, overrides: list[str]) -> None:
         write_cohort(cohort, seed=0, slides=1)
     train(load_config("demo", overrides=[*overrides, f"data.uri={cohort}"]), workspace)
     print("all images of this demo are synthetic; its scores say nothing about real tissue")
+
+
+def _run(config: Config, workspace: Workspace, targets: tuple[str, ...]) -> dict[str, Artifact]:
+    """Run the pipeline on the cluster of the config; data that isn't there is refused before Ray starts."""
+    from pistoseg.patches.digest import training_folder, validation_folder
+    from pistoseg.stages import cluster
+
+    training_folder(config)
+    validation_folder(config)
+    with cluster.connected(config.compute):
+        return run_pipeline(config, workspace, targets, progress=Progress())
 
 
 def _print_scores(console: Console, artifacts: dict[str, Artifact]) -> None:

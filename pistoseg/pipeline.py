@@ -16,7 +16,6 @@ from typing import Any
 from pistoseg import storage
 from pistoseg.artifacts import Artifact, Workspace, fingerprint
 from pistoseg.config import Config
-from pistoseg.errors import PistoSegError
 from pistoseg.progress import Progress
 from pistoseg.tracking import StageRun, Tracker
 
@@ -194,8 +193,6 @@ def run_pipeline(
     Returns:
         Artifacts by stage name.
     """
-    if not config.data.uri:
-        raise PistoSegError("no training data is given", field="data.uri", remedy="add --data FOLDER")
     progress = progress or Progress()
     artifacts: dict[str, Artifact] = {}
     with Tracker.start(config, workspace) as tracker:

@@ -13,7 +13,9 @@ from pistoseg.patches.layouts import find_split
 
 def training_folder(config: Config) -> str:
     """URI of the folder with the training images."""
-    uri = storage.absolute(config.data.uri or "")
+    if not config.data.uri:
+        raise PistoSegError("no training data is given", field="data.uri", remedy="add --data FOLDER")
+    uri = storage.absolute(config.data.uri)
     if not storage.exists(uri):
         raise PistoSegError("does not exist", file=uri, field="data.uri", remedy="give --data the data set's folder")
     return find_split(uri, "training") or uri

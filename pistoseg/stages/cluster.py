@@ -88,13 +88,16 @@ def node_threads() -> int:
     return max(1, int(min(node["Resources"].get("CPU", 1) for node in nodes)))
 
 
-def network_pool(config: ComputeConfig, share: float = 1.0) -> tuple[int, dict[str, float]]:
-    """Actors that hold a network, and what Ray sets aside for each: a GPU, or most of a node's CPUs."""
+def network_pool(config: ComputeConfig) -> tuple[int, dict[str, float]]:
+    """Actors that hold a network, and what Ray sets aside for each: a GPU, or a node's CPUs but one.
+
+    One CPU stays free: whatever else holds a fraction of one would make an actor that wants all of them wait for ever.
+    """
     gpus = 0 if config.device == "cpu" else cluster_gpus()
     if gpus:
         return gpus, {"num_gpus": 1, "num_cpus": 1}
     nodes = sum(1 for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1)
-    return max(1, nodes), {"num_cpus": max(1, int(node_threads() * share))}
+    return max(1, nodes), {"num_cpus": max(1, node_threads() - 1)}
 
 
 def run_shards(
@@ -120,7 +123,7 @@ def run_shards(
         progress: told the weight of the finished shards.
         weight: images (or mosaics) in a shard.
     Raises:
-        PistoSegError: the first that a worker raised; no actor starts another shard after its own.
+        PistoSegError: what the workers raised, all together, after the other shards are done.
     """
     finished = {storage.name(item) for item in storage.list_dir(folder)}
     total = sum(map(weight, shards))
@@ -139,36 +142,45 @@ def run_shards(
         compute=ray.data.ActorPoolStrategy(size=min(actors, len(rows))),
         **resources,
     )
-    problem = None
+    problems: dict[str, None] = {}  # in the order of their coming, each once
     for row in results.iter_rows():
-        problem = problem or row["problem"]
+        if row["problem"]:
+            problems[row["problem"]] = None
         done += weight(shards[int(row["number"])])
         progress.update(done, total)
-    if problem:
-        raise PistoSegError(**json.loads(problem))
+    errors = [PistoSegError(**json.loads(problem)) for problem in problems]
+    if len(errors) > 1:
+        raise PistoSegError("\n".join([f"{len(errors)} problems:", *map(str, errors)]).rstrip("."))
+    if errors:
+        raise errors[0]
 
 
 class _ShardActor:
     def __init__(self, worker: type, arguments: dict[str, Any], folder: str) -> None:
-        self.worker, self.folder, self.problem = None, folder, ""
-        with self._kept_problem():
-            self.worker = worker(**{key: _fetched(value) for key, value in arguments.items()})
+        self.worker: Any = None
+        self.folder = folder
+        self.broken = _problem_of(lambda: self._build(worker, arguments))
+
+    def _build(self, worker: type, arguments: dict[str, Any]) -> None:
+        self.worker = worker(**{key: _fetched(value) for key, value in arguments.items()})
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         number = int(row["number"])
-        if self.worker is not None and not self.problem:
-            with self._kept_problem():
-                self.worker(number, json.loads(row["shard"]), storage.join(self.folder, part_name(number)))
-        return {"number": number, "problem": self.problem}
+        shard, part = json.loads(row["shard"]), storage.join(self.folder, part_name(number))
+        problem = self.broken or _problem_of(lambda: self.worker(number, shard, part))
+        return {"number": number, "problem": problem}
 
-    @contextmanager
-    def _kept_problem(self) -> Iterator[None]:
-        # Ray Data would wrap the error, and the user get a traceback instead of what is wrong with the input.
-        try:
-            yield
-        except PistoSegError as error:
-            fields = {key: getattr(error, key) for key in ("reason", "file", "field", "remedy")}
-            self.problem = json.dumps(fields)
+
+def _problem_of(action: Callable[[], None]) -> str:
+    """The fields of the `PistoSegError` that an action raised, as JSON; empty when it raised none.
+
+    Ray Data would wrap the error, and the user get a traceback instead of what is wrong with the input.
+    """
+    try:
+        action()
+    except PistoSegError as error:
+        return json.dumps({key: getattr(error, key) for key in ("reason", "file", "field", "remedy")})
+    return ""
 
 
 def _fetched(value: Any) -> Any:

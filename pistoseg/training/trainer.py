@@ -151,7 +151,10 @@ def train(
         dataset_config=ray.train.DataConfig(execution_options=options),
     )
     with _Watch(monitor, steps * config.epochs, on_step, on_epoch):
-        result = trainer.fit()
+        try:
+            result = trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            raise _user_error(error) or error from None
     ray.kill(monitor)
     if storage.exists(failure):
         reason = json.loads(storage.read_bytes(failure))
@@ -167,6 +170,15 @@ def train(
     epochs = json.loads(state["history"])
     full = json.loads(_load(result.checkpoint)["history"]) if result.checkpoint is not None else epochs
     return Trained(state["kept"], len(epochs) - 1, full)
+
+
+def _user_error(error: BaseException | None) -> PistoSegError | None:
+    """The `PistoSegError` that a training worker or a sample actor raised, below what Ray wrapped around it."""
+    if error is None or isinstance(error, PistoSegError):
+        return error
+    below = [*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None)]
+    below += [getattr(error, "cause", None), error.__cause__]
+    return next((found for found in map(_user_error, below) if found is not None), None)
 
 
 def remove_checkpoints(folder: str) -> None:
