@@ -53,6 +53,7 @@ class TrainingJob:
         info: of the bundle that will be made of it: scale and window of the validation.
         threads: of a CPU worker.
         monitor: actor that collects what the driver shows.
+        pace: `Pace` actor, told how many samples are used.
     """
 
     config: TrainingConfig
@@ -66,6 +67,7 @@ class TrainingJob:
     info: dict[str, Any]
     threads: int
     monitor: Any
+    pace: Any
 
 
 def train_worker(arguments: dict[str, Any]) -> None:
@@ -220,7 +222,9 @@ class _Training:
 
     def _say(self, epoch: int, step: int, loss: float) -> None:
         if self.rank == 0:
-            self.job.monitor.step.remote(epoch * self.job.steps + step, f"epoch {epoch + 1}, loss {loss:.3f}")
+            done = epoch * self.job.steps + step
+            self.job.pace.set.remote(done * self.job.batch_size * self.world)
+            self.job.monitor.step.remote(done, f"epoch {epoch + 1}, loss {loss:.3f}")
 
     def _fail(self, batch: dict[str, Tensor], epoch: int, step: int, loss: float) -> None:
         name = f"failed-batch-rank{self.rank}.safetensors"

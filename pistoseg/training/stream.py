@@ -6,6 +6,7 @@ epoch is fresh, a resumed training starts its stream at the right epoch, and the
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -47,11 +48,26 @@ class SampleSource:
 
 
 def sample_dataset(
-    source: SampleSource, first_epoch: int, epochs: int, per_epoch: int, actors: int, workers: int = 1
+    source: SampleSource,
+    first_epoch: int,
+    epochs: int,
+    per_epoch: int,
+    actors: int,
+    workers: int = 1,
+    pace: Any = None,
 ) -> ray.data.Dataset:
     """The samples of epochs first_epoch..epochs-1, in order, for an equal number of samples per worker and epoch.
 
     Columns: `epoch` and `index` int64, `image` (H, W, 3) uint8, `mask` (H, W) uint8.
+
+    Args:
+        source: of the samples.
+        first_epoch: where the stream begins.
+        epochs: where it ends.
+        per_epoch: samples in an epoch.
+        actors: that make samples.
+        workers: that the samples are split between.
+        pace: handle of a `Pace` actor that holds the sample actors back; None: as fast as Ray lets them.
     """
     height, width = source.size
     share = per_epoch // workers
@@ -66,7 +82,8 @@ def sample_dataset(
     ]
     return ray.data.from_arrow(blocks).map_batches(
         _SampleActor,
-        fn_constructor_args=(source.build, [source.shared]),
+        # Enough for every actor to work and every worker to have a block in hand and one waiting.
+        fn_constructor_args=(source.build, [source.shared], pace, per_epoch, (actors + 2 * workers) * per_block),
         batch_size=None,
         batch_format="numpy",
         # The trainer's CPUs are set aside already, and a mosaic costs a hundredth of a training step.
@@ -75,14 +92,44 @@ def sample_dataset(
     )
 
 
+class Pace:
+    """How many samples the trainer has used; an asyncio actor on which sample actors wait.
+
+    A sample actor that is far enough ahead waits in its task. Were it to go on, Ray Data would hold the finished blocks
+    back at their memory limit, and its scheduler, which polls finished blocks that it may not take, would keep a whole
+    CPU busy: half of a two-core machine.
+    """
+
+    def __init__(self) -> None:
+        self.used = 0
+        self._moved = asyncio.Event()
+
+    async def set(self, used: int) -> None:
+        """Say how many samples, counted from epoch 0, are used."""
+        self.used = used
+        self._moved.set()
+        self._moved = asyncio.Event()
+
+    async def wait(self, used: int) -> None:
+        """Return once at least `used` samples are used."""
+        while self.used < used:
+            await self._moved.wait()
+
+
 class _SampleActor:
-    def __init__(self, build: Callable[[Any], Samples], shared: list[ray.ObjectRef]) -> None:
+    def __init__(
+        self, build: Callable[[Any], Samples], shared: list[ray.ObjectRef], pace: Any, per_epoch: int, ahead: int
+    ) -> None:
         import cv2
 
         cv2.setNumThreads(1)
+        self.pace, self.per_epoch, self.ahead = pace, per_epoch, ahead
         self.samples = build(ray.get(shared[0]))
 
     def __call__(self, batch: dict[str, NDArray[np.int64]]) -> dict[str, NDArray[Any]]:
+        if self.pace is not None:
+            first = int(batch["epoch"][0]) * self.per_epoch + int(batch["index"][0])
+            ray.get(self.pace.wait.remote(first - self.ahead))
         made = [self.samples.sample(int(e), int(k)) for e, k in zip(batch["epoch"], batch["index"], strict=True)]
         images, masks = zip(*made, strict=True)
         return {"epoch": batch["epoch"], "index": batch["index"], "image": np.stack(images), "mask": np.stack(masks)}

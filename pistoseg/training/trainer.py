@@ -21,7 +21,7 @@ from pistoseg.config import ComputeConfig, TrainingConfig
 from pistoseg.errors import PistoSegError
 from pistoseg.models.segmentation import SegmentationNetwork
 from pistoseg.training.loop import CHECKPOINT, FAILURE, SCORE, TrainingJob, train_worker
-from pistoseg.training.stream import SampleSource, sample_dataset
+from pistoseg.training.stream import Pace, SampleSource, sample_dataset
 
 RUN = "ray_train"
 SNAPSHOT = "checkpoint_manager_snapshot.json"
@@ -106,7 +106,7 @@ def train(
     failure = storage.join(folder, FAILURE)
     if storage.exists(failure):
         storage.remove_file(failure)  # the user runs again on purpose: from the last good epoch
-    monitor = ray.remote(num_cpus=0)(_Monitor).remote()
+    monitor, pace = (ray.remote(num_cpus=0)(actor).remote() for actor in (_Monitor, Pace))
     job = TrainingJob(
         config=config,
         network=ray.put(network),
@@ -119,13 +119,15 @@ def train(
         info=info,
         threads=threads,
         monitor=monitor,
+        pace=pace,
     )
     file_system, path = storage.arrow_filesystem(folder)
 
     def dataset() -> ray.data.Dataset:
         # Called at every (re)start of the workers, so that the stream begins with the epoch they resume at.
         first = len(_last_history(folder))
-        return sample_dataset(source, first, config.epochs, samples, actors, compute.train_workers)
+        ray.get(pace.set.remote(first * samples))
+        return sample_dataset(source, first, config.epochs, samples, actors, compute.train_workers, pace)
 
     by_score = config.keep == "best" and validation is not None
     options = ray.data.ExecutionOptions(preserve_order=True)
@@ -155,7 +157,8 @@ def train(
             result = trainer.fit()
         except ray.train.TrainingFailedError as error:
             raise _user_error(error) or error from None
-    ray.kill(monitor)
+    for actor in (monitor, pace):
+        ray.kill(actor)
     if storage.exists(failure):
         reason = json.loads(storage.read_bytes(failure))
         raise PistoSegError(
