@@ -1,0 +1,35 @@
+"""The pace that keeps sample actors from running ahead of the trainer."""
+
+import asyncio
+
+from pistoseg.training.stream import Pace
+
+
+def test_waits_until_enough_samples_are_used():
+    async def scenario() -> list[str]:
+        pace, events = Pace(), []
+
+        async def actor() -> None:
+            await pace.wait(16)
+            events.append("made")
+
+        waiting = asyncio.create_task(actor())
+        for used in (8, 15, 16):
+            await pace.set(used)
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            events.append(f"used {used}")
+        await waiting
+        return events
+
+    assert asyncio.run(scenario()) == ["used 8", "used 15", "made", "used 16"]
+
+
+def test_nothing_waits_for_samples_that_are_used_already():
+    async def scenario() -> None:
+        pace = Pace()
+        await pace.wait(-40)  # the first blocks of a stream
+        await pace.set(100)  # a resumed training
+        await pace.wait(60)
+
+    asyncio.run(asyncio.wait_for(scenario(), 5))
