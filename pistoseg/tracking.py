@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -207,7 +208,9 @@ class Tracker:
             bundle.mkdir()
             for file in ("model.json", "model.safetensors"):
                 (bundle / file).write_bytes(storage.read_bytes(artifact.path("bundle", file)))
-            with mlflow.start_run(run_id=self._stage_runs.get("precise", self.run_id)):
+            with warnings.catch_warnings(), mlflow.start_run(run_id=self._stage_runs.get("precise", self.run_id)):
+                # An example would be segmented to guess the signature, which is given.
+                warnings.filterwarnings("ignore", message=".*input example was not provided")
                 info = mlflow.pyfunc.log_model(
                     name="bundle",
                     loader_module=LOADER_MODULE,
