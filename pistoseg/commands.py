@@ -67,9 +67,7 @@ def evaluate(
         report = evaluate_folder(
             model, storage.absolute(data), out, config, classes=tissue, device=device, progress=progress
         )
-    table = _score_table("model", report["iou"])
-    _add_scores(table, storage.name(model), report)
-    Console().print(table)
+    Console().print(_score_table({storage.name(model): report}))
     print(storage.join(out, "metrics.json"))
     return report
 
@@ -133,26 +131,29 @@ def _print_scores(console: Console, artifacts: dict[str, Artifact]) -> None:
     }
     if not reports:
         return
-    table = _score_table("model", next(iter(reports.values()))["iou"])
-    for name, report in reports.items():
-        _add_scores(table, name, report)
-    console.print(table)
+    console.print(_score_table(reports))
 
 
-def _score_table(title: str, classes: dict[str, Any]) -> Table:
-    table = Table(title="IoU on the validation images")
-    table.add_column(title)
-    for name in (*classes, "mIoU", "fwIoU", "mIoU 95 %", "images"):
-        table.add_column(name, justify="right")
+def _score_table(reports: dict[str, dict[str, Any]]) -> Table:
+    """A row per class and score, a column per model."""
+    table = Table(title="IoU on the validation images", title_justify="left")
+    table.add_column("")
+    for model in reports:
+        table.add_column(model, justify="right", overflow="fold")
+    for name in next(iter(reports.values()))["iou"]:
+        table.add_row(name, *(_number(report["iou"][name]) for report in reports.values()))
+    table.add_section()
+    for title, key in (("mIoU", "miou"), ("fwIoU", "fwiou")):
+        table.add_row(title, *(_number(report[key]) for report in reports.values()))
+        intervals = [report.get("confidence_interval_95", {}).get(key) for report in reports.values()]
+        table.add_row("  95 %", *(" to ".join(map(_number, ends)) if ends else "-" for ends in intervals))
+    counts = (f"{report['images']}{'' if report['complete'] else ' (incomplete)'}" for report in reports.values())
+    table.add_row("images", *counts)
     return table
 
 
-def _add_scores(table: Table, name: str, report: dict[str, Any]) -> None:
-    values = ["-" if value is None else f"{value:.3f}" for value in report["iou"].values()]
-    interval = report.get("confidence_interval_95", {}).get("miou")
-    spread = f"{interval[0]:.3f} to {interval[1]:.3f}" if interval else "-"
-    complete = str(report["images"]) + ("" if report["complete"] else " (incomplete)")
-    table.add_row(name, *values, f"{report['miou']:.3f}", f"{report['fwiou']:.3f}", spread, complete)
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def _print_tree(console: Console, workspace: Workspace, artifacts: dict[str, Artifact]) -> None:
