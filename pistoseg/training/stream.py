@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-import pyarrow as pa
 import ray
 from numpy.typing import NDArray
 
@@ -75,12 +74,11 @@ def sample_dataset(
     if workers > 1:
         # Ray hands whole blocks to the workers in turn: with other sizes one would be in the next epoch already.
         per_block = max(size for size in range(1, per_block + 1) if share % size == 0)
-    total = np.arange(first_epoch * per_epoch, epochs * per_epoch)
-    blocks = [
-        pa.table({"epoch": part // per_epoch, "index": part % per_epoch})
-        for part in np.split(total, range(per_block, len(total), per_block))
-    ]
-    return ray.data.from_arrow(blocks).map_batches(
+    starts = range(first_epoch * per_epoch, epochs * per_epoch, per_block)
+    # A row is a range of samples. `from_items` makes its blocks here; `from_arrow` would start tasks that want a CPU
+    # each, which wait for ever when a restarted training holds all of them already.
+    rows = [{"start": start, "stop": min(start + per_block, epochs * per_epoch)} for start in starts]
+    return ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         _SampleActor,
         # Enough for every actor to work and every worker to have a block in hand and one waiting.
         fn_constructor_args=(source.build, [source.shared], pace, per_epoch, (actors + 2 * workers) * per_block),
@@ -128,8 +126,10 @@ class _SampleActor:
 
     def __call__(self, batch: dict[str, NDArray[np.int64]]) -> dict[str, NDArray[Any]]:
         if self.pace is not None:
-            first = int(batch["epoch"][0]) * self.per_epoch + int(batch["index"][0])
-            ray.get(self.pace.wait.remote(first - self.ahead))
-        made = [self.samples.sample(int(e), int(k)) for e, k in zip(batch["epoch"], batch["index"], strict=True)]
+            ray.get(self.pace.wait.remote(int(batch["start"][0]) - self.ahead))
+        ranges = zip(batch["start"], batch["stop"], strict=True)
+        numbers = np.concatenate([np.arange(start, stop) for start, stop in ranges])
+        epochs, indices = np.divmod(numbers, self.per_epoch)
+        made = [self.samples.sample(int(e), int(k)) for e, k in zip(epochs, indices, strict=True)]
         images, masks = zip(*made, strict=True)
-        return {"epoch": batch["epoch"], "index": batch["index"], "image": np.stack(images), "mask": np.stack(masks)}
+        return {"epoch": epochs, "index": indices, "image": np.stack(images), "mask": np.stack(masks)}
