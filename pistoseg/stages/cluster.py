@@ -100,6 +100,14 @@ def network_pool(config: ComputeConfig) -> tuple[int, dict[str, float]]:
     return max(1, nodes), {"num_cpus": max(1, node_threads() - 1)}
 
 
+def training_resources(config: ComputeConfig) -> dict[str, Any]:
+    """What `training.train` may use: actors that make samples, threads of a CPU worker, and whether there are GPUs."""
+    # One actor feeds many training steps on CPUs; GPUs eat as much as the CPUs make.
+    actors = config.workers or (cluster_cpus() if cluster_gpus() else 1)
+    threads = max(1, node_threads() // config.train_workers)
+    return {"actors": actors, "threads": threads, "gpus": config.device != "cpu" and cluster_gpus() > 0}
+
+
 def run_shards(
     worker: type,
     arguments: dict[str, Any],

@@ -9,15 +9,16 @@ import numpy as np
 import ray
 
 from pistoseg import storage
-from pistoseg.config import Config, PreciseConfig, TrainingConfig
+from pistoseg.config import Config, PreciseConfig, SegmentationConfig
 from pistoseg.errors import PistoSegError
 from pistoseg.models import bundle, segmentation
 from pistoseg.patches.store import PatchSet
 from pistoseg.pipeline import StageContext
-from pistoseg.stages import cluster
+from pistoseg.stages import cluster, masks
 from pistoseg.stages.synthesis import mosaics
 from pistoseg.training.samples import MaskedCrops, StoredMosaics, crop_rows, fresh_mosaics, rare_class_weights
 from pistoseg.training.stream import SampleSource
+from pistoseg.training.tasks import SegmentationTask
 from pistoseg.training.trainer import remove_checkpoints, train
 
 
@@ -34,7 +35,7 @@ def precise(context: StageContext) -> dict[str, Any]:
     return _run(context, training, _masked_source(context, training))
 
 
-def _run(context: StageContext, training: TrainingConfig, source: SampleSource) -> dict[str, Any]:
+def _run(context: StageContext, training: SegmentationConfig, source: SampleSource) -> dict[str, Any]:
     config = context.config
     classes = config.classes.tissue()
     network = segmentation.build(
@@ -43,22 +44,18 @@ def _run(context: StageContext, training: TrainingConfig, source: SampleSource) 
     if "initial" in context.inputs:
         network.load_state_dict(bundle.load(context.inputs["initial"].path("bundle"), "cpu").model.state_dict())
     has_validation = context.inputs["validation"].summary["images"] > 0
-    gpus = config.compute.device != "cpu" and cluster.cluster_gpus() > 0
+    validation = context.inputs["validation"].uri if has_validation else None
     trained = train(
         network,
         source,
+        SegmentationTask(classes, training.loss, validation, _validation_info(config)),
         training,
         config.compute,
         folder=context.folder,
         seed=config.seed,
-        validation=context.inputs["validation"].uri if has_validation else None,
-        classes=classes,
-        info=_validation_info(config),
-        actors=_sample_actors(config),
-        threads=max(1, cluster.node_threads() // config.compute.train_workers),
-        gpus=gpus,
         on_step=context.progress.update,
         on_epoch=lambda row: context.run.metrics(row, step=int(row["epoch"])),
+        **cluster.training_resources(config.compute),
     )
     for row in trained.history:  # the epochs before a crash, too
         context.run.metrics(row, step=int(row["epoch"]))
@@ -88,12 +85,7 @@ def _validation_info(config: Config) -> dict[str, Any]:
     return {"patch_size": window, "scale": config.scale.model_dump(), "evaluation": evaluation}
 
 
-def _sample_actors(config: Config) -> int:
-    # One actor feeds many training steps on CPUs; GPUs eat as much as the CPUs make.
-    return config.compute.workers or (cluster.cluster_cpus() if cluster.cluster_gpus() else 1)
-
-
-def _mosaic_source(context: StageContext, training: TrainingConfig) -> SampleSource:
+def _mosaic_source(context: StageContext, training: SegmentationConfig) -> SampleSource:
     config, synthesis = context.config, context.config.synthesis
     size = (synthesis.height, synthesis.width)
     artifact = context.inputs["masks"]
@@ -110,17 +102,23 @@ def _mosaic_source(context: StageContext, training: TrainingConfig) -> SampleSou
 
 
 def _masked_source(context: StageContext, training: PreciseConfig) -> SampleSource:
-    masks = storage.read_parquet(context.inputs["masks"].path("masks"), columns=["image", "height", "width", "png"])
+    kind = training.masks.removeprefix("refined_") if training.masks.startswith("refined_") else ""
+    sizes = ["height", "width", "grid_height", "grid_width"]
+    columns = [masks.column(name, kind) for name in ("png", "confidence")]
+    artifact = context.inputs["masks"]
+    table = storage.read_parquet(artifact.path(masks.FOLDER), columns=["image", *sizes, *columns])
     patches = PatchSet.open(context.inputs["patches"].uri)
     images = patches.table
-    if images["image"].to_pylist() != masks["image"].to_pylist():
-        raise PistoSegError("masks and images do not belong together", file=context.inputs["masks"].uri)
-    areas = masks["height"].to_numpy().astype(np.int64) * masks["width"].to_numpy()
+    if images["image"].to_pylist() != table["image"].to_pylist():
+        raise PistoSegError("masks and images do not belong together", file=artifact.uri, remedy="delete that folder")
+    table = table.select([*sizes, *columns]).rename_columns([*sizes, "png", "confidence"])
+    areas = table["height"].to_numpy().astype(np.int64) * table["width"].to_numpy()
     weights = rare_class_weights(patches.image_labels()) if training.class_sampling == "rare" else None
     rows = crop_rows(areas, training.patch_size, weights)
     shared = {
         "images": images.select(["png"]),
-        "masks": masks.select(["png"]),
+        "masks": table.select(["png", "confidence", "grid_height", "grid_width"]),
+        "min_confidence": training.min_confidence,
         "rows": rows,
         "patch_size": training.patch_size,
         "seed": context.config.seed,

@@ -22,19 +22,13 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pistoseg import storage
-from pistoseg.classes import TissueClasses
 from pistoseg.config import TrainingConfig
-from pistoseg.metrics import ConfusionMatrix
-from pistoseg.models.bundle import Segmenter
 from pistoseg.models.inference import resolve_precision
-from pistoseg.models.losses import segmentation_loss
-from pistoseg.models.segmentation import SegmentationNetwork
-from pistoseg.patches.masked import MaskedImages
 from pistoseg.training.augmentation import augment
+from pistoseg.training.tasks import Task
 
 CHECKPOINT = "training.pt"
 FAILURE = "failure.json"
-SCORE = "validation_miou"
 
 
 @dataclass(frozen=True)
@@ -42,15 +36,13 @@ class TrainingJob:
     """What a training worker needs to know.
 
     Args:
-        config: network and training settings.
-        network: the network at its start.
-        classes: the L tissues.
+        config: training settings.
+        network: the network at its start: a module with `normalization` and `encoder`.
+        task: its loss and its validation.
         seed: of augmentation.
         steps: optimizer steps in an epoch.
         batch_size: of one worker.
         folder: URI of the artifact; receives `failure.json` and the batch of a step that was not finite.
-        validation: URI of the validation artifact, or None.
-        info: of the bundle that will be made of it: scale and window of the validation.
         threads: of a CPU worker.
         monitor: actor that collects what the driver shows.
         pace: `Pace` actor, told how many samples are used.
@@ -58,13 +50,11 @@ class TrainingJob:
 
     config: TrainingConfig
     network: ray.ObjectRef
-    classes: TissueClasses
+    task: Task
     seed: int
     steps: int
     batch_size: int
     folder: str
-    validation: str | None
-    info: dict[str, Any]
     threads: int
     monitor: Any
     pace: Any
@@ -88,22 +78,17 @@ def train_worker(arguments: dict[str, Any]) -> None:
 
 class _Training:
     def __init__(self, job: TrainingJob) -> None:
-        self.job, self.config = job, job.config
+        self.job, self.config, self.task = job, job.config, job.task
         self.context = ray.train.get_context()
         self.rank, self.world = self.context.get_world_rank(), self.context.get_world_size()
         self.device = ray.train.torch.get_device()
         if self.device.type == "cpu":
             torch.set_num_threads(job.threads)
         torch.manual_seed(job.seed)
-        self.network: SegmentationNetwork = ray.get(job.network)
+        self.network: Any = ray.get(job.network)
         self.network.to(device=self.device, memory_format=torch.channels_last)
         self.model: nn.Module = ray.train.torch.prepare_model(self.network, move_to_device=False)
-        self.optimizer = torch.optim.AdamW(
-            self.network.parameters(),
-            lr=job.config.lr,
-            weight_decay=job.config.weight_decay,
-            fused=True,
-        )
+        self.optimizer = build_optimizer(self.network, job.config)
         # What is validated and kept: the network itself, or a running average of its weights and statistics.
         self.average = None
         if job.config.average_decay:
@@ -113,13 +98,10 @@ class _Training:
         self.history: list[dict[str, float]] = []
         self.epoch = 0
         self._resume()
-        self.validation = MaskedImages.open(job.validation).shard(self.rank, self.world) if job.validation else None
 
     @property
-    def _kept(self) -> SegmentationNetwork:
-        kept = self.network if self.average is None else self.average.module
-        assert isinstance(kept, SegmentationNetwork)
-        return kept
+    def _kept(self) -> Any:
+        return self.network if self.average is None else self.average.module
 
     def _resume(self) -> None:
         checkpoint = ray.train.get_checkpoint()
@@ -136,75 +118,77 @@ class _Training:
 
     def run_epoch(self, epoch: int, batches: Iterator[dict[str, Tensor]]) -> bool:
         """Train one epoch, validate, report; False when a loss was not finite."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr * self.config.lr_decay**epoch
         self.model.train()
-        started, waited, losses, norms = time.monotonic(), 0.0, [], []
+        started, waited, rows = time.monotonic(), 0.0, []
+        lr = 0.0
         for step in range(self.job.steps):
             asked = time.monotonic()
             batch = next(batches)
             waited += time.monotonic() - asked
-            loss, norm = self._step(batch, epoch, step)
-            if not math.isfinite(loss):
-                self._fail(batch, epoch, step, loss)
+            lr = learning_rate(self.config, epoch, step, self.job.steps)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr * group["factor"]
+            values = self._step(batch, epoch, step)
+            if not math.isfinite(values["loss"]):
+                self._fail(batch, epoch, step, values["loss"])
                 return False
-            losses.append(loss)
-            norms.append(norm)
-            self._say(epoch, step + 1, loss)
+            rows.append(values)
+            self._say(epoch, step + 1, values["loss"])
         trained = time.monotonic() - started
         row = {
             "epoch": epoch,
-            "loss": float(np.mean(losses)),
-            "gradient_norm": float(np.mean(norms)),
-            "lr": self.optimizer.param_groups[0]["lr"],
+            **{name: float(np.mean([values[name] for values in rows])) for name in rows[0]},
+            "lr": lr,
             "images_per_s": self.job.steps * self.job.batch_size * self.world / trained,
             "waiting_share": waited / trained,
         }
         last = epoch + 1 == self.config.epochs
-        if self.validation is not None and (last or (epoch + 1) % self.config.validate_every == 0):
+        if self.task.validates and (last or (epoch + 1) % self.config.validate_every == 0):
             row |= self._validate()
         row["seconds"] = time.monotonic() - started
         self.history.append(row)
         self._report(row)
         return True
 
-    def _step(self, batch: dict[str, Tensor], epoch: int, step: int) -> tuple[float, float]:
+    def _step(self, batch: dict[str, Tensor], epoch: int, step: int) -> dict[str, float]:
+        """One optimizer step; `loss` and its terms, and `gradient_norm`. The weights stay where any is not finite."""
         seed = int(np.random.SeedSequence((self.job.seed, epoch, step, self.rank)).generate_state(1)[0])
-        images = batch["image"].to(self.device, non_blocking=True)
-        masks = batch["mask"].to(self.device, non_blocking=True)
-        images, masks = augment(images, masks, self.config.augmentation, seed)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            logits = self.model(self.network.normalization(images))
-        loss = segmentation_loss(logits, masks, self.config.loss, len(self.job.classes))
+        batch = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+        losses = self.task.losses(self._forward, augment(batch, self.config.augmentation, seed))
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        losses["loss"].backward()
         limit = self.config.clip_norm or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), limit)
         # Every rank must take the same decision, or the others would wait for this one for ever.
-        value = loss.detach() if bool(torch.isfinite(norm)) else torch.full_like(loss.detach(), math.nan)
+        names, values = (
+            [*losses, "gradient_norm"],
+            torch.stack([*(term.detach().float() for term in losses.values()), norm]),
+        )
+        if not bool(torch.isfinite(norm)):
+            values[0] = math.nan
         if self.world > 1:
-            torch.distributed.all_reduce(value)
-            value /= self.world
-        if bool(torch.isfinite(value)):
+            torch.distributed.all_reduce(values)
+            values /= self.world
+        if bool(torch.isfinite(values[0])):
             self.optimizer.step()
             if self.average is not None:
                 self.average.update_parameters(self.network)
-        return float(value), float(norm)
+        return dict(zip(names, values.tolist(), strict=True))
+
+    def _forward(self, images: Tensor, *maps: Tensor) -> Any:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.model(self.network.normalization(images), *maps)
 
     def _validate(self) -> dict[str, float]:
-        assert self.validation is not None
-        segmenter = Segmenter(self._kept, self.job.info, self.job.classes, self.device)
-        matrix = ConfusionMatrix(len(self.job.classes))
-        for item in self.validation:
-            matrix.update(item.mask, segmenter.predict(item.image))
+        share = self.task.validate(self._kept, self.device, self.rank, self.world)
+        shares = [share]
         if self.world > 1:
-            counts = torch.from_numpy(matrix.counts).to(self.device)
-            torch.distributed.all_reduce(counts)
-            matrix = ConfusionMatrix(len(self.job.classes), counts.cpu().numpy())
-        return {SCORE: matrix.miou(), "validation_fwiou": matrix.fwiou()}
+            shares = [None] * self.world
+            torch.distributed.all_gather_object(shares, share)
+        return self.task.scores(shares)
 
     def _report(self, row: dict[str, float]) -> None:
-        metrics = {SCORE: row.get(SCORE, -1.0), "epoch": row["epoch"]}
+        metrics = {self.task.score: row.get(self.task.score, -1.0), "epoch": row["epoch"]}
         if self.rank:
             ray.train.report(metrics)
             return
@@ -234,3 +218,35 @@ class _Training:
         if self.rank == 0:
             reason = {"epoch": epoch, "step": step, "loss": str(loss), "batch": name}
             storage.write_bytes(storage.join(self.job.folder, FAILURE), json.dumps(reason).encode())
+
+
+def build_optimizer(network: Any, config: TrainingConfig) -> torch.optim.Optimizer:
+    """The optimizer of a network; its parameter groups carry `factor`, theirs of the learning rate.
+
+    Args:
+        network: a module whose pretrained part is its `encoder`.
+        config: optimizer, learning rate, weight decay and the factor of new layers.
+    """
+    pretrained = {id(parameter) for parameter in network.encoder.parameters()}
+    old = [parameter for parameter in network.parameters() if id(parameter) in pretrained]
+    new = [parameter for parameter in network.parameters() if id(parameter) not in pretrained]
+    groups = [{"params": old, "factor": 1.0}, {"params": new, "factor": config.new_layers_factor}]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(
+            groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True
+        )
+    return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+
+
+def learning_rate(config: TrainingConfig, epoch: int, step: int, steps: int) -> float:
+    """The learning rate of a step.
+
+    Args:
+        config: `lr` and its schedule.
+        epoch: from 0.
+        step: in the epoch, from 0.
+        steps: in an epoch.
+    """
+    if config.schedule == "exponential":
+        return config.lr * config.lr_decay**epoch
+    return config.lr * (1 - (epoch * steps + step) / (config.epochs * steps)) ** config.lr_power

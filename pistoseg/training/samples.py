@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
+import cv2
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
@@ -61,6 +63,57 @@ class StoredMosaics:
         return decode_png(table["image"][row].as_py()), decode_ids(table["mask"][row].as_py())
 
 
+class EpochOrder:
+    """Which row a sample uses: an epoch takes every row once, in an order drawn from (seed, epoch).
+
+    An epoch of more samples than rows goes round again, each round in an order of its own.
+
+    Args:
+        rows: what to choose from; a number may occur several times.
+        seed: of the orders.
+    """
+
+    def __init__(self, rows: NDArray[np.int64], seed: int) -> None:
+        self.rows, self.seed = rows, seed
+        self._order: tuple[int, NDArray[np.int64]] = (-1, rows)
+
+    def row(self, epoch: int, index: int) -> int:
+        """The row of sample `index` of `epoch`."""
+        turn, place = divmod(index, len(self.rows))
+        key = (epoch << 20) + turn
+        if self._order[0] != key:
+            rng = np.random.default_rng([self.seed, epoch, turn])
+            self._order = (key, rng.permutation(self.rows))
+        return int(self._order[1][place])
+
+
+class PixelCache:
+    """Decoded pixels by row number; those used last are kept, up to `CACHE_BYTES`.
+
+    Args:
+        decode: a row's arrays.
+    """
+
+    def __init__(self, decode: Callable[[int], tuple[NDArray[np.uint8], ...]]) -> None:
+        self.decode = decode
+        self._items: OrderedDict[int, tuple[NDArray[np.uint8], ...]] = OrderedDict()
+        self._bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, row: int) -> tuple[NDArray[np.uint8], ...]:
+        if row in self._items:
+            self._items.move_to_end(row)
+            return self._items[row]
+        arrays = self._items[row] = self.decode(row)
+        self._bytes += sum(array.nbytes for array in arrays)
+        while self._bytes > CACHE_BYTES and len(self._items) > 1:
+            _, old = self._items.popitem(last=False)
+            self._bytes -= sum(array.nbytes for array in old)
+        return arrays
+
+
 class MaskedCrops:
     """Random crops of real images and their pseudo-masks.
 
@@ -69,52 +122,50 @@ class MaskedCrops:
 
     Args:
         shared: `images` and `masks`, tables with a binary column `png` each and rows that belong together; `rows`,
-            their numbers as often as an epoch uses them (`crop_rows`); `patch_size`; `seed`.
+            their numbers as often as an epoch uses them (`crop_rows`); `patch_size`; `seed`. With `min_confidence`
+            above 0, pixels whose confidence (uint8 on a grid in the masks' columns `confidence`, `grid_height` and
+            `grid_width`; 255 = 1) is smaller are ignored.
     """
 
     def __init__(self, shared: dict[str, Any]) -> None:
-        self.images, self.masks = shared["images"]["png"], shared["masks"]["png"]
+        self.images, self.masks = shared["images"]["png"], shared["masks"]
+        self.min_confidence = shared.get("min_confidence", 0.0)
         self.size, self.seed = shared["patch_size"], shared["seed"]
-        self.rows = shared["rows"] if "rows" in shared else crop_rows(shared["areas"], self.size)
-        self._order: tuple[int, NDArray[np.int64]] = (-1, self.rows)
-        self._cache: OrderedDict[int, Sample] = OrderedDict()
-        self._cached = 0
+        self.rows = shared["rows"]
+        self._order = EpochOrder(self.rows, self.seed)
+        self._cache = PixelCache(self._decode)
 
     def sample(self, epoch: int, index: int) -> Sample:
         """Image (patch_size, patch_size, 3) and mask (patch_size, patch_size), uint8."""
-        # More samples than crops: further rounds, each in an order of its own.
-        turn, place = divmod(index, len(self.rows))
-        image, mask = self._decoded(int(self._permutation(epoch, turn)[place]))
+        image, mask = self._cache[self._order.row(epoch, index)]
         rng = np.random.Generator(np.random.Philox(key=[self.seed, (epoch << 32) + index]))
         top, left = (int(rng.integers(0, max(0, side - self.size) + 1)) for side in mask.shape)
-        window = np.s_[top : top + self.size, left : left + self.size]
-        return self._padded(image[window], mask[window])
-
-    def _padded(self, image: NDArray[np.uint8], mask: NDArray[np.uint8]) -> Sample:
-        down, right = (max(0, self.size - side) for side in mask.shape)
+        mask = mask[top : top + self.size, left : left + self.size]
+        down, right = (self.size - side for side in mask.shape)
         if down or right:
-            image = np.pad(image, ((0, down), (0, right), (0, 0)), mode="symmetric")
             mask = np.pad(mask, ((0, down), (0, right)), constant_values=IGNORE_ID)
-        return np.ascontiguousarray(image), np.ascontiguousarray(mask)
+        return crop_mirrored(image, top, left, self.size), np.ascontiguousarray(mask)
 
-    def _permutation(self, epoch: int, turn: int) -> NDArray[np.int64]:
-        key = (epoch << 20) + turn
-        if self._order[0] != key:
-            rng = np.random.default_rng([self.seed, epoch, turn])
-            self._order = (key, rng.permutation(self.rows))
-        return self._order[1]
+    def _decode(self, row: int) -> Sample:
+        mask = decode_ids(self.masks["png"][row].as_py())
+        if self.min_confidence:
+            mask = np.where(self._confidence(row, mask.shape) < 255 * self.min_confidence, np.uint8(IGNORE_ID), mask)
+        return decode_png(self.images[row].as_py()), mask
 
-    def _decoded(self, row: int) -> Sample:
-        if row in self._cache:
-            self._cache.move_to_end(row)
-            return self._cache[row]
-        sample = decode_png(self.images[row].as_py()), decode_ids(self.masks[row].as_py())
-        self._cache[row] = sample
-        self._cached += 4 * sample[1].size
-        while self._cached > CACHE_BYTES and len(self._cache) > 1:
-            _, (_, old) = self._cache.popitem(last=False)
-            self._cached -= 4 * old.size
-        return sample
+    def _confidence(self, row: int, size: tuple[int, ...]) -> NDArray[np.uint8]:
+        height, width = (self.masks[name][row].as_py() for name in ("grid_height", "grid_width"))
+        cells = np.frombuffer(self.masks["confidence"][row].as_buffer(), np.uint8).reshape(height, width)
+        full: NDArray[np.uint8] = cv2.resize(cells, size[::-1], interpolation=cv2.INTER_LINEAR)
+        return full
+
+
+def crop_mirrored(image: NDArray[np.uint8], top: int, left: int, size: int) -> NDArray[np.uint8]:
+    """Cut (size, size, 3) out of (H, W, 3); where the image ends before the crop does, it goes on mirrored."""
+    crop = image[top : top + size, left : left + size]
+    down, right = (size - side for side in crop.shape[:2])
+    if down or right:
+        crop = np.pad(crop, ((0, down), (0, right), (0, 0)), mode="symmetric")
+    return np.ascontiguousarray(crop)
 
 
 def crop_rows(areas: NDArray[np.int64], size: int, weights: NDArray[np.float64] | None = None) -> NDArray[np.int64]:

@@ -15,7 +15,7 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
-Sample = tuple[NDArray[np.uint8], NDArray[np.uint8]]
+Sample = tuple[NDArray[Any], ...]
 
 BLOCK_BYTES = 8 << 20
 """Pixels of one block: large enough to be worth a task, small enough to be made ahead of need."""
@@ -25,7 +25,7 @@ class Samples(Protocol):
     """Something that makes sample k of epoch e, the same whenever and wherever it is asked."""
 
     def sample(self, epoch: int, index: int) -> Sample:
-        """An image (H, W, 3) uint8 and its mask (H, W) uint8."""
+        """The arrays of one sample, one for each of its source's columns; their shapes are those of every sample."""
         ...
 
 
@@ -38,12 +38,14 @@ class SampleSource:
         shared: reference to the data that the actors of a node share without copying it.
         count: samples there are; an epoch without a given size takes all of them.
         size: height and width of a sample, px.
+        columns: names of the arrays that a sample consists of, in their order.
     """
 
     build: Callable[[Any], Samples]
     shared: ray.ObjectRef
     count: int
     size: tuple[int, int]
+    columns: tuple[str, ...] = ("image", "mask")
 
 
 def sample_dataset(
@@ -57,7 +59,7 @@ def sample_dataset(
 ) -> ray.data.Dataset:
     """The samples of epochs first_epoch..epochs-1, in order, for an equal number of samples per worker and epoch.
 
-    Columns: `epoch` and `index` int64, `image` (H, W, 3) uint8, `mask` (H, W) uint8.
+    Columns: `epoch` and `index` int64, and the source's own, such as `image` (H, W, 3) uint8 and `mask` (H, W) uint8.
 
     Args:
         source: of the samples.
@@ -81,7 +83,14 @@ def sample_dataset(
     return ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         _SampleActor,
         # Enough for every actor to work and every worker to have a block in hand and one waiting.
-        fn_constructor_args=(source.build, [source.shared], pace, per_epoch, (actors + 2 * workers) * per_block),
+        fn_constructor_kwargs={
+            "build": source.build,
+            "shared": [source.shared],
+            "columns": source.columns,
+            "pace": pace,
+            "per_epoch": per_epoch,
+            "ahead": (actors + 2 * workers) * per_block,
+        },
         batch_size=None,
         batch_format="numpy",
         # The trainer's CPUs are set aside already, and a mosaic costs a hundredth of a training step.
@@ -116,12 +125,18 @@ class Pace:
 
 class _SampleActor:
     def __init__(
-        self, build: Callable[[Any], Samples], shared: list[ray.ObjectRef], pace: Any, per_epoch: int, ahead: int
+        self,
+        build: Callable[[Any], Samples],
+        shared: list[ray.ObjectRef],
+        columns: tuple[str, ...],
+        pace: Any,
+        per_epoch: int,
+        ahead: int,
     ) -> None:
         import cv2
 
         cv2.setNumThreads(1)
-        self.pace, self.per_epoch, self.ahead = pace, per_epoch, ahead
+        self.columns, self.pace, self.per_epoch, self.ahead = columns, pace, per_epoch, ahead
         self.samples = build(ray.get(shared[0]))
 
     def __call__(self, batch: dict[str, NDArray[np.int64]]) -> dict[str, NDArray[Any]]:
@@ -131,5 +146,5 @@ class _SampleActor:
         numbers = np.concatenate([np.arange(start, stop) for start, stop in ranges])
         epochs, indices = np.divmod(numbers, self.per_epoch)
         made = [self.samples.sample(int(e), int(k)) for e, k in zip(epochs, indices, strict=True)]
-        images, masks = zip(*made, strict=True)
-        return {"epoch": epochs, "index": indices, "image": np.stack(images), "mask": np.stack(masks)}
+        arrays = zip(self.columns, zip(*made, strict=True), strict=True)
+        return {"epoch": epochs, "index": indices} | {column: np.stack(items) for column, items in arrays}

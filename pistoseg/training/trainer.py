@@ -16,12 +16,11 @@ import torch
 from ray.train.torch import TorchTrainer
 
 from pistoseg import storage
-from pistoseg.classes import TissueClasses
 from pistoseg.config import ComputeConfig, TrainingConfig
 from pistoseg.errors import PistoSegError
-from pistoseg.models.segmentation import SegmentationNetwork
-from pistoseg.training.loop import CHECKPOINT, FAILURE, SCORE, TrainingJob, train_worker
+from pistoseg.training.loop import CHECKPOINT, FAILURE, TrainingJob, train_worker
 from pistoseg.training.stream import Pace, SampleSource, sample_dataset
+from pistoseg.training.tasks import Task
 
 RUN = "ray_train"
 SNAPSHOT = "checkpoint_manager_snapshot.json"
@@ -63,16 +62,14 @@ class _Monitor:
 
 
 def train(
-    network: SegmentationNetwork,
+    network: torch.nn.Module,
     source: SampleSource,
+    task: Task,
     config: TrainingConfig,
     compute: ComputeConfig,
     *,
     folder: str,
     seed: int,
-    validation: str | None,
-    classes: TissueClasses,
-    info: dict[str, Any],
     actors: int,
     threads: int,
     gpus: bool,
@@ -82,15 +79,13 @@ def train(
     """Train a network; continues from the last epoch of an interrupted call with the same folder.
 
     Args:
-        network: at its start.
+        network: at its start: a module with `normalization` and `encoder`.
         source: of the training samples.
-        config: network and training settings.
+        task: the network's loss and validation.
+        config: training settings.
         compute: workers and retries.
         folder: URI of the artifact; checkpoints go to `ray_train/` in it.
         seed: of augmentation.
-        validation: URI of the validation artifact, or None.
-        classes: the L tissues.
-        info: of the bundle that will be made of it: scale and window of the validation.
         actors: that make samples.
         threads: of a CPU worker.
         gpus: whether a worker gets a GPU.
@@ -110,13 +105,11 @@ def train(
     job = TrainingJob(
         config=config,
         network=ray.put(network),
-        classes=classes,
+        task=task,
         seed=seed,
         steps=steps,
         batch_size=per_worker,
         folder=folder,
-        validation=validation,
-        info=info,
         threads=threads,
         monitor=monitor,
         pace=pace,
@@ -129,7 +122,7 @@ def train(
         ray.get(pace.set.remote(first * samples))
         return sample_dataset(source, first, config.epochs, samples, actors, compute.train_workers, pace)
 
-    by_score = config.keep == "best" and validation is not None
+    by_score = config.keep == "best" and task.validates
     options = ray.data.ExecutionOptions(preserve_order=True)
     trainer = TorchTrainer(
         train_worker,
@@ -146,7 +139,7 @@ def train(
             storage_filesystem=file_system,
             failure_config=ray.train.FailureConfig(max_failures=compute.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(
-                num_to_keep=2, checkpoint_score_attribute=SCORE if by_score else None, checkpoint_score_order="max"
+                num_to_keep=2, checkpoint_score_attribute=task.score if by_score else None, checkpoint_score_order="max"
             ),
         ),
         datasets={"train": dataset},
@@ -167,7 +160,7 @@ def train(
             file=folder,
             remedy="look at that batch; a smaller lr, clip_norm, or precision=fp32 usually helps",
         )
-    checkpoint = result.get_best_checkpoint(SCORE, "max") if by_score else result.checkpoint
+    checkpoint = result.get_best_checkpoint(task.score, "max") if by_score else result.checkpoint
     assert checkpoint is not None
     state = _load(checkpoint)
     epochs = json.loads(state["history"])

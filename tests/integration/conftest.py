@@ -20,13 +20,27 @@ NETWORK = {
     "samples_per_epoch": 16,
     "precision": "fp32",
 }
+ON_LABELS = {
+    "encoder": "tu-mobilenetv3_small_050",
+    "weights": None,
+    "output_stride": 16,
+    "patch_size": SIZE,
+    "batch_size": 8,
+    "samples_per_epoch": 16,
+    "epochs": 1,
+    "precision": "fp32",
+}
 TINY = {
     "preset": "demo",
     "data": {"min_single_tissue": 1},
     "synthesis": {"crop_height": 16, "crop_width": 16, "mode": "stored", "count": 40},
     "preliminary": NETWORK | {"epochs": 1},
     "pseudo_masks": {"patch_size": SIZE, "grid": 16, "symmetries": 1},
-    "precise": NETWORK | {"epochs": 2, "patch_size": SIZE},
+    "classifier": ON_LABELS,
+    "cams": {"patch_size": SIZE, "grid": 16, "symmetries": 1},
+    "refiner": ON_LABELS,
+    "refined_masks": {"patch_size": SIZE, "grid": 16, "symmetries": 1},
+    "precise": NETWORK | {"epochs": 2, "patch_size": SIZE, "masks": "pseudo"},
     "evaluation": {"patch_size": SIZE, "symmetries": 1, "bootstrap": 20},
     "compute": {"device": "cpu"},
 }

@@ -14,6 +14,8 @@ from pistoseg.cli import main
 from pistoseg.patches.decode import decode_ids, decode_png
 from pistoseg.pipeline import BY_NAME
 
+EVERY_STAGE = ("precise.masks=refined_cnn", "cams.method=sc_cam", "cams.subcategories=2")
+
 pytestmark = pytest.mark.usefixtures("local_ray")
 
 
@@ -26,7 +28,7 @@ def workspace(tmp_path_factory, cohort, tiny, local_ray):
 
 def train(workspace, cohort, tiny, *settings):
     arguments = ["train", "--config", str(tiny), "--data", str(cohort), "--workspace", str(workspace)]
-    for setting in settings:
+    for setting in (*EVERY_STAGE, *settings):
         arguments += ["--set", setting]
     return main(arguments)
 
@@ -82,12 +84,51 @@ def test_training_leaves_its_curve_and_no_checkpoints(artifacts):
 def test_pseudo_masks_keep_to_the_image_level_labels(artifacts):
     table = storage.read_parquet(str(artifacts["pseudo_masks"] / "masks"))
     assert table.num_rows == 40
-    for name, png, logits in zip(*(table[key].to_pylist() for key in ("name", "png", "logits")), strict=True):
+    for name, png, logits in zip(*(table[key].to_pylist() for key in ("name", "png", "scores")), strict=True):
         flags = json.loads(name[name.rindex("[") : name.rindex("]") + 1])
         mask = decode_ids(png)
         assert mask.shape == (SIZE, SIZE)
         assert set(np.unique(mask)) <= {number for number, flag in enumerate(flags) if flag} | {5}
         assert len(logits) == 5 * 16 * 16 * 2
+
+
+def test_refined_masks_keep_to_the_image_level_labels(artifacts):
+    table = storage.read_parquet(str(artifacts["refined_masks"] / "masks"))
+    assert table.num_rows == 40
+    for row in table.to_pylist():
+        flags = json.loads(row["name"][row["name"].rindex("[") : row["name"].rindex("]") + 1])
+        allowed = {number for number, flag in enumerate(flags) if flag}
+        for kind in ("pseudo", "cam", "cnn"):
+            scores = np.frombuffer(row[f"scores_{kind}"], np.float16).reshape(5, 16, 16)
+            assert np.isfinite(scores).all()
+            assert set(np.unique(decode_ids(row[f"png_{kind}"]))) <= allowed | {5}
+            if len(allowed) == 1:
+                assert set(row[f"confidence_{kind}"]) == {255}
+
+
+def test_the_cam_network_says_what_it_thinks_of_every_labelled_window(artifacts):
+    table = storage.read_parquet(str(artifacts["classifier"] / "windows"))
+    assert table["window"].to_pylist() == list(range(40))
+    probabilities = np.array(table["probabilities"].to_pylist())
+    assert probabilities.shape == (40, 5)
+    assert ((probabilities > 0) & (probabilities < 1)).all()
+    header = (artifacts["classifier"] / "contradictions.csv").read_text().splitlines()[0]
+    assert header.replace('"', "") == "name,x,y,width,height,class,label,probability"
+    rows = json.loads((artifacts["classifier"] / "epochs.json").read_text())
+    assert {"validation_map", "validation_f1"} <= set(rows[-1])
+
+
+def test_the_masks_of_every_stage_are_scored_where_their_truth_is_known(workspace, artifacts, cohort, tmp_path, capsys):
+    arguments = ["evaluate", "--stage", "all", "--workspace", str(workspace), "--data", str(cohort / "training-masks")]
+    assert main([*arguments, "--out", str(tmp_path)]) == 0
+    assert "mIoU" in capsys.readouterr().out
+    report = json.loads((tmp_path / "mask_scores.json").read_text())
+    refined = f"refined_masks/{artifacts['refined_masks'].name}"
+    expected = {f"{stage}/{artifacts[stage].name}" for stage in ("pseudo_masks", "cams")}
+    assert set(report) == expected | {f"{refined}/{kind}" for kind in ("pseudo", "cam", "cnn")}
+    for scores in report.values():
+        assert scores["images"] == 40
+        assert scores["miou"] > 0.3  # the labels alone get that far: most images show one tissue
 
 
 def test_the_scores_are_complete(artifacts):
@@ -105,7 +146,9 @@ def test_the_scores_are_complete(artifacts):
 def test_pictures_can_be_looked_at(artifacts):
     for name in (
         "synthesis/preview.png",
-        "pseudo_masks/pseudo_masks.png",
+        "pseudo_masks/masks.png",
+        "cams/masks.png",
+        "refined_masks/masks.png",
         "preliminary_evaluation/predictions.png",
         "evaluation/predictions.png",
     ):
@@ -126,14 +169,14 @@ def test_a_run_with_a_child_for_every_stage_is_tracked(client, artifacts):
     assert "preliminary_miou" in first.data.metrics
     assert first.data.params["precise.encoder"] == "tu-mobilenetv3_small_050"
     precise = next(run for run in children if run.data.tags["pistoseg.stage"] == "precise")
-    assert precise.data.tags["pistoseg.input.masks"] == f"pseudo_masks/{artifacts['pseudo_masks'].name}"
+    assert precise.data.tags["pistoseg.input.masks"] == f"refined_masks/{artifacts['refined_masks'].name}"
     history = client.get_metric_history(precise.info.run_id, "loss")
     rows = json.loads((artifacts["precise"] / "epochs.json").read_text())
     by_step = {item.step: item.value for item in history}
     assert {step: by_step[step] for step in (0, 1)} == pytest.approx({row["epoch"]: row["loss"] for row in rows})
     pictures = next(run for run in children if run.data.tags["pistoseg.stage"] == "pseudo_masks")
     names = {item.path for item in client.list_artifacts(pictures.info.run_id)}
-    assert names == {"manifest.json", "pseudo_masks.png"}
+    assert names == {"manifest.json", "masks.png"}
 
 
 def test_the_precise_model_is_a_registered_version_with_a_signature(workspace, client, artifacts, cohort):

@@ -1,5 +1,7 @@
 """Mosaics depend on (seed, epoch, index) alone: not on the number of actors, nor on being stored or streamed."""
 
+import sys
+
 import numpy as np
 import pytest
 import ray
@@ -13,6 +15,8 @@ from pistoseg.pipeline import run_pipeline
 from pistoseg.stages import synthesis
 from pistoseg.training.samples import fresh_mosaics
 from pistoseg.training.stream import SampleSource, sample_dataset
+
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers can't import a test module
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 COUNT = 64
@@ -83,3 +87,38 @@ def test_streamed_mosaics_are_the_same_on_any_number_of_actors(stored, monkeypat
         image, mask = synthesizer.sample(*address)
         assert np.array_equal(row["image"], image)
         assert np.array_equal(row["mask"], mask)
+
+
+class Coded:
+    """Samples of four arrays whose values are their address."""
+
+    def __init__(self, shared):
+        self.base = shared["base"]
+
+    def sample(self, epoch, index):
+        value = self.base + 10 * epoch + index
+        return (
+            np.full((8, 8, 3), value, np.uint8),
+            np.full((8, 8), value + 1, np.uint8),
+            np.full((2, 5), value + 2, np.uint8),
+            np.full((4, 3, 3), value / 8, np.float16),
+        )
+
+
+def test_a_source_names_the_columns_of_its_stream():
+    columns = ("image", "regions", "labels", "maps")
+    source = SampleSource(Coded, ray.put({"base": 100}), 6, (8, 8), columns)
+    dataset = sample_dataset(source, first_epoch=0, epochs=2, per_epoch=6, actors=1)
+    (batch,) = dataset.iter_torch_batches(batch_size=12)
+    assert batch.keys() == {"epoch", "index", *columns}
+    assert {name: (tuple(batch[name].shape[1:]), str(batch[name].dtype)) for name in columns} == {
+        "image": ((8, 8, 3), "torch.uint8"),
+        "regions": ((8, 8), "torch.uint8"),
+        "labels": ((2, 5), "torch.uint8"),
+        "maps": ((4, 3, 3), "torch.float16"),
+    }
+    values = 100 + 10 * batch["epoch"] + batch["index"]
+    assert sorted(values.tolist()) == [*range(100, 106), *range(110, 116)]
+    for shift, name in enumerate(columns[:3]):
+        assert (batch[name].flatten(1) == (values + shift)[:, None]).all()
+    assert (batch["maps"].flatten(1).float() == (values / 8)[:, None]).all()

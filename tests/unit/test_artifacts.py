@@ -130,6 +130,11 @@ def names(*targets, **sections):
 def test_only_the_stages_that_lead_to_the_targets_run():
     assert names("patches") == ["patches"]
     assert names("synthesis") == ["patches", "synthesis"]
-    assert names("evaluation", "preliminary_evaluation") == list(BY_NAME)
+    everything = names("evaluation", "preliminary_evaluation", precise__masks="refined_cnn", cams__method="sc_cam")
+    assert everything == list(BY_NAME)
+    plain = names("evaluation", "preliminary_evaluation", precise__masks="refined_cam", cams__method="cam")
+    assert plain == [name for name in BY_NAME if name != "subcategories"]
+    unrefined = names("evaluation", precise__masks="cam")
+    assert unrefined == ["patches", "validation", "classifier", "cams", "precise", "evaluation"]
     mosaics_only = names("evaluation", precise__masks="synthesized")
     assert mosaics_only == ["patches", "validation", "synthesis", "precise", "evaluation"]

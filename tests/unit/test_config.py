@@ -116,7 +116,8 @@ def test_the_paper_settings_are_in_the_faithful_presets():
             assert (training.weights, training.average_decay) == ("imagenet", 0)
         assert (preliminary.encoder, preliminary.lr) == ("efficientnet-b0", 1e-3)
         assert (precise.encoder, precise.lr) == ("efficientnet-b3", 5e-4)
-        assert (precise.masks, precise.class_sampling, precise.patch_size) == ("pseudo", "natural", 224)
+        assert (precise.masks, precise.class_sampling, precise.patch_size) == ("refined_cnn", "natural", 224)
+        assert precise.min_confidence == 0
         masks = config.pseudo_masks
         assert (masks.grid, masks.symmetries, masks.constrain, masks.patch_size) == (32, 8, True, 224)
 
@@ -252,3 +253,50 @@ def test_defaults_need_only_classes():
     assert config.classes.tissue().background_id == 2
     with pytest.raises(PistoSegError, match="classes"):
         validate({})
+
+
+def test_the_refining_module_of_the_faithful_presets_is_the_published_one():
+    for preset in ("wsss4luad", "bcss-wsss"):
+        config = load_config(preset)
+        for section, lr in ((config.classifier, 1e-2), (config.refiner, 1e-3)):
+            assert (section.encoder, section.output_stride, section.patch_size) == ("resnet38d", 8, 224)
+            assert (section.optimizer, section.schedule, section.lr_power) == ("sgd", "polynomial", 0.9)
+            assert (section.lr, section.new_layers_factor, section.weight_decay) == (lr, 10, 5e-4)
+            assert (section.epochs, section.batch_size, section.initial) == (20, 16, "imagenet")
+        refiner = config.refiner
+        assert (refiner.attention_channels, refiner.normalize) == (192, "rows")
+        assert (refiner.lambda_cls, refiner.lambda_cons, refiner.lambda_cross) == (1, 1, 1)
+        assert (refiner.hardest, refiner.min_pooling) == (1, False)
+        assert (config.cams.method, config.cams.scales, config.cams.symmetries) == ("cam", (1, 1.25, 1.5, 1.75, 2), 2)
+        assert config.cams.grid == config.refined_masks.grid == 32
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"refiner": {"lambda_cls": 0, "lambda_cons": 0, "lambda_cross": 0}}, "nothing would be learned"),
+        ({"classifier": {"encoder": "resnet38d", "output_stride": 16}}, "resnet38d has output_stride 8"),
+        ({"refiner": {"initial": "preliminary", "encoder": "resnet18"}}, "needs the encoder of preliminary"),
+        ({"precise": {"masks": "refined"}}, "precise.masks"),
+        ({"cams": {"scales": []}}, "cams.scales"),
+    ],
+)
+def test_contradictions_of_the_refining_module_are_refused(settings, message):
+    with pytest.raises(PistoSegError, match=message):
+        load_config("demo", overrides=[f"{name}={values}" for name, values in flat(settings)])
+
+
+def flat(settings):
+    return [(f"{section}.{key}", value) for section, values in settings.items() for key, value in values.items()]
+
+
+def test_weights_that_no_hub_has_are_asked_for_before_anything_runs():
+    from pistoseg.pipeline import check_weights
+
+    config = load_config("wsss4luad")
+    with pytest.raises(PistoSegError, match="weights of resnet38d") as caught:
+        check_weights(config, ("evaluation",))
+    assert caught.value.field == "classifier.weights"
+    check_weights(load_config("wsss4luad", overrides=["precise.masks=pseudo"]), ("evaluation",))
+    given = ["classifier.weights=/data/res38d.pth", "refiner.weights=null"]
+    check_weights(load_config("wsss4luad", overrides=given), ("evaluation",))

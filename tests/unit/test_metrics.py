@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from pistoseg import metrics
-from pistoseg.metrics import ConfusionMatrix, bootstrap_interval, confusion, image_table
+from pistoseg.metrics import ConfusionMatrix, bootstrap_interval, confusion, image_table, multilabel_scores
 
 
 def masks(seed, shape=(17, 23), n_classes=4):
@@ -111,3 +111,28 @@ def test_image_table_has_a_row_an_image():
     assert list(table) == ["image", "pixels", "pixel_accuracy", "miou", "iou_t", "iou_s", "iou_l", "iou_n"]
     assert table["pixels"] == [int((masks(seed)[0] < 4).sum()) for seed in range(2)]
     assert table["iou_l"][1] == pytest.approx(ConfusionMatrix(4, matrices[1]).iou()[2])
+
+
+def test_a_classifier_is_scored_by_its_ranking_and_by_its_decisions():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, (50, 3)).astype(np.uint8)
+    probabilities = np.clip(0.3 * labels + rng.random((50, 3)) * 0.7, 0, 1)
+    scores = multilabel_scores(labels, probabilities)
+    for c in range(3):
+        ranked = labels[np.argsort(-probabilities[:, c]), c]
+        precisions = [ranked[: k + 1].mean() for k in range(50) if ranked[k]]
+        assert scores["average_precision"][c] == pytest.approx(np.mean(precisions))
+        true, found = ({k for k in range(50) if flag[k]} for flag in (labels[:, c], probabilities[:, c] >= 0.5))
+        assert scores["f1"][c] == pytest.approx(2 * len(true & found) / (len(true) + len(found)))
+    assert scores["map"] == pytest.approx(np.mean(scores["average_precision"]))
+    assert scores["mean_f1"] == pytest.approx(np.mean(scores["f1"]))
+
+
+def test_a_class_without_positives_is_not_scored():
+    scores = multilabel_scores([[1, 0], [0, 0]], [[0.9, 0.9], [0.2, 0.1]])
+    assert scores == {"map": 1.0, "mean_f1": 1.0, "average_precision": [1.0, None], "f1": [1.0, None]}
+    assert json.loads(json.dumps(scores, allow_nan=False)) == scores
+    nothing = multilabel_scores(np.zeros((2, 1)), np.zeros((2, 1)))
+    assert (nothing["map"], nothing["mean_f1"]) == (None, None)
+    with pytest.raises(ValueError, match="labels are"):
+        multilabel_scores(np.zeros((2, 1)), np.zeros((1, 2)))

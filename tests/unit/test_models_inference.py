@@ -37,6 +37,14 @@ class TileMean(nn.Module):
         return images.mean((2, 3), keepdim=True).expand_as(images) * 20
 
 
+class Beside(nn.Module):
+    """Logits that are the companions, plus twice the red, green and blue beside them."""
+
+    def forward(self, images, companions):
+        assert companions.shape == images.shape
+        return companions + 2 * images
+
+
 def image(height, width, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.uint8)
 
@@ -77,16 +85,17 @@ def test_overlapping_tiles_are_averaged_with_the_window():
 
 
 @pytest.mark.parametrize("size", [(48, 64), (64, 64)])
-def test_eight_symmetries_are_averaged(size):
+@pytest.mark.parametrize("symmetries", [2, 8])
+def test_symmetries_are_averaged(size, symmetries):
     pixels = image(*size)
     single = predictor(Lopsided())
     expected = []
-    for turn in range(4):
+    for turn in range(symmetries // 2):
         for flip in (False, True):
             turned = np.rot90(pixels, turn)
             maps = single.logits(np.ascontiguousarray(turned[:, ::-1] if flip else turned))
             expected.append(np.rot90(maps[:, :, ::-1] if flip else maps, -turn, (1, 2)))
-    maps = predictor(Lopsided(), symmetries=8, average="logits").logits(pixels)
+    maps = predictor(Lopsided(), symmetries=symmetries, average="logits").logits(pixels)
     inner = np.s_[:, 2:40, 2:60]  # beyond, zero padding of the filter meets the mirrored edge of the tile
     np.testing.assert_allclose(maps[inner], np.mean(expected, 0)[inner], atol=1e-4)
 
@@ -148,6 +157,60 @@ def test_a_factor_changes_the_pixel_size_but_not_the_size_of_the_mask(factor):
     assert mask.dtype == np.uint8
     np.testing.assert_array_equal(mask[:58], 0)
     np.testing.assert_array_equal(mask[62:], 2)
+
+
+def companion(height, width, seed=0):
+    return np.random.default_rng(seed).random((3, height, width)).astype(np.float32)
+
+
+@pytest.mark.parametrize("symmetries", [1, 2, 8])
+@pytest.mark.parametrize("size", [(64, 64), (150, 203), (20, 90), (1, 1)])
+def test_companions_stay_beside_their_pixels(size, symmetries):
+    pixels, maps = image(*size), companion(*size)
+    found = predictor(Beside(), symmetries=symmetries).logits_many([pixels], companions=[maps])
+    np.testing.assert_allclose(found[0], maps + 2 * planes(pixels), atol=1e-5)
+
+
+def test_padding_mirrors_companions_as_it_does_pixels():
+    seen = []
+
+    class Watching(Beside):
+        def forward(self, images, companions):
+            seen.append((images, companions))
+            return super().forward(images, companions)
+
+    pixels = image(40, 50)
+    predictor(Watching()).logits_many([pixels], companions=[planes(pixels).astype(np.float32)])
+    assert seen[0][0].shape == (1, 3, 64, 64)
+    torch.testing.assert_close(*seen[0])
+
+
+def test_companions_are_resized_to_the_image_at_every_scale():
+    pixels, maps = np.zeros((60, 40, 3), np.uint8), companion(15, 20)
+    (found,) = predictor(Beside(), scales=(0.5, 1.0, 1.5)).logits_many([pixels], 1.0, [maps])
+    expected = []
+    for size in ((30, 20), (60, 40), (90, 60)):
+        value = torch.from_numpy(maps)[None]
+        for target in (size, (60, 40)):
+            value = F.interpolate(value, size=target, mode="bilinear", antialias=True, align_corners=False)
+        expected.append(value[0].numpy())
+    np.testing.assert_allclose(found, np.mean(expected, 0), atol=1e-5)
+
+
+def test_each_of_several_images_keeps_its_own_companions():
+    images = [image(30 + 7 * k, 120 - 13 * k, k) for k in range(5)]
+    maps = [companion(9, 11, k) for k in range(5)]
+    shared = predictor(Beside(), batch_size=4)
+    found = shared.logits_many(images, 0.75, maps)
+    for k in range(5):
+        np.testing.assert_allclose(found[k], shared.logits_many([images[k]], 0.75, [maps[k]])[0], atol=1e-6)
+
+
+def test_companions_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="zip"):
+        predictor(Beside()).logits_many([image(8, 8)], companions=[])
+    with pytest.raises(ValueError, match="float32"):
+        predictor(Beside()).logits_many([image(8, 8)], companions=[np.zeros((3, 8, 8))])
 
 
 def test_inference_gives_the_training_mode_back():

@@ -155,3 +155,18 @@ def test_stored_mosaics_can_be_asked_in_any_order(stored):
     mosaics = StoredMosaics(stored)
     numbers = [int(mosaics.sample(0, index)[0][0, 0, 0]) - 20 for index in (9, 0, 5, 3, 4)]
     assert numbers == [9, 0, 5, 3, 4]
+
+
+def test_pixels_that_a_mask_is_unsure_of_are_ignored():
+    given = shared(shapes=[(16, 16)])
+    cells = np.array([[255, 100], [128, 0]], np.uint8)
+    columns = {"confidence": [cells.tobytes()], "grid_height": [2], "grid_width": [2]}
+    for name, values in columns.items():
+        given["masks"] = given["masks"].append_column(name, pa.array(values))
+    _, everything = MaskedCrops(given).sample(0, 0)
+    assert (everything != IGNORE_ID).all()
+    _, mask = MaskedCrops(given | {"min_confidence": 0.45}).sample(0, 0)
+    assert (mask[:4, :4] == everything[:4, :4]).all()
+    assert (mask[:4, 12:] == IGNORE_ID).all(), "100 of 255 is less than 0.45"
+    assert (mask[12:, :4] == everything[12:, :4]).all()
+    assert (mask[12:, 12:] == IGNORE_ID).all()

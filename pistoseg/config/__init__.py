@@ -1,0 +1,57 @@
+"""The settings of a pipeline: typed, validated, each with a doc line.
+
+A config is a preset, then a profile of that preset, then a YAML file, then `--set section.key=value`; later ones win.
+Everything that is wrong with it is reported at once, before anything starts.
+"""
+
+from pistoseg.config.loading import describe, load_classes, load_config, presets, validate
+from pistoseg.config.networks import (
+    AugmentationConfig,
+    CamConfig,
+    ClassifierConfig,
+    LabelledCropConfig,
+    PreciseConfig,
+    PseudoMaskConfig,
+    RefinedMaskConfig,
+    RefinerConfig,
+    SegmentationConfig,
+    TilingConfig,
+    TrainingConfig,
+)
+from pistoseg.config.root import Config
+from pistoseg.config.sections import (
+    ClassesConfig,
+    ComputeConfig,
+    DataConfig,
+    EvaluationConfig,
+    ScaleConfig,
+    SynthesisConfig,
+    TrackingConfig,
+)
+
+__all__ = [
+    "AugmentationConfig",
+    "CamConfig",
+    "ClassesConfig",
+    "ClassifierConfig",
+    "ComputeConfig",
+    "Config",
+    "DataConfig",
+    "EvaluationConfig",
+    "LabelledCropConfig",
+    "PreciseConfig",
+    "PseudoMaskConfig",
+    "RefinedMaskConfig",
+    "RefinerConfig",
+    "ScaleConfig",
+    "SegmentationConfig",
+    "SynthesisConfig",
+    "TilingConfig",
+    "TrackingConfig",
+    "TrainingConfig",
+    "describe",
+    "load_classes",
+    "load_config",
+    "presets",
+    "validate",
+]

@@ -1,0 +1,36 @@
+"""What every section of a config is made of, and how its YAML is read."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from pistoseg.errors import PistoSegError
+
+Channel = Annotated[int, Field(ge=0, le=255)]
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Precision = Literal["auto", "bf16", "fp32"]
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are refused, values don't change after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def read_yaml(uri: str) -> dict[str, Any]:
+    """A YAML mapping from a path or URI."""
+    from pistoseg import storage
+
+    try:
+        value = yaml.safe_load(storage.read_text(uri))
+    except FileNotFoundError:
+        raise PistoSegError("does not exist", file=uri) from None
+    except yaml.YAMLError as error:
+        raise PistoSegError(f"is not valid YAML: {error}", file=uri) from None
+    if not isinstance(value, dict):
+        raise PistoSegError("must be a mapping of keys to values", file=uri)
+    return value

@@ -1,0 +1,161 @@
+"""From presets, files and `--set` to a config; from a config to text."""
+
+from __future__ import annotations
+
+from importlib import resources
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from pistoseg.classes import TissueClasses
+from pistoseg.config.base import read_yaml
+from pistoseg.config.root import Config
+from pistoseg.config.sections import ClassesConfig
+from pistoseg.errors import PistoSegError
+
+
+def presets() -> list[str]:
+    """Names of the presets that ship with PistoSeg."""
+    folder = resources.files("pistoseg") / "presets"
+    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+
+
+def load_config(
+    preset: str | None = None,
+    profile: str | None = None,
+    file: str | None = None,
+    overrides: list[str] | tuple[str, ...] = (),
+) -> Config:
+    """Resolve a config.
+
+    Args:
+        preset: name of a preset; the default is `wsss4luad` unless `file` is given.
+        profile: one of the preset's profiles, e.g. `cpu`.
+        file: path or URI of a YAML with any of the sections; it may name a `preset` and a `profile` itself.
+        overrides: `section.key=value` strings, values in YAML.
+
+    Raises:
+        PistoSegError: listing every problem of the config.
+    """
+    own = read_yaml(file) if file else {}
+    preset = preset or own.pop("preset", None) or (None if file else "wsss4luad")
+    profile = profile or own.pop("profile", None)
+    own = {key: value for key, value in own.items() if key not in ("preset", "profile")}
+    values: dict[str, Any] = {}
+    if profile and not preset:
+        raise PistoSegError(
+            f"profile {profile!r} belongs to a preset, and none is given", field="--profile", remedy="add --preset NAME"
+        )
+    if preset:
+        values = _read_preset(preset)
+        profiles = values.pop("profiles", {})
+        if profile and profile not in profiles:
+            raise PistoSegError(
+                f"preset {preset!r} has no profile {profile!r}",
+                field="--profile",
+                remedy=f"use one of: {', '.join(profiles) or '(it has none)'}",
+            )
+        if profile:
+            values = _merge(values, profiles[profile])
+    values = _merge(values, own)
+    for item in overrides:
+        values = _merge(values, _parse_override(item))
+    return validate(values, source=file or (f"preset {preset}" if preset else "config"))
+
+
+def load_classes(uri: str) -> TissueClasses:
+    """Tissue classes from a YAML file with the keys of the config's `classes` section."""
+    try:
+        return ClassesConfig.model_validate(read_yaml(uri)).tissue()
+    except ValidationError as error:
+        raise _refusal(error, uri) from None
+
+
+def validate(values: dict[str, Any], source: str = "config") -> Config:
+    """A `Config` from plain values; `PistoSegError` lists all problems at once."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise _refusal(error, source) from None
+
+
+def _refusal(error: ValidationError, source: str) -> PistoSegError:
+    lines = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"] if part not in ("literal", "dict"))
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            message = f"unknown key{_suggestion(problem['loc'])}"
+        lines.append(f"\n  {key + ': ' if key else ''}{message}")
+    return PistoSegError(
+        f"{len(lines)} problem(s) in the config:" + "".join(dict.fromkeys(lines)),
+        file=source,
+        remedy="`pistoseg config show` prints every key with its meaning",
+    )
+
+
+def describe(config: Config) -> str:
+    """The resolved config as YAML, each field with its doc line as a comment."""
+    return "\n".join(_describe(config, 0)) + "\n"
+
+
+def _describe(section: BaseModel, indent: int) -> list[str]:
+    lines, pad = [], "  " * indent
+    for key, info in type(section).model_fields.items():
+        value = getattr(section, key)
+        if isinstance(value, BaseModel):
+            lines += [f"{pad}{key}:  # {info.description}", *_describe(value, indent + 1)]
+        else:
+            dumped = section.model_dump(mode="json", include={key})[key]
+            text = yaml.safe_dump(dumped, default_flow_style=True, width=10_000, allow_unicode=True)
+            lines.append(f"{pad}{key}: {text.removesuffix('...' + chr(10)).strip()}  # {info.description}")
+    return lines
+
+
+def _read_preset(preset: str) -> dict[str, Any]:
+    if preset not in presets():
+        raise PistoSegError(
+            f"there is no preset {preset!r}", field="--preset", remedy=f"use one of: {', '.join(presets())}"
+        )
+    text = (resources.files("pistoseg") / "presets" / f"{preset}.yaml").read_text("utf-8")
+    value: dict[str, Any] = yaml.safe_load(text)
+    return value
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _parse_override(item: str) -> dict[str, Any]:
+    key, equals, text = item.partition("=")
+    if not equals or not key.strip():
+        raise PistoSegError(f"{item!r} is not section.key=value", field="--set")
+    try:
+        value: Any = yaml.safe_load(text) if text.strip() else None
+    except yaml.YAMLError as error:
+        raise PistoSegError(f"{item!r}: the value is not valid YAML: {error}", field="--set") from None
+    *sections, field = key.strip().split(".")
+    nested = {field: value}
+    for section in reversed(sections):
+        nested = {section: nested}
+    return nested
+
+
+def _suggestion(location: tuple[int | str, ...]) -> str:
+    import difflib
+
+    model: Any = Config
+    for part in location[:-1]:
+        annotation = (
+            model.model_fields[part].annotation if isinstance(part, str) and part in model.model_fields else None
+        )
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return ""
+        model = annotation
+    close = difflib.get_close_matches(str(location[-1]), list(model.model_fields), n=1)
+    return f"; did you mean {close[0]}?" if close else ""

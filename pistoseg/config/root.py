@@ -1,0 +1,81 @@
+"""The whole config and what must agree between its sections."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from pistoseg.config.base import Section, read_yaml
+from pistoseg.config.networks import (
+    CamConfig,
+    ClassifierConfig,
+    PreciseConfig,
+    PseudoMaskConfig,
+    RefinedMaskConfig,
+    RefinerConfig,
+    SegmentationConfig,
+)
+from pistoseg.config.sections import (
+    ClassesConfig,
+    ComputeConfig,
+    DataConfig,
+    EvaluationConfig,
+    ScaleConfig,
+    SynthesisConfig,
+    TrackingConfig,
+)
+
+
+class Config(Section):
+    """A whole pipeline."""
+
+    seed: int = Field(
+        0, ge=0, lt=2**63, description="Same config, data and seed: same mosaics on any number of workers."
+    )
+    classes: ClassesConfig = Field(description="Tissue classes; or the path of a YAML with them.")
+    scale: ScaleConfig = Field(default_factory=ScaleConfig, description="Pixel size of all stages.")
+    data: DataConfig = Field(default_factory=DataConfig, description="Training images.")
+    synthesis: SynthesisConfig = Field(default_factory=SynthesisConfig, description="Mosaics.")
+    preliminary: SegmentationConfig = Field(default_factory=SegmentationConfig, description="Model trained on mosaics.")
+    pseudo_masks: PseudoMaskConfig = Field(default_factory=PseudoMaskConfig, description="Its masks of real images.")
+    classifier: ClassifierConfig = Field(default_factory=ClassifierConfig, description="The CAM network.")
+    cams: CamConfig = Field(default_factory=CamConfig, description="Its activation maps of real images.")
+    refiner: RefinerConfig = Field(default_factory=RefinerConfig, description="The refining network.")
+    refined_masks: RefinedMaskConfig = Field(default_factory=RefinedMaskConfig, description="What it refines.")
+    precise: PreciseConfig = Field(default_factory=PreciseConfig, description="Model trained on real images.")
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="Scores.")
+    compute: ComputeConfig = Field(default_factory=ComputeConfig, description="Machine or cluster.")
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig, description="MLflow.")
+
+    @field_validator("classes", mode="before")
+    @classmethod
+    def _classes_file(cls, value: Any) -> Any:
+        return read_yaml(value) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        problems = []
+        weights = self.synthesis.class_sampling
+        if isinstance(weights, dict):
+            names = {tissue.name for tissue in self.classes.classes}
+            if unknown := sorted(set(weights) - names):
+                problems.append(f"synthesis.class_sampling names classes that there are not: {', '.join(unknown)}")
+            if not any(weights.get(name, 0) > 0 for name in names):
+                problems.append("synthesis.class_sampling gives every class the weight 0")
+        same = ("architecture", "encoder", "decoder_attention")
+        if self.precise.initial == "preliminary" and any(
+            getattr(self.precise, key) != getattr(self.preliminary, key) for key in same
+        ):
+            problems.append("precise.initial=preliminary needs the same architecture, encoder and decoder_attention")
+        for name in ("classifier", "refiner"):
+            section = getattr(self, name)
+            if section.initial == "preliminary" and section.encoder != self.preliminary.encoder:
+                problems.append(
+                    f"{name}.initial=preliminary needs the encoder of preliminary ({self.preliminary.encoder})"
+                )
+            if section.encoder == "resnet38d" and section.output_stride != 8:
+                problems.append(f"{name}.encoder=resnet38d has output_stride 8 only")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self

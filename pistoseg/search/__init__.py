@@ -1,0 +1,1 @@
+"""Many pipelines that differ in a few settings and share everything upstream of them."""

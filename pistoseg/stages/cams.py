@@ -1,0 +1,70 @@
+"""CAMs: where the CAM network sees each tissue in the real training images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow as pa
+
+from pistoseg import storage
+from pistoseg.config import Config
+from pistoseg.models import cams, classifier
+from pistoseg.models.inference import Predictor
+from pistoseg.patches.store import PatchSet
+from pistoseg.pipeline import StageContext
+from pistoseg.stages import cluster, masks
+
+
+def run(context: StageContext) -> dict[str, Any]:
+    """Write `masks/` (see `masks`; the scores are activations of 0 to 1) and `masks.png`."""
+    patches = context.inputs["patches"].uri
+    actors, resources = cluster.network_pool(context.config.compute)
+    cluster.run_shards(
+        _Activate,
+        {
+            "config": context.config,
+            "patches": patches,
+            "model": context.inputs["model"].path("model"),
+            "threads": cluster.node_threads(),
+        },
+        masks.image_shards(PatchSet.open(patches).table),
+        context.path(masks.FOLDER),
+        actors=actors,
+        resources=resources,
+        progress=context.progress,
+    )
+    return masks.finish(context)
+
+
+class _Activate:
+    def __init__(self, config: Config, patches: str, model: str, threads: int) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        self.settings = settings = config.cams
+        network = classifier.load(model, masks.device_of(config))
+        method = "cam" if settings.method == "sc_cam" else settings.method
+        self.predictor = Predictor(
+            cams.CamModel(network, method),
+            network.normalization,
+            tile=settings.patch_size,
+            stride=settings.step,
+            symmetries=settings.symmetries,
+            scales=settings.scales,
+            window="gaussian",
+            device=masks.device_of(config),
+            batch_size=settings.batch_size,
+            average="logits",
+        )
+        self.patches = PatchSet.open(patches)
+        self.writer = masks.MaskWriter(self.patches, config.classes.tissue(), config.data, constrain=True)
+
+    def __call__(self, number: int, shard: list[int], part: str) -> None:
+        images = [self.patches.image(position) for position in shard]
+        rows = []
+        for position, image, maps in zip(shard, images, self.predictor.logits_many(images), strict=True):
+            grid = masks.grid_size(image, self.settings)
+            allowed = masks.allowed_on_grid(self.patches.allowed(position), grid)
+            scores = cams.normalize_cams(masks.to_grid(maps, grid), allowed)
+            rows.append(self.writer.row(position, image, {"": scores}, logits=False))
+        storage.write_parquet(pa.Table.from_pylist(rows, masks.schema()), part, row_group_size=64)

@@ -1,0 +1,150 @@
+"""From scores on a grid to masks: what the labels allow, how sure a mask is, and how it compares with the truth."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pistoseg import storage
+from pistoseg.artifacts import Workspace
+from pistoseg.classes import IGNORE_ID, TissueClass, TissueClasses
+from pistoseg.config import DataConfig
+from pistoseg.errors import PistoSegError
+from pistoseg.patches.decode import decode_ids, encode_mask, encode_png
+from pistoseg.patches.store import IMAGES_SCHEMA, WINDOWS_SCHEMA, PatchSet
+from pistoseg.stages import mask_scores, masks
+
+CLASSES = TissueClasses(tuple(TissueClass(name, (0, 0, number)) for number, name in enumerate("abc")))
+
+
+def patches(size=8, labels=((1, 1, 0),)):
+    """Images of `size` px with one window each."""
+    images = [
+        {"image": number, "name": f"{number}.png", "width": size, "height": size, "mpp": 1.0, "sha256": ""}
+        | {"png": encode_png(np.full((size, size, 3), 100 + number, np.uint8))}
+        for number in range(len(labels))
+    ]
+    windows = [
+        {"window": number, "image": number, "x": 0, "y": 0, "width": size, "height": size, "labels": list(flags)}
+        for number, flags in enumerate(labels)
+    ]
+    return PatchSet(pa.Table.from_pylist(images, IMAGES_SCHEMA), pa.Table.from_pylist(windows, WINDOWS_SCHEMA))
+
+
+def test_a_mask_is_the_best_class_that_the_labels_allow():
+    scores = np.stack([np.full((2, 2), value, np.float32) for value in (0.1, 0.2, 0.9)])
+    allowed = np.ones((3, 4, 4), bool)
+    assert (masks.pixel_mask(scores, (4, 4), None) == 2).all()
+    allowed[2] = False
+    allowed[1, :2] = False
+    allowed[:, 0] = False
+    mask = masks.pixel_mask(scores, (4, 4), allowed)
+    assert mask[:, 0].tolist() == [IGNORE_ID, 0, 1, 1]
+
+
+def test_shares_of_logits_are_a_softmax_over_the_allowed_classes():
+    scores = np.array([1.0, 2.0, 300.0], np.float32).reshape(3, 1, 1)
+    allowed = np.array([True, True, False]).reshape(3, 1, 1)
+    shares = masks.shares_of_scores(scores, allowed, logits=True).ravel()
+    assert shares == pytest.approx([1 / (1 + np.e), np.e / (1 + np.e), 0])
+    assert masks.shares_of_scores(scores, None, logits=True).ravel() == pytest.approx([0, 0, 1])
+
+
+def test_shares_of_activations_are_parts_of_their_sum_and_even_where_nothing_is_active():
+    scores = np.array([[1.0, 0.0], [3.0, 0.0], [4.0, 9.0]], np.float32).reshape(3, 1, 2)
+    allowed = np.array([True, True, False]).reshape(3, 1, 1).repeat(2, 2)
+    shares = masks.shares_of_scores(scores, allowed, logits=False)
+    assert shares[:, 0, 0] == pytest.approx([0.25, 0.75, 0])
+    assert shares[:, 0, 1] == pytest.approx([0.5, 0.5, 0])
+
+
+def test_a_cell_allows_what_at_least_half_of_its_pixels_allow():
+    allowed = np.zeros((3, 4, 4), bool)
+    allowed[0, :, :2] = True
+    allowed[1, :, 1:] = True
+    allowed[2, 0, 0] = True
+    found = masks.allowed_on_grid(allowed, (1, 2))
+    assert found[:, 0].tolist() == [[True, False], [True, True], [False, False]]
+    only = np.zeros((3, 4, 4), bool)
+    only[2, 0, 0] = True
+    assert masks.allowed_on_grid(only, (1, 1)).ravel().tolist() == [False, False, True], "what there is, is allowed"
+
+
+def test_a_row_holds_scores_confidence_and_mask_of_every_kind():
+    writer = masks.MaskWriter(patches(), CLASSES, DataConfig(), constrain=True)
+    scores = {
+        "cam": np.stack([np.full((2, 2), value, np.float32) for value in (0.25, 0.75, 1.0)]),
+        "cnn": np.stack([np.full((2, 2), value, np.float32) for value in (0.9, 0.1, 0.0)]),
+    }
+    row = writer.row(0, np.full((8, 8, 3), 100, np.uint8), scores, logits=False)
+    assert pa.Table.from_pylist([row], masks.schema(("cam", "cnn"))).num_rows == 1
+    assert (decode_ids(row["png_cam"]) == 1).all()
+    assert (decode_ids(row["png_cnn"]) == 0).all()
+    assert np.frombuffer(row["confidence_cam"], np.uint8).tolist() == [round(0.75 * 255)] * 4
+    kept = np.frombuffer(row["scores_cnn"], np.float16).reshape(3, 2, 2)
+    assert kept[:, 0, 0] == pytest.approx([0.9, 0.1, 0.0], abs=1e-3)
+
+
+def test_bright_pixels_become_background_in_every_kind():
+    image = np.full((8, 8, 3), 100, np.uint8)
+    image[:, :4] = 250
+    data = DataConfig(background="bright", background_min_area=1)
+    writer = masks.MaskWriter(patches(), CLASSES, data, constrain=True)
+    row = writer.row(0, image, {"": np.ones((3, 2, 2), np.float32)}, logits=False)
+    mask = decode_ids(row["png"])
+    assert (mask[:, :4] == CLASSES.background_id).all()
+    assert (mask[:, 4:] == 0).all()
+
+
+def artifact(root, scores, labels=((1, 1, 0), (1, 0, 0))):
+    """A committed pseudo_masks artifact whose images have these scores (L, h, w)."""
+    found = patches(labels=labels)
+    writer = masks.MaskWriter(found, CLASSES, DataConfig(), constrain=True)
+    rows = [writer.row(number, found.image(number), {"": values}, logits=True) for number, values in enumerate(scores)]
+    workspace = Workspace(str(root))
+    uri = workspace.folder("pseudo_masks", "k1")
+    storage.write_parquet(
+        pa.Table.from_pylist(rows, masks.schema()), storage.join(uri, masks.FOLDER, "part-00000.parquet")
+    )
+    parts = {"version": 1, "summary": {}, "seconds": 0}
+    source = workspace.commit("patches", "p1", settings={"classes": CLASSES.to_json()}, inputs={}, **parts)
+    workspace.commit("pseudo_masks", "k1", settings={}, inputs={"patches": source}, **parts)
+    return workspace, found
+
+
+def test_logits_become_probabilities_for_the_refining_network(tmp_path):
+    scores = [np.stack([np.full((2, 2), value, np.float32) for value in (0, 1, 5)])] * 2
+    workspace, found = artifact(tmp_path, scores)
+    maps = masks.read_maps(workspace.folder("pseudo_masks", "k1"), found, logits=True)
+    first, second = (np.frombuffer(item.as_py(), np.float16).reshape(3, 2, 2)[:, 0, 0] for item in maps["maps"])
+    assert first == pytest.approx([1 / (1 + np.e), np.e / (1 + np.e), 0], abs=1e-3)
+    assert second == pytest.approx([1, 0, 0])
+    with pytest.raises(PistoSegError, match="do not belong together"):
+        masks.read_maps(workspace.folder("pseudo_masks", "k1"), patches(labels=((1, 1, 0),)), logits=True)
+
+
+def test_masks_are_scored_against_the_true_ones_of_the_same_name(tmp_path):
+    left = np.zeros((3, 8, 8), np.float32)
+    left[0, :, :4], left[1, :, 4:] = 5, 5
+    workspace, _ = artifact(tmp_path / "w", [left, left])
+    truth = np.zeros((8, 8), np.uint8)
+    truth[:, 6:] = 1
+    truth[0] = CLASSES.background_id
+    storage.write_bytes(str(tmp_path / "truth" / "0.png"), encode_mask(truth, CLASSES))
+    reports = mask_scores.score_workspace(
+        workspace, ("pseudo_masks",), str(tmp_path / "truth"), str(tmp_path / "out"), max_pixels=10**6, workers=2
+    )
+    report = reports["pseudo_masks/k1"]
+    assert report["images"] == 1, "images without a true mask are left out"
+    assert report["iou"]["a"] == pytest.approx(4 / 6)
+    assert report["iou"]["b"] == pytest.approx(2 / 4)
+    assert report["without_class"] == 0
+    assert (tmp_path / "out" / "mask_scores.json").exists()
+
+
+def test_a_folder_without_any_mask_of_a_training_image_is_refused(tmp_path):
+    workspace, _ = artifact(tmp_path / "w", [np.zeros((3, 2, 2), np.float32)] * 2)
+    storage.write_bytes(str(tmp_path / "truth" / "other.png"), encode_mask(np.zeros((8, 8), np.uint8), CLASSES))
+    with pytest.raises(PistoSegError, match=r"name the masks like the images, e\.g\. 0\.png"):
+        mask_scores.score_workspace(
+            workspace, ("pseudo_masks",), str(tmp_path / "truth"), None, max_pixels=10**6, workers=1
+        )
