@@ -172,12 +172,18 @@ class RefinerConfig(LabelledCropConfig):
     attention_channels: int = Field(192, ge=8, le=2048, description="C': channels of queries and keys (eq. 2).")
     normalize: Literal["columns", "rows"] = Field(
         "columns",
-        description="Softmax of eq. 3: columns: each projected value is a weighted mean over the cells; rows: over the "
-        "column index, as in the authors' code.",
+        description="Softmax of eq. 3: columns: each projected value is a weighted mean over the cells, as in the "
+        "authors' code; rows: over the column index.",
+    )
+    feature_norm: bool = Field(
+        True, description="Normalise each cell's features before queries and keys; not in the paper."
     )
     lambda_cls: float = Field(1.0, ge=0, description="Weight of L_cls (eq. 6); 0: off.")
     lambda_cons: float = Field(1.0, ge=0, description="Weight of L_cons (eq. 7); 0: off.")
     lambda_cross: float = Field(1.0, ge=0, description="Weight of L_cross (eq. 8); 0: off.")
+    lambda_pseudo: float = Field(
+        0.0, ge=0, description="Weight of L_pseudo, by which the class map learns the pseudo-masks; not in the paper."
+    )
     hardest: float = Field(
         1.0, gt=0, le=1, description="Share of the largest differences that L_cross averages; the authors' code: 0.2."
     )
@@ -185,8 +191,8 @@ class RefinerConfig(LabelledCropConfig):
 
     @model_validator(mode="after")
     def _some_loss(self) -> Self:
-        if not self.lambda_cls + self.lambda_cons + self.lambda_cross:
-            raise ValueError("lambda_cls, lambda_cons and lambda_cross are all 0; nothing would be learned")
+        if not self.lambda_cls + self.lambda_cons + self.lambda_cross + self.lambda_pseudo:
+            raise ValueError("every lambda is 0; nothing would be learned")
         return self
 
 

@@ -75,7 +75,7 @@ class ScaleConfig(Section):
 class DataConfig(Section):
     """Where training images come from and what is accepted."""
 
-    uri: str | None = Field(None, description="Data set folder or URI; `--data` sets it.")
+    uri: str | None = Field(None, description="Data set folder, or manifest of slides; `--data` sets it.")
     validation: str | None = Field(None, description="Folder with img/ and mask/; null: the data set's own, if any.")
     layout: Literal["auto", "flags", "folders", "table"] = Field(
         "auto", description="Labels in file names, a folder per class, or a CSV/Parquet of windows."
@@ -90,6 +90,11 @@ class DataConfig(Section):
     )
     background_grey: int = Field(200, ge=1, le=254, description="Grey value above which a pixel is tissue-free.")
     background_min_area: int = Field(50, ge=0, description="Smaller bright components are tissue (px).")
+    window: int = Field(224, ge=16, le=4096, description="Windows cut from annotated slides (network px).")
+    window_stride: int | None = Field(None, ge=1, description="Step between these (network px); null: side by side.")
+    window_min_share: float = Field(
+        0.02, gt=0, le=0.5, description="Least share of a window for a class to count; less than it may be unannotated."
+    )
 
 
 class SynthesisConfig(Section):

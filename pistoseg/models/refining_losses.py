@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pistoseg.models.classifier import classification_loss
@@ -63,6 +64,25 @@ def min_pooling_loss(maps: Tensor, valid: Tensor) -> Tensor:
     return _extreme_mean(maps.amax(1).relu().flatten(1), valid.flatten(1), share=0.25, largest=False)
 
 
+def pseudo_loss(class_map: Tensor, pseudo: Tensor, valid: Tensor) -> Tensor:
+    """L_pseudo: the CNN's class map learns the pseudo-mask itself. Not in the paper.
+
+        L_pseudo = -1 / (|V| L) sum_{p in V} sum_c [ M_cp log s(f_cp) + (1 - M_cp) log(1 - s(f_cp)) ]
+
+    with V the valid cells, f the class map, s the sigmoid and M = M_pseudo.
+
+    Args:
+        class_map: (N, L, h, w) float.
+        pseudo: (N, L, h, w) float 0..1, M_pseudo on the grid.
+        valid: (N, 1, h, w) float weights of the cells.
+    Returns:
+        () float.
+    """
+    difference = F.binary_cross_entropy_with_logits(class_map.to(pseudo.dtype), pseudo, reduction="none")
+    weights = valid.expand_as(difference)
+    return _extreme_mean(difference.flatten(1), weights.flatten(1), 1.0, largest=True)
+
+
 def refining_loss(
     refined: Refined,
     logits: Tensor,
@@ -72,24 +92,25 @@ def refining_loss(
     lambda_cls: float = 1.0,
     lambda_cons: float = 1.0,
     lambda_cross: float = 1.0,
+    lambda_pseudo: float = 0.0,
     hardest: float = 1.0,
     min_pooling: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The refining network's loss (eq. 9).
 
-        L = lambda_cls L_cls + lambda_cons L_cons + lambda_cross L_cross
+        L = lambda_cls L_cls + lambda_cons L_cons + lambda_cross L_cross (+ lambda_pseudo L_pseudo, our own)
 
     Args:
         refined: what the network returned.
         logits: (N, R, L) float, `refined.class_map` pooled over the labelled windows.
         labels: (N, R, L) uint8 flags of the windows; rows of unused windows are 255.
         valid: (N, 1, h, w) float weights of the cells: 1 inside labelled windows, 0 in padding.
-        lambda_cls, lambda_cons, lambda_cross: weights; a term of weight 0 is not computed.
+        lambda_cls, lambda_cons, lambda_cross, lambda_pseudo: weights; a term of weight 0 is not computed.
         hardest: see `cross_loss`.
         min_pooling: add `min_pooling_loss` of the refined CNN CAM to L_cls.
     Returns:
-        The loss, () float, and its unweighted terms `cls`, `cons`, `cross` and `min_pooling`, as far as they are
-        computed, detached.
+        The loss, () float, and its unweighted terms `cls`, `cons`, `cross`, `pseudo` and `min_pooling`, as far as
+        they are computed, detached.
     """
     terms: list[tuple[str, float, Tensor]] = []
     if lambda_cls:
@@ -101,8 +122,10 @@ def refining_loss(
     if lambda_cross:
         maps = (refined.pseudo, refined.cam, refined.refined_pseudo, refined.refined_cam)
         terms.append(("cross", lambda_cross, cross_loss(*maps, valid, hardest)))
+    if lambda_pseudo:
+        terms.append(("pseudo", lambda_pseudo, pseudo_loss(refined.class_map, refined.pseudo, valid)))
     if not terms:
-        raise ValueError("lambda_cls, lambda_cons and lambda_cross are all 0; nothing would be learned")
+        raise ValueError("all weights are 0; nothing would be learned")
     total = torch.stack([weight * value for _, weight, value in terms]).sum()
     return total, {name: value.detach() for name, _, value in terms}
 

@@ -121,6 +121,7 @@ def _crops(size: int, miou: float) -> Row:
 
 def _losses(label: str, cls: int, cons: int, cross: int, paper: dict[str, PaperScores]) -> Row:
     weights = {"refiner.lambda_cls": cls, "refiner.lambda_cons": cons, "refiner.lambda_cross": cross}
+    weights["refiner.lambda_pseudo"] = 0  # a loss of our own, not in the paper
     return Row(label, {"precise.masks": "refined_cnn"} | weights, paper)
 
 

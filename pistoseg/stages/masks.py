@@ -177,12 +177,15 @@ def confidence(scores: NDArray[np.float32], allowed: NDArray[np.bool_] | None, l
 
 
 def read_maps(uri: str, patches: PatchSet, logits: bool) -> pa.Table:
-    """The scores of a mask stage with one kind as maps of 0 to 1, for the refining network.
+    """The scores of a mask stage with one kind as class shares, for the refining network.
+
+    M_pseudo and M_CAM must be on one scale, or the L1 losses between them measure their scales. The paper leaves it
+    open; here both are shares that sum to 1 over the classes of a cell.
 
     Args:
         uri: of the artifact.
         patches: that its masks belong to.
-        logits: whether its scores are logits, of which the probabilities are taken; activations stay what they are.
+        logits: whether its scores are logits, of which the softmax is taken.
     Returns:
         `grid_height`, `grid_width` and `maps`: float16 of shape (L, grid_height, grid_width), 0 for disallowed classes.
     Raises:
@@ -192,16 +195,13 @@ def read_maps(uri: str, patches: PatchSet, logits: bool) -> pa.Table:
     table = storage.read_parquet(folder, columns=["image", "grid_height", "grid_width", "scores"])
     if table["image"].to_pylist() != patches.table["image"].to_pylist():
         raise PistoSegError("masks and images do not belong together", file=uri, remedy="delete that folder")
-    maps = table["scores"]
-    if logits:
-        made = []
-        for position, row in enumerate(table.to_pylist()):
-            shape = (row["grid_height"], row["grid_width"])
-            scores = np.frombuffer(row["scores"], np.float16).reshape(-1, *shape).astype(np.float32)
-            allowed = allowed_on_grid(patches.allowed(position), shape)
-            made.append(shares_of_scores(scores, allowed, logits=True).astype(np.float16).tobytes())
-        maps = pa.chunked_array([pa.array(made, pa.binary())])
-    return table.select(["grid_height", "grid_width"]).append_column("maps", maps)
+    maps = []
+    for position, row in enumerate(table.to_pylist()):
+        shape = (row["grid_height"], row["grid_width"])
+        scores = np.frombuffer(row["scores"], np.float16).reshape(-1, *shape).astype(np.float32)
+        allowed = allowed_on_grid(patches.allowed(position), shape)
+        maps.append(shares_of_scores(scores, allowed, logits).astype(np.float16).tobytes())
+    return table.select(["grid_height", "grid_width"]).append_column("maps", pa.array(maps, pa.binary()))
 
 
 def finish(context: StageContext, kinds: Sequence[str] = ("",)) -> dict[str, Any]:

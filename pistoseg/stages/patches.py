@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
@@ -9,42 +11,74 @@ import pyarrow as pa
 
 from pistoseg import storage
 from pistoseg.classes import TissueClasses
-from pistoseg.config import DataConfig, ScaleConfig
+from pistoseg.config import Config, DataConfig, ScaleConfig
 from pistoseg.errors import PistoSegError
+from pistoseg.patches.crops import CutNote, ingest_slide, network_mpp
 from pistoseg.patches.digest import training_folder
 from pistoseg.patches.layouts import scan_training
-from pistoseg.patches.source import SourceImage, Window
+from pistoseg.patches.manifest import in_shards, is_manifest, scan_slides
+from pistoseg.patches.source import Rejection, SlideSource, SourceImage, Window
 from pistoseg.patches.store import IMAGES_SCHEMA, REJECTED_SCHEMA, WINDOWS_SCHEMA, PatchSet, ingest
 from pistoseg.pipeline import StageContext
 from pistoseg.stages import cluster
+from pistoseg.stages.slide_images import SlideOpener
 
 SHARD_IMAGES = 128
+SHARD_WINDOWS = 256
+OVERLAP = 0.01
+"""Share of the annotated area that may have several classes before it is said."""
 
 
 def run(context: StageContext) -> dict[str, Any]:
     """Write `images/`, `windows/` and `rejected.parquet`; see `pistoseg.patches.store` for their columns."""
     config = context.config
     classes = config.classes.tissue()
-    listing = scan_training(training_folder(config), classes, config.data)
-    rows = [asdict(image) for image in listing.images]
-    shards = [rows[start : start + SHARD_IMAGES] for start in range(0, len(rows), SHARD_IMAGES)]
-    cluster.run_shards(
-        _Ingest,
-        {"data": config.data, "scale": config.scale, "folder": context.folder},
-        shards,
-        context.path("images"),
-        actors=cluster.cpu_pool(config.compute),
-        resources={"num_cpus": 1},
-        progress=context.progress,
-    )
-    rejected = [asdict(item) for item in listing.rejected]
+    uri = training_folder(config)
+    read = _from_slides if is_manifest(uri) else _from_images
+    layout, unusable = read(uri, classes, context)
+    rejected = [asdict(item) for item in unusable]
     for part in storage.list_dir(context.path("rejected")):
         rejected += storage.read_parquet(part).to_pylist()
     storage.write_parquet(pa.Table.from_pylist(rejected, REJECTED_SCHEMA), context.path("rejected.parquet"))
     patches = PatchSet.open(context.folder)
-    summary = _summary(patches, classes, listing.layout, rejected)
+    summary = _summary(patches, classes, layout, rejected)
+    cuts = [json.loads(storage.read_text(part)) for part in storage.list_dir(context.path("cuts"))]
+    if cuts:
+        summary["annotations"] = _annotations([note for part in cuts for note in part], context)
     _judge(summary, config.data, classes, context)
     return summary
+
+
+def _from_images(uri: str, classes: TissueClasses, context: StageContext) -> tuple[str, list[Rejection]]:
+    """Read the images of a folder; its layout, and what of it is not usable."""
+    listing = scan_training(uri, classes, context.config.data)
+    rows = [asdict(image) for image in listing.images]
+    shards = [rows[start : start + SHARD_IMAGES] for start in range(0, len(rows), SHARD_IMAGES)]
+    arguments = {"data": context.config.data, "scale": context.config.scale, "folder": context.folder}
+    _run(_Ingest, arguments, shards, context)
+    return listing.layout, listing.rejected
+
+
+def _from_slides(uri: str, classes: TissueClasses, context: StageContext) -> tuple[str, list[Rejection]]:
+    """Read the windows of a manifest's slides; the layout's name, and the rows that are not usable."""
+    network_mpp(context.config.scale)
+    listing = scan_slides(uri, classes)
+    shards = [[asdict(slide) for slide in shard] for shard in in_shards(listing.slides, SHARD_WINDOWS)]
+    _run(_IngestSlides, {"config": context.config, "folder": context.folder}, shards, context)
+    return listing.layout, listing.rejected
+
+
+def _run(worker: type, arguments: dict[str, Any], shards: list[Any], context: StageContext) -> None:
+    cluster.run_shards(
+        worker,
+        arguments,
+        shards,
+        context.path("images"),
+        actors=cluster.cpu_pool(context.config.compute),
+        resources={"num_cpus": 1},
+        progress=context.progress,
+        weight=lambda shard: sum(len(row["windows"]) or 1 for row in shard) if worker is _IngestSlides else len(shard),
+    )
 
 
 class _Ingest:
@@ -60,13 +94,42 @@ class _Ingest:
                 images.append(image)
             windows += its_windows
             rejected += [asdict(item) for item in its_rejections]
-        # The images' part is written last: it marks the shard as done.
-        name = storage.name(part)
-        storage.write_parquet(
-            pa.Table.from_pylist(rejected, REJECTED_SCHEMA), storage.join(self.folder, "rejected", name)
-        )
-        storage.write_parquet(pa.Table.from_pylist(windows, WINDOWS_SCHEMA), storage.join(self.folder, "windows", name))
-        storage.write_parquet(pa.Table.from_pylist(images, IMAGES_SCHEMA), part, row_group_size=32)
+        _write_shard(self.folder, part, images, windows, rejected)
+
+
+class _IngestSlides:
+    def __init__(self, config: Config, folder: str) -> None:
+        self.config, self.folder = config, folder
+        self.classes = config.classes.tissue()
+        self.opener = SlideOpener(network_mpp(config.scale))
+
+    def __call__(self, number: int, shard: list[dict[str, Any]], part: str) -> None:
+        images, windows, rejected, notes = [], [], [], []
+        for row in shard:
+            source = SlideSource(**row | {"windows": tuple(Window(**window) for window in row["windows"])})
+            rows = ingest_slide(source, self.opener, self.classes, self.config.data, self.config.scale)
+            images += rows.images
+            windows += rows.windows
+            rejected += [asdict(item) for item in rows.rejected]
+            notes += [asdict(note) for note in rows.notes]
+        if notes:
+            name = storage.name(part).removesuffix(".parquet") + ".json"
+            storage.write_bytes(storage.join(self.folder, "cuts", name), json.dumps(notes).encode())
+        _write_shard(self.folder, part, images, windows, rejected)
+
+
+def _write_shard(
+    folder: str,
+    part: str,
+    images: list[dict[str, Any]],
+    windows: list[dict[str, Any]],
+    rejected: list[dict[str, Any]],
+) -> None:
+    """Write a shard's rows; the images' part last, as it marks the shard as done."""
+    name = storage.name(part)
+    storage.write_parquet(pa.Table.from_pylist(rejected, REJECTED_SCHEMA), storage.join(folder, "rejected", name))
+    storage.write_parquet(pa.Table.from_pylist(windows, WINDOWS_SCHEMA), storage.join(folder, "windows", name))
+    storage.write_parquet(pa.Table.from_pylist(images, IMAGES_SCHEMA), part, row_group_size=32)
 
 
 def _summary(patches: PatchSet, classes: TissueClasses, layout: str, rejected: list[dict[str, Any]]) -> dict[str, Any]:
@@ -82,6 +145,29 @@ def _summary(patches: PatchSet, classes: TissueClasses, layout: str, rejected: l
         "by_class": dict(zip(classes.names, labels.sum(axis=0).tolist(), strict=True)),
         "single_tissue": dict(zip(classes.names, labels[single].sum(axis=0).tolist(), strict=True)),
     }
+
+
+def _annotations(cuts: list[dict[str, Any]], context: StageContext) -> dict[str, Any]:
+    """What cutting windows from annotations gave over all slides; odd things are said."""
+    notes = [CutNote(**cut) for cut in cuts]
+    unknown = sum((Counter(note.unknown) for note in notes), Counter[str]())
+    partly, unclassified = (sum(getattr(note, key) for note in notes) for key in ("partly", "unclassified"))
+    if partly:
+        context.progress.say(f"{partly} windows were left out: they are partly unannotated")
+    for name, count in unknown.most_common():
+        context.progress.say(f"warning: {count} polygons are of {name!r}, which is no class of the config")
+    if unclassified:
+        context.progress.say(f"warning: {unclassified} polygons have no class")
+    overlapping = [note.slide for note in notes if note.overlap > OVERLAP]
+    if overlapping:
+        context.progress.say(
+            f"warning: annotations of several classes lie over each other in {len(overlapping)} slides, e.g. "
+            f"{overlapping[0]}; windows there show all of them"
+        )
+    empty = [note.slide for note in notes if not note.windows]
+    if empty:
+        context.progress.say(f"warning: {len(empty)} slides gave no window, e.g. {empty[0]}")
+    return {"unknown_classes": dict(unknown), "partly_annotated": partly, "unclassified": unclassified}
 
 
 def _judge(summary: dict[str, Any], data: DataConfig, classes: TissueClasses, context: StageContext) -> None:

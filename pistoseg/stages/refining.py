@@ -39,6 +39,7 @@ def run(context: StageContext) -> dict[str, Any]:
         settings.output_stride,
         settings.attention_channels,
         settings.normalize,
+        settings.feature_norm,
     )
     if "initial" in context.inputs:
         start_from_preliminary(network, context)

@@ -87,7 +87,11 @@ class _Training:
         torch.manual_seed(job.seed)
         self.network: Any = ray.get(job.network)
         self.network.to(device=self.device, memory_format=torch.channels_last)
-        self.model: nn.Module = ray.train.torch.prepare_model(self.network, move_to_device=False)
+        self.model: nn.Module = ray.train.torch.prepare_model(
+            self.network,
+            move_to_device=False,
+            parallel_strategy_kwargs={"find_unused_parameters": not self.task.uses_all_parameters},
+        )
         self.optimizer = build_optimizer(self.network, job.config)
         # What is validated and kept: the network itself, or a running average of its weights and statistics.
         self.average = None

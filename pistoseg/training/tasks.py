@@ -41,6 +41,11 @@ class Task(Protocol):
         """Whether there is anything to validate on."""
         ...
 
+    @property
+    def uses_all_parameters(self) -> bool:
+        """Whether the loss has a gradient for every parameter; DDP must be told where it has not."""
+        ...
+
     def losses(self, forward: Forward, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The loss of an augmented batch as `loss`, and the terms that it is made of."""
         ...
@@ -70,6 +75,7 @@ class SegmentationTask:
     validation: str | None
     info: dict[str, Any] = field(default_factory=dict)
     score: str = "validation_miou"
+    uses_all_parameters: bool = True
 
     @property
     def validates(self) -> bool:
@@ -113,6 +119,7 @@ class ClassificationTask:
     held_out: ray.ObjectRef | None
     subcategory_weight: float = 0.0
     score: str = "validation_map"
+    uses_all_parameters: bool = True
 
     @property
     def validates(self) -> bool:
@@ -165,6 +172,12 @@ class RefiningTask:
     score: str = "validation_none"
     validates: bool = False
 
+    @property
+    def uses_all_parameters(self) -> bool:
+        """The class head learns by L_cls and L_pseudo, the attention by L_cons and L_cross."""
+        config = self.config
+        return bool(config.lambda_cls + config.lambda_pseudo) and bool(config.lambda_cons + config.lambda_cross)
+
     def losses(self, forward: Forward, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """L = lambda_cls L_cls + lambda_cons L_cons + lambda_cross L_cross (eq. 9)."""
         pseudo, cam = batch["maps"].float().split(self.n_classes, dim=1)
@@ -182,6 +195,7 @@ class RefiningTask:
             lambda_cls=self.config.lambda_cls,
             lambda_cons=self.config.lambda_cons,
             lambda_cross=self.config.lambda_cross,
+            lambda_pseudo=self.config.lambda_pseudo,
             hardest=self.config.hardest,
             min_pooling=self.config.min_pooling,
         )

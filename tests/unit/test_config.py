@@ -264,7 +264,8 @@ def test_the_refining_module_of_the_faithful_presets_is_the_published_one():
             assert (section.lr, section.new_layers_factor, section.weight_decay) == (lr, 10, 5e-4)
             assert (section.epochs, section.batch_size, section.initial) == (20, 16, "imagenet")
         refiner = config.refiner
-        assert (refiner.attention_channels, refiner.normalize) == (192, "rows")
+        assert (refiner.attention_channels, refiner.normalize, refiner.feature_norm) == (192, "columns", False)
+        assert refiner.lambda_pseudo == 0
         assert (refiner.lambda_cls, refiner.lambda_cons, refiner.lambda_cross) == (1, 1, 1)
         assert (refiner.hardest, refiner.min_pooling) == (1, False)
         assert (config.cams.method, config.cams.scales, config.cams.symmetries) == ("cam", (1, 1.25, 1.5, 1.75, 2), 2)

@@ -128,10 +128,11 @@ def test_an_unknown_normalization_is_refused():
         refiner.build(SMALL, L, None, normalize="both")
 
 
-def test_a_cam_is_relative_to_its_own_maximum_where_the_class_is_allowed():
-    class_map = torch.tensor([[[[2.0, -1.0], [8.0, 4.0]], [[-3.0, -2.0], [-1.0, 0.0]]]])
+def test_a_cam_is_the_share_of_each_class_relative_to_its_own_maximum():
+    class_map = torch.tensor([[[[2.0, -1.0], [8.0, 4.0]], [[3.0, -2.0], [1.0, 0.75]]]])
     allowed = torch.tensor([[[[1.0, 1.0], [0.0, 1.0]], [[1.0, 1.0], [1.0, 1.0]]]])
-    expected = torch.tensor([[[[0.5, 0.0], [0.0, 1.0]], [[0.0, 0.0], [0.0, 0.0]]]])
+    # Class 0 relative to its maximum 4, class 1 to 3: (1/2, 0, forbidden, 1) and (1, 0, 1/3, 1/4); then over their sum.
+    expected = torch.tensor([[[[1 / 3, 0.5], [0.0, 0.8]], [[2 / 3, 0.5], [1.0, 0.2]]]])
     torch.testing.assert_close(normalized_cam(class_map, allowed), expected)
 
 
@@ -150,7 +151,9 @@ def batch(height, width, cells=9):
     return images, pseudo, cam, allowed
 
 
-def test_the_network_is_the_papers_equations(network):
+def test_without_feature_norm_the_network_is_the_papers_equations():
+    torch.manual_seed(0)
+    network = refiner.build(SMALL, L, None, output_stride=16, attention_channels=24, feature_norm=False).eval()
     images, pseudo, cam, allowed = batch(64, 96)
     with torch.inference_mode():
         result = network(images, pseudo, cam, allowed)
@@ -171,7 +174,11 @@ def test_the_network_is_the_papers_equations(network):
     active = class_map.clamp(min=0)
     active[1, 0] = 0
     peak = active.amax(2, keepdim=True)
-    cnn = torch.where(peak > 0, active / peak, 0)
+    relative = torch.where(peak > 0, active / peak, 0)
+    total = relative.sum(1, keepdim=True)
+    may = torch.ones_like(active)
+    may[1, 0] = 0
+    cnn = torch.where(total > 0, relative / total, may / may.sum(1, keepdim=True))
     for maps, own, refined in (
         (F.interpolate(pseudo, grid, mode="bilinear", antialias=True), result.pseudo, result.refined_pseudo),
         (F.interpolate(cam, grid, mode="bilinear", antialias=True), result.cam, result.refined_cam),
@@ -179,6 +186,17 @@ def test_the_network_is_the_papers_equations(network):
     ):
         torch.testing.assert_close(own.double(), maps.double(), rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(refined.flatten(2).double(), maps.flatten(2).double() @ matrix, rtol=1e-3, atol=1e-3)
+
+
+def test_normalised_features_make_a_cell_read_itself_most_at_the_start(network):
+    assert network.feature_norm
+    generator = torch.Generator().manual_seed(5)
+    features = 50 + 9 * torch.rand(1, 195, 4, 4, generator=generator)
+    query, key = network.queries_and_keys(features)
+    matrix = attention(query, key)[0]
+    assert (matrix.argmax(0) == torch.arange(16)).all()
+    rescaled = attention(*network.queries_and_keys(3 * features - 7))[0]
+    torch.testing.assert_close(matrix, rescaled, rtol=1e-2, atol=1e-4)
 
 
 def test_rows_are_normalised_on_request(network):

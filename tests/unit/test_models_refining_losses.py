@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from pistoseg.models.refiner import Refined
-from pistoseg.models.refining_losses import consistency_loss, cross_loss, min_pooling_loss, refining_loss
+from pistoseg.models.refining_losses import consistency_loss, cross_loss, min_pooling_loss, pseudo_loss, refining_loss
 
 N, L, H, W, R = 3, 2, 4, 5, 2
 
@@ -110,6 +110,19 @@ def test_min_pooling_is_the_mean_of_the_lowest_quarter(valid):
     assert float(min_pooling_loss(activations, everywhere)) == pytest.approx(np.mean(expected), rel=1e-12)
     outside = torch.where(valid == 0, -10.0, activations)  # low activations outside count for nothing
     assert float(min_pooling_loss(outside, valid)) == pytest.approx(float(min_pooling_loss(activations, valid)))
+
+
+def test_the_class_map_learns_the_pseudo_mask_by_binary_cross_entropy(maps, valid):
+    class_map, target = 6 * maps[0] - 3, maps[1]
+    total, weight = 0.0, 0.0
+    for n, c, y, x in np.ndindex(N, L, H, W):
+        share = 1 / (1 + math.exp(-float(class_map[n, c, y, x])))
+        wanted = float(target[n, c, y, x])
+        entropy = -(wanted * math.log(share) + (1 - wanted) * math.log(1 - share))
+        total += float(valid[n, 0, y, x]) * entropy
+        weight += float(valid[n, 0, y, x])
+    assert float(pseudo_loss(class_map, target, valid)) == pytest.approx(total / weight, rel=1e-12)
+    assert torch.autograd.gradcheck(lambda item: pseudo_loss(item, target, valid), [class_map.requires_grad_()])
 
 
 @pytest.mark.parametrize("hardest", [1.0, 0.2])
@@ -217,5 +230,5 @@ def test_a_weight_of_zero_switches_a_term_off(refined, labelled, valid, off):
 
 
 def test_a_loss_without_terms_is_refused(refined, labelled, valid):
-    with pytest.raises(ValueError, match="all 0"):
+    with pytest.raises(ValueError, match="nothing would be learned"):
         refining_loss(refined, *labelled, valid, lambda_cls=0.0, lambda_cons=0.0, lambda_cross=0.0)

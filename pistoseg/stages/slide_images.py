@@ -1,0 +1,48 @@
+"""Opening slides for the stages that read them: from where they are, or through a cache on the node."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from pistoseg import storage
+from pistoseg.slides.cache import SlideCache
+from pistoseg.slides.reader import open_slide
+from pistoseg.slides.view import SlideView
+
+
+@dataclass(frozen=True)
+class SlideOpener:
+    """Opens slides at the networks' pixel size, for `pistoseg.patches.crops`; travels to Ray's workers.
+
+    Args:
+        mpp: micrometres per network px.
+    """
+
+    mpp: float
+
+    @contextmanager
+    def __call__(self, uri: str, mpp: float | None) -> Iterator[SlideView]:
+        """A slide while the context is open; those in object storage are fetched to this machine once.
+
+        Args:
+            uri: of the slide.
+            mpp: micrometres per level-0 px as the user gave it, or None.
+        Raises:
+            PistoSegError: the slide cannot be fetched or opened, or nothing says its mpp.
+        """
+        with _cache(uri).get(uri) as path, open_slide(path, mpp, name=uri) as reader:
+            yield SlideView(reader, self.mpp)
+
+
+def _cache(uri: str) -> SlideCache:
+    """The cache that all processes of a user share on this machine: half of what the disk has left at the most."""
+    folder = Path(tempfile.gettempdir()) / f"pistoseg-slides-{os.getuid()}"
+    if not storage.is_local(uri):
+        folder.mkdir(parents=True, exist_ok=True)
+    return SlideCache(folder, shutil.disk_usage(tempfile.gettempdir()).free // 2)
