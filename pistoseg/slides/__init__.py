@@ -1,0 +1,1 @@
+"""Slides: found, fetched and opened, and read at the model's resolution where there is tissue."""

@@ -1,0 +1,153 @@
+"""Manifests of slides: CSV or Parquet with a column `slide` and optionally slide_id, mpp and tissue_mask.
+
+Other columns are ignored.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pistoseg import storage
+from pistoseg.errors import PistoSegError
+
+COLUMNS = ("slide", "slide_id", "mpp", "tissue_mask")
+_FORBIDDEN = '/\\:*?"<>|'
+
+
+@dataclass(frozen=True)
+class ManifestRow:
+    """A row as it is written.
+
+    Args:
+        number: line of a CSV file (the header is line 1) or row of a Parquet file, counted from 1.
+        slide: path or URI.
+        slide_id: None to derive it from the name.
+        mpp: micrometres per level-0 pixel, positive; None to read it from the slide.
+        tissue_mask: path or URI, or None.
+    """
+
+    number: int
+    slide: str
+    slide_id: str | None
+    mpp: float | None
+    tissue_mask: str | None
+
+
+def read_manifest(uri: str) -> list[ManifestRow]:
+    """Read and check a manifest; the slides in it are not looked for.
+
+    Raises:
+        PistoSegError: it cannot be read, has no column `slide`, no row, or a value that cannot be used; the error names
+            the file, the row and the column.
+    """
+    rows = _read_parquet(uri) if uri.lower().endswith(".parquet") else _read_csv(uri)
+    found = [_row(uri, number, values) for number, values in rows]
+    if not found:
+        raise PistoSegError("has no row", file=uri, remedy="add a row for every slide")
+    return found
+
+
+def _row(uri: str, number: int, values: dict[str, Any]) -> ManifestRow:
+    text = {column: _text(values.get(column)) for column in COLUMNS}
+    if not text["slide"]:
+        raise _wrong(uri, number, "slide", "is empty", "write the slide's path, relative to the manifest, or its URI")
+    slide_id = text["slide_id"]
+    if slide_id and (any(c in _FORBIDDEN or ord(c) < 32 for c in slide_id) or slide_id.strip(".") != slide_id):
+        remedy = f"use neither {' '.join(_FORBIDDEN)} nor a dot at either end"
+        raise _wrong(uri, number, "slide_id", f"{slide_id!r} cannot name a folder", remedy)
+    if len(slide_id) > 200:
+        raise _wrong(uri, number, "slide_id", f"has {len(slide_id)} characters", "use at most 200")
+    return ManifestRow(
+        number,
+        text["slide"].replace("\\", "/") if "://" not in text["slide"] else text["slide"],
+        slide_id or None,
+        _mpp(uri, number, text["mpp"]),
+        text["tissue_mask"] or None,
+    )
+
+
+def _text(value: Any) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    return str(value).strip()
+
+
+def _mpp(uri: str, number: int, text: str) -> float | None:
+    if not text or text.lower() in ("nan", "na", "none", "null"):
+        return None
+    remedy = (
+        "write micrometres per pixel of the full resolution, e.g. 0.25, or leave it empty to read it from the slide"
+    )
+    try:
+        value = float(text)
+    except ValueError:
+        raise _wrong(uri, number, "mpp", f"is {text!r}, which is no number", remedy) from None
+    if not (math.isfinite(value) and value > 0):
+        raise _wrong(uri, number, "mpp", f"is {text}, and must be positive", remedy)
+    return value
+
+
+def _wrong(uri: str, number: int, column: str, reason: str, remedy: str) -> PistoSegError:
+    return PistoSegError(reason, file=uri, field=f"row {number}, column {column}", remedy=remedy)
+
+
+def _check_header(uri: str, header: list[str]) -> None:
+    if "slide" not in header:
+        raise PistoSegError(
+            f"has no column slide (it has {', '.join(header) or 'none'})",
+            file=uri,
+            field="column slide",
+            remedy="a manifest has the column slide and optionally slide_id, mpp and tissue_mask",
+        )
+    repeated = [column for column in COLUMNS if header.count(column) > 1]
+    if repeated:
+        raise PistoSegError(
+            f"has the column {repeated[0]} twice", file=uri, field=f"column {repeated[0]}", remedy="remove one of them"
+        )
+
+
+def _read_csv(uri: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        text = storage.read_bytes(uri).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise PistoSegError(f"is not UTF-8 text ({error})", file=uri, remedy="save it as CSV UTF-8") from error
+    except OSError as error:
+        raise PistoSegError(f"cannot be read ({error})", file=uri, remedy="check the path and its rights") from error
+    first_line = text.partition("\n")[0]
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=first_line.count))
+    try:
+        header = [column.strip().casefold() for column in next(reader, [])]
+        _check_header(uri, header)
+        for values in reader:
+            if len(values) > len(header):
+                raise PistoSegError(
+                    "has more fields than the header",
+                    file=uri,
+                    field=f"row {reader.line_num}",
+                    remedy="quote values that hold the separator",
+                )
+            if any(value.strip() for value in values):
+                yield reader.line_num, dict(zip(header, values, strict=False))
+    except csv.Error as error:
+        raise PistoSegError(
+            f"is not valid CSV ({error})", file=uri, field=f"row {reader.line_num}", remedy="save it again as CSV"
+        ) from error
+
+
+def _read_parquet(uri: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        table = storage.read_parquet(uri)
+    except Exception as error:  # pyarrow raises many kinds on damaged files
+        raise PistoSegError(
+            f"is not a Parquet file that can be read ({error})", file=uri, remedy="write it again"
+        ) from error
+    header = [column.strip().casefold() for column in table.column_names]
+    _check_header(uri, header)
+    keep = [position for position, column in enumerate(header) if column in COLUMNS]
+    rows = table.select(keep).rename_columns([header[position] for position in keep]).to_pylist()
+    yield from enumerate(rows, 1)

@@ -1,0 +1,162 @@
+"""The slides that SOURCE names: a slide, a folder, a prefix, a pattern, or a manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import posixpath
+import re
+from collections import Counter
+from dataclasses import dataclass, replace
+
+from pistoseg import storage
+from pistoseg.errors import PistoSegError
+from pistoseg.slides import files
+from pistoseg.slides.manifest import ManifestRow, read_manifest
+
+_ID_LENGTH = 120
+_KINDS = "a slide, a folder, a pattern with * or **, or a CSV or Parquet manifest"
+
+
+@dataclass(frozen=True)
+class SlideEntry:
+    """A slide that was found but not opened yet.
+
+    Args:
+        slide_id: unique among the slides of a run, also where case does not count; a folder name.
+        uri: where it is; local paths are absolute.
+        mpp: micrometres per level-0 pixel as given by the user; None to read it from the file.
+        tissue_mask: URI of the user's own mask, or None.
+    """
+
+    slide_id: str
+    uri: str
+    mpp: float | None = None
+    tissue_mask: str | None = None
+
+
+def list_slides(source: str) -> list[SlideEntry]:
+    """Find the slides of a run; none is opened.
+
+    A file that ends in .csv or .parquet is a manifest. Of a folder or prefix, every file below it that ends like a
+    slide counts, except hidden ones. In a pattern `*` and `?` stand for characters of one name and `**` for folders
+    too; brackets are part of names. Slides of one name get ids with a hash of where they are below the source.
+
+    Args:
+        source: local path or fsspec URI.
+    Returns:
+        At least one entry, in the order of the manifest or of the paths.
+    Raises:
+        PistoSegError: nothing there, no slide in it, or a manifest with errors.
+    """
+    uri = storage.absolute(source)
+    is_folder = storage.is_dir(uri)
+    if not is_folder and storage.exists(uri):
+        if uri.lower().endswith((".csv", ".parquet")):
+            return _entries_of_manifest(uri)
+        if not files.is_slide(uri):
+            raise PistoSegError(
+                f"does not end like a slide ({', '.join(files.EXTENSIONS)})", file=source, remedy=f"give {_KINDS}"
+            )
+        return _with_ids([SlideEntry("", uri)], [storage.name(uri)])
+    root, found = (uri, storage.list_files(uri)) if is_folder else _matching(uri)
+    slides = files.one_per_slide(found)
+    if not slides:
+        reason = f"holds no slide among {len(found)} files" if found else "does not exist or is empty"
+        raise PistoSegError(reason, file=source, remedy=f"give {_KINDS}; slides end in {', '.join(files.EXTENSIONS)}")
+    return _with_ids([SlideEntry("", item) for item in slides], [_below(root, item) for item in slides])
+
+
+def _matching(uri: str) -> tuple[str, list[str]]:
+    """The folder above a pattern or prefix, and the files that it means."""
+    fixed = re.split(r"[*?]", uri, maxsplit=1)[0]
+    root = posixpath.dirname(fixed)
+    if fixed == uri:
+        if storage.is_local(uri):  # a file system has folders; only object storage has prefixes
+            return root, []
+        return root, [item for item in storage.list_files(root) if item.startswith(uri)]
+    parts = re.split(r"(\*\*/|\*\*|\*|\?)", uri)
+    translated = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    pattern = re.compile("".join(translated.get(part, re.escape(part)) for part in parts) + "(?:/.*)?", re.DOTALL)
+    return root, [item for item in storage.list_files(root) if pattern.fullmatch(item)]
+
+
+def _below(root: str, uri: str) -> str:
+    return uri.removeprefix(root.rstrip("/") + "/")
+
+
+def _entries_of_manifest(uri: str) -> list[SlideEntry]:
+    rows = read_manifest(uri)
+    parent = posixpath.dirname(uri)
+    entries = []
+    for row in rows:
+        slide = _resolved(parent, row.slide)
+        if not files.is_slide(slide) and storage.is_dir(slide):
+            slide = _slide_in_folder(slide, uri, row)
+        mask = None if row.tissue_mask is None else _resolved(parent, row.tissue_mask)
+        entries.append(SlideEntry(row.slide_id or "", slide, row.mpp, mask))
+    _refuse_repeated(entries, rows, uri)
+    return _with_ids(entries, [row.slide for row in rows])
+
+
+def _resolved(parent: str, written: str) -> str:
+    """A manifest's path as a URI; relative ones are relative to the manifest."""
+    if "://" in written or posixpath.isabs(written) or written.startswith("~"):
+        return storage.absolute(written)
+    if "://" not in parent:
+        return posixpath.normpath(posixpath.join(parent, written))
+    protocol, path = parent.split("://", 1)
+    return f"{protocol}://{posixpath.normpath(posixpath.join(path, written))}"
+
+
+def _slide_in_folder(folder: str, manifest: str, row: ManifestRow) -> str:
+    """The one slide of a folder, as DICOM has them."""
+    slides = files.one_per_slide(storage.list_files(folder))
+    if len(slides) != 1:
+        raise PistoSegError(
+            f"the folder {row.slide} holds {len(slides)} slides, and a row is one slide",
+            file=manifest,
+            field=f"row {row.number}, column slide",
+            remedy="name a file in it, and add a row for every other slide",
+        )
+    return slides[0]
+
+
+def _refuse_repeated(entries: list[SlideEntry], rows: list[ManifestRow], manifest: str) -> None:
+    """Ids and, without ids, slides are there once."""
+    seen: dict[str, int] = {}
+    for entry, row in zip(entries, rows, strict=True):
+        key = f"id {entry.slide_id.casefold()}" if entry.slide_id else f"uri {entry.uri}"
+        if key in seen:
+            column = "slide_id" if entry.slide_id else "slide"
+            raise PistoSegError(
+                f"{entry.slide_id or row.slide} is in row {seen[key]} already",
+                file=manifest,
+                field=f"row {row.number}, column {column}",
+                remedy="remove one of the rows, or give each a slide_id of its own",
+            )
+        seen[key] = row.number
+
+
+def _with_ids(entries: list[SlideEntry], places: list[str]) -> list[SlideEntry]:
+    """Fill in missing ids: the file's name made safe, with a hash of its place where that is taken."""
+    names = [entry.slide_id or _safe(_id_name(entry.uri)) for entry in entries]
+    uses = Counter(name.casefold() for name in names)
+    filled = []
+    for entry, name, place in zip(entries, names, places, strict=True):
+        if not entry.slide_id and uses[name.casefold()] > 1:
+            name = f"{name}-{hashlib.sha256(place.encode()).hexdigest()[:8]}"
+        filled.append(replace(entry, slide_id=name))
+    assert len({entry.slide_id.casefold() for entry in filled}) == len(filled), "ids differ as places do"
+    return filled
+
+
+def _id_name(uri: str) -> str:
+    """DICOM files have no names of their own; the folder of a series does."""
+    parent = posixpath.basename(posixpath.dirname(uri))
+    return parent if files.extension(uri) == ".dcm" and parent else files.stem(uri)
+
+
+def _safe(name: str) -> str:
+    """A name that every file system and object storage takes as a folder, brackets left out as they are globs."""
+    safe = re.sub(r"[^\w.\- ]", "_", name)[:_ID_LENGTH].strip(" .")
+    return safe or "slide"

@@ -1,0 +1,207 @@
+"""What SOURCE may be, and what is said when it is something else."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import fsspec
+import pyarrow as pa
+import pytest
+
+from pistoseg import storage
+from pistoseg.errors import PistoSegError
+from pistoseg.slides.files import etag, slide_files
+from pistoseg.slides.source import SlideEntry, list_slides
+
+
+def fill(root: Path, *names: str) -> Path:
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(name.encode())
+    return root
+
+
+def found(source: str | Path) -> dict[str, str]:
+    return {entry.slide_id: entry.uri for entry in list_slides(str(source))}
+
+
+@pytest.fixture
+def bucket() -> str:
+    fsspec.filesystem("memory").store.clear()
+    return "memory:///bucket"
+
+
+def dicom(path: Path, series: str, size: int) -> None:
+    """The part of a DICOM file that tells its series."""
+    value = series.encode() + b"\0" * (len(series) % 2)
+    tag = b"\x20\x00\x0e\x00UI" + len(value).to_bytes(2, "little") + value
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"\0" * 128 + b"DICM" + tag + b"\0" * size)
+
+
+def test_a_slide_a_folder_and_a_pattern(tmp_path: Path) -> None:
+    root = fill(tmp_path, "a.svs", "deep/b.ome.tif", "deep/c.NDPI", "notes.txt", "deep/.hidden.svs", "thumbs.db")
+    a, b, c = (str(root / name) for name in ("a.svs", "deep/b.ome.tif", "deep/c.NDPI"))
+    assert list_slides(a) == [SlideEntry("a", a)]
+    assert found(root) == {"a": a, "b": b, "c": c}
+    assert found(root / "*.svs") == {"a": a}
+    assert found(root / "**" / "*.tif") == {"b": b}
+    assert found(root / "de*") == {"b": b, "c": c}
+    assert found(root / "?.svs") == {"a": a}
+
+
+def test_brackets_and_stars_in_names_are_names(tmp_path: Path) -> None:
+    root = fill(tmp_path / "cohort [1]", "x [2].svs", "x 2.svs", "y*.svs", "yes.svs")
+    assert found(root / "x [2].svs") == {"x _2_": str(root / "x [2].svs")}
+    assert set(found(root / "x [?].svs").values()) == {str(root / "x [2].svs")}
+    assert set(found(root / "y*.svs").values()) == {str(root / "y*.svs")}
+    assert len(found(root)) == 4
+
+
+def test_object_storage_has_prefixes(bucket: str) -> None:
+    for name in ("cohort/TCGA-1.svs", "cohort/TCGA-2.svs", "cohort/other.svs", "cohort/deep/TCGA-3.svs"):
+        storage.write_bytes(f"{bucket}/{name}", b"x")
+    assert found(f"{bucket}/cohort/TCGA-") == {
+        "TCGA-1": f"{bucket}/cohort/TCGA-1.svs",
+        "TCGA-2": f"{bucket}/cohort/TCGA-2.svs",
+    }
+    assert len(found(f"{bucket}/cohort")) == 4
+    assert set(found(f"{bucket}/cohort/**/TCGA*.svs")) == {"TCGA-1", "TCGA-2", "TCGA-3"}
+    assert found(f"{bucket}/cohort/other.svs") == {"other": f"{bucket}/cohort/other.svs"}
+
+
+def test_slides_of_one_name_get_ids_that_differ_and_stay(tmp_path: Path) -> None:
+    root = fill(tmp_path / "here", "1/HE.svs", "2/HE.svs", "3/he.tif", "4/other.svs")
+    ids = {Path(uri).parent.name: slide_id for slide_id, uri in found(root).items()}
+    assert ids["4"] == "other"
+    assert len({slide_id.casefold() for slide_id in ids.values()}) == 4
+    assert ids["1"].startswith("HE-")
+    moved = found(root.rename(tmp_path / "there"))
+    assert {Path(uri).parent.name: slide_id for slide_id, uri in moved.items()} == ids
+
+
+def test_ids_are_safe_as_folder_names(tmp_path: Path) -> None:
+    root = fill(tmp_path, "a:b?c [x].svs", "...svs", "x" * 200 + ".svs")
+    ids = list(found(root))
+    assert "a_b_c _x_" in ids
+    assert all(0 < len(slide_id) <= 130 and not set(slide_id) & set('/\\:*?"<>|[]') for slide_id in ids)
+
+
+def test_nothing_to_be_found_is_said(tmp_path: Path, bucket: str) -> None:
+    fill(tmp_path, "readme.txt")
+    for source, reason in [
+        (tmp_path / "none", "does not exist"),
+        (tmp_path / "*.svs", "does not exist or is empty"),
+        (tmp_path, "holds no slide among 1 files"),
+        (tmp_path / "readme.txt", "does not end like a slide"),
+        (f"{bucket}/none", "does not exist"),
+    ]:
+        with pytest.raises(PistoSegError, match=reason) as caught:
+            list_slides(str(source))
+        assert caught.value.file == str(source)
+
+
+def test_a_manifest_gives_ids_resolutions_and_masks(tmp_path: Path) -> None:
+    fill(tmp_path, "deep/a.svs", "b.svs")
+    (tmp_path / "m.csv").write_text(
+        "\ufeffSlide;mpp;scanner;slide_id;tissue_mask\n"
+        "deep/a.svs;0.5;x;case 1;masks/a.png\n"
+        "\n"
+        "b.svs;;y;;\n"
+        "s3://bucket/b.svs;nan;z;;/m/c.png\n"
+    )
+    a, b, c = list_slides(str(tmp_path / "m.csv"))
+    assert a == SlideEntry("case 1", str(tmp_path / "deep/a.svs"), 0.5, str(tmp_path / "masks/a.png"))
+    assert (b.uri, b.mpp, b.tissue_mask) == (str(tmp_path / "b.svs"), None, None)
+    assert (c.uri, c.mpp, c.tissue_mask) == ("s3://bucket/b.svs", None, "/m/c.png")
+    assert b.slide_id != c.slide_id
+    assert {b.slide_id[:2], c.slide_id[:2]} == {"b-"}
+
+
+def test_a_parquet_manifest_on_object_storage(bucket: str) -> None:
+    table = pa.table({"slide": ["../a.svs", "b.svs"], "mpp": [0.25, None], "extra": [[1], [2]], "slide_id": [7, 8]})
+    storage.write_parquet(table, f"{bucket}/lists/m.parquet")
+    assert list_slides(f"{bucket}/lists/m.parquet") == [
+        SlideEntry("7", "memory:///bucket/a.svs", 0.25),
+        SlideEntry("8", f"{bucket}/lists/b.svs"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "reason"),
+    [
+        ("file,mpp\na.svs,1\n", "column slide", "has no column slide"),
+        ("", "column slide", "has no column slide"),
+        ("slide,mpp\n", None, "has no row"),
+        ("slide,mpp\na.svs,0.5\n,0.5\n", "row 3, column slide", "is empty"),
+        ("slide,mpp\na.svs,-0.5\n", "row 2, column mpp", "must be positive"),
+        ("slide,mpp\na.svs,0\n", "row 2, column mpp", "must be positive"),
+        ("slide,mpp\na.svs,20x\n", "row 2, column mpp", "is '20x', which is no number"),
+        ("slide,slide_id\na.svs,x\nb.svs,X\n", "row 3, column slide_id", "X is in row 2 already"),
+        ("slide\na.svs\nb.svs\na.svs\n", "row 4, column slide", "a.svs is in row 2 already"),
+        ("slide,slide_id\na.svs,x/y\n", "row 2, column slide_id", "cannot name a folder"),
+        ("slide,slide_id\na.svs,..\n", "row 2, column slide_id", "cannot name a folder"),
+        ("slide\na.svs,b.svs\n", "row 2", "more fields than the header"),
+        ("slide,mpp,mpp\na.svs,1,2\n", "column mpp", "twice"),
+    ],
+)
+def test_a_wrong_manifest_names_file_row_and_column(tmp_path: Path, text: str, field: str, reason: str) -> None:
+    path = tmp_path / "m.csv"
+    path.write_text(text)
+    with pytest.raises(PistoSegError, match=reason) as caught:
+        list_slides(str(path))
+    assert (caught.value.file, caught.value.field) == (str(path), field)
+    assert caught.value.remedy
+
+
+def test_a_damaged_parquet_manifest_is_named(tmp_path: Path) -> None:
+    (tmp_path / "m.parquet").write_bytes(b"PAR1 and nothing else")
+    with pytest.raises(PistoSegError, match=r"m.parquet: is not a Parquet file"):
+        list_slides(str(tmp_path / "m.parquet"))
+
+
+def test_formats_of_several_files_are_one_slide(tmp_path: Path) -> None:
+    fill(tmp_path, "m/a.mrxs", "m/a/Slidedat.ini", "m/a/Data0000.dat", "v/s.vms", "v/s.jpg", "v/s(1,0).jpg", "p/x.jpg")
+    dicom(tmp_path / "case 7" / "0.dcm", "1.2.3", 10)
+    dicom(tmp_path / "case 7" / "1.dcm", "1.2.3", 500)
+    dicom(tmp_path / "case 7" / "2.dcm", "1.2.3", 100)
+    assert found(tmp_path) == {
+        "a": str(tmp_path / "m/a.mrxs"),
+        "s": str(tmp_path / "v/s.vms"),
+        "x": str(tmp_path / "p/x.jpg"),
+        "case 7": str(tmp_path / "case 7/1.dcm"),
+    }
+    names = [Path(item).name for item in slide_files(str(tmp_path / "m/a.mrxs"))]
+    assert names == ["a.mrxs", "Data0000.dat", "Slidedat.ini"]
+    assert len(slide_files(str(tmp_path / "case 7/1.dcm"))) == 3
+    dicom(tmp_path / "case 7" / "other.dcm", "1.2.4", 10)
+    assert len(slide_files(str(tmp_path / "case 7/1.dcm"))) == 3
+    assert len(found(tmp_path / "case 7")) == 2
+    (tmp_path / "m.csv").write_text("slide\ncase 7\n")
+    with pytest.raises(PistoSegError, match="holds 2 slides") as caught:
+        list_slides(str(tmp_path / "m.csv"))
+    assert caught.value.field == "row 2, column slide"
+    (tmp_path / "case 7" / "other.dcm").unlink()
+    assert found(tmp_path / "m.csv") == {"case 7": str(tmp_path / "case 7/1.dcm")}
+
+
+def test_etags_change_with_any_file_of_a_slide(tmp_path: Path, bucket: str) -> None:
+    root = fill(tmp_path, "a.svs", "m.mrxs", "m/Data0000.dat")
+    seen = [etag(str(root / "a.svs")), etag(str(root / "m.mrxs"))]
+    assert seen == [etag(str(root / "a.svs")), etag(str(root / "m.mrxs"))]
+    (root / "a.svs").write_bytes(b"other")
+    assert etag(str(root / "a.svs")) != seen[0]
+    same_size = root / "m" / "Data0000.dat"
+    os.utime(same_size, ns=(1, same_size.stat().st_mtime_ns + 1))
+    assert etag(str(root / "m.mrxs")) != seen[1]
+    storage.write_bytes(f"{bucket}/a.svs", b"1")
+    first = etag(f"{bucket}/a.svs")
+    assert etag(f"{bucket}/a.svs") == first
+    storage.write_bytes(f"{bucket}/a.svs", b"2")
+    assert etag(f"{bucket}/a.svs") != first
+    with pytest.raises(PistoSegError, match="does not exist"):
+        etag(str(root / "none.svs"))
+    with pytest.raises(PistoSegError, match="is a folder"):
+        etag(str(root))
