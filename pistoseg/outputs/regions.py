@@ -1,0 +1,348 @@
+"""Tissue regions as polygons with holes, in the GeoJSON that QuPath reads, written band by band."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pistoseg.classes import TissueClasses
+from pistoseg.outputs.outlines import Regions, Row, absorb, connected, find_regions, trace
+
+BAND_PIXELS = 8_000_000
+"""Px of the mask that are outlined at a time."""
+BAND_RUNS = 400_000
+"""Runs of equal class along the rows of a band, at most: what memory depends on where a mask is noisy."""
+MAX_AREA_ERROR = 0.005
+"""Share by which simplification may change the area of a class, or FREE_PIXELS if that is more."""
+FREE_PIXELS = 10
+DIGITS = 2
+"""Decimals of coordinates, level-0 px."""
+
+Polygons = NDArray[np.object_]
+
+
+class ToLevel0(NamedTuple):
+    """From px of the mask to level-0 px of the slide: x0 = x * scale_x + offset_x, and y alike."""
+
+    scale_x: float
+    scale_y: float
+    offset_x: float = 0.0
+    offset_y: float = 0.0
+
+
+@dataclass(frozen=True)
+class RegionsReport:
+    """What was written.
+
+    Args:
+        polygons: number of them.
+        vertices: of all of them, holes included.
+        tolerance_um: of the simplification.
+        min_area_um2: regions smaller than this were given to their neighbours.
+        area_um2: of the polygons, by class name.
+        dropped_um2: of the regions smaller than min_area_um2, by class name; gaps in the tissue as `no tissue`.
+    """
+
+    polygons: int
+    vertices: int
+    tolerance_um: float
+    min_area_um2: float
+    area_um2: dict[str, float]
+    dropped_um2: dict[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """As written in the file's `pistoseg` member."""
+        return dict(vars(self))
+
+
+def write_regions(
+    path: Path,
+    mask: NDArray[np.uint8],
+    classes: TissueClasses,
+    *,
+    to_level0: ToLevel0,
+    mpp: float,
+    tolerance: float,
+    min_area: float,
+    band_rows: int | None = None,
+) -> RegionsReport:
+    """Write the regions of a class mask as a GeoJSON FeatureCollection of QuPath annotations.
+
+    Regions are 4-connected. Those smaller than `min_area`, gaps in the tissue included, are first given to the region
+    beside them, so that neither confetti nor pinholes are written. Borders are then simplified once for both sides
+    (Visvalingam-Whyatt), which leaves neither slivers nor overlaps between neighbours: a vertex goes when the triangle
+    with its neighbours is smaller than tolerance squared; where that would change the area of a class by more than
+    half a percent, a finer tolerance is taken. Memory depends on the width of the mask and on the polygons that are
+    not finished, not on its height.
+
+    Args:
+        path: local file to write.
+        mask: (h, w) uint8 class ids; `classes.background_id` and ids without a class are not written.
+        classes: names and colours.
+        to_level0: from px of the mask to level-0 px of the slide, the unit of the file's coordinates.
+        mpp: micrometres per px of the mask.
+        tolerance: of the simplification, micrometres; 0 keeps every corner.
+        min_area: of a region, um2; 0 keeps every px.
+        band_rows: rows outlined at a time; by default as many as bounded memory allows.
+    Returns:
+        What was written and what was dropped.
+    """
+    mask = mask if mask.size else np.zeros((0, 1), np.uint8)
+    least = int(np.ceil(min_area / mpp**2))
+    bands = _bands(mask, band_rows)
+    small = _small_regions(mask, bands, least) if least > 1 else None
+    tally = _Tally(len(classes))
+    with path.open("w", encoding="utf-8") as file:
+        features = _FeatureWriter(file, classes, ToLevel0(*to_level0), mpp)
+        merger = _Merger(len(classes))
+        for number, (top, bottom) in enumerate(bands):
+            band = np.ascontiguousarray(mask[top:bottom])
+            if small is not None:
+                band = small.absorbed(number, band, classes.background_id, tally.dropped)
+            regions = find_regions(band)
+            values = _region_values(regions)
+            polygons = _simplified(trace(band, regions), values, regions.areas, tolerance / mpp, tally)
+            for finished in merger.add(_shifted(polygons, top), values, regions):
+                features.write(*finished)
+        for finished in merger.rest():
+            features.write(*finished)
+        report = RegionsReport(
+            features.count,
+            features.vertices,
+            tolerance,
+            min_area,
+            {name: round(float(features.areas[i]) * mpp**2, 1) for i, name in enumerate(classes.names)},
+            {name: round(float(px) * mpp**2, 1) for name, px in _named(tally.dropped, classes)},
+        )
+        features.close(report)
+    return report
+
+
+def _named(counts: NDArray[np.int64], classes: TissueClasses) -> Iterator[tuple[str, int]]:
+    for position, name in enumerate(classes.names):
+        yield name, int(counts[position])
+    yield "no tissue", int(counts[len(classes) :].sum())
+
+
+def _bands(mask: NDArray[np.uint8], rows: int | None) -> list[tuple[int, int]]:
+    """First and last row of each band: fewer rows where the mask is busy."""
+    height, width = mask.shape
+    bands = []
+    top = 0
+    while top < height:
+        bottom = min(height, top + (rows or max(1, BAND_PIXELS // width)))
+        while rows is None and bottom - top > 1:
+            band = mask[top:bottom]
+            if np.count_nonzero(band[:, 1:] != band[:, :-1]) <= BAND_RUNS:
+                break
+            bottom = top + (bottom - top) // 2
+        bands.append((top, bottom))
+        top = bottom
+    return bands
+
+
+@dataclass
+class _Tally:
+    """Px by class id: dropped, outlined exactly, and what simplification has added so far."""
+
+    classes: int
+    dropped: NDArray[np.int64] = field(default_factory=lambda: np.zeros(256, np.int64))
+    exact: NDArray[np.float64] = field(default_factory=lambda: np.zeros(256))
+    added: NDArray[np.float64] = field(default_factory=lambda: np.zeros(256))
+
+
+@dataclass(frozen=True)
+class _SmallRegions:
+    """Which regions are too small, known before the bands are outlined.
+
+    Args:
+        least: px of a region that is kept.
+        small: whether the regions on the first or last row of a band are, one band after the other.
+        first: where each band begins in it.
+    """
+
+    least: int
+    small: NDArray[np.bool_]
+    first: list[int]
+
+    def absorbed(
+        self, number: int, band: NDArray[np.uint8], empty: int, dropped: NDArray[np.int64]
+    ) -> NDArray[np.uint8]:
+        """A band without its small regions, whose px are added to `dropped`."""
+        regions = find_regions(band)
+        specks = regions.areas < self.least
+        border = _border_regions(regions)
+        specks[border] = self.small[self.first[number] : self.first[number] + len(border)]
+        if not specks.any():
+            return band
+        runs = specks[regions.region]
+        dropped += np.bincount(regions.values[runs], regions.lengths[runs], 256).astype(np.int64)
+        return absorb(regions, specks, empty)
+
+
+def _small_regions(mask: NDArray[np.uint8], bands: list[tuple[int, int]], least: int) -> _SmallRegions:
+    """Measure the regions that several bands share."""
+    areas, first, links = [], [], []
+    above: Row | None = None
+    nodes = 0
+    for top, bottom in bands:
+        regions = find_regions(np.ascontiguousarray(mask[top:bottom]))
+        border = _border_regions(regions)
+        numbering = np.full(len(regions.areas), -1, np.int64)
+        numbering[border] = np.arange(nodes, nodes + len(border))
+        if above is not None:
+            links.append(above.links(regions.row(0, numbering)))
+        above = regions.row(-1, numbering)
+        areas.append(regions.areas[border])
+        first.append(nodes)
+        nodes += len(border)
+    pairs = np.concatenate(links) if links else np.empty((0, 2), np.int64)
+    sizes = np.concatenate(areas) if areas else np.empty(0, np.int64)
+    count, group = connected(nodes, pairs[:, 0], pairs[:, 1])
+    return _SmallRegions(least, np.bincount(group, sizes, count)[group] < least, first)
+
+
+def _border_regions(regions: Regions) -> NDArray[np.int64]:
+    return np.union1d(regions.row(0).region, regions.row(-1).region)
+
+
+def _region_values(regions: Regions) -> NDArray[np.uint8]:
+    values = np.zeros(len(regions.areas), np.uint8)
+    values[regions.region] = regions.values
+    return values
+
+
+def _shifted(polygons: Polygons, rows: int) -> Polygons:
+    return _transformed(polygons, lambda xy: xy + np.array([0.0, rows]))
+
+
+def _transformed(polygons: Polygons, change: Callable[[NDArray[np.float64]], NDArray[np.float64]]) -> Polygons:
+    import shapely
+
+    return np.asarray(shapely.transform(polygons, change), object)
+
+
+def _simplified(
+    polygons: Polygons, values: NDArray[np.uint8], areas: NDArray[np.int64], tolerance: float, tally: _Tally
+) -> Polygons:
+    """A band's polygons with fewer vertices; those on the border of the band stay, for the bands to fit together."""
+    import shapely
+
+    tally.exact += np.bincount(values, areas, 256)
+    allowed = np.maximum(tally.exact * MAX_AREA_ERROR, FREE_PIXELS)[: tally.classes]
+    while tolerance >= 0.5:  # a corner of a px, the smallest triangle, has half a px
+        simple = np.asarray(shapely.coverage_simplify(polygons, tolerance, simplify_boundary=False), object)
+        added = np.bincount(values, shapely.area(simple) - areas, 256)
+        if (np.abs(tally.added + added)[: tally.classes] <= allowed).all():
+            tally.added += added
+            return simple
+        tolerance /= 2
+    return polygons
+
+
+class _Merger:
+    """Puts the pieces of regions that several bands share together, each as soon as its last piece is there."""
+
+    def __init__(self, classes: int) -> None:
+        self.classes = classes
+        self.above: Row | None = None
+        self.open: list[tuple[int, list[Any]]] = []
+
+    def add(
+        self, polygons: Polygons, values: NDArray[np.uint8], regions: Regions
+    ) -> Iterator[tuple[Polygons, NDArray[np.uint8]]]:
+        """Take a band's polygons, one for each of its regions; yields the finished ones and their class ids."""
+        already = len(self.open)
+        links = np.empty((0, 2), np.int64)
+        if self.above is not None:
+            links = self.above.links(regions.row(0))
+        _, group = connected(already + len(polygons), links[:, 0], already + links[:, 1])
+        last = regions.row(-1)
+        reaches_down = np.zeros(int(group.max()) + 1, bool)
+        reaches_down[group[already + last.region]] = True
+        is_shared = reaches_down.copy()
+        is_shared[group[:already]] = True
+        alone = ~is_shared[group[already:]] & (values < self.classes)
+        yield polygons[alone], values[alone]
+
+        shared: dict[int, tuple[int, list[Any]]] = {}
+        for number, (value, pieces) in enumerate(self.open):
+            shared.setdefault(int(group[number]), (value, []))[1].extend(pieces)
+        for region in np.flatnonzero(is_shared[group[already:]]):
+            value = int(values[region])
+            pieces = shared.setdefault(int(group[already + region]), (value, []))[1]
+            if value < self.classes:
+                pieces.append(polygons[region])
+        finished = [shared.pop(number) for number in list(shared) if not reaches_down[number]]
+        yield from _united(finished)
+        numbering = {number: position for position, number in enumerate(shared)}
+        self.open = list(shared.values())
+        renumbered = np.array([numbering[int(number)] for number in group[already + last.region]], np.int64)
+        self.above = Row(last.starts, last.values, renumbered)
+
+    def rest(self) -> Iterator[tuple[Polygons, NDArray[np.uint8]]]:
+        """The regions that reach the last row."""
+        yield from _united(self.open)
+
+
+def _united(regions: list[tuple[int, list[Any]]]) -> Iterator[tuple[Polygons, NDArray[np.uint8]]]:
+    import shapely
+
+    for value, pieces in regions:
+        if pieces:
+            whole = pieces[0] if len(pieces) == 1 else shapely.union_all(pieces)
+            yield np.array([whole], object), np.array([value], np.uint8)
+
+
+class _FeatureWriter:
+    """Writes polygons as annotations, in level-0 px."""
+
+    def __init__(self, file: IO[str], classes: TissueClasses, to_level0: ToLevel0, mpp: float) -> None:
+        self.file, self.mpp = file, mpp
+        self.scale = np.array(to_level0[:2])
+        self.offset = np.array(to_level0[2:])
+        self.count = self.vertices = 0
+        self.areas = np.zeros(len(classes))
+        self.properties = [
+            '{"objectType":"annotation","classification":'
+            + json.dumps({"name": tissue.name, "color": list(tissue.color)}, separators=(",", ":"))
+            + ',"measurements":{"area_um2":'
+            for tissue in classes.classes
+        ]
+        file.write('{"type":"FeatureCollection","features":[')
+
+    def write(self, polygons: Polygons, values: NDArray[np.uint8]) -> None:
+        """Add polygons, px of the mask, and their class ids."""
+        import shapely
+
+        if not len(polygons):
+            return
+        areas = shapely.area(polygons)
+        self.areas += np.bincount(values, areas, len(self.areas))
+        self.vertices += int(shapely.get_num_coordinates(polygons).sum())
+        for value, area, geometry in zip(values, areas, shapely.to_geojson(self._placed(polygons)), strict=True):
+            self.file.write(",\n" if self.count else "\n")
+            self.file.write(
+                f'{{"type":"Feature","geometry":{geometry},"properties":{self.properties[value]}'
+                f"{round(float(area) * self.mpp**2, 1)}}}}}}}"
+            )
+            self.count += 1
+
+    def close(self, report: RegionsReport) -> None:
+        """End the file; readers of GeoJSON ignore the member that reports what was written."""
+        self.file.write(f'\n],"pistoseg":{json.dumps(report.to_json())}}}\n')
+
+    def _placed(self, polygons: Polygons) -> Polygons:
+        import shapely
+
+        placed = _transformed(polygons, lambda xy: np.round(xy * self.scale + self.offset, DIGITS))
+        broken = ~shapely.is_valid(placed)
+        if broken.any():  # a vertex was closer to another border than what was rounded off
+            placed[broken] = _transformed(polygons[broken], lambda xy: xy * self.scale + self.offset)
+        return np.asarray(shapely.orient_polygons(placed), object)
