@@ -94,10 +94,21 @@ def build_parser() -> argparse.ArgumentParser:
 
     data = _group(verbs, "data", "look at data sets")
     check = _verb(data, "check", _data_check, "is a data set fit for training?")
-    check.add_argument("data", metavar="DIR", help="folder or URI of the data set")
+    check.add_argument("data", metavar="DATA", help="folder or URI of the data set, or a manifest of slides")
     _config_options(check)
     check.add_argument("--out", metavar="DIR", help="write report.json and sheets of examples there")
     check.add_argument("--workers", type=_positive, default=None, help="threads (default: one a CPU)")
+    windows = _verb(data, "windows", _data_windows, "annotated slides -> a manifest of labelled windows for --data")
+    windows.add_argument("--slides", required=True, metavar="SOURCE", help="slide, folder, pattern or manifest")
+    windows.add_argument("--annotations", required=True, metavar="DIR", help="GeoJSON of QuPath, named like the slides")
+    windows.add_argument("--out", required=True, metavar="FILE", help="the manifest: .parquet or .csv")
+    _config_options(windows)
+    windows.add_argument("--size", type=_positive, metavar="N", help="side of a window, network px: data.window")
+    windows.add_argument("--stride", type=_positive, metavar="N", help="step, network px: data.window_stride")
+    windows.add_argument(
+        "--min-share", type=float, metavar="SHARE", help="of a window for a class to count: data.window_min_share"
+    )
+    windows.add_argument("--workers", type=_positive, default=None, help="threads (default: one a CPU)")
 
     config = _group(verbs, "config", "look at settings")
     show = _verb(config, "show", _config_show, "print the resolved settings, each with its meaning")
@@ -134,7 +145,7 @@ def _config_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", metavar="DIR", help="folder or URI of the data set")
+    parser.add_argument("--data", metavar="DATA", help="folder or URI of the data set, or a manifest of slides")
     parser.add_argument("--workspace", default="runs/pistoseg", help="where artifacts go (default: %(default)s)")
     parser.add_argument("--workers", type=_positive, metavar="N", help="actors that read images and make mosaics")
 
@@ -213,6 +224,14 @@ def _data_check(options: argparse.Namespace) -> int:
     from pistoseg.commands import data_check
 
     return data_check(options.data, _config(options), options.out, options.workers)
+
+
+def _data_windows(options: argparse.Namespace) -> int:
+    from pistoseg.commands import data_windows
+
+    given = {"window": options.size, "window_stride": options.stride, "window_min_share": options.min_share}
+    options.overrides += [f"data.{key}={value}" for key, value in given.items() if value is not None]
+    return data_windows(options.slides, options.annotations, options.out, _config(options), options.workers)
 
 
 def _config_show(options: argparse.Namespace) -> int:

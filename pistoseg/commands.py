@@ -137,11 +137,26 @@ def ablate(
 def data_check(data: str, config: Config, out: str | None, workers: int | None) -> int:
     """Validate a data set and print the report; 1 when something would stop a training."""
     from pistoseg.patches.check import check
+    from pistoseg.patches.crops import network_mpp
+    from pistoseg.patches.manifest import is_manifest
     from pistoseg.stages.cluster import available_cpus
+    from pistoseg.stages.slide_images import SlideOpener
 
+    data = storage.absolute(data)
+    opener = SlideOpener(network_mpp(config.scale)) if is_manifest(data) else None
     report = check(
-        storage.absolute(data), config.classes.tissue(), config.data, workers=workers or available_cpus(), out=out
+        data, config.classes.tissue(), config.data, workers=workers or available_cpus(), out=out, opener=opener
     )
+    print(report.to_text())
+    return 0 if report.ok else 1
+
+
+def data_windows(slides: str, annotations: str, out: str, config: Config, workers: int | None) -> int:
+    """Write the labelled windows of annotated slides as a manifest and print what is in it; 1 when a slide failed."""
+    from pistoseg.stages.cluster import available_cpus
+    from pistoseg.stages.windows import write_windows
+
+    report = write_windows(slides, annotations, out, config, workers=workers or available_cpus())
     print(report.to_text())
     return 0 if report.ok else 1
 

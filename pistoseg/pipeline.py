@@ -80,10 +80,11 @@ def _dump(config: Config, *sections: str) -> dict[str, Any]:
 
 def _training_images(config: Config) -> dict[str, Any]:
     from pistoseg.patches.digest import training_digest
+    from pistoseg.slides.files import etag
 
     # What counts is the files, wherever they lie; the limits on their number are checked when they are there.
     read = config.data.model_dump(include={"layout", "table", "max_pixels", "min_size"})
-    return _dump(config, "classes", "scale") | {"data": read, "files": training_digest(config)}
+    return _dump(config, "classes", "scale") | {"data": read, "files": training_digest(config, etag)}
 
 
 def _validation_images(config: Config) -> dict[str, Any]:

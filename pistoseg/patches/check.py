@@ -7,7 +7,8 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -17,10 +18,12 @@ from pistoseg.classes import IGNORE_ID, TissueClasses
 from pistoseg.config import DataConfig
 from pistoseg.errors import PistoSegError
 from pistoseg.outputs.pictures import Panel, sheet
+from pistoseg.patches.crops import Crop, CutNote, Opener, crops, note_lines
 from pistoseg.patches.decode import decode_background, decode_mask, encode_png, pixel_hash, read_file, read_rgb
 from pistoseg.patches.layouts import IMAGE_FOLDERS, MASK_FOLDERS, find_split, scan_evaluation, scan_training
+from pistoseg.patches.manifest import is_manifest, scan_slides
 from pistoseg.patches.report import Report, SplitReport
-from pistoseg.patches.source import EvaluationPair, Rejection, SourceImage, Window, outside
+from pistoseg.patches.source import EvaluationPair, Rejection, SlideSource, SourceImage, Window, outside
 
 _EXAMPLES = 16
 _SHEETS = 24
@@ -30,13 +33,14 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class _Read:
-    """A training image that was read: its windows with their sizes filled in, and what identifies its pixels."""
+    """A training image that was read: its windows with their sizes filled in, what identifies its pixels, and those."""
 
     source: SourceImage
     width: int
     height: int
     windows: tuple[Window, ...]
     sha256: str
+    load: Callable[[], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -49,23 +53,34 @@ class _Truth:
 
 
 def check(
-    data_uri: str, classes: TissueClasses, config: DataConfig, *, workers: int = 4, out: str | None = None
+    data_uri: str,
+    classes: TissueClasses,
+    config: DataConfig,
+    *,
+    workers: int = 4,
+    out: str | None = None,
+    opener: Opener | None = None,
 ) -> Report:
     """Validate a data set; nothing is changed in it.
 
     Args:
-        data_uri: the data set, its training folder, or a folder with img/ and mask/.
+        data_uri: the data set, its training folder, a folder with img/ and mask/, or a manifest of slides.
         classes: what labels and masks must fit.
         config: layout, limits, and the validation folder where it lies elsewhere.
         workers: threads that read.
         out: folder or URI for report.json, report.txt and sheets of examples; None writes nothing.
+        opener: opens the slides of a manifest; needed for one.
     Raises:
-        PistoSegError: data_uri is no folder. Everything else that is wrong is in the report.
+        PistoSegError: data_uri is neither. Everything else that is wrong is in the report.
     """
     report = Report(data_uri, classes.names)
-    training = find_split(data_uri, "training")
     read: list[_Read] = []
-    if training is not None:
+    slides = is_manifest(data_uri)
+    training = data_uri if slides else find_split(data_uri, "training")
+    if slides:
+        assert opener is not None, "a manifest of slides needs a way to open them"
+        read = _check_slides(data_uri, classes, config, report, workers, opener)
+    elif training is not None:
         read = _check_training(training, classes, config, report, workers)
     truths = {
         split: _check_split(split, folder, classes, config, report, workers)
@@ -87,6 +102,8 @@ def check(
 
 
 def _evaluation_folders(data_uri: str, config: DataConfig) -> dict[str, str]:
+    if is_manifest(data_uri):
+        return {"validation": config.validation} if config.validation else {}
     folders = {split: find_split(data_uri, split) for split in ("validation", "testing")}
     names = {storage.name(child).lower() for child in storage.list_dir(data_uri)}
     if names & set(IMAGE_FOLDERS) and names & set(MASK_FOLDERS):
@@ -113,27 +130,71 @@ def _check_training(uri: str, classes: TissueClasses, config: DataConfig, report
         beyond = [outside(source, window, width, height) for window in windows]
         kept = tuple(window for window, rejection in zip(windows, beyond, strict=True) if rejection is None)
         refused = [rejection for rejection in beyond if rejection is not None]
-        return (_Read(source, width, height, kept, pixel_hash(pixels)) if kept else None), refused
+        load = partial(read_rgb, source.uri, source.name, config.max_pixels)
+        return (_Read(source, width, height, kept, pixel_hash(pixels), load) if kept else None), refused
 
     results = _in_threads(read, listing.images, workers)
     images = [image for image, _ in results if image is not None]
     report.layout = listing.layout
     report.rejected = listing.rejected + [rejection for _, refused in results for rejection in refused]
-    _count(images, classes, report)
-    _find_duplicates(images, report)
-    _judge(report, config)
+    _sum_up(images, classes, config, report)
     return images
 
 
-def _count(images: list[_Read], classes: TissueClasses, report: Report) -> None:
-    windows = [window for image in images for window in image.windows]
+def _check_slides(
+    uri: str, classes: TissueClasses, config: DataConfig, report: Report, workers: int, opener: Opener
+) -> list[_Read]:
+    """Read every window of a manifest's slides; each is a training image."""
+    try:
+        listing = scan_slides(uri, classes)
+    except PistoSegError as error:
+        report.problems.append(str(error))
+        return []
+
+    def read(source: SlideSource) -> list[_Read | Rejection | CutNote]:
+        return [
+            _read_crop(source, item, opener, classes, config) if isinstance(item, Crop) else item
+            for item in crops(source, opener, classes, config)
+        ]
+
+    items = [item for found in _in_threads(read, listing.slides, workers) for item in found]
+    images = [item for item in items if isinstance(item, _Read)]
+    report.layout = listing.layout
+    report.rejected = listing.rejected + [item for item in items if isinstance(item, Rejection)]
+    report.warnings += note_lines([item for item in items if isinstance(item, CutNote)])
+    _sum_up(images, classes, config, report)
+    return images
+
+
+def _read_crop(source: SlideSource, crop: Crop, opener: Opener, classes: TissueClasses, config: DataConfig) -> _Read:
+    height, width = crop.pixels.shape[:2]
+    whole = Window.whole(crop.window.labels).resolved(width, height)
+    image = SourceImage(source.image_name(crop.window), source.uri, (whole,))
+
+    def load() -> np.ndarray:
+        (item,) = crops(replace(source, windows=(crop.window,)), opener, classes, config)
+        assert isinstance(item, Crop), item
+        return item.pixels
+
+    return _Read(image, width, height, (whole,), pixel_hash(crop.pixels), load)
+
+
+def _sum_up(images: list[_Read], classes: TissueClasses, config: DataConfig, report: Report) -> None:
+    count_windows([window for image in images for window in image.windows], classes, report)
+    report.images = len(images)
+    report.sizes = dict(Counter(f"{image.width}x{image.height}" for image in images).most_common())
+    _find_duplicates(images, report)
+    _judge(report, config)
+
+
+def count_windows(windows: Sequence[Window], classes: TissueClasses, report: Report) -> None:
+    """Fill in a report's numbers of windows: all, by class, of a single tissue, and by combination."""
     flags = np.array([window.labels for window in windows], dtype=np.int64).reshape(len(windows), len(classes))
     single = flags[flags.sum(axis=1) == 1]
-    report.images, report.windows = len(images), len(windows)
+    report.windows = len(windows)
     report.by_class = dict(zip(classes.names, flags.sum(axis=0).tolist(), strict=True))
     report.single_tissue = dict(zip(classes.names, single.sum(axis=0).tolist(), strict=True))
     report.combinations = dict(Counter(_combination(window, classes) for window in windows).most_common())
-    report.sizes = dict(Counter(f"{image.width}x{image.height}" for image in images).most_common())
 
 
 def _find_duplicates(images: list[_Read], report: Report) -> None:
@@ -248,7 +309,7 @@ def _write(
 ) -> None:
     for number, combination in enumerate(list(report.combinations)[:_SHEETS]):
         windows = [(i, w) for i in read for w in i.windows if _combination(w, classes) == combination]
-        panels = [[_window_panel(image, window, config)] for image, window in _spread(windows)]
+        panels = [[_window_panel(image, window)] for image, window in _spread(windows)]
         plain = re.sub(r"[^\w+-]+", "_", combination)[:80]
         report.pictures.append(storage.join(out, f"training-{number:02d}-{plain}.png"))
         storage.write_bytes(report.pictures[-1], encode_png(sheet(panels, classes, columns=4)))
@@ -266,8 +327,8 @@ def _write(
     storage.write_bytes(storage.join(out, "report.txt"), report.to_text().encode())
 
 
-def _window_panel(image: _Read, window: Window, config: DataConfig) -> Panel:
-    pixels = read_rgb(image.source.uri, image.source.name, config.max_pixels)
+def _window_panel(image: _Read, window: Window) -> Panel:
+    pixels = image.load()
     crop = pixels[window.y : window.y + window.height, window.x : window.x + window.width]
     place = f" {window.x},{window.y}" if window.row else ""
     return Panel(storage.name(image.source.name) + place, crop)

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 from pistoseg import storage
 from pistoseg.config import Config
 from pistoseg.errors import PistoSegError
 from pistoseg.patches.layouts import find_split
+from pistoseg.patches.manifest import is_manifest, scan_slides
+
+_THREADS = 16  # object storage answers many questions at once
 
 
 def training_folder(config: Config) -> str:
-    """URI of the folder with the training images."""
+    """URI of the folder with the training images, or of the manifest of slides."""
     if not config.data.uri:
         raise PistoSegError("no training data is given", field="data.uri", remedy="add --data FOLDER")
     uri = storage.absolute(config.data.uri)
     if not storage.exists(uri):
         raise PistoSegError("does not exist", file=uri, field="data.uri", remedy="give --data the data set's folder")
+    if is_manifest(uri):
+        return uri
     return find_split(uri, "training") or uri
 
 
@@ -28,12 +35,22 @@ def validation_folder(config: Config) -> str | None:
         if not storage.is_dir(uri):
             raise PistoSegError("is no folder", file=uri, field="data.validation")
         return uri
-    return find_split(storage.absolute(config.data.uri or ""), "validation")
+    uri = storage.absolute(config.data.uri or "")
+    return None if is_manifest(uri) else find_split(uri, "validation")
 
 
-def training_digest(config: Config) -> str:
-    """Hash of the training files' names, sizes and versions."""
-    return _digest(training_folder(config))
+def training_digest(config: Config, etag: Callable[[str], str]) -> str:
+    """Hash of the training files' names, sizes and versions.
+
+    Of a manifest of slides it is a hash of its bytes, of what `etag` says about every slide, of the annotations'
+    versions, and of the settings by which windows are cut from these.
+
+    Args:
+        config: with `data.uri`.
+        etag: a string that changes when a slide does (`pistoseg.slides.files.etag`); `PistoSegError` without a slide.
+    """
+    uri = training_folder(config)
+    return _slides_digest(uri, config, etag) if is_manifest(uri) else _digest(uri)
 
 
 def validation_digest(config: Config) -> str:
@@ -43,4 +60,26 @@ def validation_digest(config: Config) -> str:
 
 
 def _digest(uri: str) -> str:
-    return hashlib.sha256(json.dumps(storage.list_details(uri)).encode()).hexdigest()[:16]
+    return _hash(storage.list_details(uri))
+
+
+def _slides_digest(uri: str, config: Config, etag: Callable[[str], str]) -> str:
+    slides = scan_slides(uri, config.classes.tissue()).slides
+    files = [slide.uri for slide in slides] + [slide.annotations for slide in slides if slide.annotations]
+
+    def version(file: str) -> str:
+        try:
+            return etag(file)
+        except PistoSegError as error:  # its windows will be rejected; when it comes, they are read
+            return error.reason
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        versions = list(pool.map(version, files))
+    cutting = None
+    if len(files) > len(slides):
+        cutting = config.data.model_dump(include={"window", "window_stride", "window_min_share"})
+    return _hash([hashlib.sha256(storage.read_bytes(uri)).hexdigest(), versions, cutting])
+
+
+def _hash(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]

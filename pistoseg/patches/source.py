@@ -12,7 +12,7 @@ WHOLE = -1
 
 @dataclass(frozen=True)
 class Window:
-    """A rectangle with an image-level label, in px of the upright image.
+    """A rectangle with an image-level label, in px of the upright image; of a slide, in level-0 px.
 
     Args:
         x: left edge.
@@ -112,6 +112,49 @@ class Listing:
     def n_windows(self) -> int:
         """Labelled windows over all images."""
         return sum(len(image.windows) for image in self.images)
+
+
+@dataclass(frozen=True)
+class SlideSource:
+    """A slide whose windows are training images, each by itself; it was not opened yet.
+
+    Args:
+        name: as the manifest writes it.
+        uri: where it is.
+        mpp: micrometres per level-0 px as the manifest has it; None to read it from the slide.
+        windows: in level-0 px; empty where they are to be cut from annotations.
+        annotations: URI of the GeoJSON from which they are cut, or None.
+        first: the `image` and `window` id of its first window; ids count up from here.
+    """
+
+    name: str
+    uri: str
+    mpp: float | None = None
+    windows: tuple[Window, ...] = ()
+    annotations: str | None = None
+    first: int = 0
+
+    def image_name(self, window: Window) -> str:
+        """Name of the training image that a window becomes."""
+        return f"{self.name}/{window.x}-{window.y}-{window.width}x{window.height}"
+
+
+@dataclass(frozen=True)
+class SlideListing:
+    """The slides of a manifest, in the order of their names.
+
+    Args:
+        slides: with their ids filled in.
+        rejected: rows that cannot be used.
+    """
+
+    slides: list[SlideSource]
+    rejected: list[Rejection]
+
+    @property
+    def layout(self) -> str:
+        """What reports call it."""
+        return "slides"
 
 
 @dataclass(frozen=True)

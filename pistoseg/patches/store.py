@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -82,37 +82,55 @@ def ingest(
         if rejection is not None:
             rejected.append(rejection)
             continue
-        windows.append(_window_row(source, number, window, factor, size))
+        windows.append(
+            window_row(source.first_window + number, source.index, _scaled(window, factor, size), window.labels)
+        )
     if not windows:
         return None, [], rejected
-    row = {
-        "image": source.index,
-        "name": source.name,
-        "width": size[1],
-        "height": size[0],
+    return image_row(source.index, source.name, image, scale), windows, rejected
+
+
+def image_row(index: int, name: str, image: NDArray[np.uint8], scale: ScaleConfig) -> dict[str, Any]:
+    """A row of the images table.
+
+    Args:
+        index: the image's id.
+        name: its name.
+        image: (H, W, 3) uint8 RGB at the networks' pixel size.
+        scale: what that size is.
+    """
+    return {
+        "image": index,
+        "name": name,
+        "width": image.shape[1],
+        "height": image.shape[0],
         "mpp": scale.mpp if scale.mpp and not scale.fit else math.nan,
         "png": decode.encode_png(image),
         "sha256": decode.pixel_hash(image),
     }
-    return row, windows, rejected
 
 
-def _window_row(
-    source: SourceImage, number: int, window: Window, factor: tuple[float, float], size: tuple[int, int]
-) -> dict[str, Any]:
+def window_row(window: int, image: int, box: tuple[int, int, int, int], labels: Sequence[int]) -> dict[str, Any]:
+    """A row of the windows table: ids, x, y, width and height in network px, and L flags."""
+    x, y, width, height = box
+    return {
+        "window": window,
+        "image": image,
+        "x": x,
+        "y": y,
+        "width": width,
+        "height": height,
+        "labels": list(labels),
+    }
+
+
+def _scaled(window: Window, factor: tuple[float, float], size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """x, y, width and height of a window after its image was resized by (y, x) factors to (height, width)."""
     top = min(size[0] - 1, round(window.y * factor[0]))
     left = min(size[1] - 1, round(window.x * factor[1]))
     bottom = min(size[0], max(top + 1, round((window.y + window.height) * factor[0])))
     right = min(size[1], max(left + 1, round((window.x + window.width) * factor[1])))
-    return {
-        "window": source.first_window + number,
-        "image": source.index,
-        "x": left,
-        "y": top,
-        "width": right - left,
-        "height": bottom - top,
-        "labels": list(window.labels),
-    }
+    return left, top, right - left, bottom - top
 
 
 class PatchSet:

@@ -17,7 +17,7 @@ from pistoseg.classes import TissueClasses
 from pistoseg.errors import PistoSegError
 from pistoseg.patches.source import WHOLE, Rejection, SourceImage, Window
 
-_BOX = ("x", "y", "width", "height")
+BOX = ("x", "y", "width", "height")
 _PREFERRED = ("patches.csv", "patches.parquet")
 Row = dict[str, Any]
 
@@ -80,7 +80,7 @@ def read_windows(
     Raises:
         PistoSegError: the table cannot be read, lacks columns, has no rows, or none of its images exists.
     """
-    header, rows = _open(table_uri)
+    header, rows = open_table(table_uri)
     missing = _missing_columns(header, classes)
     if missing:
         raise PistoSegError(
@@ -99,7 +99,7 @@ def read_windows(
             name = find(row["image"])
             key = (name, window.x, window.y, window.width, window.height)
             if key in seen:
-                raise _repeated(seen[key], window)
+                raise repeated(seen[key], window)
             seen[key] = window
             windows.setdefault(name, []).append(window)
         except PistoSegError as error:
@@ -152,19 +152,32 @@ class _ImageFinder:
 
 
 def _window(row: Row, number: int, header: list[str], classes: TissueClasses) -> Window:
+    refuse_extra_fields(row)
+    box = box_in(row, "px of the image, from its top left") if "x" in header else (0, 0, WHOLE, WHOLE)
+    return Window(*box, flags_in(row, classes), number)
+
+
+def refuse_extra_fields(row: Row) -> None:
+    """Raise `PistoSegError` for a row that has more fields than there are columns."""
     if None in row:
         raise PistoSegError("has more fields than the header", field="columns", remedy="quote values that hold commas")
-    box = [_integer(row[column], column) for column in _BOX] if "x" in header else None
-    for column, value, least in zip(_BOX, box or (), (0, 0, 1, 1), strict=False):
+
+
+def box_in(row: Row, unit: str) -> tuple[int, int, int, int]:
+    """x, y, width and height of a row; `PistoSegError` naming the column that is wrong and the unit that is meant."""
+    box = [whole_number(row[column], column) for column in BOX]
+    for column, value, least in zip(BOX, box, (0, 0, 1, 1), strict=True):
         if value < least:
-            raise PistoSegError(
-                f"is {value}, and must be at least {least}",
-                field=column,
-                remedy="give px of the image, from its top left",
-            )
+            raise PistoSegError(f"is {value}, and must be at least {least}", field=column, remedy=f"give {unit}")
+    x, y, width, height = box
+    return x, y, width, height
+
+
+def flags_in(row: Row, classes: TissueClasses) -> tuple[int, ...]:
+    """The L flags of a row with a column for each class; `PistoSegError` naming the column that is wrong."""
     flags = []
     for name in classes.names:
-        flag = _number(row[name.casefold()], name)
+        flag = number_in(row[name.casefold()], name)
         if flag not in (0, 1):
             raise PistoSegError(
                 f"is {row[name.casefold()]}, and a flag is 0 or 1",
@@ -172,11 +185,11 @@ def _window(row: Row, number: int, header: list[str], classes: TissueClasses) ->
                 remedy="write 1 where the class is present",
             )
         flags.append(int(flag))
-    x, y, width, height = box or (0, 0, WHOLE, WHOLE)
-    return Window(x, y, width, height, tuple(flags), number)
+    return tuple(flags)
 
 
-def _number(value: Any, column: str) -> float:
+def number_in(value: Any, column: str) -> float:
+    """A cell as a finite number, true and false as 1 and 0; `PistoSegError` naming the column for anything else."""
     text = str(value if value is not None else "").strip()
     try:
         number = {"true": 1.0, "false": 0.0}.get(text.lower())
@@ -189,14 +202,16 @@ def _number(value: Any, column: str) -> float:
     return number
 
 
-def _integer(value: Any, column: str) -> int:
-    number = _number(value, column)
+def whole_number(value: Any, column: str) -> int:
+    """A cell as a whole number of px; `PistoSegError` naming the column for anything else."""
+    number = number_in(value, column)
     if number != int(number) or abs(number) > 2**31 - 1:
         raise PistoSegError(f"is {value}, and must be a whole number of px", field=column, remedy="round it")
     return int(number)
 
 
-def _repeated(first: Window, second: Window) -> PistoSegError:
+def repeated(first: Window, second: Window) -> PistoSegError:
+    """The error about a second row for the same window."""
     if first.labels == second.labels:
         return PistoSegError(f"repeats row {first.row}", field="window", remedy="remove one of the two rows")
     return PistoSegError(
@@ -208,21 +223,21 @@ def _repeated(first: Window, second: Window) -> PistoSegError:
 
 def _missing_columns(header: list[str], classes: TissueClasses) -> list[str]:
     wanted = ["image", *(name.casefold() for name in classes.names)]
-    if any(column in header for column in _BOX):
-        wanted[1:1] = _BOX
+    if any(column in header for column in BOX):
+        wanted[1:1] = BOX
     return [column for column in wanted if column not in header]
 
 
 def _header(table_uri: str) -> list[str]:
     """The columns of a table that may be something else altogether."""
     try:
-        return _open(table_uri)[0]
+        return open_table(table_uri)[0]
     except PistoSegError:
         return []
 
 
-def _open(table_uri: str) -> tuple[list[str], Iterator[tuple[int, Row]]]:
-    """Casefolded column names, and rows with their line numbers."""
+def open_table(table_uri: str) -> tuple[list[str], Iterator[tuple[int, Row]]]:
+    """Casefolded column names, and rows with their line numbers; `PistoSegError` when the table cannot be read."""
     return _open_parquet(table_uri) if table_uri.lower().endswith(".parquet") else _open_csv(table_uri)
 
 

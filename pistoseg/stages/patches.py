@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -13,7 +13,7 @@ from pistoseg import storage
 from pistoseg.classes import TissueClasses
 from pistoseg.config import Config, DataConfig, ScaleConfig
 from pistoseg.errors import PistoSegError
-from pistoseg.patches.crops import CutNote, ingest_slide, network_mpp
+from pistoseg.patches.crops import CutNote, ingest_slide, network_mpp, note_lines
 from pistoseg.patches.digest import training_folder
 from pistoseg.patches.layouts import scan_training
 from pistoseg.patches.manifest import in_shards, is_manifest, scan_slides
@@ -25,8 +25,6 @@ from pistoseg.stages.slide_images import SlideOpener
 
 SHARD_IMAGES = 128
 SHARD_WINDOWS = 256
-OVERLAP = 0.01
-"""Share of the annotated area that may have several classes before it is said."""
 
 
 def run(context: StageContext) -> dict[str, Any]:
@@ -42,9 +40,8 @@ def run(context: StageContext) -> dict[str, Any]:
     storage.write_parquet(pa.Table.from_pylist(rejected, REJECTED_SCHEMA), context.path("rejected.parquet"))
     patches = PatchSet.open(context.folder)
     summary = _summary(patches, classes, layout, rejected)
-    cuts = [json.loads(storage.read_text(part)) for part in storage.list_dir(context.path("cuts"))]
-    if cuts:
-        summary["annotations"] = _annotations([note for part in cuts for note in part], context)
+    for line in note_lines(_cut_notes(context)):
+        context.progress.say(f"warning: {line}")
     _judge(summary, config.data, classes, context)
     return summary
 
@@ -55,7 +52,7 @@ def _from_images(uri: str, classes: TissueClasses, context: StageContext) -> tup
     rows = [asdict(image) for image in listing.images]
     shards = [rows[start : start + SHARD_IMAGES] for start in range(0, len(rows), SHARD_IMAGES)]
     arguments = {"data": context.config.data, "scale": context.config.scale, "folder": context.folder}
-    _run(_Ingest, arguments, shards, context)
+    _run(_Ingest, arguments, shards, len, context)
     return listing.layout, listing.rejected
 
 
@@ -64,11 +61,19 @@ def _from_slides(uri: str, classes: TissueClasses, context: StageContext) -> tup
     network_mpp(context.config.scale)
     listing = scan_slides(uri, classes)
     shards = [[asdict(slide) for slide in shard] for shard in in_shards(listing.slides, SHARD_WINDOWS)]
-    _run(_IngestSlides, {"config": context.config, "folder": context.folder}, shards, context)
+    arguments = {"config": context.config, "folder": context.folder}
+    _run(_IngestSlides, arguments, shards, _n_windows, context)
     return listing.layout, listing.rejected
 
 
-def _run(worker: type, arguments: dict[str, Any], shards: list[Any], context: StageContext) -> None:
+def _n_windows(shard: list[dict[str, Any]]) -> int:
+    """Windows in a shard; a slide from which they are yet to be cut counts as one."""
+    return sum(len(slide["windows"]) or 1 for slide in shard)
+
+
+def _run(
+    worker: type, arguments: dict[str, Any], shards: list[Any], weight: Callable[[Any], int], context: StageContext
+) -> None:
     cluster.run_shards(
         worker,
         arguments,
@@ -77,8 +82,13 @@ def _run(worker: type, arguments: dict[str, Any], shards: list[Any], context: St
         actors=cluster.cpu_pool(context.config.compute),
         resources={"num_cpus": 1},
         progress=context.progress,
-        weight=lambda shard: sum(len(row["windows"]) or 1 for row in shard) if worker is _IngestSlides else len(shard),
+        weight=weight,
     )
+
+
+def _cut_notes(context: StageContext) -> list[CutNote]:
+    parts = [json.loads(storage.read_text(part)) for part in storage.list_dir(context.path("cuts"))]
+    return [CutNote(**note) for part in parts for note in part]
 
 
 class _Ingest:
@@ -145,29 +155,6 @@ def _summary(patches: PatchSet, classes: TissueClasses, layout: str, rejected: l
         "by_class": dict(zip(classes.names, labels.sum(axis=0).tolist(), strict=True)),
         "single_tissue": dict(zip(classes.names, labels[single].sum(axis=0).tolist(), strict=True)),
     }
-
-
-def _annotations(cuts: list[dict[str, Any]], context: StageContext) -> dict[str, Any]:
-    """What cutting windows from annotations gave over all slides; odd things are said."""
-    notes = [CutNote(**cut) for cut in cuts]
-    unknown = sum((Counter(note.unknown) for note in notes), Counter[str]())
-    partly, unclassified = (sum(getattr(note, key) for note in notes) for key in ("partly", "unclassified"))
-    if partly:
-        context.progress.say(f"{partly} windows were left out: they are partly unannotated")
-    for name, count in unknown.most_common():
-        context.progress.say(f"warning: {count} polygons are of {name!r}, which is no class of the config")
-    if unclassified:
-        context.progress.say(f"warning: {unclassified} polygons have no class")
-    overlapping = [note.slide for note in notes if note.overlap > OVERLAP]
-    if overlapping:
-        context.progress.say(
-            f"warning: annotations of several classes lie over each other in {len(overlapping)} slides, e.g. "
-            f"{overlapping[0]}; windows there show all of them"
-        )
-    empty = [note.slide for note in notes if not note.windows]
-    if empty:
-        context.progress.say(f"warning: {len(empty)} slides gave no window, e.g. {empty[0]}")
-    return {"unknown_classes": dict(unknown), "partly_annotated": partly, "unclassified": unclassified}
 
 
 def _judge(summary: dict[str, Any], data: DataConfig, classes: TissueClasses, context: StageContext) -> None:

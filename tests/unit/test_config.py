@@ -275,7 +275,7 @@ def test_the_refining_module_of_the_faithful_presets_is_the_published_one():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"refiner": {"lambda_cls": 0, "lambda_cons": 0, "lambda_cross": 0}}, "nothing would be learned"),
+        ({"refiner": {"lambda_cls": 0, "lambda_cross": 0, "lambda_pseudo": 0}}, "nothing would be learned"),
         ({"classifier": {"encoder": "resnet38d", "output_stride": 16}}, "resnet38d has output_stride 8"),
         ({"refiner": {"initial": "preliminary", "encoder": "resnet18"}}, "needs the encoder of preliminary"),
         ({"precise": {"masks": "refined"}}, "precise.masks"),
