@@ -12,27 +12,13 @@ from pistoseg.models import cams, classifier
 from pistoseg.models.inference import Predictor
 from pistoseg.patches.store import PatchSet
 from pistoseg.pipeline import StageContext
-from pistoseg.stages import cluster, masks
+from pistoseg.stages import masks
 
 
 def run(context: StageContext) -> dict[str, Any]:
     """Write `masks/` (see `masks`; the scores are activations of 0 to 1) and `masks.png`."""
-    patches = context.inputs["patches"].uri
-    actors, resources = cluster.network_pool(context.config.compute)
-    cluster.run_shards(
-        _Activate,
-        {
-            "config": context.config,
-            "patches": patches,
-            "model": context.inputs["model"].path("model"),
-            "threads": cluster.node_threads(),
-        },
-        masks.image_shards(PatchSet.open(patches).table),
-        context.path(masks.FOLDER),
-        actors=actors,
-        resources=resources,
-        progress=context.progress,
-    )
+    arguments = {"model": context.inputs["model"].path("model")}
+    masks.over_images(context, _Activate, arguments, context.path(masks.FOLDER))
     return masks.finish(context)
 
 

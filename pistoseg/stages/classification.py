@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from typing import Any
 
 import numpy as np
@@ -24,11 +23,11 @@ from pistoseg.outputs.pictures import Panel, sheet
 from pistoseg.patches.decode import encode_png
 from pistoseg.patches.store import PatchSet
 from pistoseg.pipeline import StageContext
-from pistoseg.stages import cluster, masks
+from pistoseg.stages import masks
+from pistoseg.stages.trained import train_stage
 from pistoseg.training.labelled import LabelledCrops, labelled_source
 from pistoseg.training.stream import SampleSource
 from pistoseg.training.tasks import ClassificationTask
-from pistoseg.training.trainer import remove_checkpoints, train
 
 WINDOWS = "windows"
 PICTURES = 24
@@ -66,7 +65,7 @@ def run(context: StageContext) -> dict[str, Any]:
     if "initial" in context.inputs:
         start_from_preliminary(network, context)
     summary = train_on_labels(context, network, patches)
-    _judge_windows(context)
+    masks.over_images(context, _Judge, {"model": context.path("model")}, context.path(WINDOWS))
     return summary | _contradictions(context, patches)
 
 
@@ -135,51 +134,12 @@ def train_on_labels(
         (settings.patch_size,) * 2,
         columns=("image", "regions", "labels"),
     )
-    trained = train(
-        network,
-        source,
-        task,
-        settings,
-        config.compute,
-        folder=context.folder,
-        seed=config.seed,
-        on_step=context.progress.update,
-        on_epoch=lambda row: context.run.metrics(row, step=int(row["epoch"])),
-        **cluster.training_resources(config.compute),
-    )
-    network.load_state_dict(trained.state)
-    for row in trained.history:
-        context.run.metrics(row, step=int(row["epoch"]))
-    classifier.save(
-        context.path("model"),
-        network,
-        classes=config.classes.tissue(),
-        lineage={role: f"{item.stage}/{item.fingerprint}" for role, item in context.inputs.items()},
-    )
-    storage.write_bytes(context.path("epochs.json"), json.dumps(trained.history, indent=1).encode())
-    remove_checkpoints(context.folder)
-    kept = trained.history[trained.epoch]
-    metrics = {name: value for name, value in kept.items() if name.startswith(("loss", "validation"))}
-    return {"metrics": metrics, "epoch": trained.epoch, "samples": source.count, "held_out": int(left_out.sum())}
 
+    def save(lineage: dict[str, str], metrics: dict[str, float]) -> None:
+        classifier.save(context.path("model"), network, config.classes.tissue(), lineage=lineage, metrics=metrics)
 
-def _judge_windows(context: StageContext) -> None:
-    patches = context.inputs["patches"].uri
-    actors, resources = cluster.network_pool(context.config.compute)
-    cluster.run_shards(
-        _Judge,
-        {
-            "config": context.config,
-            "patches": patches,
-            "model": context.path("model"),
-            "threads": cluster.node_threads(),
-        },
-        masks.image_shards(PatchSet.open(patches).table),
-        context.path(WINDOWS),
-        actors=actors,
-        resources=resources,
-        progress=context.progress,
-    )
+    summary = train_stage(context, network, source, task, settings, save)
+    return summary | {"held_out": int(left_out.sum())}
 
 
 class _Judge:

@@ -25,6 +25,7 @@ from pistoseg.patches.background import background_mask
 from pistoseg.patches.decode import decode_ids, encode_mask, encode_png
 from pistoseg.patches.store import PatchSet
 from pistoseg.pipeline import StageContext
+from pistoseg.stages import cluster
 
 FOLDER = "masks"
 SHARD_PIXELS = 16 << 20
@@ -43,6 +44,29 @@ def schema(kinds: Sequence[str] = ("",)) -> pa.Schema:
     sizes = [(name, pa.int32()) for name in ("height", "width", "grid_height", "grid_width")]
     values = [(column(name, kind), pa.binary()) for kind in kinds for name in ("scores", "confidence", "png")]
     return pa.schema([("image", pa.int64()), ("name", pa.string()), *sizes, *values])
+
+
+def over_images(context: StageContext, worker: type, arguments: dict[str, Any], folder: str) -> None:
+    """Run a network over all training images; see `cluster.run_shards`.
+
+    Args:
+        context: of the stage.
+        worker: built with `config`, `patches` (URI), `threads` and the given arguments; takes positions of images.
+        arguments: further arguments of the worker.
+        folder: where the parts go.
+    """
+    patches = context.inputs["patches"].uri
+    actors, resources = cluster.network_pool(context.config.compute)
+    common = {"config": context.config, "patches": patches, "threads": cluster.node_threads()}
+    cluster.run_shards(
+        worker,
+        common | arguments,
+        image_shards(PatchSet.open(patches).table),
+        folder,
+        actors=actors,
+        resources=resources,
+        progress=context.progress,
+    )
 
 
 def image_shards(table: pa.Table) -> list[list[int]]:

@@ -11,27 +11,13 @@ from pistoseg.config import Config
 from pistoseg.models import bundle
 from pistoseg.patches.store import PatchSet
 from pistoseg.pipeline import StageContext
-from pistoseg.stages import cluster, masks
+from pistoseg.stages import masks
 
 
 def run(context: StageContext) -> dict[str, Any]:
     """Write `masks/` (see `masks`; the scores are logits) and `masks.png`."""
-    patches = context.inputs["patches"].uri
-    actors, resources = cluster.network_pool(context.config.compute)
-    cluster.run_shards(
-        _Predict,
-        {
-            "config": context.config,
-            "patches": patches,
-            "model": context.inputs["model"].path("bundle"),
-            "threads": cluster.node_threads(),
-        },
-        masks.image_shards(PatchSet.open(patches).table),
-        context.path(masks.FOLDER),
-        actors=actors,
-        resources=resources,
-        progress=context.progress,
-    )
+    arguments = {"model": context.inputs["model"].path("bundle")}
+    masks.over_images(context, _Predict, arguments, context.path(masks.FOLDER))
     return masks.finish(context)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import numpy as np
@@ -18,13 +17,12 @@ from pistoseg.models.inference import Predictor
 from pistoseg.models.refiner import RefineModel
 from pistoseg.patches.store import PatchSet
 from pistoseg.pipeline import StageContext
-from pistoseg.stages import cluster
 from pistoseg.stages import masks as mask_files
 from pistoseg.stages.classification import crop_settings, start_from_preliminary
+from pistoseg.stages.trained import train_stage
 from pistoseg.training.labelled import LabelledCrops, labelled_source
 from pistoseg.training.stream import SampleSource
 from pistoseg.training.tasks import RefiningTask
-from pistoseg.training.trainer import remove_checkpoints, train
 
 
 def run(context: StageContext) -> dict[str, Any]:
@@ -53,32 +51,11 @@ def run(context: StageContext) -> dict[str, Any]:
         (settings.patch_size,) * 2,
         columns=("image", "regions", "labels", "maps"),
     )
-    trained = train(
-        network,
-        source,
-        RefiningTask(n_classes, settings),
-        settings,
-        config.compute,
-        folder=context.folder,
-        seed=config.seed,
-        on_step=context.progress.update,
-        on_epoch=lambda row: context.run.metrics(row, step=int(row["epoch"])),
-        **cluster.training_resources(config.compute),
-    )
-    network.load_state_dict(trained.state)
-    for row in trained.history:
-        context.run.metrics(row, step=int(row["epoch"]))
-    refiner.save(
-        context.path("model"),
-        network,
-        classes=config.classes.tissue(),
-        lineage={role: f"{item.stage}/{item.fingerprint}" for role, item in context.inputs.items()},
-    )
-    storage.write_bytes(context.path("epochs.json"), json.dumps(trained.history, indent=1).encode())
-    remove_checkpoints(context.folder)
-    kept = trained.history[trained.epoch]
-    metrics = {name: value for name, value in kept.items() if name.startswith("loss")}
-    return {"metrics": metrics, "epoch": trained.epoch, "samples": source.count}
+
+    def save(lineage: dict[str, str], metrics: dict[str, float]) -> None:
+        refiner.save(context.path("model"), network, config.classes.tissue(), lineage=lineage, metrics=metrics)
+
+    return train_stage(context, network, source, RefiningTask(n_classes, settings), settings, save)
 
 
 def _maps(context: StageContext, patches: PatchSet) -> list[pa.Table]:
@@ -91,24 +68,9 @@ def _maps(context: StageContext, patches: PatchSet) -> list[pa.Table]:
 
 def masks(context: StageContext) -> dict[str, Any]:
     """Write `masks/` of the kinds `pseudo`, `cam` and `cnn` (see `stages.masks`; scores are 0 to 1) and its picture."""
-    patches = context.inputs["patches"].uri
-    opened = PatchSet.open(patches)
-    actors, resources = cluster.network_pool(context.config.compute)
-    cluster.run_shards(
-        _Refine,
-        {
-            "config": context.config,
-            "patches": patches,
-            "maps": ray.put(_maps(context, opened)),
-            "model": context.inputs["model"].path("model"),
-            "threads": cluster.node_threads(),
-        },
-        mask_files.image_shards(opened.table),
-        context.path(mask_files.FOLDER),
-        actors=actors,
-        resources=resources,
-        progress=context.progress,
-    )
+    maps = _maps(context, PatchSet.open(context.inputs["patches"].uri))
+    arguments = {"maps": ray.put(maps), "model": context.inputs["model"].path("model")}
+    mask_files.over_images(context, _Refine, arguments, context.path(mask_files.FOLDER))
     return mask_files.finish(context, mask_files.KINDS)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import numpy as np
@@ -14,12 +13,12 @@ from pistoseg.errors import PistoSegError
 from pistoseg.models import bundle, segmentation
 from pistoseg.patches.store import PatchSet
 from pistoseg.pipeline import StageContext
-from pistoseg.stages import cluster, masks
+from pistoseg.stages import masks
 from pistoseg.stages.synthesis import mosaics
+from pistoseg.stages.trained import train_stage
 from pistoseg.training.samples import MaskedCrops, StoredMosaics, crop_rows, fresh_mosaics, rare_class_weights
 from pistoseg.training.stream import SampleSource
 from pistoseg.training.tasks import SegmentationTask
-from pistoseg.training.trainer import remove_checkpoints, train
 
 
 def preliminary(context: StageContext) -> dict[str, Any]:
@@ -45,37 +44,21 @@ def _run(context: StageContext, training: SegmentationConfig, source: SampleSour
         network.load_state_dict(bundle.load(context.inputs["initial"].path("bundle"), "cpu").model.state_dict())
     has_validation = context.inputs["validation"].summary["images"] > 0
     validation = context.inputs["validation"].uri if has_validation else None
-    trained = train(
-        network,
-        source,
-        SegmentationTask(classes, training.loss, validation, _validation_info(config)),
-        training,
-        config.compute,
-        folder=context.folder,
-        seed=config.seed,
-        on_step=context.progress.update,
-        on_epoch=lambda row: context.run.metrics(row, step=int(row["epoch"])),
-        **cluster.training_resources(config.compute),
-    )
-    for row in trained.history:  # the epochs before a crash, too
-        context.run.metrics(row, step=int(row["epoch"]))
-    network.load_state_dict(trained.state)
-    kept = trained.history[trained.epoch]
-    metrics = {key: kept[key] for key in ("loss", "validation_miou", "validation_fwiou") if key in kept}
-    bundle.save(
-        context.path("bundle"),
-        network,
-        classes=classes,
-        patch_size=source.size[0],
-        scale=config.scale.model_dump(),
-        evaluation=config.evaluation.resolved() | {"config": config.evaluation.model_dump(mode="json")},
-        lineage={role: f"{item.stage}/{item.fingerprint}" for role, item in context.inputs.items()},
-        metrics=metrics | {"epoch": trained.epoch},
-    )
-    storage.write_bytes(context.path("epochs.json"), json.dumps(trained.history, indent=1).encode())
-    remove_checkpoints(context.folder)
-    speed = float(np.mean([row["images_per_s"] for row in trained.history]))
-    return {"metrics": metrics | {"images_per_s": round(speed, 2)}, "epoch": trained.epoch, "samples": source.count}
+    task = SegmentationTask(classes, training.loss, validation, _validation_info(config))
+
+    def save(lineage: dict[str, str], metrics: dict[str, float]) -> None:
+        bundle.save(
+            context.path("bundle"),
+            network,
+            classes=classes,
+            patch_size=source.size[0],
+            scale=config.scale.model_dump(),
+            evaluation=config.evaluation.resolved() | {"config": config.evaluation.model_dump(mode="json")},
+            lineage=lineage,
+            metrics=metrics,
+        )
+
+    return train_stage(context, network, source, task, training, save)
 
 
 def _validation_info(config: Config) -> dict[str, Any]:

@@ -1,0 +1,67 @@
+"""What the stages that train a network have in common."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from pistoseg import storage
+from pistoseg.config import TrainingConfig
+from pistoseg.pipeline import StageContext
+from pistoseg.stages import cluster
+from pistoseg.training.stream import SampleSource
+from pistoseg.training.tasks import Task
+from pistoseg.training.trainer import remove_checkpoints, train
+
+Save = Callable[[dict[str, str], dict[str, float]], None]
+"""Writes the trained network, given its lineage and the metrics of the epoch that is kept."""
+
+
+def train_stage(
+    context: StageContext,
+    network: torch.nn.Module,
+    source: SampleSource,
+    task: Task,
+    settings: TrainingConfig,
+    save: Save,
+) -> dict[str, Any]:
+    """Train a network, write it and `epochs.json`, and drop the checkpoints.
+
+    Args:
+        context: of the stage.
+        network: at its start; holds the kept epoch's state afterwards.
+        source: of its samples.
+        task: its loss and validation.
+        settings: of its training.
+        save: called when it is trained.
+    Returns:
+        The stage's summary.
+    """
+    config = context.config
+    trained = train(
+        network,
+        source,
+        task,
+        settings,
+        config.compute,
+        folder=context.folder,
+        seed=config.seed,
+        on_step=context.progress.update,
+        on_epoch=lambda row: context.run.metrics(row, step=int(row["epoch"])),
+        **cluster.training_resources(config.compute),
+    )
+    for row in trained.history:  # the epochs before a crash, too
+        context.run.metrics(row, step=int(row["epoch"]))
+    network.load_state_dict(trained.state)
+    kept = trained.history[trained.epoch]
+    metrics = {name: value for name, value in kept.items() if name.startswith(("loss", "validation"))}
+    lineage = {role: f"{item.stage}/{item.fingerprint}" for role, item in context.inputs.items()}
+    save(lineage, metrics | {"epoch": trained.epoch})
+    storage.write_bytes(context.path("epochs.json"), json.dumps(trained.history, indent=1).encode())
+    remove_checkpoints(context.folder)
+    speed = float(np.mean([row["images_per_s"] for row in trained.history]))
+    return {"metrics": metrics | {"images_per_s": round(speed, 2)}, "epoch": trained.epoch, "samples": source.count}
