@@ -172,7 +172,12 @@ def ui(workspace: str, host: str, port: int) -> int:
     if not uri.startswith("sqlite:"):
         print(f"runs are at {uri}")
         return 0
-    print(f"http://{host}:{port}  (Ctrl-C ends it)", flush=True)
+    from mlflow.tracking import MlflowClient
+
+    # MLflow opens on a page about language models; the runs have an address of their own.
+    experiment = MlflowClient(uri).get_experiment_by_name(TrackingConfig().experiment)
+    page = f"/#/experiments/{experiment.experiment_id}/runs" if experiment else ""
+    print(f"http://{host}:{port}{page}  (Ctrl-C ends it)", flush=True)
     command = ["mlflow", "server", "--backend-store-uri", uri, "--host", host, "--port", str(port)]
     os.execv(sys.executable, [sys.executable, "-m", *command])
 
