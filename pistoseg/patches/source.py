@@ -41,11 +41,6 @@ class Window:
             return self
         return Window(0, 0, width, height, self.labels, self.row)
 
-    @property
-    def single_class(self) -> int | None:
-        """The class id of a single-tissue window, None for any other."""
-        return self.labels.index(1) if sum(self.labels) == 1 else None
-
 
 @dataclass(frozen=True)
 class SourceImage:
@@ -107,11 +102,6 @@ class Listing:
     images: list[SourceImage]
     rejected: list[Rejection]
     layout: str
-
-    @property
-    def n_windows(self) -> int:
-        """Labelled windows over all images."""
-        return sum(len(image.windows) for image in self.images)
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ def test_class_prefixes_are_found(root):
     put(root, "stroma___2.png")
     put(root, "muscle___3.png")
     listing = scan(root)
-    assert [image.windows[0].single_class for image in listing.images] == [0, 1]
+    assert [image.windows[0].labels for image in listing.images] == [(1, 0, 0), (0, 1, 0)]
     assert listing.rejected[0].name == "muscle___3.png"
 
 
@@ -83,9 +83,9 @@ def test_a_folder_per_class_is_found_and_other_folders_are_rejected(root):
     put(root, "notes.txt", b"")
     listing = scan(root)
     assert listing.layout == "folders"
-    assert [(i.name, i.windows[0].single_class) for i in listing.images] == [
-        ("Tumor/1.png", 0),
-        ("normal/sub/2.png", 2),
+    assert [(i.name, i.windows[0].labels) for i in listing.images] == [
+        ("Tumor/1.png", (1, 0, 0)),
+        ("normal/sub/2.png", (0, 0, 1)),
     ]
     assert [(r.name, r.field) for r in listing.rejected] == [("muscle/3.png", "label")]
 
@@ -97,7 +97,6 @@ def test_windows_come_from_a_table_with_columns_in_any_case_and_order(root):
     listing = scan(root)
     assert listing.layout == "table"
     assert [(w.x, w.width, w.labels) for w in listing.images[0].windows] == [(0, 8, (1, 0, 1)), (4, 16, (0, 1, 0))]
-    assert listing.n_windows == 2
 
 
 def test_a_parquet_table_without_boxes_labels_whole_images(root):
@@ -142,7 +141,7 @@ def test_a_bad_row_is_rejected_with_its_line_and_the_others_are_kept(tmp_path, r
     put(tmp_path, "a.png")
     table(tmp_path, ["a.png,0,0,20,20,1,0,0", row])
     listing = scan(tmp_path)
-    assert listing.n_windows == 1
+    assert [len(image.windows) for image in listing.images] == [1]
     (rejection,) = listing.rejected
     assert "patches.csv row 3" in rejection.name
     assert rejection.field == field
@@ -178,7 +177,8 @@ def test_a_broken_parquet_table_is_a_clear_error(tmp_path):
 def test_a_table_elsewhere_is_named_by_a_setting_and_two_are_ambiguous(tmp_path):
     put(tmp_path, "training/a.png")
     table(tmp_path, ["training/a.png,0,0,8,8,1,0,0"], name="windows.csv")
-    assert scan(tmp_path / "training", table="windows.csv").n_windows == 1
+    (image,) = scan(tmp_path / "training", table="windows.csv").images
+    assert len(image.windows) == 1
     for name in ("one.csv", "two.csv"):
         table(tmp_path / "training", ["a.png,0,0,8,8,1,0,0"], name=name)
     with pytest.raises(PistoSegError, match=r"one\.csv, two\.csv"):
