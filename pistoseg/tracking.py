@@ -40,6 +40,22 @@ def _local_folder(workspace: Workspace) -> Path:
     return storage.local_path(storage.absolute(workspace.root)) or Path.cwd() / "pistoseg-mlflow"
 
 
+@contextmanager
+def _default_server(uri: str) -> Iterator[None]:
+    """Make a server MLflow's default for a while: its model registry knows no other way.
+
+    MLflow keeps the default in the environment, where the next workspace of this process would take it for the user's.
+    """
+    import mlflow
+
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    mlflow.set_tracking_uri(uri)
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri(before)
+
+
 class _Guard:
     """Calls MLflow and keeps its failures from ending a pipeline."""
 
@@ -133,20 +149,18 @@ class Tracker:
             yield cls(config, workspace, None)
             return
         client = _client(config.tracking, workspace)
-        import mlflow
-
-        mlflow.set_tracking_uri(client.tracking_uri)  # for what registers the model
-        tracker = cls(config, workspace, client, name, parent)
-        tracker.guard(tracker._open)
-        status = "FAILED"
-        try:
-            yield tracker
-            status = "FINISHED"
-        except KeyboardInterrupt:
-            status = "KILLED"
-            raise
-        finally:
-            tracker._end(tracker.run_id, status)
+        with _default_server(client.tracking_uri):
+            tracker = cls(config, workspace, client, name, parent)
+            tracker.guard(tracker._open)
+            status = "FAILED"
+            try:
+                yield tracker
+                status = "FINISHED"
+            except KeyboardInterrupt:
+                status = "KILLED"
+                raise
+            finally:
+                tracker._end(tracker.run_id, status)
 
     def _open(self) -> None:
         assert self.client is not None

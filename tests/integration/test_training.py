@@ -19,6 +19,7 @@ from pistoseg.errors import PistoSegError
 from pistoseg.models import segmentation
 from pistoseg.models.segmentation import Normalization
 from pistoseg.training.stream import SampleSource
+from pistoseg.training.tasks import SegmentationTask
 from pistoseg.training.trainer import _last_history, train
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -71,13 +72,11 @@ def run(folder, workers=1, spoil=(-1, -1), die_at=(-1, -1), **changes):
     trained = train(
         network,
         SampleSource(Addresses, ray.put(None), 24, (32, 32)),
+        SegmentationTask(CLASSES, "bce", None),
         TrainingConfig(**settings | changes),
         ComputeConfig(train_workers=workers, max_failures=1 if die_at[0] >= 0 else 0),
         folder=str(folder),
         seed=0,
-        validation=None,
-        classes=CLASSES,
-        info={},
         actors=1,
         threads=1,
         gpus=False,

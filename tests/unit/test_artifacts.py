@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 
@@ -138,3 +139,18 @@ def test_only_the_stages_that_lead_to_the_targets_run():
     assert unrefined == ["patches", "validation", "classifier", "cams", "precise", "evaluation"]
     mosaics_only = names("evaluation", precise__masks="synthesized")
     assert mosaics_only == ["patches", "validation", "synthesis", "precise", "evaluation"]
+
+
+def test_two_workspaces_in_one_process_keep_their_runs_apart(tmp_path, monkeypatch):
+    from mlflow.tracking import MlflowClient
+
+    from pistoseg.tracking import Tracker
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for name in ("first", "second"):
+        with Tracker.start(load_config("demo"), Workspace(str(tmp_path / name)), name=name):
+            pass
+        assert "MLFLOW_TRACKING_URI" not in os.environ
+        client = MlflowClient(f"sqlite:///{tmp_path / name / 'mlflow.db'}")
+        experiment = client.get_experiment_by_name("pistoseg")
+        assert [run.info.run_name for run in client.search_runs([experiment.experiment_id])] == [name]
