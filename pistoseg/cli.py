@@ -19,12 +19,17 @@ EPILOG = """first steps:
   pistoseg data check DATA --preset wsss4luad                      is my data set fit for training?
   pistoseg train --preset wsss4luad --profile cpu --data DATA --workspace runs/mine
   pistoseg evaluate --model BUNDLE --data DIR --out DIR            score a model on images with masks
+  pistoseg segment --model BUNDLE --slides DIR --out DIR           tissue maps and areas of whole slides
   pistoseg ablate table1 --data DATA --workspace runs/mine         rerun a table of the paper
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0 done, 2 the user's input or settings are wrong, 130 interrupted."""
+    """Run a command; returns the exit code.
+
+    0 done; 1 a check found something; 2 the user's input or settings are wrong, or a row of a table failed; 3 some
+    slides failed, the others are done; 130 interrupted.
+    """
     options = build_parser().parse_args(arguments)
     run: Callable[[argparse.Namespace], int] = options.run
     try:
@@ -79,6 +84,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--classes", metavar="FILE", help="YAML with the classes of the masks; default: the bundle's")
     evaluate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+
+    segment = _verb(verbs, "segment", _segment, "whole slides -> tissue maps, outlines for QuPath, areas")
+    _segment_options(segment)
 
     ablate = _verb(verbs, "ablate", _ablate, "rerun a table of the paper on your data")
     ablate.add_argument(
@@ -150,6 +158,47 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=_positive, metavar="N", help="actors that read images and make mosaics")
 
 
+def _segment_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="MODEL", help="URI of a bundle, or models:/NAME@ALIAS")
+    parser.add_argument(
+        "--slides",
+        required=True,
+        metavar="SOURCE",
+        help="a slide, folder, prefix or pattern on any file system, or a CSV/Parquet manifest with the column slide "
+        "and optionally slide_id, mpp, tissue_mask",
+    )
+    parser.add_argument("--out", required=True, metavar="URI", help="folder of the results; run again to go on")
+    parser.add_argument(
+        "--stride", type=_positive, metavar="PX", help="step between tiles (default: half a tile or less)"
+    )
+    parser.add_argument(
+        "--symmetries",
+        type=int,
+        choices=(1, 2, 8),
+        help="averaged: 1: none, 2: flip, 8: flips and turns (default: the bundle's)",
+    )
+    parser.add_argument(
+        "--batch-size", type=_positive, metavar="N", help="tiles in a forward pass (default: the bundle's)"
+    )
+    parser.add_argument("--mpp", type=float, metavar="UM", help="um per network px, where the bundle does not say it")
+    parser.add_argument("--probabilities", action="store_true", help="also write probabilities.zarr of every slide")
+    parser.add_argument(
+        "--workers", type=_positive, metavar="N", help="networks at a time (default: one a GPU, or one a node)"
+    )
+    parser.add_argument("--limit", type=_positive, metavar="N", help="do at most N slides in this run")
+    parser.add_argument("--only-failed", action="store_true", help="only do slides that failed before")
+    parser.add_argument("--dry-run", action="store_true", help="only say what would be done, tiles and time")
+    parser.add_argument(
+        "--cache-gb", type=float, metavar="GB", help="each node's cache of slides (default: half of the free disk)"
+    )
+    parser.add_argument(
+        "--workspace",
+        default="runs/pistoseg",
+        help="whose MLflow gets the run and knows models:/ (default: %(default)s)",
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+
+
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -205,6 +254,30 @@ def _evaluate(options: argparse.Namespace) -> int:
         device=options.device,
     )
     return 0
+
+
+def _segment(options: argparse.Namespace) -> int:
+    from pistoseg.commands import segment
+
+    return segment(
+        options.model,
+        options.slides,
+        options.out,
+        workspace=options.workspace,
+        dry_run=options.dry_run,
+        settings={
+            "mpp": options.mpp,
+            "stride": options.stride,
+            "symmetries": options.symmetries,
+            "batch_size": options.batch_size,
+            "probabilities": options.probabilities,
+        },
+        workers=options.workers,
+        limit=options.limit,
+        only_failed=options.only_failed,
+        device=options.device,
+        cache_gb=options.cache_gb,
+    )
 
 
 def _ablate(options: argparse.Namespace) -> int:

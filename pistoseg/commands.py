@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -23,6 +24,9 @@ from pistoseg.config import (
 from pistoseg.errors import PistoSegError
 from pistoseg.pipeline import check_weights, run_pipeline
 from pistoseg.progress import Progress
+
+if TYPE_CHECKING:
+    from pistoseg.stages.slides import Estimate
 
 FILE_WIDTH = 200
 """Columns for a wide table where the output is no terminal: nothing is folded in a log."""
@@ -103,6 +107,47 @@ def evaluate_masks(workspace: str, stage: str, truth: str, out: str | None) -> d
     if out:
         print(storage.join(out, "mask_scores.json"))
     return reports
+
+
+def segment(
+    model: str,
+    slides: str,
+    out: str,
+    *,
+    workspace: str,
+    settings: Mapping[str, Any],
+    dry_run: bool = False,
+    **options: Any,
+) -> int:
+    """Segment slides and print what came out; 3 when some failed. `dry_run` only says what would be done.
+
+    Args:
+        model: URI of a bundle, or `models:/name@alias`.
+        slides: a slide, folder, prefix, pattern or manifest.
+        out: folder or URI of the results.
+        workspace: whose MLflow is used unless MLFLOW_TRACKING_URI names a server.
+        settings: of `pistoseg.slides.network.SlideSettings`.
+        dry_run: whether nothing is to be done.
+        options: of `pistoseg.stages.slides.SlideRun`.
+    """
+    from pistoseg.slides.network import SlideSettings
+    from pistoseg.stages import slides as stage
+    from pistoseg.tracking import batch_run, bundle_uri
+
+    tracking, place = TrackingConfig(), Workspace(storage.absolute(workspace))
+    uri = bundle_uri(model, tracking, place)
+    run = stage.SlideRun(uri, slides, storage.absolute(out), SlideSettings(**settings), **options)
+    found = stage.plan(run)
+    print(f"{len(found.todo)} slides to do, {len(found.done)} up to date, {found.left} left alone", flush=True)
+    if dry_run:
+        for line in _estimate_lines(stage.estimate(run, found), run.workers or 1):
+            print(line)
+        return 0
+    params = {"model": model, "slides": slides, "out": run.out, **found.network.model, **found.network.decisive}
+    with batch_run(tracking, place, f"segment {storage.name(slides)}", params) as tracked:
+        record = stage.segment(run, found, Progress(), tracked)
+    _print_slides(run.out, record)
+    return 3 if record["slides"]["failed"] else 0
 
 
 def ablate(
@@ -253,6 +298,28 @@ def _mask_table(reports: dict[str, dict[str, Any]]) -> Table:
         values = [*report["iou"].values(), report["miou"], report["fwiou"], report["without_class"]]
         table.add_row(" ".join([stage, *kind, key[:6]]), *map(_number, values))
     return table
+
+
+def _estimate_lines(found: Estimate, workers: int) -> list[str]:
+    """What a dry run prints."""
+    minutes = found.seconds / 60
+    lines = [
+        f"about {found.tiles:,} tiles, from {found.sampled} slides that were opened",
+        f"about {minutes:,.1f} minutes: {found.tiles_per_s:.1f} tiles a second on this machine, workers: {workers}",
+    ]
+    return lines + [f"would fail: {slide_id}: {reason}" for slide_id, reason in found.unreadable.items()]
+
+
+def _print_slides(out: str, record: Mapping[str, Any]) -> None:
+    """The failures and where things are."""
+    counts = record["slides"]
+    print(f"{counts['completed']} completed, {counts['failed']} failed, {counts['skipped']} were up to date")
+    for row in storage.read_parquet(storage.join(out, "summary.parquet"), ["slide_id", "status", "reason"]).to_pylist():
+        if row["status"] == "failed":
+            print(f"failed: {row['slide_id']}: {row['reason']}")
+    print(out)
+    print("  slides/<slide_id>/  mask.tif regions.geojson overview.png areas.json slide.json")
+    print("  summary.md summary.csv summary.parquet run.json")
 
 
 def _number(value: float | None) -> str:

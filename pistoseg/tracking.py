@@ -1,4 +1,4 @@
-"""MLflow: a run per pipeline, a child per stage, pictures, and the precise model as a registered version.
+"""MLflow: a run per pipeline or batch job, a child per stage, pictures, and the precise model as a registered version.
 
 The pipelines of an ablation are children of the ablation's run; their models are compared, not registered.
 
@@ -21,6 +21,7 @@ import pistoseg
 from pistoseg import storage
 from pistoseg.artifacts import Artifact, Workspace
 from pistoseg.config import Config, TrackingConfig
+from pistoseg.errors import PistoSegError
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -147,15 +148,9 @@ class Tracker:
         if not config.tracking.enabled:
             yield cls(config, workspace, None)
             return
-        os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
-        from mlflow.tracking import MlflowClient
-
-        uri = tracking_uri(config.tracking, workspace)
-        if uri.startswith("sqlite:"):
-            _local_folder(workspace).mkdir(parents=True, exist_ok=True)
-            _quiet_migrations()
-        with _default_server(uri):
-            tracker = cls(config, workspace, MlflowClient(uri), name, parent)
+        client = _client(config.tracking, workspace)
+        with _default_server(client.tracking_uri):
+            tracker = cls(config, workspace, client, name, parent)
             tracker.guard(tracker._open)
             status = "FAILED"
             try:
@@ -169,16 +164,8 @@ class Tracker:
 
     def _open(self) -> None:
         assert self.client is not None
-        experiment = self.client.get_experiment_by_name(self.config.tracking.experiment)
-        if experiment is None:
-            local = tracking_uri(self.config.tracking, self.workspace).startswith("sqlite:")
-            place = (_local_folder(self.workspace) / "mlflow").as_uri() if local else None
-            self.experiment_id = self.client.create_experiment(self.config.tracking.experiment, artifact_location=place)
-        else:
-            self.experiment_id = experiment.experiment_id
-        tags = {"pistoseg.version": pistoseg.__version__, "pistoseg.workspace": self.workspace.root}
-        if commit := _git_commit():
-            tags["pistoseg.commit"] = commit
+        self.experiment_id = _experiment(self.client, self.config.tracking, self.workspace)
+        tags = _tags(self.workspace)
         if self.parent:
             tags["mlflow.parentRunId"] = self.parent
         name = self.name or storage.name(self.config.data.uri or "pipeline")
@@ -271,6 +258,113 @@ class Tracker:
     def _end(self, run_id: str | None, status: str) -> None:
         if self.client is not None and run_id is not None:
             self.guard(self.client.set_terminated, run_id, status)
+
+
+@contextmanager
+def batch_run(config: TrackingConfig, workspace: Workspace, name: str, params: Mapping[str, Any]) -> Iterator[StageRun]:
+    """The MLflow run of a job that is no pipeline; it is ended as finished, failed or killed.
+
+    Args:
+        config: of the server.
+        workspace: where the database is unless the config names a server.
+        name: of the run.
+        params: its parameters.
+    """
+    if not config.enabled:
+        yield StageRun()
+        return
+    client, guard = _client(config, workspace), _Guard()
+
+    def create() -> str:
+        experiment = _experiment(client, config, workspace)
+        run_id: str = client.create_run(experiment, tags=_tags(workspace), run_name=name).info.run_id
+        for key, value in _flat(params).items():
+            client.log_param(run_id, key, str(value)[:MAX_PARAM])
+        return run_id
+
+    run_id = guard(create)
+    status = "FAILED"
+    try:
+        yield StageRun(client if run_id else None, run_id, guard)
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        if run_id:
+            guard(client.set_terminated, run_id, status)
+
+
+def bundle_uri(model: str, config: TrackingConfig, workspace: Workspace) -> str:
+    """The URI of a model's bundle: as it is, or what the registry says of `models:/name@alias` or `models:/name/3`.
+
+    Args:
+        model: URI of a bundle or a registered model.
+        config: of the server.
+        workspace: where the database is unless the config names a server.
+    Raises:
+        PistoSegError: there is no such model, or it was not registered by PistoSeg.
+    """
+    if not model.startswith("models:/"):
+        return storage.absolute(model)
+    from mlflow.exceptions import MlflowException
+
+    uri = tracking_uri(config, workspace)
+    name, alias, label = model.removeprefix("models:/").partition("@")
+    if not alias:
+        name, _, label = name.rpartition("/")
+    if not name or not label:
+        raise PistoSegError("names no version", file=model, remedy="write models:/NAME@ALIAS or models:/NAME/VERSION")
+    database = uri.removeprefix("sqlite:///")
+    if uri.startswith("sqlite:") and not os.path.exists(database):
+        raise PistoSegError(
+            f"can't be looked up: {database} is not there", file=model, remedy="give --workspace or MLFLOW_TRACKING_URI"
+        )
+    client = _client(config, workspace)
+    try:
+        find = client.get_model_version_by_alias if alias else client.get_model_version
+        version = find(name, label)
+    except MlflowException as error:
+        raise PistoSegError(
+            f"is not in the registry at {uri} ({str(error).splitlines()[0]})",
+            file=model,
+            remedy="look at the names and aliases in `pistoseg ui`",
+        ) from error
+    if "pistoseg.bundle" not in version.tags:
+        raise PistoSegError(
+            "has no tag pistoseg.bundle",
+            file=model,
+            remedy="give its bundle's URI, or register with `pistoseg train`",
+        )
+    return str(version.tags["pistoseg.bundle"])
+
+
+def _client(config: TrackingConfig, workspace: Workspace) -> MlflowClient:
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    from mlflow.tracking import MlflowClient
+
+    uri = tracking_uri(config, workspace)
+    if uri.startswith("sqlite:"):
+        _local_folder(workspace).mkdir(parents=True, exist_ok=True)
+        _quiet_migrations()
+    return MlflowClient(uri)
+
+
+def _experiment(client: MlflowClient, config: TrackingConfig, workspace: Workspace) -> str:
+    """Id of the config's experiment, which is made if it is not there."""
+    experiment = client.get_experiment_by_name(config.experiment)
+    if experiment is not None:
+        return str(experiment.experiment_id)
+    local = tracking_uri(config, workspace).startswith("sqlite:")
+    place = (_local_folder(workspace) / "mlflow").as_uri() if local else None
+    return str(client.create_experiment(config.experiment, artifact_location=place))
+
+
+def _tags(workspace: Workspace) -> dict[str, str]:
+    tags = {"pistoseg.version": pistoseg.__version__, "pistoseg.workspace": workspace.root}
+    if commit := _git_commit():
+        tags["pistoseg.commit"] = commit
+    return tags
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,6 +20,9 @@ from pistoseg.errors import PistoSegError
 from pistoseg.models import files, inference, segmentation
 from pistoseg.models.inference import Predictor
 from pistoseg.models.segmentation import Normalization, SegmentationNetwork
+
+if TYPE_CHECKING:
+    from pistoseg.slides.job import SlideResult
 
 FORMAT = "pistoseg-model"
 
@@ -85,12 +90,20 @@ def load(uri: str, device: str | torch.device | None = None) -> Segmenter:
     model = segmentation.build(info["architecture"], info["encoder"], len(classes), None, info["decoder_attention"])
     model.normalization = normalization
     files.fill(model, state, uri)
-    return Segmenter(model.eval(), info, classes, device)
+    return Segmenter(model.eval(), info, classes, device, uri)
 
 
 def read_info(uri: str) -> dict[str, Any]:
     """What `model.json` says, checked; no weights are read."""
     return files.read_info(uri, FORMAT, _REQUIRED)
+
+
+def fingerprint(uri: str) -> str:
+    """Hash of a bundle's files, 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name in (files.INFO, files.WEIGHTS):
+        digest.update(hashlib.sha256(storage.read_bytes(storage.join(uri, name))).digest())
+    return digest.hexdigest()[:16]
 
 
 class Segmenter:
@@ -100,6 +113,7 @@ class Segmenter:
         model: the network.
         info: what `model.json` says.
         classes: tissue classes by class id.
+        uri: of the bundle; empty for a network that is in none yet.
     """
 
     def __init__(
@@ -108,12 +122,19 @@ class Segmenter:
         info: dict[str, Any],
         classes: TissueClasses,
         device: str | torch.device | None = None,
+        uri: str = "",
     ) -> None:
+        self.uri = uri
         self.model = model
         self.info = info
         self.classes = classes
         self.device = inference.resolve_device(device)
         self._default: Predictor | None = None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the bundle's files."""
+        return fingerprint(self.uri)
 
     def predictor(self, **settings: Any) -> Predictor:
         """A `Predictor` of this model; `settings` go before those of the bundle's evaluation protocol."""
@@ -151,6 +172,45 @@ class Segmenter:
     def probabilities(self, image: Any, mpp: float | None = None) -> NDArray[np.float32]:
         """Class probabilities, (L, H, W) float32 at the image's own size; arguments as in `predict`."""
         return self._predictor().probabilities(read_image(image), self.factor(mpp))
+
+    def segment_slide(
+        self,
+        slide: str | Path,
+        out: str | Path,
+        *,
+        slide_id: str | None = None,
+        slide_mpp: float | None = None,
+        tissue_mask: str | Path | None = None,
+        readers: int = 2,
+        **settings: Any,
+    ) -> SlideResult:
+        """Segment a whole slide of any size into `out/slides/<slide_id>/`, in this process.
+
+        Args:
+            slide: path or URI; of object storage, it is fetched into a temporary folder first.
+            out: folder or URI.
+            slide_id: name of its folder; None: the file's name.
+            slide_mpp: um per level-0 px, where the slide does not say it.
+            tissue_mask: path or URI of a mask to use instead of the one that would be found.
+            readers: threads that read ahead of the network.
+            settings: as in `pistoseg.slides.job.SlideSettings`: mpp, stride, symmetries, batch_size, probabilities...
+        Returns:
+            Where the results are, what slide.json says, and the areas.
+        Raises:
+            PistoSegError: the slide cannot be read or nothing says its pixel size; nothing is written then.
+        """
+        from pistoseg.slides.job import segment_one  # slides use models, and only here the other way round
+
+        return segment_one(
+            self,
+            str(slide),
+            str(out),
+            slide_id=slide_id,
+            slide_mpp=slide_mpp,
+            tissue_mask=None if tissue_mask is None else str(tissue_mask),
+            readers=readers,
+            **settings,
+        )
 
     def _predictor(self) -> Predictor:
         if self._default is None:

@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pistoseg.models.segmentation import Normalization
+from pistoseg.models.tiling import MULTIPLE, cut_tile, turn, turn_back, unzoomed, zoomed
 from pistoseg.pixels import resize_image
 
 Image = NDArray[np.uint8]
 Maps = NDArray[np.float32]
 Result = TypeVar("Result")
-Pixel = TypeVar("Pixel", np.uint8, np.float32)
 
 SYMMETRIES = {
     1: [(0, False)],
@@ -28,9 +28,6 @@ SYMMETRIES = {
     8: [(turn, flip) for turn in range(4) for flip in (False, True)],
 }
 """Quarter turns and horizontal flips that are averaged, by their number."""
-
-MULTIPLE = 32
-"""Tiles are padded to multiples of this, the coarsest grid of the usual encoders."""
 
 
 def resolve_device(device: str | torch.device | None = None) -> torch.device:
@@ -220,6 +217,29 @@ class Predictor:
         with self._inference():
             return self._symmetric(self.normalization(tiles, self.device), softmax)
 
+    def tile_probabilities(self, tiles: Tensor | NDArray[np.uint8]) -> Tensor:
+        """Class probabilities of equal tiles, averaged over scales and symmetries, for who stitches a slide of them.
+
+        A tile is zoomed by itself: at a scale below 1 the network sees no more of what is around it.
+
+        Args:
+            tiles: (N, h, w, 3) uint8, of any h and w.
+        Returns:
+            (N, L, h, w) float32 on the device.
+        """
+        total: Tensor | float = 0.0
+        with self._inference():
+            pixels = self.normalization(tiles, self.device)
+            for scale in self.scales:
+                maps = self._symmetric(zoomed(pixels, scale), softmax=True)
+                total = unzoomed(maps, pixels.shape[2:], scale) + total
+        assert isinstance(total, Tensor)
+        return total / len(self.scales)
+
+    def tile_weights(self) -> Tensor:
+        """Weight of a tile's pixels where tiles overlap, (tile, tile) float32 on the device."""
+        return self._window((self.tile, self.tile))
+
     def _probable(self, images: Sequence[Image], factor: float, finish: Callable[[Tensor], Result]) -> list[Result]:
         by_tile = self.average == "probabilities"
         return self._run(images, factor, softmax_tiles=by_tile, softmax_scales=not by_tile, finish=finish)
@@ -241,8 +261,8 @@ class Predictor:
 
         def flush(shape: tuple[int, int]) -> None:
             batch = waiting.pop(shape)
-            pixels = np.stack([_cut(job.image, origin, shape) for job, origin in batch])
-            beside = [_cut(job.companion, origin, shape) for job, origin in batch if job.companion is not None]
+            pixels = np.stack([cut_tile(job.image, origin, shape) for job, origin in batch])
+            beside = [cut_tile(job.companion, origin, shape) for job, origin in batch if job.companion is not None]
             maps = torch.from_numpy(np.stack(beside)).permute(0, 3, 1, 2).to(self.device) if beside else None
             values = self._symmetric(self.normalization(pixels, self.device), softmax_tiles, maps)
             for (job, origin), value in zip(batch, values, strict=True):
@@ -318,10 +338,10 @@ class Predictor:
         for group in groups:
             together = max(1, self.batch_size // len(tiles))
             for chunk in (group[start : start + together] for start in range(0, len(group), together)):
-                batch = torch.cat([_turn(tiles, *variant) for variant in chunk])
-                beside = None if companions is None else torch.cat([_turn(companions, *variant) for variant in chunk])
+                batch = torch.cat([turn(tiles, *variant) for variant in chunk])
+                beside = None if companions is None else torch.cat([turn(companions, *variant) for variant in chunk])
                 for variant, maps in zip(chunk, self._forward(batch, softmax, beside).chunk(len(chunk)), strict=True):
-                    total = _turn_back(maps, *variant) + total
+                    total = turn_back(maps, *variant) + total
         assert isinstance(total, Tensor)
         return total / len(variants)
 
@@ -354,26 +374,6 @@ def _beside(companion: Maps | None, rows: int, columns: int) -> Maps | None:
         raise ValueError(f"companions must be (K, h, w) float32, not {companion.shape} {companion.dtype}")
     maps: Maps = resize_maps(torch.from_numpy(companion), rows, columns).permute(1, 2, 0).numpy()
     return maps
-
-
-def _cut(image: NDArray[Pixel], origin: tuple[int, int], shape: tuple[int, int]) -> NDArray[Pixel]:
-    """A tile of (H, W, C) pixels; where they end they are mirrored, or the edge is repeated if they are too few."""
-    y, x = origin
-    part = image[y : y + shape[0], x : x + shape[1]]
-    down, right = shape[0] - part.shape[0], shape[1] - part.shape[1]
-    if not down and not right:
-        return part
-    mirror = down < part.shape[0] and right < part.shape[1]
-    return np.pad(part, ((0, down), (0, right), (0, 0)), mode="reflect" if mirror else "edge")
-
-
-def _turn(tiles: Tensor, turn: int, flip: bool) -> Tensor:
-    turned = torch.rot90(tiles, turn, (2, 3))
-    return turned.flip(3) if flip else turned
-
-
-def _turn_back(maps: Tensor, turn: int, flip: bool) -> Tensor:
-    return torch.rot90(maps.flip(3) if flip else maps, -turn, (2, 3))
 
 
 def _checked(image: Image) -> Image:

@@ -36,13 +36,19 @@ class SlideOpener:
         Raises:
             PistoSegError: the slide cannot be fetched or opened, or nothing says its mpp.
         """
-        with _cache(uri).get(uri) as path, open_slide(path, mpp, name=uri) as reader:
+        with node_cache(uri).get(uri) as path, open_slide(path, mpp, name=uri) as reader:
             yield SlideView(reader, self.mpp)
 
 
-def _cache(uri: str) -> SlideCache:
-    """The cache that all processes of a user share on this machine: half of what the disk has left at the most."""
+def node_cache(uri: str, gigabytes: float | None = None) -> SlideCache:
+    """The cache that all processes of a user share on this machine.
+
+    Args:
+        uri: of a slide that it is for; a local one needs no folder.
+        gigabytes: of all slides in it; None: half of what the disk has left.
+    """
     folder = Path(tempfile.gettempdir()) / f"pistoseg-slides-{os.getuid()}"
     if not storage.is_local(uri):
         folder.mkdir(parents=True, exist_ok=True)
-    return SlideCache(folder, shutil.disk_usage(tempfile.gettempdir()).free // 2)
+    limit = shutil.disk_usage(tempfile.gettempdir()).free // 2 if gigabytes is None else int(gigabytes * 1e9)
+    return SlideCache(folder, limit)

@@ -1,0 +1,208 @@
+"""One slide, from its file to its folder of results."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pistoseg import storage
+from pistoseg.errors import PistoSegError
+from pistoseg.outputs.summary import versions
+from pistoseg.slides import results
+from pistoseg.slides.cache import SlideCache
+from pistoseg.slides.network import NO_TISSUE, Prepared, SlideNetwork, SlideSettings, regions_origin
+from pistoseg.slides.source import SlideEntry, list_slides
+from pistoseg.slides.stitching import MaskFile, Work
+
+if TYPE_CHECKING:
+    from pistoseg.models.bundle import Segmenter
+
+COARSE = 1.5
+"""A slide whose pixels are so much larger than the model's is segmented with a remark."""
+
+
+@dataclass(frozen=True)
+class SlideResult:
+    """A segmented slide.
+
+    Args:
+        folder: URI of its results.
+        record: what slide.json says.
+        areas: what areas.json says.
+    """
+
+    folder: str
+    record: dict[str, Any]
+    areas: dict[str, Any]
+
+
+def segment_one(
+    segmenter: Segmenter,
+    slide: str,
+    out: str,
+    *,
+    slide_id: str | None = None,
+    slide_mpp: float | None = None,
+    tissue_mask: str | None = None,
+    readers: int = 2,
+    **settings: Any,
+) -> SlideResult:
+    """What `Segmenter.segment_slide` does, see there."""
+    entries = list_slides(slide)
+    if len(entries) != 1:
+        raise PistoSegError(f"holds {len(entries)} slides", file=slide, remedy="name one of them")
+    entry = entries[0]
+    entry = replace(
+        entry,
+        slide_id=slide_id or entry.slide_id,
+        mpp=slide_mpp or entry.mpp,
+        tissue_mask=storage.absolute(tissue_mask) if tissue_mask else entry.tissue_mask,
+    )
+    network = SlideNetwork(segmenter, SlideSettings(**settings), readers)
+    with tempfile.TemporaryDirectory(prefix="pistoseg-cache-") as folder:
+        cache = SlideCache(folder, shutil.disk_usage(folder).free)
+        return segment_slide(network, entry, storage.absolute(out), cache=cache)
+
+
+def segment_slide(
+    network: SlideNetwork,
+    entry: SlideEntry,
+    out: str,
+    *,
+    cache: SlideCache,
+    attempts: int = 1,
+    lock: AbstractContextManager[Any] | None = None,
+    on_plan: Callable[[int], None] | None = None,
+    on_tiles: Callable[[int], None] | None = None,
+) -> SlideResult:
+    """Segment one slide into `out/slides/<slide_id>/`, which appears whole or not at all.
+
+    Args:
+        network: the model.
+        entry: the slide.
+        out: URI of the run's output.
+        cache: for slides in object storage.
+        attempts: which try of this slide it is, for the record.
+        lock: held while the network runs, by whoever shares it.
+        on_plan: told the number of tiles before the first one.
+        on_tiles: told how many tiles were just done.
+    Raises:
+        PistoSegError: the slide cannot be read; nothing of it stays.
+    """
+    clock, target = Clock(), results.slide_folder(out, entry.slide_id)
+    made_from = network.made_from(entry)
+    with results.published(target) as (folder, scratch), network.prepared(entry, cache) as slide:
+        clock.lap("prepare")
+        if on_plan:
+            on_plan(slide.plan.n_tiles)
+        mask = MaskFile(scratch / "mask", slide.view.height, slide.view.width)
+        zarr = folder / "probabilities.zarr" if network.settings.probabilities else None
+        with lock or nullcontext():
+            clock.lap("queue")
+            work = network.map(slide, mask, probabilities=zarr, on_tiles=on_tiles)
+        clock.lap("network")
+        record = write_slide(network, slide, mask, folder, work, made_from, attempts, clock)
+        mask.close()
+    areas = record.pop("areas")
+    return SlideResult(target, record, areas)
+
+
+def write_slide(
+    network: SlideNetwork,
+    slide: Prepared,
+    mask: MaskFile,
+    folder: Path,
+    work: Work,
+    made_from: Mapping[str, str],
+    attempts: int,
+    clock: Clock,
+    workers: int = 1,
+) -> dict[str, Any]:
+    """Write all results of a mapped slide, slide.json last; returns its record and `areas`."""
+    areas, regions = network.write(slide, mask, folder)
+    clock.lap("write")
+    record = {
+        **start_record(slide.entry, made_from, attempts, clock.started),
+        "status": "completed",
+        "reason": _remark(slide, areas, network.mpp),
+        "seconds": clock.total(),
+        "seconds_of": clock.laps,
+        "mpp": slide.reader.mpp_x,
+        "mpp_y": slide.reader.mpp_y,
+        "mpp_source": slide.reader.mpp_source,
+        "width": slide.reader.width,
+        "height": slide.reader.height,
+        "vendor": slide.reader.vendor,
+        "mask": {"width": slide.view.width, "height": slide.view.height, "mpp": network.mpp},
+        "regions": {
+            "polygons": regions.polygons,
+            "origin_level0": list(regions_origin(slide.reader)),
+            "tolerance_um": regions.tolerance_um,
+            "min_area_um2": regions.min_area_um2,
+        },
+        "tiles": slide.plan.n_tiles,
+        "tiles_of_the_whole_slide": slide.plan.n_all_tiles,
+        "tiles_per_s": round(work.tiles / work.seconds, 2) if work.seconds else None,
+        "workers": workers,
+        "waiting_share": round(work.waiting_share, 4),
+        "model": network.model,
+        "settings": network.decisive,
+        "device": str(network.predictor.device),
+        "precision": "bf16" if network.predictor.bf16 else "fp32",
+        "versions": versions(),
+    }
+    results.write_record(folder, record)
+    return {**record, "areas": areas}
+
+
+def start_record(entry: SlideEntry, made_from: Mapping[str, str], attempts: int, started: str) -> dict[str, Any]:
+    """What slide.json says of any slide, whatever becomes of it."""
+    return {
+        "slide_id": entry.slide_id,
+        "slide": entry.uri,
+        "attempts": attempts,
+        "started": started,
+        "made_from": dict(made_from),
+    }
+
+
+class Clock:
+    """Seconds of the parts of a job.
+
+    Attributes:
+        started: UTC, ISO 8601.
+        laps: seconds by part.
+    """
+
+    def __init__(self) -> None:
+        self.started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        self.laps: dict[str, float] = {}
+        self._began = self._last = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        """A part ends."""
+        now = time.monotonic()
+        self.laps[name] = round(now - self._last, 2)
+        self._last = now
+
+    def total(self) -> float:
+        """Seconds since the beginning."""
+        return round(time.monotonic() - self._began, 2)
+
+
+def _remark(slide: Prepared, areas: Mapping[str, Any], mpp: float) -> str:
+    remarks = []
+    if not areas["tissue_um2"]:
+        remarks.append(NO_TISSUE)
+    if slide.reader.mpp_source == "objective-power":
+        remarks.append(f"its pixel size, {slide.reader.mpp_x:g} um, is a guess from the objective's power")
+    coarsest = max(slide.reader.mpp_x, slide.reader.mpp_y)
+    if coarsest > COARSE * mpp:
+        remarks.append(f"its pixels, {coarsest:g} um, are larger than the model's, {mpp:g} um")
+    return "; ".join(remarks)

@@ -1,0 +1,284 @@
+"""A model that segments slides: opens them at its pixel size, maps them, and writes what its maps come to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pistoseg.classes import TissueClasses
+from pistoseg.errors import PistoSegError
+from pistoseg.models.inference import Predictor
+from pistoseg.outputs.areas import count_classes, slide_areas
+from pistoseg.outputs.mask_pyramid import write_mask
+from pistoseg.outputs.overview import downsample_mask, write_overview
+from pistoseg.outputs.probabilities import ProbabilityWriter
+from pistoseg.outputs.regions import RegionsReport, ToLevel0, write_regions
+from pistoseg.slides import files, results
+from pistoseg.slides.cache import SlideCache
+from pistoseg.slides.grid import TilePlan
+from pistoseg.slides.reader import SlideReader, open_slide
+from pistoseg.slides.source import SlideEntry
+from pistoseg.slides.stitching import MaskFile, Stitcher, Work
+from pistoseg.slides.tissue import TISSUE_MPP, read_tissue_mask, tissue_mask
+from pistoseg.slides.view import SlideView
+
+if TYPE_CHECKING:
+    from pistoseg.models.bundle import Segmenter
+
+OVERVIEW_PIXELS = 1800
+"""Longer side of the picture from which the overview is drawn: twice what it shows."""
+MAX_AREA_CHANGE, FREE_AREA = 0.01, 0.001
+"""What the outlines may change of the area of a class: this share of it, and this share of all tissue."""
+NO_TISSUE = "no tissue was found"
+
+
+@dataclass(frozen=True)
+class SlideSettings:
+    """How slides are segmented; None: as the bundle says.
+
+    Args:
+        mpp: micrometres per network px.
+        stride: step between tiles, network px; None: the bundle's, at most half a tile.
+        symmetries: averaged: 1, 2 or 8.
+        batch_size: tiles in a forward pass; symmetric copies count.
+        probabilities: whether probabilities.zarr is written.
+        tolerance_um: of the outlines' simplification.
+        min_area_um2: smaller regions are given to their neighbours in the outlines; the mask keeps them. Where that
+            would change areas, the limit is lowered for the slide.
+    """
+
+    mpp: float | None = None
+    stride: int | None = None
+    symmetries: int | None = None
+    batch_size: int | None = None
+    probabilities: bool = False
+    tolerance_um: float = 2.0
+    min_area_um2: float = 100.0
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An open slide of which it is known what there is to do.
+
+    Args:
+        entry: as it was listed.
+        reader: the open slide.
+        view: of it at the network's pixel size.
+        tissue: (h, w) bool over the whole slide.
+        plan: its tiles.
+    """
+
+    entry: SlideEntry
+    reader: SlideReader
+    view: SlideView
+    tissue: NDArray[np.bool_]
+    plan: TilePlan
+
+
+class SlideNetwork:
+    """A model that segments slides, one after the other.
+
+    Args:
+        segmenter: the model.
+        settings: of all slides.
+        readers: threads that read ahead of the network.
+    Raises:
+        PistoSegError: the pixel size of the model is unknown, or a setting is out of range.
+    """
+
+    def __init__(self, segmenter: Segmenter, settings: SlideSettings, readers: int = 2) -> None:
+        self.settings, self.classes = settings, segmenter.classes
+        self.model = {"uri": segmenter.uri, "fingerprint": segmenter.fingerprint}
+        mpp = settings.mpp or segmenter.info["scale"]["mpp"]
+        if not mpp:
+            raise PistoSegError(
+                "the model does not say the pixel size that it was trained at",
+                file=segmenter.uri,
+                field="mpp",
+                remedy="give --mpp, the micrometres per pixel of its training images (0.25 at 40x, 0.5 at 20x)",
+            )
+        self.mpp = float(mpp)
+        self.predictor = _predictor(segmenter, settings)
+        self.stitcher = Stitcher(self.predictor, len(self.classes), self.classes.background_id, readers)
+
+    @property
+    def decisive(self) -> dict[str, Any]:
+        """The settings that decide on the result, with the bundle's filled in."""
+        return {
+            "mpp": self.mpp,
+            "tile": self.predictor.tile,
+            "stride": self.predictor.stride,
+            "symmetries": self.predictor.symmetries,
+            "scales": list(self.predictor.scales),
+            "probabilities": self.settings.probabilities,
+            "tolerance_um": self.settings.tolerance_um,
+            "min_area_um2": self.settings.min_area_um2,
+        }
+
+    def made_from(self, entry: SlideEntry) -> dict[str, str]:
+        """What a slide's result depends on: its etag, the model and the settings, the user's for this slide included.
+
+        Raises:
+            PistoSegError: the slide or its tissue mask does not exist.
+        """
+        mask = files.etag(entry.tissue_mask) if entry.tissue_mask else None
+        settings = self.decisive | {"slide_mpp": entry.mpp, "tissue_mask": mask}
+        return {
+            "etag": files.etag(entry.uri),
+            "model": self.model["fingerprint"],
+            "settings": results.settings_fingerprint(settings),
+        }
+
+    @contextmanager
+    def prepared(self, entry: SlideEntry, cache: SlideCache) -> Iterator[Prepared]:
+        """A slide while the context is open: fetched, opened, with its tissue and tiles.
+
+        Args:
+            entry: the slide.
+            cache: for slides in object storage.
+        Raises:
+            PistoSegError: it cannot be fetched, opened or read, or nothing says its pixel size.
+        """
+        with cache.get(entry.uri) as path, open_slide(path, entry.mpp, entry.uri) as reader:
+            small = SlideView(reader, max(TISSUE_MPP, reader.mpp_x, reader.mpp_y))
+            if entry.tissue_mask:
+                tissue = read_tissue_mask(entry.tissue_mask, (small.height, small.width))
+            else:
+                tissue = tissue_mask(small.thumbnail(), small.mpp_x)
+            view = SlideView(reader, self.mpp)
+            plan = TilePlan(view.width, view.height, self.predictor.tile, self.predictor.stride, tissue)
+            yield Prepared(entry, reader, view, tissue, plan)
+
+    def map(
+        self,
+        slide: Prepared,
+        mask: MaskFile,
+        *,
+        bands: range | None = None,
+        probabilities: Path | None = None,
+        on_tiles: Callable[[int], None] | None = None,
+    ) -> Work:
+        """Run the network over a slide, or some bands of it.
+
+        Args:
+            slide: opened.
+            mask: takes the class ids of these rows.
+            bands: which; all by default.
+            probabilities: where these are written, of a whole slide only.
+            on_tiles: told how many tiles were just done.
+        """
+        if probabilities is None:
+            return self.stitcher.run(slide.view, slide.plan, slide.tissue, mask, bands=bands, on_tiles=on_tiles)
+        writer = ProbabilityWriter(
+            probabilities, len(self.classes), slide.view.height, slide.view.width, self.mpp, self.classes
+        )
+        sink = _WithProbabilities(mask, writer, len(self.classes))
+        work = self.stitcher.run(slide.view, slide.plan, slide.tissue, sink, probabilities=True, on_tiles=on_tiles)
+        writer.close()
+        return work
+
+    def write(self, slide: Prepared, mask: MaskFile, folder: Path) -> tuple[dict[str, Any], RegionsReport]:
+        """Write mask.tif, regions.geojson, areas.json and overview.png of a mapped slide into a local folder.
+
+        Returns:
+            Areas, and what was outlined.
+        """
+        ids = cast("NDArray[np.uint8]", mask)  # which it is to all that read it by rows
+        areas = slide_areas(count_classes(ids), self.mpp, self.classes)
+        (folder / "areas.json").write_text(json.dumps(areas, indent=2) + "\n", encoding="utf-8")
+        write_mask(folder / "mask.tif", ids, self.classes, self.mpp)
+        regions = self._outline(folder / "regions.geojson", slide, ids, areas)
+        _draw_overview(folder / "overview.png", slide, ids, self.classes, areas)
+        return areas, regions
+
+    def _outline(self, path: Path, slide: Prepared, mask: NDArray[np.uint8], areas: Mapping[str, Any]) -> RegionsReport:
+        """Write regions.geojson; where so many regions are small that areas would change, smaller ones are kept."""
+        x, y = regions_origin(slide.reader)
+        for share in (1.0, 0.25, 0.0):
+            report = write_regions(
+                path,
+                mask,
+                self.classes,
+                to_level0=ToLevel0(slide.view.scale_x, slide.view.scale_y, -x, -y),
+                mpp=self.mpp,
+                tolerance=self.settings.tolerance_um,
+                min_area=share * self.settings.min_area_um2,
+            )
+            changes = {
+                name: abs(report.area_um2[name] - part["um2"]) - MAX_AREA_CHANGE * part["um2"]
+                for name, part in areas["classes"].items()
+            }
+            if max(changes.values()) <= FREE_AREA * areas["tissue_um2"]:
+                break
+        return report
+
+
+def regions_origin(reader: SlideReader) -> tuple[int, int]:
+    """The level-0 px that is (0, 0) in regions.geojson: QuPath opens a slide with bounds at their corner."""
+    bounds = reader.bounds
+    return (0, 0) if bounds is None else bounds[:2]
+
+
+def _predictor(segmenter: Segmenter, settings: SlideSettings) -> Predictor:
+    """The bundle's predictor for a slide: Gaussian weights, probabilities averaged, and tiles that overlap by half.
+
+    A bundle may have been scored with less overlap, which on a slide shows as straight edges between tiles.
+    """
+    given = {"stride": settings.stride, "symmetries": settings.symmetries, "batch_size": settings.batch_size}
+    chosen = {key: value for key, value in given.items() if value is not None}
+    always = {"window": "gaussian", "average": "probabilities"}
+    try:
+        predictor = segmenter.predictor(**chosen, **always)
+        if settings.stride is None and predictor.stride > predictor.tile // 2:
+            predictor = segmenter.predictor(**chosen, **always, stride=max(1, predictor.tile // 2))
+    except ValueError as error:
+        raise PistoSegError(str(error), field="settings", remedy="see `pistoseg segment --help`") from error
+    return predictor
+
+
+class _WithProbabilities:
+    """A sink for class ids and probabilities."""
+
+    def __init__(self, mask: MaskFile, writer: ProbabilityWriter, n_classes: int) -> None:
+        self.mask, self.writer, self.n_classes = mask, writer, n_classes
+        self.parts: list[tuple[int, NDArray[np.uint8]]] = []
+
+    def write(self, y: int, x: int, ids: NDArray[np.uint8], probabilities: NDArray[np.uint8] | None) -> None:
+        """Take a part."""
+        assert probabilities is not None
+        self.mask.write(y, x, ids)
+        self.parts.append((x, probabilities))
+
+    def end_band(self, y: int, bottom: int) -> None:
+        """Write the band's probabilities."""
+        band = np.zeros((self.n_classes, bottom - y, self.mask.shape[1]), np.uint8)
+        for x, part in self.parts:
+            band[:, :, x : x + part.shape[2]] = part
+        self.parts.clear()
+        self.writer.write(y, band)
+
+
+def _draw_overview(
+    path: Path, slide: Prepared, mask: NDArray[np.uint8], classes: TissueClasses, areas: dict[str, Any]
+) -> None:
+    reader = slide.reader
+    longer = max(reader.width * reader.mpp_x, reader.height * reader.mpp_y)
+    small = SlideView(reader, max(longer / OVERVIEW_PIXELS, reader.mpp_x, reader.mpp_y))
+    factor = max(1.0, min(mask.shape[0] / small.height, mask.shape[1] / small.width))
+    write_overview(
+        path,
+        small.thumbnail(),
+        downsample_mask(mask, factor),
+        classes,
+        areas,
+        small.mpp_x,
+        title=slide.entry.slide_id,
+        note="" if slide.plan.n_tiles else NO_TISSUE,
+    )

@@ -1,0 +1,100 @@
+"""The folder of a segmented slide: it appears whole or not at all, and slide.json says what it was made from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pistoseg import storage
+
+RECORD = "slide.json"
+FORMAT = "pistoseg slide 1"
+
+
+def slide_folder(out: str, slide_id: str) -> str:
+    """URI of a slide's folder in the output of a run."""
+    return storage.join(out, "slides", slide_id)
+
+
+def read_record(out: str, slide_id: str) -> dict[str, Any] | None:
+    """What slide.json says; None where there is none that can be read, so that the slide is done again."""
+    try:
+        record = json.loads(storage.read_bytes(storage.join(slide_folder(out, slide_id), RECORD)))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) and record.get("format") == FORMAT else None
+
+
+def is_current(record: Mapping[str, Any] | None, made_from: Mapping[str, Any]) -> bool:
+    """Whether a slide is done, and was made from what would be taken now."""
+    return record is not None and record.get("status") == "completed" and record.get("made_from") == dict(made_from)
+
+
+def settings_fingerprint(settings: Mapping[str, Any]) -> str:
+    """16 hexadecimal digits that change with any setting."""
+    text = json.dumps(settings, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@contextmanager
+def published(target: str) -> Iterator[tuple[Path, Path]]:
+    """A local folder to fill, which becomes `target` when the block ends, and another one for scratch files.
+
+    Where the block raises, nothing of it stays and what was at `target` is as before. A local folder is renamed; in
+    object storage slide.json goes first from the old files and comes last of the new ones, so that whoever finds it
+    finds all of them.
+
+    Args:
+        target: URI of the folder.
+    """
+    place = storage.local_path(target)
+    if place is not None:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        for orphan in place.parent.glob(f".{_escaped(place.name)}.*.part"):
+            shutil.rmtree(orphan, ignore_errors=True)  # of a killed process
+        work = place.parent / f".{place.name}.{uuid.uuid4().hex[:8]}.part"
+        work.mkdir()
+    else:
+        work = Path(tempfile.mkdtemp(prefix="pistoseg-slide-"))
+    try:
+        result, scratch = work / "result", work / "scratch"
+        result.mkdir()
+        scratch.mkdir()
+        yield result, scratch
+        if place is None:
+            _upload(result, target)
+        else:
+            if place.exists():
+                place.rename(work / "old")
+            result.rename(place)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write slide.json into a local folder."""
+    text = json.dumps({"format": FORMAT, **record}, indent=2, ensure_ascii=False)
+    (folder / RECORD).write_text(text + "\n", encoding="utf-8")
+
+
+def _upload(folder: Path, target: str) -> None:
+    backend, root = storage.filesystem(target)
+    old = storage.join(target, RECORD)
+    if storage.exists(old):
+        storage.remove_file(old)
+    storage.remove_tree(target)
+    files = sorted((item for item in folder.rglob("*") if item.is_file()), key=lambda item: item.name == RECORD)
+    for file in files:
+        backend.put_file(str(file), f"{root}/{file.relative_to(folder).as_posix()}")
+
+
+def _escaped(name: str) -> str:
+    """A name for `Path.glob`, which reads brackets, stars and question marks."""
+    return "".join(f"[{char}]" if char in "[]*?" else char for char in name)

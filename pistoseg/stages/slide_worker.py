@@ -1,0 +1,271 @@
+"""Ray's side of one slide: the actor that segments it, or a share of it, and the board that knows how far all are."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+import tempfile
+import threading
+import traceback
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from pistoseg import storage
+from pistoseg.errors import PistoSegError
+from pistoseg.models import bundle
+from pistoseg.slides import results
+from pistoseg.slides.grid import TilePlan
+from pistoseg.slides.job import Clock, segment_slide, start_record, write_slide
+from pistoseg.slides.network import SlideNetwork, SlideSettings
+from pistoseg.slides.source import SlideEntry
+from pistoseg.slides.stitching import MaskFile, Work
+from pistoseg.stages.slide_images import node_cache
+
+MAX_BEGUN = 2
+"""How often a slide is begun in one run: one that kills its worker twice is given up."""
+PARTS = ".parts"
+"""Folder of the output for shares of slides that several workers map; empty when they are done."""
+
+
+@dataclass(frozen=True)
+class SlideTask:
+    """A slide, or a share of one.
+
+    Args:
+        entry: the slide.
+        attempts: which try of the slide it is.
+        part, parts: which share of how many.
+    """
+
+    entry: SlideEntry
+    attempts: int = 1
+    part: int = 0
+    parts: int = 1
+
+    def to_json(self) -> str:
+        """As it travels in a dataset."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> SlideTask:
+        """The inverse of `to_json`."""
+        value = json.loads(text)
+        return cls(**value | {"entry": SlideEntry(**value["entry"])})
+
+
+class Board:
+    """An actor that collects what the workers say, for the driver to show and for workers of one slide to meet."""
+
+    def __init__(self) -> None:
+        self._begun: dict[tuple[str, int], int] = {}
+        self._planned: dict[str, int] = {}
+        self._tiles: dict[tuple[str, int], int] = {}
+        self._works: dict[str, dict[int, dict[str, Any]]] = {}
+        self._given_up: set[str] = set()
+        self._ended: set[str] = set()
+
+    def begin(self, slide_id: str, part: int) -> int:
+        """How often this share of a slide was begun, this time included."""
+        key = (slide_id, part)
+        self._begun[key] = self._begun.get(key, 0) + 1
+        self._tiles[key] = 0
+        return self._begun[key]
+
+    def plan(self, slide_id: str, tiles: int) -> None:
+        """Tiles of a whole slide."""
+        self._planned[slide_id] = tiles
+
+    def tiles(self, slide_id: str, part: int, count: int) -> None:
+        """That many more tiles are done."""
+        self._tiles[slide_id, part] += count
+
+    def share_done(self, slide_id: str, part: int, parts: int, work: dict[str, Any]) -> list[dict[str, Any]] | None:
+        """A share of a slide is there; what all shares took when it is the last one, otherwise None."""
+        works = self._works.setdefault(slide_id, {})
+        works[part] = work
+        return list(works.values()) if len(works) == parts else None
+
+    def give_up(self, slide_id: str) -> bool:
+        """Whether this is the first time that the slide failed."""
+        first = slide_id not in self._given_up
+        self._given_up.add(slide_id)
+        return first
+
+    def given_up(self, slide_id: str) -> bool:
+        """Whether a share of the slide has failed."""
+        return slide_id in self._given_up
+
+    def end(self, slide_id: str) -> None:
+        """A slide is completed or failed."""
+        self._ended.add(slide_id)
+
+    def fetch(self) -> tuple[float, int]:
+        """Slides done, those in work in part, and tiles done."""
+        done = float(len(self._ended))
+        for slide_id, planned in self._planned.items():
+            if slide_id not in self._ended and planned:
+                tiles = sum(count for (other, _), count in self._tiles.items() if other == slide_id)
+                done += min(0.99, tiles / planned)
+        return done, sum(self._tiles.values())
+
+
+class SlideWorker:
+    """A network of one actor; two slides may be in it, one under the network, one being fetched or written.
+
+    Args:
+        model: URI of the bundle.
+        settings: of all slides.
+        out: URI of the output.
+        device: where the network runs.
+        threads: of the network on a CPU.
+        readers: threads that read ahead.
+        cache_gb: size of the node's cache of slides; None: half of what the disk has left.
+        board: the actor.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        settings: SlideSettings,
+        out: str,
+        device: str,
+        threads: int,
+        readers: int,
+        cache_gb: float | None,
+        board: Any,
+    ) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        segmenter = bundle.load(model, None if device == "auto" else device)
+        self.network = SlideNetwork(segmenter, settings, readers)
+        self.out, self.cache_gb, self.board = out, cache_gb, board
+        self.lock = threading.Lock()
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Segment the slide or share of a row; `record` is slide.json's, or empty while other shares are not done."""
+        task = SlideTask.from_json(row["task"])
+        slide_id = task.entry.slide_id
+        clock = Clock()
+        try:
+            begun = ray.get(self.board.begin.remote(slide_id, task.part))
+            if begun > MAX_BEGUN:
+                raise PistoSegError(
+                    f"the worker process died {MAX_BEGUN} times at it or at the slide beside it",
+                    file=task.entry.uri,
+                    remedy="give the workers more memory, or a smaller --batch-size",
+                )
+            record = self._whole(task) if task.parts == 1 else self._share(task, clock)
+        except Exception as error:  # a bad slide is a row, whatever is wrong with it; the others go on
+            record = self._failed(task, error, clock)
+        if record:
+            ray.get(self.board.end.remote(slide_id))
+        return {"slide_id": slide_id, "record": json.dumps(record) if record else ""}
+
+    def _whole(self, task: SlideTask) -> dict[str, Any]:
+        entry = task.entry
+        result = segment_slide(
+            self.network,
+            entry,
+            self.out,
+            cache=node_cache(entry.uri, self.cache_gb),
+            attempts=task.attempts,
+            lock=self.lock,
+            on_plan=lambda tiles: self.board.plan.remote(entry.slide_id, tiles),
+            on_tiles=lambda count: self.board.tiles.remote(entry.slide_id, 0, count),
+        )
+        return {**result.record, "areas": result.areas}
+
+    def _share(self, task: SlideTask, clock: Clock) -> dict[str, Any] | None:
+        """Map some bands of a slide; whoever maps the last ones puts them together and writes the results."""
+        entry, board = task.entry, self.board
+        if ray.get(board.given_up.remote(entry.slide_id)):
+            return None
+        made_from = self.network.made_from(entry)
+        with self.network.prepared(entry, node_cache(entry.uri, self.cache_gb)) as slide:
+            clock.lap("prepare")
+            board.plan.remote(entry.slide_id, slide.plan.n_tiles)
+            bands = share_of_bands(slide.plan, task.part, task.parts)
+            work = Work()
+            with tempfile.TemporaryDirectory(prefix="pistoseg-share-") as folder:
+                if bands:
+                    first, bottom = slide.plan.bands[bands.start].y, slide.plan.bands[bands.stop - 1].final
+                    mask = MaskFile(Path(folder) / "mask", bottom - first, slide.view.width, first)
+                    work = self.network.map(
+                        slide,
+                        mask,
+                        bands=bands,
+                        on_tiles=lambda count: board.tiles.remote(entry.slide_id, task.part, count),
+                    )
+                    mask.close()
+                    _store(Path(folder) / "mask", self._share_uri(task, task.part))
+            clock.lap("network")
+            works = ray.get(board.share_done.remote(entry.slide_id, task.part, task.parts, asdict(work)))
+            if works is None:
+                return None
+            with results.published(results.slide_folder(self.out, entry.slide_id)) as (folder_, scratch):
+                for part in range(task.parts):
+                    if share_of_bands(slide.plan, part, task.parts):
+                        _append(self._share_uri(task, part), scratch / "mask")
+                whole = MaskFile(scratch / "mask", slide.view.height, slide.view.width)
+                took = Work(
+                    *(sum(item[key] for item in works) for key in ("tiles", "seconds", "waiting_s")),
+                )
+                record = write_slide(
+                    self.network, slide, whole, folder_, took, made_from, task.attempts, clock, workers=task.parts
+                )
+                whole.close()
+        storage.remove_tree(storage.join(self.out, PARTS, entry.slide_id))
+        return record
+
+    def _share_uri(self, task: SlideTask, part: int) -> str:
+        return storage.join(self.out, PARTS, task.entry.slide_id, f"{part}-of-{task.parts}.gz")
+
+    def _failed(self, task: SlideTask, error: Exception, clock: Clock) -> dict[str, Any] | None:
+        """The record of a slide that could not be segmented; what an earlier run made of it goes."""
+        entry = task.entry
+        if not ray.get(self.board.give_up.remote(entry.slide_id)):
+            return None
+        try:
+            made_from = self.network.made_from(entry)
+        except Exception:  # it is not even there
+            made_from = {}
+        known = isinstance(error, PistoSegError)
+        record = start_record(entry, made_from, task.attempts, clock.started) | {
+            "status": "failed",
+            "reason": str(error) if known else f"{type(error).__name__}: {error}",
+            "traceback": "".join(traceback.format_exception(error)),
+            "seconds": clock.total(),
+            "model": self.network.model,
+            "settings": self.network.decisive,
+        }
+        try:
+            with results.published(results.slide_folder(self.out, entry.slide_id)) as (folder, _):
+                results.write_record(folder, record)
+        except Exception as second:  # of the output: the summary at least says it
+            record["reason"] += f" (and slide.json can't be written: {second})"
+        return record
+
+
+def share_of_bands(plan: TilePlan, part: int, parts: int) -> range:
+    """The bands of a share of a slide: one after the other, about as many tiles in every share; some may be empty."""
+    total, before, owners = max(1, plan.n_tiles), 0, []
+    for band in plan.bands:
+        owners.append(min(parts - 1, (2 * before + band.n_tiles) * parts // (2 * total)))
+        before += band.n_tiles
+    first = sum(owner < part for owner in owners)
+    return range(first, first + owners.count(part))
+
+
+def _store(path: Path, uri: str) -> None:
+    with path.open("rb") as source, storage.open_file(uri, "wb") as file, gzip.open(file, "wb", 1) as target:
+        shutil.copyfileobj(source, target, 2**22)
+
+
+def _append(uri: str, path: Path) -> None:
+    with storage.open_file(uri) as file, gzip.open(file, "rb") as source, path.open("ab") as target:
+        shutil.copyfileobj(source, target, 2**22)

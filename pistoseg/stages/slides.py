@@ -1,0 +1,326 @@
+"""`pistoseg segment`: a collection of slides over a pool of networks, resumed by running it again."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+from pistoseg import storage
+from pistoseg.config import ComputeConfig
+from pistoseg.errors import PistoSegError
+from pistoseg.models import bundle
+from pistoseg.outputs.summary import SlideRow, sheet_of_overviews, write_summary
+from pistoseg.progress import Progress
+from pistoseg.slides import results
+from pistoseg.slides.network import SlideNetwork, SlideSettings
+from pistoseg.slides.source import SlideEntry, list_slides
+from pistoseg.stages import cluster
+from pistoseg.stages.slide_images import node_cache
+from pistoseg.stages.slide_worker import PARTS, Board, SlideTask, SlideWorker
+from pistoseg.tracking import StageRun
+
+LISTING_THREADS = 16
+POLL_S = 0.5
+SAMPLE = 16
+"""Slides that a dry run opens; the others are assumed to be like them."""
+SHEET = 24
+
+
+@dataclass(frozen=True)
+class SlideRun:
+    """What a run was asked for.
+
+    Args:
+        model: URI of a bundle.
+        slides: a slide, folder, prefix, pattern or manifest.
+        out: URI of the output.
+        settings: how slides are segmented.
+        workers: networks at a time; None: one a GPU, or one a node without GPUs.
+        limit: slides to do at the most.
+        only_failed: only do slides that have failed before.
+        device: `auto`, `cpu` or `cuda`.
+        cache_gb: size of each node's cache of slides; None: half of what its disk has left.
+    """
+
+    model: str
+    slides: str
+    out: str
+    settings: SlideSettings
+    workers: int | None = None
+    limit: int | None = None
+    only_failed: bool = False
+    device: str = "auto"
+    cache_gb: float | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do.
+
+    Args:
+        network: the model, on this machine.
+        todo: slides to segment, and which try of each it is.
+        done: slides that are up to date, and what slide.json says.
+        left: slides that this run leaves alone: over the limit, or not failed.
+    """
+
+    network: SlideNetwork
+    todo: list[tuple[SlideEntry, int]]
+    done: list[tuple[SlideEntry, dict[str, Any]]]
+    left: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a dry run finds.
+
+    Args:
+        tiles: of all slides to do.
+        tiles_per_s: of one network on this machine.
+        seconds: that a run takes.
+        unreadable: slide ids that would fail, and why.
+        sampled: slides that were opened for it.
+    """
+
+    tiles: int
+    tiles_per_s: float
+    seconds: float
+    unreadable: dict[str, str]
+    sampled: int
+
+
+def plan(run: SlideRun) -> Plan:
+    """Find the slides and compare them with what is there already; no slide is opened.
+
+    Raises:
+        PistoSegError: no slides, no model, or settings that do not fit.
+    """
+    network = SlideNetwork(bundle.load(run.model, "cpu"), run.settings)
+    entries = list_slides(run.slides)
+
+    def look(entry: SlideEntry) -> tuple[dict[str, Any] | None, dict[str, str]]:
+        try:
+            return results.read_record(run.out, entry.slide_id), network.made_from(entry)
+        except PistoSegError:  # segmenting it says what is wrong with it
+            return None, {}
+
+    with ThreadPoolExecutor(LISTING_THREADS) as pool:
+        looks = list(pool.map(look, entries))
+    todo: list[tuple[SlideEntry, int]] = []
+    done: list[tuple[SlideEntry, dict[str, Any]]] = []
+    left = 0
+    for entry, (record, made_from) in zip(entries, looks, strict=True):
+        failed = record is not None and record.get("status") == "failed"
+        if record is not None and results.is_current(record, made_from):
+            done.append((entry, record))
+        elif (run.only_failed and not failed) or (run.limit is not None and len(todo) >= run.limit):
+            left += 1
+        else:
+            again = record if record and failed and record.get("made_from") == made_from else None
+            todo.append((entry, again["attempts"] + 1 if again else 1))
+    return Plan(network, todo, done, left)
+
+
+def estimate(run: SlideRun, found: Plan) -> Estimate:
+    """Tiles and time of a run, from some of its slides and the speed of a few tiles on this machine."""
+    network, todo = found.network, [entry for entry, _ in found.todo]
+    count = min(SAMPLE, len(todo))
+    sample = [todo[number * len(todo) // count] for number in range(count)]
+    tiles, unreadable = [], {}
+    for entry in sample:
+        try:
+            with network.prepared(entry, node_cache(entry.uri, run.cache_gb)) as slide:
+                tiles.append(slide.plan.n_tiles)
+        except PistoSegError as error:
+            unreadable[entry.slide_id] = str(error)
+    total = round(sum(tiles) / len(sample) * len(todo)) if sample else 0
+    speed = _speed(bundle.load(run.model, None if run.device == "auto" else run.device), run.settings)
+    return Estimate(total, speed, total / speed / (run.workers or 1), unreadable, len(sample))
+
+
+def _speed(segmenter: bundle.Segmenter, settings: SlideSettings) -> float:
+    """Tiles in a second."""
+    predictor = SlideNetwork(segmenter, settings).predictor
+    count = max(1, predictor.batch_size // predictor.symmetries)
+    tiles = torch.randint(0, 256, (count, predictor.tile, predictor.tile, 3), dtype=torch.uint8)
+    predictor.tile_probabilities(tiles)
+    began = time.monotonic()
+    for _ in range(2):
+        predictor.tile_probabilities(tiles).cpu()
+    return 2 * count / (time.monotonic() - began)
+
+
+def segment(run: SlideRun, found: Plan, progress: Progress, tracked: StageRun) -> dict[str, Any]:
+    """Segment what a plan says; a slide that fails is a row, and the others go on.
+
+    Args:
+        run: what was asked.
+        found: of `plan`.
+        progress: told slides and tiles.
+        tracked: of MLflow.
+    Returns:
+        What run.json says.
+    """
+    began = time.monotonic()
+    rows = [_row(entry, record, "skipped") for entry, record in _with_areas(run.out, found.done)]
+    if found.todo:
+        compute = ComputeConfig.model_validate({"device": run.device})
+        with cluster.connected(compute), progress.stage(f"Segmenting {len(found.todo)} slides"):
+            for record in _records(run, found, compute, progress):
+                rows.append(_row(_entry_of(record), record, record["status"]))
+        storage.remove_tree(storage.join(run.out, PARTS))
+    seconds = time.monotonic() - began
+    worked = sum(row.status != "skipped" for row in rows)
+    facts = {
+        "model": found.network.model,
+        "slides_from": run.slides,
+        "settings": found.network.decisive,
+        "workers": run.workers,
+        "limit": run.limit,
+        "only_failed": run.only_failed,
+        "seconds": round(seconds, 1),
+        "slides_per_hour": round(3600 * worked / seconds, 2) if found.todo else None,
+        "left_out": found.left,
+    }
+    record = write_summary(run.out, rows, found.network.classes, facts)
+    _track(run.out, rows, record, tracked)
+    return record
+
+
+def _records(run: SlideRun, found: Plan, compute: ComputeConfig, progress: Progress) -> Iterator[dict[str, Any]]:
+    """Records of the slides as they are done."""
+    actors, resources, readers = _pool(run, compute)
+    tasks = _tasks(found.todo, actors, share=not run.settings.probabilities)
+    board: Any = ray.remote(num_cpus=0)(Board).remote()
+    actors = min(actors, len(tasks))
+    together = 2 if len(tasks) > actors else 1  # the next slide is fetched while the network is at one
+    arguments = (
+        run.model,
+        run.settings,
+        run.out,
+        run.device,
+        max(1, int(resources["num_cpus"])),
+        readers,
+        run.cache_gb,
+        board,
+    )
+    dataset = ray.data.from_items([{"task": task.to_json()} for task in tasks], override_num_blocks=len(tasks)).map(
+        SlideWorker,
+        fn_constructor_args=arguments,
+        compute=ray.data.ActorPoolStrategy(
+            size=actors,
+            max_tasks_in_flight_per_actor=together,
+            max_concurrent_calls_per_actor=together,
+            enable_true_multi_threading=True,
+        ),
+        **resources,
+    )
+    with _watched(board, len(found.todo), progress.update):
+        for row in dataset.iter_rows():
+            if row["record"]:
+                yield json.loads(row["record"])
+    ray.kill(board)
+
+
+def _pool(run: SlideRun, compute: ComputeConfig) -> tuple[int, dict[str, float], int]:
+    """Actors, what each gets of a node, and its threads that read."""
+    networks, resources = cluster.network_pool(compute)
+    actors = run.workers or networks
+    per_network = -(-actors // networks)  # more workers than networks share a GPU, or a node's CPUs
+    cpus = cluster.node_threads()
+    if "num_gpus" in resources:
+        share = {"num_gpus": 1 / per_network, "num_cpus": 1.0}
+        on_node = max(1, per_network * networks // max(1, sum(1 for node in ray.nodes() if node["Alive"])))
+    else:
+        whole, part = divmod(resources["num_cpus"], per_network)
+        share = {"num_cpus": whole or part / per_network}  # more networks than CPUs would wait for one for ever
+        on_node = per_network
+    return actors, share, max(1, min(8, cpus // on_node))
+
+
+def _tasks(todo: Sequence[tuple[SlideEntry, int]], actors: int, share: bool) -> list[SlideTask]:
+    """A task a slide; where there are fewer slides than actors, several actors share each of them."""
+    parts = max(1, actors // len(todo)) if share else 1
+    return [SlideTask(entry, attempts, part, parts) for entry, attempts in todo for part in range(parts)]
+
+
+@contextmanager
+def _watched(board: Any, total: int, show: Callable[[float, float, str], None]) -> Iterator[None]:
+    """Show what the board knows while the block runs."""
+    stop, began = threading.Event(), time.monotonic()
+
+    def watch() -> None:
+        while not stop.wait(POLL_S):
+            try:
+                done, tiles = ray.get(board.fetch.remote(), timeout=30)
+            except ray.exceptions.RayError:
+                continue  # shown again at the next poll
+            show(done, total, f"{tiles:,} tiles, {tiles / (time.monotonic() - began):.1f} a second")
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _with_areas(
+    out: str, done: Sequence[tuple[SlideEntry, dict[str, Any]]]
+) -> Iterator[tuple[SlideEntry, dict[str, Any]]]:
+    def read(item: tuple[SlideEntry, dict[str, Any]]) -> tuple[SlideEntry, dict[str, Any]]:
+        entry, record = item
+        areas = json.loads(storage.read_bytes(storage.join(results.slide_folder(out, entry.slide_id), "areas.json")))
+        return entry, {**record, "areas": areas}
+
+    with ThreadPoolExecutor(LISTING_THREADS) as pool:
+        yield from pool.map(read, done)
+
+
+def _entry_of(record: Mapping[str, Any]) -> SlideEntry:
+    return SlideEntry(record["slide_id"], record["slide"])
+
+
+def _row(entry: SlideEntry, record: Mapping[str, Any], status: Any) -> SlideRow:
+    known = ("reason", "attempts", "started", "seconds", "mpp", "mpp_source", "width", "height", "tiles", "areas")
+    values = {key: record[key] for key in known if key in record}
+    return SlideRow(entry.slide_id, entry.uri, status, **values)
+
+
+def _track(out: str, rows: Sequence[SlideRow], record: Mapping[str, Any], tracked: StageRun) -> None:
+    """Give MLflow the numbers, the summary and a sheet of overviews."""
+    counts, cohort = record["slides"], record["cohort"]
+    tracked.metrics({f"slides_{status}": count for status, count in counts.items()})
+    if record["slides_per_hour"]:
+        tracked.metrics({"slides_per_hour": record["slides_per_hour"]})
+    tracked.metrics({"tissue_mm2": cohort["tissue_mm2"]})
+    for measure in ("mm2", "share"):
+        tracked.metrics({f"{measure}/{name}": part[measure] for name, part in cohort["classes"].items()})
+    if tracked.client is None:
+        return
+    for name in ("summary.md", "summary.csv", "run.json"):
+        tracked.file(name, storage.read_bytes(storage.join(out, name)))
+    shown = sorted(row.slide_id for row in rows if row.areas is not None)
+    if not shown:
+        return
+    if len(shown) > SHEET:
+        shown = [shown[number * len(shown) // SHEET] for number in range(SHEET)]
+    with tempfile.TemporaryDirectory() as folder:
+        pictures = []
+        for number, slide_id in enumerate(shown):
+            picture = Path(folder) / f"{number}.png"
+            picture.write_bytes(storage.read_bytes(storage.join(results.slide_folder(out, slide_id), "overview.png")))
+            pictures.append(picture)
+        tracked.file("overviews.png", sheet_of_overviews(pictures))
