@@ -208,13 +208,16 @@ def _positive(text: str) -> int:
 
 def _config(options: argparse.Namespace) -> Config:
     from pistoseg.config import load_config
+    from pistoseg.object_store import use
 
     overrides = list(options.overrides)
     if isinstance(getattr(options, "data", None), str):
         overrides.append(f"data.uri={_quoted(options.data)}")
     if getattr(options, "workers", None):
         overrides.append(f"compute.workers={options.workers}")
-    return load_config(options.preset, options.profile, options.config, overrides)
+    config = load_config(options.preset, options.profile, options.config, overrides)
+    use(config.storage)
+    return config
 
 
 def _quoted(text: str) -> str:

@@ -13,8 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from pistoseg import storage
+from pistoseg import object_store, storage
 from pistoseg.artifacts import Artifact, Workspace, fingerprint
+from pistoseg.claims import claimed
 from pistoseg.config import Config
 from pistoseg.errors import PistoSegError
 from pistoseg.progress import Progress
@@ -307,6 +308,7 @@ def run_pipeline(
     Returns:
         Artifacts by stage name.
     """
+    object_store.use(config.storage)
     progress = progress or Progress()
     artifacts: dict[str, Artifact] = {}
     with Tracker.start(config, workspace, run_name, parent_run) as tracker:
@@ -332,19 +334,27 @@ def _compute(
     progress: Progress,
     tracker: Tracker,
 ) -> Artifact:
-    started = time.monotonic()
     stage, key, settings = step.stage, step.fingerprint, step.settings
     folder = workspace.folder(stage.name, key)
-    with tracker.stage(stage.name, key, settings, inputs) as run:
-        summary = stage.run(StageContext(config, folder, inputs, progress, run))
-        artifact = workspace.commit(
-            stage.name,
-            key,
-            version=stage.version,
-            settings=settings,
-            inputs=inputs,
-            summary=summary,
-            seconds=time.monotonic() - started,
-        )
-        run.finish(artifact)
+    with claimed(folder, lambda: step.find(workspace) is not None, progress.say) as claim:
+        if claim is None:  # another run has made it in the meantime
+            artifact = step.find(workspace)
+            assert artifact is not None
+            progress.say(f"{stage.name}/{key}: another run has finished it, reused")
+            tracker.reused(artifact)
+            return artifact
+        with tracker.stage(stage.name, key, settings, inputs) as run:
+            started = time.monotonic()
+            summary = stage.run(StageContext(config, folder, inputs, progress, run))
+            claim.check()
+            artifact = workspace.commit(
+                stage.name,
+                key,
+                version=stage.version,
+                settings=settings,
+                inputs=inputs,
+                summary=summary,
+                seconds=time.monotonic() - started,
+            )
+            run.finish(artifact)
     return artifact
