@@ -30,9 +30,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0 done; 1 a check found something; 2 the user's input or settings are wrong, or a row of a table failed; 3 some
     slides failed, the others are done; 130 interrupted.
     """
-    options = build_parser().parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = build_parser().parse_args(given)
     run: Callable[[argparse.Namespace], int] = options.run
     try:
+        if getattr(options, "submit", None):
+            from pistoseg.submission import submit
+
+            return submit(given, options)
         return run(options)
     except PistoSegError as error:
         print(f"pistoseg: {error}", file=sys.stderr)
@@ -85,8 +90,11 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--classes", metavar="FILE", help="YAML with the classes of the masks; default: the bundle's")
     evaluate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
 
+    _job_options(evaluate)
+
     segment = _verb(verbs, "segment", _segment, "whole slides -> tissue maps, outlines for QuPath, areas")
     _segment_options(segment)
+    _job_options(segment)
 
     ablate = _verb(verbs, "ablate", _ablate, "rerun a table of the paper on your data")
     ablate.add_argument(
@@ -134,13 +142,22 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _verb(verbs: Any, name: str, run: Callable[[argparse.Namespace], int], summary: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = verbs.add_parser(name, help=summary, description=summary)
-    parser.set_defaults(run=run)
+    # Options are not abbreviated: a new one would change what an old script means.
+    parser: argparse.ArgumentParser = verbs.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+    parser.set_defaults(run=run, verb=name)
     return parser
 
 
 def _group(verbs: Any, name: str, summary: str) -> Any:
     return verbs.add_parser(name, help=summary, description=summary).add_subparsers(metavar="VERB", required=True)
+
+
+def _job_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--submit",
+        metavar="ADDRESS",
+        help="run as a job on the Ray cluster of this dashboard, e.g. http://head:8265, and follow its log",
+    )
 
 
 def _config_options(parser: argparse.ArgumentParser) -> None:
@@ -156,6 +173,7 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="DATA", help="folder or URI of the data set, or a manifest of slides")
     parser.add_argument("--workspace", default="runs/pistoseg", help="where artifacts go (default: %(default)s)")
     parser.add_argument("--workers", type=_positive, metavar="N", help="actors that read images and make mosaics")
+    _job_options(parser)
 
 
 def _segment_options(parser: argparse.ArgumentParser) -> None:
