@@ -313,6 +313,7 @@ def run_pipeline(
     artifacts: dict[str, Artifact] = {}
     with Tracker.start(config, workspace, run_name, parent_run) as tracker:
         steps = plan(config, targets)
+        _check_placement(config, workspace, steps, progress)
         for number, step in enumerate(steps, 1):
             found = step.find(workspace)
             with progress.stage(f"[{number}/{len(steps)}] {step.stage.title}", reused=found is not None):
@@ -326,6 +327,17 @@ def run_pipeline(
     return artifacts
 
 
+def _check_placement(config: Config, workspace: Workspace, steps: list[Step], progress: Progress) -> None:
+    """Refuse what the cluster can't give before the first stage runs, not after hours."""
+    from pistoseg.stages import placement
+
+    todo = [step.stage.name for step in steps if step.find(workspace) is None]
+    if todo:
+        shared = {"--workspace": workspace.root, "data.uri": config.data.uri, "data.validation": config.data.validation}
+        placement.check_shared(shared)
+        placement.check(config, todo, progress.say)
+
+
 def _compute(
     step: Step,
     inputs: dict[str, Artifact],
@@ -334,7 +346,10 @@ def _compute(
     progress: Progress,
     tracker: Tracker,
 ) -> Artifact:
+    from pistoseg.stages import placement
+
     stage, key, settings = step.stage, step.fingerprint, step.settings
+    placement.check(config, (stage.name,), progress.say)
     folder = workspace.folder(stage.name, key)
     with claimed(folder, lambda: step.find(workspace) is not None, progress.say) as claim:
         if claim is None:  # another run has made it in the meantime

@@ -41,8 +41,8 @@ SETTINGS_OPTIONS = ("--preset", "--profile", "--config", "--set")
 NEEDS_WORKSPACE = ("train", "synthesize", "search", "ablate")
 """Verbs whose results are in the workspace."""
 POLL_S = 1.0
-RECONNECT_S = 60.0
-"""How long a dashboard may be away before the job counts as lost to view."""
+RECONNECT_S = 120.0
+"""How long a dashboard may be away, or not yet ready."""
 
 
 def submit(arguments: Sequence[str], options: argparse.Namespace) -> int:
@@ -62,7 +62,9 @@ def submit(arguments: Sequence[str], options: argparse.Namespace) -> int:
         with _only_address(address):
             client = _client(address)
             verb = command[0]
-            job = client.submit_job(
+            job = _submitted(
+                client,
+                address,
                 entrypoint=shlex.join(["python", "-m", "pistoseg", *command]),
                 submission_id=f"pistoseg-{verb}-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}",
                 runtime_env={"working_dir": folder, "env_vars": {"PYTHONUNBUFFERED": "1"}},
@@ -207,7 +209,8 @@ def _only_address(address: str) -> Iterator[None]:
 def _client(address: str) -> JobSubmissionClient:
     from ray.job_submission import JobSubmissionClient
 
-    logging.getLogger("ray").setLevel(logging.ERROR)
+    for name in ("dashboard_sdk", "job.sdk"):
+        logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.ERROR)
     try:
         return JobSubmissionClient(address)
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -217,6 +220,23 @@ def _client(address: str) -> JobSubmissionClient:
         else:
             remedy = "give the address of its dashboard, e.g. http://HOST:8265, and see that it runs"
         raise PistoSegError(f"can't be reached ({text})", file=address, field="--submit", remedy=remedy) from error
+
+
+def _submitted(client: JobSubmissionClient, address: str, **job: Any) -> str:
+    """Submit a job; a cluster that has just started takes none for some seconds."""
+    deadline = time.monotonic() + RECONNECT_S
+    while True:
+        try:
+            return str(client.submit_job(**job))
+        except (RuntimeError, OSError) as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise PistoSegError(
+                    f"took no job ({str(error).splitlines()[0]})",
+                    file=address,
+                    field="--submit",
+                    remedy="see that the cluster's head and its dashboard run",
+                ) from error
+            time.sleep(POLL_S)
 
 
 def _follow(client: JobSubmissionClient, job: str) -> int:
