@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import closing, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 from pistoseg import __version__
@@ -38,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from pistoseg.submission import submit
 
             return submit(given, options)
+        if getattr(options, "log_format", None) == "json":
+            return _with_json_lines(run, options)
         return run(options)
     except PistoSegError as error:
         print(f"pistoseg: {error}", file=sys.stderr)
@@ -45,6 +49,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("pistoseg: interrupted; run the same command again to go on", file=sys.stderr)
         return 130
+
+
+def _with_json_lines(run: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
+    """Run a verb whose events, output and error are all lines of JSON."""
+    from pistoseg.progress import LOG_FORMAT, JsonLines, json_line
+
+    before = os.environ.get(LOG_FORMAT)
+    os.environ[LOG_FORMAT] = "json"
+    try:
+        with redirect_stdout(JsonLines(sys.stdout)) as lines, closing(lines):
+            return run(options)
+    except PistoSegError as error:
+        fields = {key: getattr(error, key) for key in ("reason", "file", "field", "remedy")}
+        json_line(sys.stderr, "error", level="error", **fields)
+        return 2
+    finally:
+        os.environ.pop(LOG_FORMAT)
+        if before is not None:
+            os.environ[LOG_FORMAT] = before
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -138,6 +161,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo = _verb(verbs, "demo", _demo, "the whole pipeline on a synthetic cohort")
     demo.add_argument("--workspace", default="demo", help="folder of the cohort and the runs (default: %(default)s)")
     demo.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    _log_options(demo)
     return parser
 
 
@@ -152,7 +176,14 @@ def _group(verbs: Any, name: str, summary: str) -> Any:
     return verbs.add_parser(name, help=summary, description=summary).add_subparsers(metavar="VERB", required=True)
 
 
+def _log_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--log-format", choices=("text", "json"), default="text", help="json: every line is an object, for log servers"
+    )
+
+
 def _job_options(parser: argparse.ArgumentParser) -> None:
+    _log_options(parser)
     parser.add_argument(
         "--submit",
         metavar="ADDRESS",

@@ -316,7 +316,8 @@ def run_pipeline(
         _check_placement(config, workspace, steps, progress)
         for number, step in enumerate(steps, 1):
             found = step.find(workspace)
-            with progress.stage(f"[{number}/{len(steps)}] {step.stage.title}", reused=found is not None):
+            title, name, key = f"[{number}/{len(steps)}] {step.stage.title}", step.stage.name, step.fingerprint
+            with progress.stage(title, found is not None, stage=name, fingerprint=key):
                 if found is None:
                     inputs = {role: artifacts[source] for role, source in step.inputs.items()}
                     found = _compute(step, inputs, config, workspace, progress, tracker)
