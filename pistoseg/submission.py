@@ -62,10 +62,12 @@ def submit(arguments: Sequence[str], options: argparse.Namespace) -> int:
         with _only_address(address):
             client = _client(address)
             verb = command[0]
+            # Elsewhere it is the image's; here it may be that of an environment that is not activated.
+            python = sys.executable if is_this_machine(address) else "python"
             job = _submitted(
                 client,
                 address,
-                entrypoint=shlex.join(["python", "-m", "pistoseg", *command]),
+                entrypoint=shlex.join([python, "-m", "pistoseg", *command]),
                 submission_id=f"pistoseg-{verb}-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}",
                 runtime_env={"working_dir": folder, "env_vars": {"PYTHONUNBUFFERED": "1"}},
                 metadata={"pistoseg": pistoseg.__version__, "verb": verb},
@@ -209,8 +211,8 @@ def _only_address(address: str) -> Iterator[None]:
 def _client(address: str) -> JobSubmissionClient:
     from ray.job_submission import JobSubmissionClient
 
-    for name in ("dashboard_sdk", "job.sdk"):
-        logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.ERROR)
+    for name in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
+        logging.getLogger(f"ray.{name}").setLevel(logging.ERROR)
     try:
         return JobSubmissionClient(address)
     except (ConnectionError, RuntimeError, ValueError) as error:

@@ -9,11 +9,19 @@ import pytest
 from conftest import committed
 
 CLUSTER = """
+import socket
 import sys
 import ray
-context = ray.init(num_cpus=2, include_dashboard=True, dashboard_port=0, object_store_memory=300_000_000)
-print(context.dashboard_url, flush=True)
+from ray.cluster_utils import Cluster
+with socket.socket() as free:  # jobs are taken by an agent whose port is the same in every Ray of a machine
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+head = {"num_cpus": 2, "object_store_memory": 300_000_000, "include_dashboard": True, "dashboard_port": 0}
+cluster = Cluster(initialize_head=True, head_node_args={**head, "dashboard_agent_listen_port": port})
+print(ray.init(address=cluster.address).dashboard_url, flush=True)
 sys.stdin.read()
+ray.shutdown()
+cluster.shutdown()
 """
 
 
