@@ -153,6 +153,12 @@ def build_parser() -> argparse.ArgumentParser:
     show = _verb(config, "show", _config_show, "print the resolved settings, each with its meaning")
     _config_options(show)
 
+    doctor = _verb(verbs, "doctor", _doctor, "would a run work here, on this cluster, with this storage?")
+    _config_options(doctor)
+    doctor.add_argument("--data", metavar="DATA", help="folder or URI of the data set, or a manifest of slides")
+    doctor.add_argument("--workspace", default="runs/pistoseg", help="where artifacts would go (default: %(default)s)")
+    doctor.add_argument("--json", action="store_true", help="print a list of findings as JSON")
+
     ui = _verb(verbs, "ui", _ui, "browse runs and models in MLflow")
     ui.add_argument("--workspace", default="runs/pistoseg", help="workspace with the runs (default: %(default)s)")
     ui.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
@@ -364,6 +370,12 @@ def _config_show(options: argparse.Namespace) -> int:
 
     print(describe(_config(options)), end="")
     return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from pistoseg.commands import doctor
+
+    return doctor(_config(options), options.workspace, options.json)
 
 
 def _ui(options: argparse.Namespace) -> int:

@@ -209,18 +209,23 @@ def _only_address(address: str) -> Iterator[None]:
 
 
 def _client(address: str) -> JobSubmissionClient:
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
     for name in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
         logging.getLogger(f"ray.{name}").setLevel(logging.ERROR)
     try:
         return JobSubmissionClient(address)
+    except AuthenticationError as error:
+        raise PistoSegError(
+            "refuses this user's token",
+            file=address,
+            field="--submit",
+            remedy="set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to the cluster's token",
+        ) from error
     except (ConnectionError, RuntimeError, ValueError) as error:
         text = str(error).splitlines()[0]
-        if re.search(r"(?i)auth|token|401|403", str(error)):
-            remedy = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to the cluster's token"
-        else:
-            remedy = "give the address of its dashboard, e.g. http://HOST:8265, and see that it runs"
+        remedy = "give the address of its dashboard, e.g. http://HOST:8265, and see that it runs"
         raise PistoSegError(f"can't be reached ({text})", file=address, field="--submit", remedy=remedy) from error
 
 

@@ -41,7 +41,8 @@ def connected(config: ComputeConfig) -> Iterator[None]:
     if address and (settings := object_store.forwarded()):
         local = {"runtime_env": {"env_vars": settings}}  # a local Ray has this process's variables
     # Without an address Ray would join a cluster that someone else started on this machine, and refuse `local`.
-    ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
+    with _quiet():
+        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     for name in ("ray", "ray.data", "ray.train"):
@@ -50,6 +51,19 @@ def connected(config: ComputeConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what Ray's C++ code says about its own settings out of the terminal; its errors are exceptions."""
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def available_cpus() -> int:

@@ -22,6 +22,7 @@ from pistoseg.errors import PistoSegError
 from pistoseg.models import bundle
 from pistoseg.outputs.summary import SlideRow, sheet_of_overviews, write_summary
 from pistoseg.progress import Progress
+from pistoseg.redaction import redact
 from pistoseg.slides import results
 from pistoseg.slides.network import SlideNetwork, SlideSettings
 from pistoseg.slides.source import SlideEntry, list_slides
@@ -304,7 +305,7 @@ def _entry_of(record: Mapping[str, Any]) -> SlideEntry:
 def _row(entry: SlideEntry, record: Mapping[str, Any], status: Any) -> SlideRow:
     known = ("reason", "attempts", "started", "seconds", "mpp", "mpp_source", "width", "height", "tiles", "areas")
     values = {key: record[key] for key in known if key in record}
-    return SlideRow(entry.slide_id, entry.uri, status, **values)
+    return SlideRow(entry.slide_id, redact(entry.uri), status, **values)
 
 
 def _track(out: str, rows: Sequence[SlideRow], record: Mapping[str, Any], tracked: StageRun) -> None:
