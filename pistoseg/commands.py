@@ -26,6 +26,7 @@ from pistoseg.config import (
 from pistoseg.errors import PistoSegError
 from pistoseg.pipeline import check_weights, run_pipeline
 from pistoseg.progress import Progress
+from pistoseg.redaction import redact
 
 if TYPE_CHECKING:
     from pistoseg.stages.slides import Estimate, Plan, SlideRun
@@ -148,7 +149,7 @@ def segment(
     with claimed(run.out, say=progress.say):  # two runs into one folder would delete each other's results
         found = _plan(run)
         params = {"model": model, "slides": slides, "out": run.out, **found.network.model, **found.network.decisive}
-        with batch_run(tracking, place, f"segment {storage.name(slides)}", params) as tracked:
+        with batch_run(tracking, place, redact(f"segment {storage.name(slides)}"), params) as tracked:
             record = stage.segment(run, found, progress, tracked)
     _print_slides(run.out, record)
     return 3 if record["slides"]["failed"] else 0

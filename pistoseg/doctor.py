@@ -293,15 +293,7 @@ def _ray(config: Config, workspace: str) -> Iterator[Finding]:
     from pistoseg.stages import cluster, placement
 
     address = config.compute.address or os.environ.get("RAY_ADDRESS")
-    try:
-        connection = cluster.connected(config.compute)
-        connection.__enter__()
-    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        text = redact(f"{address or 'local'}: {(str(error).splitlines() or [''])[0]}")
-        remedy = "check compute.address or RAY_ADDRESS, and RAY_AUTH_MODE and RAY_AUTH_TOKEN; Ray and Python must be "
-        yield Finding("ray", "failed", text, remedy + "of the cluster's versions")
-        return
-    try:
+    with cluster.connected(config.compute):
         nodes = [node for node in ray.nodes() if node["Alive"]]
         cpus, gpus = cluster.cluster_cpus(), cluster.cluster_gpus()
         where = address or "a local one"
@@ -312,8 +304,6 @@ def _ray(config: Config, workspace: str) -> Iterator[Finding]:
         placement.check_shared(shared)
         placement.check(config.model_copy(update={"compute": _impatient(config)}), names, lambda text: None)
         yield Finding("placement", "ok", "all stages find room")
-    finally:
-        connection.__exit__(None, None, None)
 
 
 def _impatient(config: Config) -> Any:

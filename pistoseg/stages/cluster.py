@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import ray
@@ -16,6 +17,7 @@ from pistoseg.config import ComputeConfig
 from pistoseg.errors import PistoSegError
 from pistoseg.progress import Progress
 
+ANSWER_S = 10.0
 CGROUP = "/sys/fs/cgroup"
 OBJECT_STORE_BYTES = 4 << 30
 """Largest object store of a local Ray; shared memory is taken only as it is used."""
@@ -41,8 +43,16 @@ def connected(config: ComputeConfig) -> Iterator[None]:
     if address and (settings := object_store.forwarded()):
         local = {"runtime_env": {"env_vars": settings}}  # a local Ray has this process's variables
     # Without an address Ray would join a cluster that someone else started on this machine, and refuse `local`.
-    with _quiet():
-        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
+    if address:
+        _require_answer(address)
+    try:
+        # Of a cluster that ends the connection, Ray's C++ code says why before it ends the process.
+        with nullcontext() if address else _quiet():
+            ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        if not address:
+            raise
+        raise _unreachable(address, error) from error
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     for name in ("ray", "ray.data", "ray.train"):
@@ -51,6 +61,27 @@ def connected(config: ComputeConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _require_answer(address: str) -> None:
+    """Refuse an address where nobody listens: Ray would try for minutes, then end the process without a word."""
+    host, _, port = address.partition("://")[2].rpartition(":") if "://" in address else address.rpartition(":")
+    if not host or not port.isdigit():
+        return  # `auto` and what other schedulers understand
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), ANSWER_S).close()
+    except OSError as error:
+        raise _unreachable(address, error) from error
+
+
+def _unreachable(address: str, error: Exception) -> PistoSegError:
+    return PistoSegError(
+        f"can't be connected to ({(str(error).splitlines() or [type(error).__name__])[0]})",
+        file=address,
+        field="compute.address",
+        remedy="see that the cluster runs, with these versions of Ray and Python, and that RAY_AUTH_MODE and "
+        "RAY_AUTH_TOKEN are its own; or use --submit",
+    )
 
 
 @contextmanager

@@ -123,3 +123,13 @@ def test_a_containers_limit_of_memory_counts(tmp_path, monkeypatch):
     assert cluster.available_memory() == 1 << 30 < whole
     (tmp_path / "memory.max").write_text("max\n")
     assert cluster.available_memory() == whole
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "ray://127.0.0.1:9", "no-such-host.invalid:6379"])
+def test_a_cluster_that_is_not_there_is_said_at_once(address, monkeypatch):
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    config = load_config("demo", overrides=[f"compute.address={address}"]).compute
+    message = r"compute.address: can't be connected to.*--submit"
+    with pytest.raises(PistoSegError, match=message) as caught, cluster.connected(config):
+        pass
+    assert caught.value.file == address
