@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import closing, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 from pistoseg import __version__
@@ -41,7 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             return submit(given, options)
         if getattr(options, "log_format", None) == "json":
-            return _with_json_lines(run, options)
+            from pistoseg.progress import run_with_json_log
+
+            return run_with_json_log(lambda: run(options))
         return run(options)
     except PistoSegError as error:
         print(f"pistoseg: {error}", file=sys.stderr)
@@ -49,25 +49,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("pistoseg: interrupted; run the same command again to go on", file=sys.stderr)
         return 130
-
-
-def _with_json_lines(run: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
-    """Run a verb whose events, output and error are all lines of JSON."""
-    from pistoseg.progress import LOG_FORMAT, JsonLines, json_line
-
-    before = os.environ.get(LOG_FORMAT)
-    os.environ[LOG_FORMAT] = "json"
-    try:
-        with redirect_stdout(JsonLines(sys.stdout)) as lines, closing(lines):
-            return run(options)
-    except PistoSegError as error:
-        fields = {key: getattr(error, key) for key in ("reason", "file", "field", "remedy")}
-        json_line(sys.stderr, "error", level="error", **fields)
-        return 2
-    finally:
-        os.environ.pop(LOG_FORMAT)
-        if before is not None:
-            os.environ[LOG_FORMAT] = before
 
 
 def build_parser() -> argparse.ArgumentParser:

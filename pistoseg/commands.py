@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from pistoseg import storage
@@ -221,24 +220,14 @@ def data_windows(slides: str, annotations: str, out: str, config: Config, worker
 
 def doctor(config: Config, workspace: str, as_json: bool = False) -> int:
     """Examine this machine, the cluster, the storage and the servers of a config; 1 when something would fail."""
-    import json
+    from pistoseg.doctor import examine, table, to_json
 
-    from pistoseg.doctor import examine
-
-    styles = {"ok": "[green]ok[/green]", "warning": "[yellow]warning[/yellow]", "failed": "[red]failed[/red]"}
-    findings = []
-    table = Table(show_edge=False, pad_edge=False)
-    for title in ("", "what", "found"):
-        table.add_column(title, overflow="fold")
-    for found in examine(config, workspace):
-        findings.append(found)
-        remedy = f"\n-> {escape(found.remedy)}" if found.remedy else ""
-        table.add_row(styles[found.status], escape(found.what), f"{escape(found.detail)}{remedy}")
+    findings = list(examine(config, workspace))
     if as_json:
-        print(json.dumps([found.as_json() for found in findings], indent=1, ensure_ascii=False))
+        print(to_json(findings))
     else:
         console = Console()
-        (console if console.is_terminal else Console(width=FILE_WIDTH)).print(table)
+        (console if console.is_terminal else Console(width=FILE_WIDTH)).print(table(findings))
     return 1 if any(found.status == "failed" for found in findings) else 0
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any, Literal
+
+from rich.markup import escape
+from rich.table import Table
 
 import pistoseg
 from pistoseg import object_store, storage
@@ -51,10 +55,6 @@ class Finding:
     detail: str
     remedy: str = ""
 
-    def as_json(self) -> dict[str, str]:
-        """Its fields."""
-        return asdict(self)
-
 
 def examine(config: Config, workspace: str) -> Iterator[Finding]:
     """Try everything that a pipeline with these settings needs.
@@ -80,6 +80,23 @@ def examine(config: Config, workspace: str) -> Iterator[Finding]:
             yield from _guarded(what, look)
     finally:
         object_store.RETRIES = before
+
+
+def table(findings: Sequence[Finding]) -> Table:
+    """A row a finding, its remedy below what was found."""
+    styles = {"ok": "[green]ok[/green]", "warning": "[yellow]warning[/yellow]", "failed": "[red]failed[/red]"}
+    rows = Table(show_edge=False, pad_edge=False)
+    for title in ("", "what", "found"):
+        rows.add_column(title, overflow="fold")
+    for found in findings:
+        remedy = f"\n-> {escape(found.remedy)}" if found.remedy else ""
+        rows.add_row(styles[found.status], escape(found.what), f"{escape(found.detail)}{remedy}")
+    return rows
+
+
+def to_json(findings: Sequence[Finding]) -> str:
+    """A list of objects with the fields of `Finding`."""
+    return json.dumps([asdict(found) for found in findings], indent=1, ensure_ascii=False)
 
 
 def _guarded(what: str, look: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:

@@ -12,14 +12,15 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, redirect_stdout
 from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
+from pistoseg.errors import PistoSegError
 from pistoseg.redaction import redact, redacted
 
 LINE_EVERY_S = 30.0
@@ -59,6 +60,23 @@ class JsonLines(io.TextIOBase):
         """Write what has no end of line yet."""
         if self._rest:
             self.write("\n")
+
+
+def run_with_json_log(run: Callable[[], int]) -> int:
+    """Run a verb whose events, output and error are all lines of JSON; returns its exit code."""
+    before = os.environ.get(LOG_FORMAT)
+    os.environ[LOG_FORMAT] = "json"
+    try:
+        with redirect_stdout(JsonLines(sys.stdout)) as lines, closing(lines):
+            return run()
+    except PistoSegError as error:
+        fields = {key: getattr(error, key) for key in ("reason", "file", "field", "remedy")}
+        json_line(sys.stderr, "error", level="error", **fields)
+        return 2
+    finally:
+        os.environ.pop(LOG_FORMAT)
+        if before is not None:
+            os.environ[LOG_FORMAT] = before
 
 
 class Progress:

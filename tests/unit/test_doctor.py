@@ -1,4 +1,5 @@
 import json
+from dataclasses import asdict
 
 import pytest
 
@@ -120,4 +121,4 @@ def test_the_exit_code_says_whether_something_would_fail(monkeypatch, capsys, st
     assert "x [1]" in printed
     assert "-> mend [it]" in printed
     assert main(["doctor", "--preset", "demo", "--json"]) == code
-    assert json.loads(capsys.readouterr().out) == [finding.as_json()]
+    assert json.loads(capsys.readouterr().out) == [asdict(finding)]
