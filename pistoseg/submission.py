@@ -36,7 +36,9 @@ if TYPE_CHECKING:
     from pistoseg.config import Config
 
 SETTINGS = "job.yaml"
-PLACES = ("--data", "--workspace", "--out", "--model", "--slides", "--classes")
+PLACES = ("--data", "--workspace", "--out", "--model", "--slides")
+SHIPPED = ("--classes", "--space")
+"""Options whose files travel with the job; a value that names no file here stays as it is."""
 SETTINGS_OPTIONS = ("--preset", "--profile", "--config", "--set")
 NEEDS_WORKSPACE = ("train", "synthesize", "search", "ablate")
 """Verbs whose results are in the workspace."""
@@ -106,7 +108,7 @@ def package(arguments: list[str], options: argparse.Namespace, folder: Path) -> 
         command = [*_without(command, SETTINGS_OPTIONS), "--config", SETTINGS]
     if options.verb in NEEDS_WORKSPACE and not _given(command, "--workspace"):
         command += ["--workspace", options.workspace]
-    return [*_reachable(command, here)]
+    return [*_reachable(command, here, folder)]
 
 
 def is_this_machine(address: str) -> bool:
@@ -159,23 +161,30 @@ def _require(value: str, field: str, here: bool) -> None:
         )
 
 
-def _reachable(command: list[str], here: bool) -> Iterator[str]:
-    """The arguments with local paths made absolute."""
+def _reachable(command: list[str], here: bool, folder: Path) -> Iterator[str]:
+    """The arguments with local paths made absolute, and small files put into the job's folder."""
     flag = ""
     for argument in command:
         name, equals, value = argument.partition("=")
-        if flag in PLACES:
-            yield _place(argument, flag, here)
-        elif equals and name in PLACES:
-            yield f"{name}={_place(value, name, here)}"
+        if flag in PLACES + SHIPPED:
+            yield _place(argument, flag, here, folder)
+        elif equals and name in PLACES + SHIPPED:
+            yield f"{name}={_place(value, name, here, folder)}"
         else:
             yield argument
         flag = argument
 
 
-def _place(value: str, flag: str, here: bool) -> str:
+def _place(value: str, flag: str, here: bool, folder: Path) -> str:
     if value.startswith("models:/"):
         return value
+    if flag in SHIPPED:
+        source = storage.local_path(value)
+        if source is None or not source.is_file():
+            return value
+        name = f"{flag.strip('-')}{source.suffix}"
+        shutil.copy(source, folder / name)
+        return name
     _require(value, flag, here)
     return storage.absolute(value)
 

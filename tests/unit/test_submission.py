@@ -61,6 +61,15 @@ def test_what_the_cluster_can_not_reach_is_refused(arguments, tmp_path):
         packaged(tmp_path, *arguments)
 
 
+def test_a_small_file_travels_with_the_job(tmp_path):
+    (tmp_path / "job").mkdir()
+    (tmp_path / "mine.yaml").write_text("classes: []")
+    where = ["--model", "s3://b/model", "--data", "s3://b/test", "--out", "s3://b/scores"]
+    command = packaged(tmp_path / "job", "evaluate", *where, "--classes", str(tmp_path / "mine.yaml"))
+    assert command == ["evaluate", *where, "--classes", "classes.yaml"]
+    assert (tmp_path / "job" / "classes.yaml").read_text() == "classes: []"
+
+
 def test_shares_and_registered_models_are_taken_as_they_are(tmp_path):
     command = ["segment", "--model", "models:/pistoseg@best", "--slides", "/share/slides", "--out=/share/maps"]
     assert packaged(tmp_path, *command) == command
