@@ -13,8 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from pistoseg import storage
+from pistoseg import object_store, storage
 from pistoseg.artifacts import Artifact, Workspace, fingerprint
+from pistoseg.claims import claimed
 from pistoseg.config import Config
 from pistoseg.errors import PistoSegError
 from pistoseg.progress import Progress
@@ -307,13 +308,16 @@ def run_pipeline(
     Returns:
         Artifacts by stage name.
     """
+    object_store.use(config.storage)
     progress = progress or Progress()
     artifacts: dict[str, Artifact] = {}
     with Tracker.start(config, workspace, run_name, parent_run) as tracker:
         steps = plan(config, targets)
+        _check_placement(config, workspace, steps, progress)
         for number, step in enumerate(steps, 1):
             found = step.find(workspace)
-            with progress.stage(f"[{number}/{len(steps)}] {step.stage.title}", reused=found is not None):
+            title, name, key = f"[{number}/{len(steps)}] {step.stage.title}", step.stage.name, step.fingerprint
+            with progress.stage(title, found is not None, stage=name, fingerprint=key):
                 if found is None:
                     inputs = {role: artifacts[source] for role, source in step.inputs.items()}
                     found = _compute(step, inputs, config, workspace, progress, tracker)
@@ -324,6 +328,17 @@ def run_pipeline(
     return artifacts
 
 
+def _check_placement(config: Config, workspace: Workspace, steps: list[Step], progress: Progress) -> None:
+    """Refuse what the cluster can't give before the first stage runs, not after hours."""
+    from pistoseg.stages import placement
+
+    todo = [step.stage.name for step in steps if step.find(workspace) is None]
+    if todo:
+        shared = {"--workspace": workspace.root, "data.uri": config.data.uri, "data.validation": config.data.validation}
+        placement.check_shared(shared)
+        placement.check(config, todo, progress.say)
+
+
 def _compute(
     step: Step,
     inputs: dict[str, Artifact],
@@ -332,19 +347,30 @@ def _compute(
     progress: Progress,
     tracker: Tracker,
 ) -> Artifact:
-    started = time.monotonic()
+    from pistoseg.stages import placement
+
     stage, key, settings = step.stage, step.fingerprint, step.settings
+    placement.check(config, (stage.name,), progress.say)
     folder = workspace.folder(stage.name, key)
-    with tracker.stage(stage.name, key, settings, inputs) as run:
-        summary = stage.run(StageContext(config, folder, inputs, progress, run))
-        artifact = workspace.commit(
-            stage.name,
-            key,
-            version=stage.version,
-            settings=settings,
-            inputs=inputs,
-            summary=summary,
-            seconds=time.monotonic() - started,
-        )
-        run.finish(artifact)
+    with claimed(folder, lambda: step.find(workspace) is not None, progress.say) as claim:
+        if claim is None:  # another run has made it in the meantime
+            artifact = step.find(workspace)
+            assert artifact is not None
+            progress.say(f"{stage.name}/{key}: another run has finished it, reused")
+            tracker.reused(artifact)
+            return artifact
+        with tracker.stage(stage.name, key, settings, inputs) as run:
+            started = time.monotonic()
+            summary = stage.run(StageContext(config, folder, inputs, progress, run))
+            claim.check()
+            artifact = workspace.commit(
+                stage.name,
+                key,
+                version=stage.version,
+                settings=settings,
+                inputs=inputs,
+                summary=summary,
+                seconds=time.monotonic() - started,
+            )
+            run.finish(artifact)
     return artifact

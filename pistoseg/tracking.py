@@ -22,6 +22,7 @@ from pistoseg import storage
 from pistoseg.artifacts import Artifact, Workspace
 from pistoseg.config import Config, TrackingConfig
 from pistoseg.errors import PistoSegError
+from pistoseg.redaction import redact, redacted
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -73,7 +74,7 @@ class _Guard:
             return call(*arguments, **named)
         except (MlflowException, RequestException, SQLAlchemyError, OSError) as error:
             self.broken = True
-            print(f"MLflow can't be written, this run goes on without it: {str(error).splitlines()[0]}")
+            print(redact(f"MLflow can't be written, this run goes on without it: {str(error).splitlines()[0]}"))
             return None
 
 
@@ -168,7 +169,7 @@ class Tracker:
         tags = _tags(self.workspace)
         if self.parent:
             tags["mlflow.parentRunId"] = self.parent
-        name = self.name or storage.name(self.config.data.uri or "pipeline")
+        name = redact(self.name or storage.name(self.config.data.uri or "pipeline"))
         self.run_id = self.client.create_run(self.experiment_id, tags=tags, run_name=name).info.run_id
         for key, value in _flat(self.config.model_dump(mode="json", exclude={"tracking"})).items():
             self.client.log_param(self.run_id, key, str(value)[:MAX_PARAM])
@@ -251,7 +252,7 @@ class Tracker:
                     pip_requirements=[f"pistoseg=={pistoseg.__version__}"],
                     registered_model_name=name,
                 )
-        tags = {"pistoseg.fingerprint": artifact.fingerprint, "pistoseg.bundle": artifact.path("bundle")}
+        tags = {"pistoseg.fingerprint": artifact.fingerprint, "pistoseg.bundle": redact(artifact.path("bundle"))}
         for key, value in tags.items():
             self.client.set_model_version_tag(name, str(info.registered_model_version), key, value)
 
@@ -361,7 +362,7 @@ def _experiment(client: MlflowClient, config: TrackingConfig, workspace: Workspa
 
 
 def _tags(workspace: Workspace) -> dict[str, str]:
-    tags = {"pistoseg.version": pistoseg.__version__, "pistoseg.workspace": workspace.root}
+    tags = {"pistoseg.version": pistoseg.__version__, "pistoseg.workspace": redact(workspace.root)}
     if commit := _git_commit():
         tags["pistoseg.commit"] = commit
     return tags
@@ -373,6 +374,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, Mapping):
             flat |= _flat(value, f"{prefix}{key}.")
         else:
+            value = redacted(value)
             flat[prefix + key] = value if isinstance(value, (str, int, float)) else json.dumps(value)
     return flat
 
