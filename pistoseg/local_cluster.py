@@ -80,6 +80,7 @@ class S3Server:
         self._command += ["-filer", "-s3", f"-s3.config={self.folder / 's3.json'}", f"-s3.port={port}"]
         self._command += [f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}"]
         self._command += ["-master.volumeSizeLimitMB=256", "-volume.max=100"]
+        self._command += ["-s3.port.iceberg=0", "-s3.port.lance=0"]  # fixed ports, taken where another one runs
         try:
             self.start()
         except BaseException:
@@ -188,11 +189,30 @@ class RayNodes:
             for _ in range(self.nodes - 1):
                 self._cluster.add_node(**node, wait=False)
             self._cluster.wait_for_nodes(START_S)
+            self.address, self.jobs = f"{HOST}:{ray_port}", f"http://{HOST}:{dashboard}"
+            self._wait_for_jobs()
         except BaseException:
             self.__exit__()
             raise
-        self.address, self.jobs = f"{HOST}:{ray_port}", f"http://{HOST}:{dashboard}"
         return self
+
+    def _wait_for_jobs(self) -> None:
+        """Return once jobs can be submitted: the agents that start them come up later than the nodes."""
+        from ray.job_submission import JobSubmissionClient
+
+        client = JobSubmissionClient(self.jobs)
+        deadline = time.monotonic() + START_S
+        while True:
+            try:
+                job = client.submit_job(entrypoint="true")
+                break
+            except RuntimeError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.5)
+        while not client.get_job_status(job).is_terminal() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        client.delete_job(job)
 
     def __exit__(self, *_: object) -> None:
         if self._cluster is not None:
