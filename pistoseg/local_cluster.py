@@ -170,25 +170,30 @@ class RayNodes:
 
         logging.getLogger("ray").setLevel(logging.ERROR)
 
-        ray_port, dashboard = free_ports(2)
+        ray_port, dashboard, agent = free_ports(3)
         node = {
             "node_ip_address": HOST,
             "num_cpus": self.cpus,
             "object_store_memory": self.object_store_bytes,
-            "temp_dir": str(self._folder),
         }
+        # A folder a node: in a shared one, every node that unpacks a job's working directory replaces the others'.
+        folders = [str(self._folder / str(number)) for number in range(self.nodes)]
         try:
             self._cluster = Cluster()
             self._cluster.add_node(
                 **node,
+                temp_dir=folders[0],
                 gcs_server_port=ray_port,
                 include_dashboard=True,
                 dashboard_host=HOST,
                 dashboard_port=dashboard,
+                dashboard_agent_listen_port=agent,  # the default is taken where another Ray runs; then no job starts
             )
-            for _ in range(self.nodes - 1):
-                self._cluster.add_node(**node, wait=False)
+            for folder in folders[1:]:
+                self._cluster.add_node(**node, temp_dir=folder, wait=False)
             self._cluster.wait_for_nodes(START_S)
+            for folder in folders:  # as `ray start` does; without it a job may join another Ray of this machine
+                (Path(folder) / "ray_current_cluster").write_text(self._cluster.address)
             self.address, self.jobs = f"{HOST}:{ray_port}", f"http://{HOST}:{dashboard}"
             self._wait_for_jobs()
         except BaseException:

@@ -335,6 +335,7 @@ def _compute(
     started = time.monotonic()
     stage, key, settings = step.stage, step.fingerprint, step.settings
     folder = workspace.folder(stage.name, key)
+    storage.remove_parts(folder)
     with tracker.stage(stage.name, key, settings, inputs) as run:
         summary = stage.run(StageContext(config, folder, inputs, progress, run))
         artifact = workspace.commit(
