@@ -33,6 +33,8 @@ START_S = 300
 """Until everything answers; a busy laptop takes minutes, an idle one ten seconds."""
 GRPC_OFFSET = 10_000
 """SeaweedFS serves gRPC that far above each of its ports."""
+TOKEN = secrets.token_hex(32)
+"""Of all clusters of this process: Ray reads it only once."""
 LONGEST_FOLDER = 40
 """Characters of Ray's temporary folder: the paths of its sockets are below it, and Linux allows 107."""
 
@@ -148,7 +150,7 @@ class RayNodes:
         self.address = self.jobs = ""
         self._given = environment | {
             "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            "RAY_AUTH_TOKEN": TOKEN,
             # Otherwise Ray replaces a loopback address by the machine's, and listens to the whole network.
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
             "RAY_USAGE_STATS_ENABLED": "0",
