@@ -20,6 +20,7 @@ from pistoseg.local_cluster import BUCKET, weed
 from pistoseg.phantom import write_slide
 from pistoseg.pipeline import BY_NAME
 
+pytestmark = pytest.mark.timeout(1500)  # three nodes on a machine that is busy with something else
 RUNS = ("three", "one")
 START_S = 400
 JOB_S = 500
