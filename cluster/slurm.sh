@@ -8,7 +8,7 @@
 #
 # Everything after the script is a verb of pistoseg and its arguments. Data and workspace lie where all nodes see them:
 # a shared file system or object storage. Keys come from the environment of `sbatch` (AWS_PROFILE, or a file that only
-# you can read); nothing here writes them anywhere. PISTOSEG_VENV names the virtual environment, on a shared file system.
+# you can read); nothing here writes them anywhere. PISTOSEG_VENV names the virtual environment, on a shared disk.
 # A job that hit its time limit goes on when it is submitted again; --requeue does so after a node failure.
 #SBATCH --job-name=pistoseg
 #SBATCH --nodes=2

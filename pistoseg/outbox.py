@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tempfile
 import threading
 import time
@@ -178,8 +179,7 @@ class Outbox:
     def _went_away(self, error: Exception) -> None:
         if not self.away:
             self.away = True
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            print(f"MLflow can't be reached, the run goes on; what it misses is sent later: {reason}")
+            print(f"MLflow can't be reached, the run goes on; what it misses is sent later: {_line(error)}")
 
     def _write(self, message: _Message) -> None:
         """Keep a message; where even that fails it stays in memory and is written with the next one."""
@@ -191,7 +191,7 @@ class Outbox:
                 if not waiting.written:
                     _write(self._folder, waiting)
         except Exception as error:  # MLflow's messages must not end a run when the disk is full or the bucket away
-            print(f"what MLflow misses can't be written now: {str(error).splitlines()[0]}")
+            print(f"what MLflow misses can't be written now: {_line(error)}")
 
     def _work(self) -> None:
         while not self._stop.wait(RETRY_S):
@@ -253,7 +253,7 @@ class Outbox:
         except Exception as error:
             if not _is_refusal(error):
                 return False
-            print(f"MLflow refuses {call}, which is left out: {str(error).splitlines()[0]}")
+            print(f"MLflow refuses {call}, which is left out: {_line(error)}")
         return True
 
     def _deliver(self, call: str, arguments: Mapping[str, Any], data: bytes | None = None, again: bool = False) -> Any:
@@ -359,6 +359,12 @@ def _is_refusal(error: Exception) -> bool:
     refusals = ("INVALID_PARAMETER_VALUE", "RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST")
     answered = isinstance(error, MlflowException) and error.error_code in (*refusals, "INVALID_STATE", "NOT_FOUND")
     return answered or isinstance(error, (LookupError, TypeError, AssertionError))
+
+
+def _line(error: Exception) -> str:
+    """What an error says first, without the password that a server's address may hold."""
+    text = (str(error).splitlines() or [type(error).__name__])[0]
+    return re.sub(r"//[^/\s@]*@", "//***@", text)
 
 
 def _write(folder: str, message: _Message) -> None:
