@@ -140,6 +140,15 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.add_argument("--workspace", default="runs/pistoseg", help="where artifacts would go (default: %(default)s)")
     doctor.add_argument("--json", action="store_true", help="print a list of findings as JSON")
 
+    cluster = _group(verbs, "cluster", "Ray clusters")
+    local = _verb(cluster, "local", _cluster_local, "a cluster of several nodes and an S3 server on this machine")
+    local.add_argument("--nodes", type=_positive, default=3, metavar="N", help="Ray nodes (default: %(default)s)")
+    local.add_argument(
+        "--cpus", type=_positive, default=2, metavar="N", help="of each, on paper (default: %(default)s)"
+    )
+    local.add_argument("--folder", metavar="DIR", help="keep the buckets there (default: they go at the end)")
+    local.add_argument("--env-file", metavar="FILE", help="variables for clients, with keys (default: in the folder)")
+
     ui = _verb(verbs, "ui", _ui, "browse runs and models in MLflow")
     ui.add_argument("--workspace", default="runs/pistoseg", help="workspace with the runs (default: %(default)s)")
     ui.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
@@ -357,6 +366,12 @@ def _doctor(options: argparse.Namespace) -> int:
     from pistoseg.commands import doctor
 
     return doctor(_config(options), options.workspace, options.json)
+
+
+def _cluster_local(options: argparse.Namespace) -> int:
+    from pistoseg.local_cluster import serve
+
+    return serve(options.nodes, options.cpus, options.folder, options.env_file)
 
 
 def _ui(options: argparse.Namespace) -> int:

@@ -359,6 +359,7 @@ def _compute(
             progress.say(f"{stage.name}/{key}: another run has finished it, reused")
             tracker.reused(artifact)
             return artifact
+        storage.remove_parts(folder)
         with tracker.stage(stage.name, key, settings, inputs) as run:
             started = time.monotonic()
             summary = stage.run(StageContext(config, folder, inputs, progress, run))

@@ -232,6 +232,18 @@ def _part(path: Path, data: bytes) -> Path:
     return part
 
 
+def remove_parts(uri: str) -> None:
+    """Delete what `write_bytes` began below a local folder and a kill kept it from finishing.
+
+    Only for a folder that nobody else writes to. In object storage an upload that was broken off leaves no file.
+    """
+    path = local_path(uri)
+    if path is not None:
+        for part in path.rglob(".*.part"):
+            if len(part.name) == len(f".{uuid.uuid4().hex}.part"):
+                part.unlink(missing_ok=True)
+
+
 @_explains
 def list_dir(uri: str) -> list[str]:
     """What is directly in a folder, sorted; an empty list where there is no such folder."""

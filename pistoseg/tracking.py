@@ -2,7 +2,8 @@
 
 The pipelines of an ablation are children of the ablation's run; their models are compared, not registered.
 
-A pipeline's result never depends on MLflow: where it can't be reached the run says so once and goes on.
+A pipeline's result never depends on MLflow: where it can't be reached the run says so once, goes on, and what the
+server misses is sent later (`pistoseg.outbox`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import json
 import os
 import subprocess
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,11 +22,14 @@ from pistoseg import storage
 from pistoseg.artifacts import Artifact, Workspace
 from pistoseg.config import Config, TrackingConfig
 from pistoseg.errors import PistoSegError
+from pistoseg.outbox import Outbox
 from pistoseg.redaction import redact, redacted
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
+HTTP_LIMITS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "20", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
+"""MLflow's own limits let a run wait for minutes for each call to a server that is away."""
 MAX_PARAM = 500
 """Longest parameter value, in characters, that is sent."""
 
@@ -81,9 +84,7 @@ class _Guard:
 class StageRun:
     """The MLflow run of one stage; does nothing when tracking is off."""
 
-    def __init__(
-        self, client: MlflowClient | None = None, run_id: str | None = None, guard: _Guard | None = None
-    ) -> None:
+    def __init__(self, client: Outbox | None = None, run_id: str | None = None, guard: _Guard | None = None) -> None:
         self.client, self.run_id, self.guard = client, run_id, guard or _Guard()
         self._logged: set[tuple[str, int]] = set()
 
@@ -122,7 +123,7 @@ class Tracker:
         self,
         config: Config,
         workspace: Workspace,
-        client: MlflowClient | None,
+        client: Outbox | None,
         name: str | None = None,
         parent: str | None = None,
     ) -> None:
@@ -130,7 +131,7 @@ class Tracker:
         self.name, self.parent = name, parent
         self.guard = _Guard()
         self.run_id: str | None = None
-        self.experiment_id: str | None = None
+        self.experiment_id = ""
         self._stage_runs: dict[str, str] = {}
 
     @classmethod
@@ -152,6 +153,8 @@ class Tracker:
         client = _client(config.tracking, workspace)
         with _default_server(client.tracking_uri):
             tracker = cls(config, workspace, client, name, parent)
+            if parent is None:
+                client.send_left()
             tracker.guard(tracker._open)
             status = "FAILED"
             try:
@@ -162,6 +165,7 @@ class Tracker:
                 raise
             finally:
                 tracker._end(tracker.run_id, status)
+                client.close()
 
     def _open(self) -> None:
         assert self.client is not None
@@ -171,8 +175,7 @@ class Tracker:
             tags["mlflow.parentRunId"] = self.parent
         name = redact(self.name or storage.name(self.config.data.uri or "pipeline"))
         self.run_id = self.client.create_run(self.experiment_id, tags=tags, run_name=name).info.run_id
-        for key, value in _flat(self.config.model_dump(mode="json", exclude={"tracking"})).items():
-            self.client.log_param(self.run_id, key, str(value)[:MAX_PARAM])
+        self.client.log_params(self.run_id, _params(self.config.model_dump(mode="json", exclude={"tracking"})))
 
     @contextmanager
     def stage(
@@ -188,9 +191,8 @@ class Tracker:
 
         def create() -> str:
             run_id: str = client.create_run(experiment, tags=tags, run_name=name).info.run_id
-            for field, value in _flat(settings).items():
-                if not field.startswith("files"):
-                    client.log_param(run_id, field, str(value)[:MAX_PARAM])
+            params = _params(settings).items()
+            client.log_params(run_id, {key: value for key, value in params if not key.startswith("files")})
             return run_id
 
         run_id = self.guard(create)
@@ -227,34 +229,14 @@ class Tracker:
             self.guard(self._register, artifacts["precise"])
 
     def _register(self, artifact: Artifact) -> None:
-        import mlflow
-
-        from pistoseg.models.mlflow_flavor import LOADER_MODULE, signature
-
         assert self.client is not None
-        name = self.config.tracking.model
-        for version in self.client.search_model_versions(f"name='{name}'"):
-            if version.tags.get("pistoseg.fingerprint") == artifact.fingerprint:
-                return
-        with tempfile.TemporaryDirectory() as folder:
-            bundle = Path(folder) / "bundle"
-            bundle.mkdir()
-            for file in ("model.json", "model.safetensors"):
-                (bundle / file).write_bytes(storage.read_bytes(artifact.path("bundle", file)))
-            with warnings.catch_warnings(), mlflow.start_run(run_id=self._stage_runs.get("precise", self.run_id)):
-                # An example would be segmented to guess the signature, which is given.
-                warnings.filterwarnings("ignore", message=".*input example was not provided")
-                info = mlflow.pyfunc.log_model(
-                    name="bundle",
-                    loader_module=LOADER_MODULE,
-                    data_path=str(bundle),
-                    signature=signature(),
-                    pip_requirements=[f"pistoseg=={pistoseg.__version__}"],
-                    registered_model_name=name,
-                )
-        tags = {"pistoseg.fingerprint": artifact.fingerprint, "pistoseg.bundle": redact(artifact.path("bundle"))}
-        for key, value in tags.items():
-            self.client.set_model_version_tag(name, str(info.registered_model_version), key, value)
+        assert self.run_id is not None
+        self.client.register(
+            run_id=self._stage_runs.get("precise", self.run_id),
+            name=self.config.tracking.model,
+            uri=artifact.path("bundle"),
+            fingerprint=artifact.fingerprint,
+        )
 
     def _end(self, run_id: str | None, status: str) -> None:
         if self.client is not None and run_id is not None:
@@ -279,21 +261,23 @@ def batch_run(config: TrackingConfig, workspace: Workspace, name: str, params: M
     def create() -> str:
         experiment = _experiment(client, config, workspace)
         run_id: str = client.create_run(experiment, tags=_tags(workspace), run_name=name).info.run_id
-        for key, value in _flat(params).items():
-            client.log_param(run_id, key, str(value)[:MAX_PARAM])
+        client.log_params(run_id, _params(params))
         return run_id
 
-    run_id = guard(create)
-    status = "FAILED"
-    try:
-        yield StageRun(client if run_id else None, run_id, guard)
-        status = "FINISHED"
-    except KeyboardInterrupt:
-        status = "KILLED"
-        raise
-    finally:
-        if run_id:
-            guard(client.set_terminated, run_id, status)
+    with _default_server(client.tracking_uri):
+        client.send_left()
+        run_id = guard(create)
+        status = "FAILED"
+        try:
+            yield StageRun(client if run_id else None, run_id, guard)
+            status = "FINISHED"
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
+        finally:
+            if run_id:
+                guard(client.set_terminated, run_id, status)
+            client.close()
 
 
 def bundle_uri(model: str, config: TrackingConfig, workspace: Workspace) -> str:
@@ -340,25 +324,28 @@ def bundle_uri(model: str, config: TrackingConfig, workspace: Workspace) -> str:
     return str(version.tags["pistoseg.bundle"])
 
 
-def _client(config: TrackingConfig, workspace: Workspace) -> MlflowClient:
-    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+def _client(config: TrackingConfig, workspace: Workspace) -> Outbox:
+    for key, limit in {"GIT_PYTHON_REFRESH": "quiet", **HTTP_LIMITS}.items():
+        os.environ.setdefault(key, limit)
     from mlflow.tracking import MlflowClient
 
     uri = tracking_uri(config, workspace)
     if uri.startswith("sqlite:"):
         _local_folder(workspace).mkdir(parents=True, exist_ok=True)
         _quiet_migrations()
-    return MlflowClient(uri)
+    return Outbox(MlflowClient(uri), workspace.root, _register)
 
 
-def _experiment(client: MlflowClient, config: TrackingConfig, workspace: Workspace) -> str:
+def _register(client: MlflowClient, **arguments: Any) -> None:
+    from pistoseg.models.mlflow_flavor import register
+
+    register(client, **arguments)
+
+
+def _experiment(client: Outbox, config: TrackingConfig, workspace: Workspace) -> str:
     """Id of the config's experiment, which is made if it is not there."""
-    experiment = client.get_experiment_by_name(config.experiment)
-    if experiment is not None:
-        return str(experiment.experiment_id)
     local = tracking_uri(config, workspace).startswith("sqlite:")
-    place = (_local_folder(workspace) / "mlflow").as_uri() if local else None
-    return str(client.create_experiment(config.experiment, artifact_location=place))
+    return client.experiment(config.experiment, (_local_folder(workspace) / "mlflow").as_uri() if local else None)
 
 
 def _tags(workspace: Workspace) -> dict[str, str]:
@@ -366,6 +353,11 @@ def _tags(workspace: Workspace) -> dict[str, str]:
     if commit := _git_commit():
         tags["pistoseg.commit"] = commit
     return tags
+
+
+def _params(values: Mapping[str, Any]) -> dict[str, str]:
+    """Settings as a run's parameters."""
+    return {key: str(value)[:MAX_PARAM] for key, value in _flat(values).items()}
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
