@@ -148,14 +148,12 @@ class Answers:
         return lambda function: self
 
     def options(self, scheduling_strategy):
-        node = scheduling_strategy.node_id
+        def look(probes):
+            self.asked.append(probes)
+            sees = self.disks[scheduling_strategy.node_id]
+            return [name for name, path in probes.items() if not sees(path)]
 
-        class Call:
-            def remote(_, probes):
-                self.asked.append(probes)
-                return [name for name, path in probes.items() if not self.disks[node](path)]
-
-        return Call()
+        return SimpleNamespace(remote=look)
 
 
 @pytest.fixture
@@ -191,7 +189,7 @@ def test_a_folder_that_a_node_does_not_see_is_refused_before_the_run(disks, tmp_
         placement.check_shared(str(tmp_path / "runs"), {"data.uri": str(tmp_path / "data")})
     assert caught.value.file == str(tmp_path / "runs")
     disks(a=os.path.exists, b=lambda path: path.endswith(".part"))
-    with pytest.raises(PistoSegError, match="data.uri: node host-b does not see it"):
+    with pytest.raises(PistoSegError, match=r"data.uri: node host-b does not see it"):
         placement.check_shared(str(tmp_path / "runs"), {"data.uri": str(tmp_path / "data")})
     assert list((tmp_path / "runs").iterdir()) == []
 
