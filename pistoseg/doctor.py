@@ -317,8 +317,8 @@ def _ray(config: Config, workspace: str) -> Iterator[Finding]:
         yield Finding("ray", "ok", f"{ray.__version__}, {where}: {len(nodes)} nodes, {cpus} CPUs, {gpus} GPUs")
         yield from _nodes(nodes)
         names = tuple(stage.name for stage in needed(config, TARGETS))
-        shared = {"--workspace": workspace, "data.uri": config.data.uri, "data.validation": config.data.validation}
-        placement.check_shared(shared)
+        read = {"data.uri": config.data.uri, "data.validation": config.data.validation}
+        placement.check_shared(workspace, read)
         placement.check(config.model_copy(update={"compute": _impatient(config)}), names, lambda text: None)
         yield Finding("placement", "ok", "all stages find room")
 

@@ -334,8 +334,8 @@ def _check_placement(config: Config, workspace: Workspace, steps: list[Step], pr
 
     todo = [step.stage.name for step in steps if step.find(workspace) is None]
     if todo:
-        shared = {"--workspace": workspace.root, "data.uri": config.data.uri, "data.validation": config.data.validation}
-        placement.check_shared(shared)
+        read = {"data.uri": config.data.uri, "data.validation": config.data.validation}
+        placement.check_shared(workspace.root, read)
         placement.check(config, todo, progress.say)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -116,49 +118,54 @@ def _error(reason: str, field: str, remedy: str) -> PistoSegError:
     return PistoSegError(reason, field=f"compute.{field}", remedy=remedy)
 
 
-def check_shared(folders: Mapping[str, str | None]) -> None:
+def check_shared(written: str, read: Mapping[str, str | None]) -> None:
     """Refuse local paths that not all nodes of the cluster see.
 
     Args:
-        folders: path or URI by what it is called in the message; URIs of object storage and None are passed over.
+        written: path or URI of the folder that the run writes.
+        read: path or URI by what it is called in the message; None and what is not there are passed over.
     """
     if not ray.is_initialized():
         return
-    local = {name: storage.absolute(uri) for name, uri in folders.items() if uri and storage.is_local(uri)}
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    if not local or len(nodes) < 2:
+    local = {name: storage.absolute(uri) for name, uri in read.items() if uri and storage.is_local(uri)}
+    seen = {name: path for name, path in local.items() if os.path.exists(path)}
+    target = storage.local_path(storage.absolute(written))
+    if len(nodes) < 2 or not (seen or target):
         return
-    probes = {name: _probe(path) for name, path in local.items()}
-    try:
+    with _probe(target) as probe:
+        if probe:
+            seen[str(target)] = probe
         look = ray.remote(num_cpus=0, max_retries=0)(_unseen)
         asked = {
             node["NodeManagerHostname"]: look.options(
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            ).remote(probes)
+            ).remote(seen)
             for node in nodes
         }
         for host, answer in asked.items():
             for name in ray.get(answer, timeout=PROBE_S):
                 raise PistoSegError(
                     f"node {host} does not see it",
-                    file=local[name],
-                    field=name,
+                    file=local.get(name, name),
+                    field=name if name in local else None,
                     remedy="give a URI, e.g. s3://bucket/folder, or a folder that all nodes mount at the same path",
                 )
+
+
+@contextmanager
+def _probe(folder: Path | None) -> Iterator[str | None]:
+    """A new file in a folder, which no other machine has by chance in one of the same name."""
+    if folder is None:
+        yield None
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f".{uuid.uuid4().hex}.part"
+    probe.touch()
+    try:
+        yield str(probe)
     finally:
-        for name, path in probes.items():
-            if path != local[name]:
-                os.unlink(path)
-
-
-def _probe(path: str) -> str:
-    """A file that is there now: of a folder that can be written a new one, which no other machine has by chance."""
-    if os.path.isfile(path) or not os.access(path if os.path.exists(path) else os.path.dirname(path), os.W_OK):
-        return path
-    os.makedirs(path, exist_ok=True)
-    probe = os.path.join(path, f".{uuid.uuid4().hex}.part")
-    with open(probe, "wb"):
-        return probe
+        probe.unlink()
 
 
 def _unseen(probes: Mapping[str, str]) -> list[str]:

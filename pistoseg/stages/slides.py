@@ -26,7 +26,7 @@ from pistoseg.redaction import redact
 from pistoseg.slides import results
 from pistoseg.slides.network import SlideNetwork, SlideSettings
 from pistoseg.slides.source import SlideEntry, list_slides
-from pistoseg.stages import cluster
+from pistoseg.stages import cluster, placement
 from pistoseg.stages.slide_images import node_cache
 from pistoseg.stages.slide_worker import PARTS, Board, SlideTask, SlideWorker
 from pistoseg.tracking import StageRun
@@ -178,6 +178,7 @@ def segment(run: SlideRun, found: Plan, progress: Progress, tracked: StageRun) -
     if found.todo:
         compute = ComputeConfig.model_validate({"device": run.device})
         with cluster.connected(compute), progress.stage(f"Segmenting {len(found.todo)} slides"):
+            placement.check_shared(run.out, {"--model": run.model, "--slides": run.slides})
             for record in _records(run, found, compute, progress):
                 _say(record, progress)
                 rows.append(_row(_entry_of(record), record, record["status"]))

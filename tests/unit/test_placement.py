@@ -1,3 +1,6 @@
+import os
+from types import SimpleNamespace
+
 import pytest
 
 from pistoseg.config import load_config
@@ -133,3 +136,67 @@ def test_a_cluster_that_is_not_there_is_said_at_once(address, monkeypatch):
     with pytest.raises(PistoSegError, match=message) as caught, cluster.connected(config):
         pass
     assert caught.value.file == address
+
+
+class Answers:
+    """Stands in for `ray.remote`: each node looks at what its own disk has."""
+
+    def __init__(self, disks):
+        self.disks, self.asked = disks, []
+
+    def remote(self, **_):
+        return lambda function: self
+
+    def options(self, scheduling_strategy):
+        def look(probes):
+            self.asked.append(probes)
+            sees = self.disks[scheduling_strategy.node_id]
+            return [name for name, path in probes.items() if not sees(path)]
+
+        return SimpleNamespace(remote=look)
+
+
+@pytest.fixture
+def disks(monkeypatch):
+    def make(**disks):
+        alive = [{"Alive": True, "NodeID": name, "NodeManagerHostname": f"host-{name}"} for name in disks]
+        answers = Answers(disks)
+        monkeypatch.setattr("ray.is_initialized", lambda: True)
+        monkeypatch.setattr("ray.nodes", lambda: alive)
+        monkeypatch.setattr("ray.get", lambda answer, timeout: answer)
+        monkeypatch.setattr(placement.ray, "remote", answers.remote)
+        monkeypatch.setattr(
+            placement, "NodeAffinitySchedulingStrategy", lambda name, soft: SimpleNamespace(node_id=name)
+        )
+        return answers
+
+    return make
+
+
+def test_local_folders_that_all_nodes_see_are_taken_and_left_as_they_were(disks, tmp_path):
+    answers = disks(a=os.path.exists, b=os.path.exists)
+    (tmp_path / "data").mkdir()
+    placement.check_shared(str(tmp_path / "runs"), {"data.uri": str(tmp_path / "data"), "data.validation": None})
+    assert len(answers.asked) == 2
+    assert list((tmp_path / "runs").iterdir()) == list((tmp_path / "data").iterdir()) == []
+
+
+def test_a_folder_that_a_node_does_not_see_is_refused_before_the_run(disks, tmp_path):
+    (tmp_path / "data").mkdir()
+    # The other machine has folders of these names, but they are its own.
+    disks(a=os.path.exists, b=lambda path: not path.endswith(".part"))
+    with pytest.raises(PistoSegError, match=r"node host-b does not see it.*s3://") as caught:
+        placement.check_shared(str(tmp_path / "runs"), {"data.uri": str(tmp_path / "data")})
+    assert caught.value.file == str(tmp_path / "runs")
+    disks(a=os.path.exists, b=lambda path: path.endswith(".part"))
+    with pytest.raises(PistoSegError, match=r"data.uri: node host-b does not see it"):
+        placement.check_shared(str(tmp_path / "runs"), {"data.uri": str(tmp_path / "data")})
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_object_storage_and_single_nodes_are_not_asked(disks, tmp_path):
+    answers = disks(a=os.path.exists)
+    placement.check_shared(str(tmp_path), {})
+    answers.disks["b"] = os.path.exists
+    placement.check_shared("s3://bucket/runs", {"data.uri": "s3://bucket/data", "--slides": str(tmp_path / "*.svs")})
+    assert answers.asked == []
