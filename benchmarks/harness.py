@@ -104,6 +104,23 @@ class Report:
         if most is not None:
             self.targets[key] = ("<", most)
 
+    def compare(
+        self, key: str, ours: Timing, other: Timing, *, least: float | None = None, counts: float = 1.0
+    ) -> None:
+        """Add how many times as fast ours is, pair by pair of the repeats: by the clock, and as `<key>_cpu` by processor.
+
+        Args:
+            key: of the figure.
+            ours: timing of a call.
+            other: that of what it is compared with.
+            least: target of the first figure.
+            counts: things that our call makes for each that the other one makes.
+        """
+        for suffix, target in (("", least), ("_cpu", None)):
+            pairs = zip(*((t.cpu if suffix else t.wall) for t in (other, ours)), strict=True)
+            ratio = statistics.median(slow / max(fast, 1e-9) for slow, fast in pairs)
+            self.add(f"{key}{suffix}", counts * ratio, least=target)
+
     def note(self, text: str) -> None:
         """Add a sentence."""
         self.notes.append(text)

@@ -67,7 +67,7 @@ def _one_process(item: Material, options: Options, report: Report) -> None:
         report.add(f"{item.name}{name}_per_s", timing.per_s(counts[name]), least=least)
     report.add(f"{item.name}_per_cpu_s", timings[""].per_cpu_s(count))
     for name in ("_text", "_published"):
-        report.add(f"{item.name}_times{name}", timings[""].per_cpu_s(count) / timings[name].per_cpu_s(few))
+        report.compare(f"{item.name}_times{name}", timings[""], timings[name], counts=count / few)
 
 
 def _times(count: int, call: Callable[[], Any]) -> None:
@@ -76,10 +76,11 @@ def _times(count: int, call: Callable[[], Any]) -> None:
 
 
 def _synthesizer(item: Material) -> Synthesizer:
-    return fresh_mosaics(_source(item))
+    return fresh_mosaics(source_of(item))
 
 
-def _source(item: Material) -> dict[str, Any]:
+def source_of(item: Material) -> dict[str, Any]:
+    """What the pipeline's actors make mosaics from."""
     classes = item.config.classes.tissue()
     return mosaic_source(item.bank(), item.config.synthesis, list(classes.names), classes.background_id, 0)
 
@@ -151,7 +152,7 @@ def _pool(item: Material, options: Options, report: Report) -> None:
     count = options.size(2000, 4)
     cores = options.size(max(2, cluster.available_cpus()), 2)
     with cluster.connected(ComputeConfig(device="cpu")):
-        shared = ray.put(_source(item))
+        shared = ray.put(source_of(item))
         maker = ray.remote(num_cpus=0.5)(_Maker)
         actors: list[Any] = [maker.remote([shared]) for _ in range(cores)]
         ray.get([actor.make.remote(0, 8) for actor in actors])
