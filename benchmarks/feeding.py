@@ -99,7 +99,7 @@ def _bare(shared: dict[str, Any], config: TrainingConfig, options: Options) -> f
     from pistoseg.stages import cluster
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(cluster.node_threads())
+    torch.set_num_threads(options.size(cluster.node_threads(), 1))
     synthesizer = fresh_mosaics(shared)
     pairs = [synthesizer.sample(0, index) for index in range(config.batch_size)]
     images, masks = (torch.from_numpy(np.stack(items)) for items in zip(*pairs, strict=True))
@@ -122,6 +122,8 @@ def _through_ray(source: Any, config: TrainingConfig, options: Options, classes:
     from pistoseg.training.tasks import SegmentationTask
     from pistoseg.training.trainer import train
 
+    resources = cluster.training_resources(ComputeConfig(device="auto"))
+    resources["threads"] = options.size(resources["threads"], 1)
     with tempfile.TemporaryDirectory() as folder:
         trained = train(
             _network(options, len(classes)),
@@ -133,7 +135,7 @@ def _through_ray(source: Any, config: TrainingConfig, options: Options, classes:
             seed=0,
             on_step=lambda done, total, note: None,
             on_epoch=lambda row: None,
-            **cluster.training_resources(ComputeConfig(device="auto")),
+            **resources,
         )
     return trained.history
 

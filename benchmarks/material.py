@@ -98,7 +98,7 @@ def slide(options: Options) -> Iterator[Path]:
     if options.data is not None:
         yield next((options.data / "slides").glob("cmu-1-small-region.svs"))
         return
-    side = options.size(2560, 512)
+    side = options.size(2048, 512)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "slide.tiff"
         write_slide(str(path), str(Path(folder) / "mask.tiff"), seed=1, size=(side, side))

@@ -47,7 +47,7 @@ def benchmark(options: Options) -> Report:
 def _one_process(item: Material, options: Options, report: Report) -> None:
     """One process and one thread beside the plain implementations, and beside copying a finished image."""
     synthesizer = _synthesizer(item)
-    count, few = options.size(1000, 8), options.size(20, 2)
+    count, few, fewest = options.size(1000, 8), options.size(40, 2), options.size(4, 1)
     image, mask = synthesizer.sample(0, 0)
     with tempfile.TemporaryDirectory() as folder:
         text, published = PaperText(item), Published(item, Path(folder))
@@ -56,18 +56,18 @@ def _one_process(item: Material, options: Options, report: Report) -> None:
             {
                 "": lambda: _times(count, lambda: synthesizer.sample(0, next(numbers))),
                 "_text": lambda: _times(few, text.sample),
-                "_published": lambda: _times(few, published.sample),
+                "_published": lambda: _times(fewest, published.sample),
                 "_copy": lambda: _times(count, lambda: (image.copy(), mask.copy())),
             },
             options.size(9, 1),
         )
-    counts = {"": count, "_text": few, "_published": few, "_copy": count}
+    counts = {"": count, "_text": few, "_published": fewest, "_copy": count}
     for name, timing in timings.items():
         least = TARGETS[item.name] if not name else None
         report.add(f"{item.name}{name}_per_s", timing.per_s(counts[name]), least=least)
     report.add(f"{item.name}_per_cpu_s", timings[""].per_cpu_s(count))
     for name in ("_text", "_published"):
-        report.compare(f"{item.name}_times{name}", timings[""], timings[name], counts=count / few)
+        report.compare(f"{item.name}_times{name}", timings[""], timings[name], counts=count / counts[name])
 
 
 def _times(count: int, call: Callable[[], Any]) -> None:

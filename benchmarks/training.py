@@ -72,7 +72,7 @@ def plain_step(network: SegmentationNetwork, batch: dict[str, Tensor], device: t
     images = network.normalization(batch["image"]).contiguous()
 
     def run() -> None:
-        loss = segmentation_loss(network(images.to(device)), batch["mask"].to(device), "bce", CLASSES)
+        loss = segmentation_loss(network(images.to(device)), batch["mask"].to(device), "bce", network.n_classes)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -112,7 +112,7 @@ def step(
             moved = augment(moved, config.augmentation, 0)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             logits = model(network.normalization(moved["image"]))
-        loss = segmentation_loss(logits.float(), moved["mask"], "bce", CLASSES)
+        loss = segmentation_loss(logits.float(), moved["mask"], "bce", network.n_classes)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), config.clip_norm)
