@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import subprocess
 import sys
@@ -14,7 +13,7 @@ NAMES = ("startup", "mosaics", "feeding", "training", "inference", "slides", "gr
 
 
 def main() -> int:
-    """Run them one after the other, each in a process of its own, as threads and caches of one would disturb the next."""
+    """Run them one after the other, each in a process of its own: threads and caches of one would disturb the next."""
     parser = harness.parser(__doc__)
     parser.add_argument("--only", default="", metavar="NAMES", help=f"some of {', '.join(NAMES)}")
     arguments = parser.parse_args()
@@ -25,7 +24,9 @@ def main() -> int:
         parser.error(f"there is no benchmark {', '.join(unknown)}; use {', '.join(NAMES)}")
     forwarded = [item for item in ("--data", str(options.data)) if options.data] + ["--out", str(options.out)]
     forwarded += ["--tiny"] if options.tiny else []
-    failed = [name for name in names if subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *forwarded]).returncode]
+    failed = [
+        name for name in names if subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *forwarded]).returncode
+    ]
     merge(options.out, [name for name in names if name not in failed])
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
@@ -41,12 +42,6 @@ def merge(out: Path, names: list[str]) -> None:
     (out / "all.json").write_text(json.dumps(parts[-1] | {"benchmarks": benchmarks}, indent=2) + "\n", encoding="utf-8")
     missed = [f"{name}.{key}" for name, part in benchmarks.items() for key in part["missed"]]
     print(f"written: {out / 'all.json'}; " + (f"missed: {', '.join(missed)}" if missed else "every target is met"))
-
-
-def benchmark(name: str) -> harness.Benchmark:
-    """The function of a benchmark's module."""
-    function: harness.Benchmark = importlib.import_module(f"benchmarks.{name}").benchmark
-    return function
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Training through Ray beside a bare PyTorch loop on tensors in memory: speed, and the time spent waiting for mosaics.
 
-    python -m benchmarks.feeding --data DATA
+python -m benchmarks.feeding --data DATA
 """
 
 from __future__ import annotations
@@ -59,9 +59,7 @@ def benchmark(options: Options) -> Report:
     ours = [row["images_per_s"] for row in rows[1:]]
     report.add("loop_through_ray_per_s", statistics.median(ours))
     report.add("loop_bare_per_s", statistics.median([before, after]))
-    report.add(
-        "loop_share_of_bare", statistics.median(ours) / statistics.median([before, after]), least=SHARE_OF_BARE
-    )
+    report.add("loop_share_of_bare", statistics.median(ours) / statistics.median([before, after]), least=SHARE_OF_BARE)
     report.add("waiting_share", statistics.mean(row["waiting_share"] for row in rows[1:]), most=WAITING)
     return report
 
@@ -84,7 +82,7 @@ def _stream(source: Any, actors: int, options: Options) -> float:
     """Mosaics in a second that reach a consumer who does nothing with them."""
     from pistoseg.training.stream import sample_dataset
 
-    count = options.size(6000, 64)
+    count = options.size(6000, 64)  # several blocks an actor
     batches = iter(sample_dataset(source, 0, 1, count, actors).iter_torch_batches(batch_size=16, prefetch_batches=2))
     next(batches)
     began, seen = time.perf_counter(), 0

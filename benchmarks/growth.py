@@ -75,7 +75,7 @@ def benchmark(options: Options) -> Report:
     report = Report("growth")
     rows: list[dict[str, float | str]] = []
     for name, curve in CURVES.items():
-        points = [_point(name, size) for size in (curve.tiny if options.tiny else curve.sizes)]
+        points = [_point(name, size, options) for size in (curve.tiny if options.tiny else curve.sizes)]
         rows += [{"curve": name, "size": size, "seconds": seconds, "mib": mib} for size, seconds, mib in points]
         (before, short, lower), (last, long, upper) = points[-2:]
         growth = math.log(last / before)
@@ -95,10 +95,12 @@ def benchmark(options: Options) -> Report:
     return report
 
 
-def _point(name: str, size: int) -> tuple[int, float, float]:
+def _point(name: str, size: int, options: Options) -> tuple[int, float, float]:
     """Size, seconds and MiB at the peak, in a new process."""
+    if options.tiny:
+        return size, *_measure(name, size)
     command = [sys.executable, "-m", "benchmarks.growth", "--point", name, str(size)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     seconds, mib = json.loads(done.stdout.strip().splitlines()[-1])
     return size, seconds, mib
 
@@ -123,7 +125,7 @@ def images(size: int) -> Callable[[], object]:
                 ids = range(first, min(first + part, size))
                 name = f"part-{first // part:05d}.parquet"
                 table = pa.Table.from_pylist([row | {"image": i, "name": f"patch-{i}.png"} for i in ids], IMAGES_SCHEMA)
-                windows = [window_row(i, i, (0, 0, 8, 8), (i % 3 == 0, i % 3 == 1, i % 3 == 2)) for i in ids]
+                windows = [window_row(i, i, (0, 0, 8, 8), [int(i % 3 == c) for c in range(3)]) for i in ids]
                 storage.write_parquet(table, storage.join(folder, "images", name))
                 flags = pa.Table.from_pylist(windows, WINDOWS_SCHEMA)
                 storage.write_parquet(flags, storage.join(folder, "windows", name))
@@ -243,7 +245,9 @@ def _write(rows: list[dict[str, float | str]], out: Path) -> None:
             axis = axes[line][column]
             axis.plot(sizes, values, "o-", label="measured")
             if exponent is not None:
-                axis.plot(sizes, [values[-1] * (s / sizes[-1]) ** exponent for s in sizes], "--", label=f"size^{exponent:g}")
+                axis.plot(
+                    sizes, [values[-1] * (s / sizes[-1]) ** exponent for s in sizes], "--", label=f"size^{exponent:g}"
+                )
                 axis.set_yscale("log")
             else:
                 axis.set_ylim(0, 1.1 * max(values))
@@ -255,16 +259,16 @@ def _write(rows: list[dict[str, float | str]], out: Path) -> None:
     figure.savefig(out / "growth.png", dpi=110)
 
 
-def _measure(name: str, size: int) -> None:
-    """Print seconds and MiB of one point."""
+def _measure(name: str, size: int) -> tuple[float, float]:
+    """Seconds and MiB of one point."""
     run = POINTS[name](size)
     began = time.perf_counter()
     run()
-    print(json.dumps([time.perf_counter() - began, harness.peak_mib()]))
+    return time.perf_counter() - began, harness.peak_mib()
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--point"]:
-        _measure(sys.argv[2], int(sys.argv[3]))
+        print(json.dumps(_measure(sys.argv[2], int(sys.argv[3]))))
     else:
         harness.main(benchmark, __doc__)

@@ -107,7 +107,7 @@ class Report:
     def compare(
         self, key: str, ours: Timing, other: Timing, *, least: float | None = None, counts: float = 1.0
     ) -> None:
-        """Add how many times as fast ours is, pair by pair of the repeats: by the clock, and as `<key>_cpu` by processor.
+        """Add how many times as fast ours is, by pairs of repeats: of the clock, and as `<key>_cpu` of the processor.
 
         Args:
             key: of the figure.

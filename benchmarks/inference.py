@@ -1,6 +1,6 @@
 """Pseudo-masks and CAMs: the pipeline's tiling with eight symmetries, beside the network alone on the same batches.
 
-    python -m benchmarks.inference
+python -m benchmarks.inference
 """
 
 from __future__ import annotations

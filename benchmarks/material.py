@@ -60,7 +60,11 @@ def mosaics(options: Options) -> list[Material]:
         large = {"crop_height": 112, "crop_width": 112, "n_h": 2, "n_w": 2, "background_threshold": 1.0}
         images = phantom_images(options.size(200, 12))
         return [
-            Material(name, load_config(preset="demo", overrides=[f"synthesis.{key}={value}" for key, value in sizes.items()]), images)
+            Material(
+                name,
+                load_config(preset="demo", overrides=[f"synthesis.{key}={value}" for key, value in sizes.items()]),
+                images,
+            )
             for name, sizes in (("mosaic_7x32", small), ("mosaic_2x112", large))
         ]
     found = []

@@ -1,6 +1,6 @@
 """Mosaics of 224 px: one process without a file, a pool of actors, and what storing them costs.
 
-    python -m benchmarks.mosaics --data DATA
+python -m benchmarks.mosaics --data DATA
 """
 
 from __future__ import annotations
@@ -137,8 +137,8 @@ def _storing(item: Material, options: Options, report: Report) -> None:
         size = len(value) if isinstance(value, bytes) else sum(len(image) + len(mask) for image, mask in value)
         report.add(f"store_{name}_kib", size / len(samples) / 1024)
     report.note(
-        "stored mosaics are PNG in Parquet: lossless, readable by every tool and smaller than zstd, at a cost of under 1 % "
-        "of a training step; JPEG is a quarter of it but loses detail, and what is streamed is not stored at all"
+        "stored mosaics are PNG in Parquet: lossless, readable by every tool and smaller than zstd, at a cost of under "
+        "1 % of a training step; JPEG is a quarter of it but loses detail, and what is streamed is not stored at all"
     )
 
 

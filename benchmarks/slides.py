@@ -1,7 +1,7 @@
 """A slide: reading alone, the network alone, both together, a collection through Ray, and the loop a user would write.
 
-TIAToolbox 2.1.3 wants numpy < 2.4.4 and torch < 2.13 and does not install beside this project's; the plain loop stands in
-for it: OpenSlide, a read for every tile, fp32, one tile after the other into sums of the whole slide.
+TIAToolbox 2.1.3 wants numpy < 2.4.4 and torch < 2.13 and does not install beside this project's; the plain loop stands
+in for it: OpenSlide, a read for every tile, fp32, one tile after the other into sums of the whole slide.
 
     python -m benchmarks.slides --data DATA
 """
@@ -91,9 +91,7 @@ def _parts(network: SlideNetwork, slide: Prepared, folder: Path, options: Option
     for name, rate in rates.items():
         report.add(f"tiles_{name}_per_s", rate)
     slower = min(rates["read"], rates["network"])
-    report.add(
-        "together_share_of_slower", rates["together"] / slower, least=None if options.tiny else SHARE_OF_SLOWER
-    )
+    report.add("together_share_of_slower", rates["together"] / slower, least=None if options.tiny else SHARE_OF_SLOWER)
     each = counts["together"] / counts["plain_loop"]
     report.compare("together_times_plain_loop", timings["together"], timings["plain_loop"], counts=each)
     mask.close()
@@ -123,7 +121,9 @@ class PlainLoop:
         with torch.inference_mode():
             for x, y in corners:
                 pixels = self._read(x, y)
-                maps = self.model(self.normalization(pixels[None], self.device).contiguous()).softmax(1)[0].cpu().numpy()
+                maps = (
+                    self.model(self.normalization(pixels[None], self.device).contiguous()).softmax(1)[0].cpu().numpy()
+                )
                 part = self.sums[:, y : y + self.tile, x : x + self.tile]
                 part += maps[:, : part.shape[1], : part.shape[2]]
 

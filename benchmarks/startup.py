@@ -1,6 +1,6 @@
 """Start-up: the command line, the import, and what a stage costs on a Ray that runs already.
 
-    python -m benchmarks.startup
+python -m benchmarks.startup
 """
 
 from __future__ import annotations
@@ -114,19 +114,16 @@ def _bare_pool() -> None:
 def _training() -> None:
     import numpy as np
     import ray
-    from torch import nn
 
     from pistoseg.classes import TissueClasses
     from pistoseg.config import ComputeConfig, TrainingConfig
-    from pistoseg.models.segmentation import SegmentationNetwork
     from pistoseg.models import segmentation
     from pistoseg.stages import cluster
     from pistoseg.training.stream import SampleSource
     from pistoseg.training.tasks import SegmentationTask
     from pistoseg.training.trainer import train
 
-    network: SegmentationNetwork = segmentation.build("unet", "tu-mobilenetv3_small_050", 2, None, None)
-    assert isinstance(network, nn.Module)
+    network = segmentation.build("unet", "tu-mobilenetv3_small_050", 2, None, None)
     classes = TissueClasses.from_json(
         {"classes": [{"name": name, "color": [1, 2, number]} for number, name in enumerate("ab")], "background_id": 2}
     )
