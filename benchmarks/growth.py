@@ -203,13 +203,13 @@ def slide_px(size: int) -> Callable[[], object]:
         def close(self) -> None:
             """Nothing is open."""
 
-    predictor = Predictor(nn.Conv2d(3, 3, 1), Normalization(), tile=512, stride=512, precision="fp32", batch_size=1)
+    predictor = Predictor(nn.Conv2d(3, 3, 1), Normalization(), tile=512, stride=384, precision="fp32", batch_size=1)
 
     def run() -> object:
         view, tissue = SlideView(Drawn(), None), np.ones((64, 64), bool)
         with tempfile.TemporaryDirectory() as folder:
             mask = MaskFile(Path(folder) / "mask", size, size)
-            return Stitcher(predictor, 3, 3, 1).run(view, TilePlan(size, size, 512, 256, tissue), tissue, mask)
+            return Stitcher(predictor, 3, 3, 1).run(view, TilePlan(size, size, 512, 384, tissue), tissue, mask)
 
     return run
 

@@ -63,7 +63,7 @@ def _parts(network: SlideNetwork, slide: Prepared, folder: Path, options: Option
     plan, predictor = slide.plan, network.predictor
     super_tiles = [item for band in plan.bands for item in plan.super_tiles(band)]
     corners = [corner for item in super_tiles for corner in item.tiles.tolist()]
-    few = min(len(corners), options.size(96, 4))
+    few = min(len(corners), options.size(48, 4))
     tile = predictor.tile
     pixels = slide.view.read(*corners[0], tile, tile)
     batch = torch.from_numpy(np.stack([pixels] * predictor.batch_size))

@@ -63,7 +63,7 @@ def _stages(options: Options, report: Report) -> None:
         report.add("stage_fixed_over_ray", stage / bare, most=None if options.tiny else OVER_RAY)
         if options.tiny:
             return
-        training, bare = _alternate(_training, _bare_training, 2)
+        training, bare = _alternate(_training, _bare_training, 1)
         report.add("training_fixed_s", training)
         report.add("training_fixed_ray_s", bare)
         report.note("a training also writes its checkpoint and starts an actor that makes samples")

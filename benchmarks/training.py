@@ -42,7 +42,7 @@ def benchmark(options: Options) -> Report:
     }
     if device.type == "cuda":
         calls["ours_compiled"] = step(copy.deepcopy(network), batch, device, compiled=True)
-    timings = harness.interleaved(calls, options.size(5, 1))
+    timings = harness.interleaved(calls, options.size(3, 1))
     for name, timing in timings.items():
         report.add(f"train_{name}_per_s", timing.per_s(batch_size))
     exact = resolve_precision("auto", device) == "bf16" and not options.tiny
