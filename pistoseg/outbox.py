@@ -83,7 +83,7 @@ class Outbox:
     def create_run(self, experiment_id: str, tags: Mapping[str, str] | None = None, run_name: str | None = None) -> Any:
         """Create a run that this process keeps alive; `.info.run_id` begins with `UNSENT` while there is no server."""
         placeholder = UNSENT + uuid.uuid4().hex
-        own = {PROCESS_TAG: process(), LIFE_TAG: str(int(time.time())), WORKSPACE_TAG: self._workspace}
+        own = {PROCESS_TAG: process(), LIFE_TAG: str(int(time.time())), WORKSPACE_TAG: redact(self._workspace)}
         arguments = {
             "experiment_id": experiment_id,
             "start_time": _now(),
@@ -147,7 +147,7 @@ class Outbox:
             self._thread.join()
         self._send_kept()
         if self._queue:
-            print(f"MLflow is still away: the next run in this workspace sends what is kept in {self._folder}")
+            print(f"MLflow is still away: the next run in this workspace sends what is kept in {redact(self._folder)}")
 
     def send_left(self) -> None:
         """Send what earlier runs in the workspace could not, and end the runs of processes that are no more."""
@@ -341,7 +341,7 @@ class Outbox:
     def _end_dead_runs(self) -> None:
         """Runs of this workspace that MLflow believes to go on, and whose process is no more, were killed."""
         places = [item.experiment_id for item in self._client.search_experiments()]
-        asked = f"attributes.status = 'RUNNING' and tags.`{WORKSPACE_TAG}` = '{_quoted(self._workspace)}'"
+        asked = f"attributes.status = 'RUNNING' and tags.`{WORKSPACE_TAG}` = '{_quoted(redact(self._workspace))}'"
         for run in self._client.search_runs(places, asked, max_results=1000):
             tags = run.data.tags
             if PROCESS_TAG in tags and not is_alive(tags[PROCESS_TAG], float(tags.get(LIFE_TAG, 0))):
