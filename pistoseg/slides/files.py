@@ -63,11 +63,6 @@ def slide_files(uri: str) -> list[str]:
     return [uri, *(storage.join(root, name) for root, name, _, _ in _companions(uri))]
 
 
-def total_size(uri: str) -> int:
-    """Bytes in all files of a slide."""
-    return _stat(uri)[0] + sum(size for _, _, size, _ in _companions(uri))
-
-
 def etag(uri: str) -> str:
     """A string that changes when any file of the slide does; no content is read, but the header of DICOM files.
 

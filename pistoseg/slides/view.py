@@ -77,10 +77,6 @@ class SlideView:
         """Level-0 px of points in view px (corners of pixels are whole numbers in both)."""
         return x * self.scale_x, y * self.scale_y
 
-    def from_level0(self, x: Number, y: Number) -> tuple[Number, Number]:
-        """View px of points in level-0 px."""
-        return x / self.scale_x, y / self.scale_y
-
     def read(self, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
         """Pixels of a part of the view; what lies outside of it is white.
 
