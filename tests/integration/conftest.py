@@ -42,7 +42,8 @@ TINY = {
     "refined_masks": {"patch_size": SIZE, "grid": 16, "symmetries": 1},
     "precise": NETWORK | {"epochs": 2, "patch_size": SIZE, "masks": "pseudo"},
     "evaluation": {"patch_size": SIZE, "symmetries": 1, "bootstrap": 20},
-    "compute": {"device": "cpu"},
+    # More actors than cores only take longer to start; tests of pools set their own number.
+    "compute": {"device": "cpu", "workers": 2},
 }
 
 

@@ -22,6 +22,7 @@ from pistoseg.pipeline import BY_NAME
 
 pytestmark = pytest.mark.timeout(1500)  # three nodes on a machine that is busy with something else
 RUNS = ("three", "one")
+NODES = 3
 START_S = 400
 JOB_S = 500
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -35,7 +36,7 @@ from pistoseg.stages import cluster
 config, data, bundle, slides, out = sys.argv[1:]
 cluster.available_cpus = lambda: 2
 with cluster.connected(ComputeConfig(device="cpu")):
-    settings = load_config(None, None, config, [f"data.uri={data}"])
+    settings = load_config(None, None, config, [f"data.uri={data}", "compute.workers=2"])
     run_pipeline(settings, Workspace(out + "/runs"), ("pseudo_masks",))
     options = {"mpp": 1.0, "stride": None, "symmetries": 1, "batch_size": None, "probabilities": False}
     sys.exit(commands.segment(bundle, slides, out + "/slides", workspace=out, settings=options, device="cpu"))
@@ -47,7 +48,7 @@ class Cluster:
 
     def __init__(self, folder):
         self.folder, self.env_file = folder, folder / "env.sh"
-        command = [sys.executable, "-m", "pistoseg", "cluster", "local", "--nodes", "3"]
+        command = [sys.executable, "-m", "pistoseg", "cluster", "local", "--nodes", str(NODES)]
         self.log = folder / "cluster.log"
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
@@ -103,6 +104,7 @@ def finished(cluster, cohort, tmp_path_factory):
     settings = TINY | {
         "synthesis": TINY["synthesis"] | {"count": 600},
         "precise": NETWORK | {"epochs": 1, "patch_size": 64, "masks": "pseudo"},
+        "compute": {"device": "cpu", "workers": NODES},
         "tracking": {"enabled": False},
     }
     (folder / "tiny.yaml").write_text(yaml.safe_dump(settings))
