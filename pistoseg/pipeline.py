@@ -10,6 +10,7 @@ import importlib
 import json
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +35,7 @@ class StageContext:
         inputs: artifacts by role.
         progress: for saying how far the stage is.
         run: its MLflow run.
+        train_callbacks: `ray.train.UserCallback`s of its training, if it trains.
     """
 
     config: Config
@@ -41,6 +43,7 @@ class StageContext:
     inputs: dict[str, Artifact]
     progress: Progress
     run: StageRun
+    train_callbacks: tuple[Any, ...] = ()
 
     def path(self, *parts: str) -> str:
         """URI of a file in the artifact."""
@@ -84,6 +87,8 @@ def _training_images(config: Config) -> dict[str, Any]:
 
     # What counts is the files, wherever they lie; the limits on their number are checked when they are there.
     read = config.data.model_dump(include={"layout", "table", "max_pixels", "min_size"})
+    if config.data.label_holdout:
+        read["label_holdout"] = config.data.label_holdout
     return _dump(config, "classes", "scale") | {"data": read, "files": training_digest(config, etag)}
 
 
@@ -225,6 +230,13 @@ STAGES = (
         lambda config: _dump(config, "evaluation", "seed"),
         lambda config: {"model": "precise", "validation": "validation"},
     ),
+    Stage(
+        "label_scores",
+        "Scoring the precise model by image-level labels",
+        "label_scores:run",
+        lambda config: _dump(config, "evaluation") | _background(config),
+        lambda config: {"model": "precise", "patches": "patches"},
+    ),
 )
 BY_NAME = {stage.name: stage for stage in STAGES}
 
@@ -286,6 +298,21 @@ def plan(config: Config, targets: tuple[str, ...]) -> list[Step]:
     return list(steps.values())
 
 
+class Hooks:
+    """What a search does around the stages of its pipelines; by default nothing."""
+
+    def claim(self, step: Step) -> AbstractContextManager[None]:
+        """Hold a stage's artifact while it is computed; blocks while someone else does."""
+        return nullcontext()
+
+    def train_callbacks(self, step: Step) -> tuple[Any, ...]:
+        """`ray.train.UserCallback`s of a stage's training."""
+        return ()
+
+    def reused(self, artifact: Artifact) -> None:
+        """Told of an artifact that was there."""
+
+
 def run_pipeline(
     config: Config,
     workspace: Workspace,
@@ -294,6 +321,7 @@ def run_pipeline(
     progress: Progress | None = None,
     run_name: str | None = None,
     parent_run: str | None = None,
+    hooks: Hooks | None = None,
 ) -> dict[str, Artifact]:
     """Compute the targets and whatever they need; reuse what is there.
 
@@ -304,22 +332,31 @@ def run_pipeline(
         progress: where to say what happens.
         run_name: of its MLflow run; None: the data set's.
         parent_run: id of the MLflow run that it is a part of; then its model is not registered.
+        hooks: called around the stages.
     Returns:
         Artifacts by stage name.
     """
-    progress = progress or Progress()
+    progress, hooks = progress or Progress(), hooks or Hooks()
     artifacts: dict[str, Artifact] = {}
     with Tracker.start(config, workspace, run_name, parent_run) as tracker:
         steps = plan(config, targets)
         for number, step in enumerate(steps, 1):
+            title = f"[{number}/{len(steps)}] {step.stage.title}"
             found = step.find(workspace)
-            with progress.stage(f"[{number}/{len(steps)}] {step.stage.title}", reused=found is not None):
-                if found is None:
-                    inputs = {role: artifacts[source] for role, source in step.inputs.items()}
-                    found = _compute(step, inputs, config, workspace, progress, tracker)
-                else:
+            if found is None:
+                with hooks.claim(step):
+                    found = step.find(workspace)  # whoever held it before may have made it
+                    if found is None:
+                        inputs = {role: artifacts[source] for role, source in step.inputs.items()}
+                        with progress.stage(title):
+                            artifacts[step.stage.name] = _compute(
+                                step, inputs, config, workspace, progress, tracker, hooks.train_callbacks(step)
+                            )
+            if found is not None:
+                with progress.stage(title, reused=True):
                     tracker.reused(found)
-            artifacts[step.stage.name] = found
+                hooks.reused(found)
+                artifacts[step.stage.name] = found
         tracker.finish(artifacts)
     return artifacts
 
@@ -331,12 +368,13 @@ def _compute(
     workspace: Workspace,
     progress: Progress,
     tracker: Tracker,
+    train_callbacks: tuple[Any, ...],
 ) -> Artifact:
     started = time.monotonic()
     stage, key, settings = step.stage, step.fingerprint, step.settings
     folder = workspace.folder(stage.name, key)
     with tracker.stage(stage.name, key, settings, inputs) as run:
-        summary = stage.run(StageContext(config, folder, inputs, progress, run))
+        summary = stage.run(StageContext(config, folder, inputs, progress, run, train_callbacks))
         artifact = workspace.commit(
             stage.name,
             key,
