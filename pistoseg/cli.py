@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pistoseg import __version__
 from pistoseg.errors import PistoSegError
+from pistoseg.search.arguments import search_options
 from pistoseg.search.tables import TABLES
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ EPILOG = """first steps:
   pistoseg evaluate --model BUNDLE --data DIR --out DIR            score a model on images with masks
   pistoseg segment --model BUNDLE --slides DIR --out DIR           tissue maps and areas of whole slides
   pistoseg ablate table1 --data DATA --workspace runs/mine         rerun a table of the paper
+  pistoseg search --space synthesis --data DATA --workspace runs/mine      find better settings, and prove it
 """
 
 
@@ -100,6 +102,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--out", metavar="DIR", help="folder or URI of the table (default: ablations/TABLE in the workspace)"
     )
 
+    search = _verb(verbs, "search", _search, "find better settings, and prove that they are better")
+    _config_options(search)
+    _run_options(search)
+    search_options(search)
+
     data = _group(verbs, "data", "look at data sets")
     check = _verb(data, "check", _data_check, "is a data set fit for training?")
     check.add_argument("data", metavar="DATA", help="folder or URI of the data set, or a manifest of slides")
@@ -121,6 +128,9 @@ def build_parser() -> argparse.ArgumentParser:
     config = _group(verbs, "config", "look at settings")
     show = _verb(config, "show", _config_show, "print the resolved settings, each with its meaning")
     _config_options(show)
+
+    models = _group(verbs, "models", "look at registered models, promote and export them")
+    _model_options(models)
 
     ui = _verb(verbs, "ui", _ui, "browse runs and models in MLflow")
     ui.add_argument("--workspace", default="runs/pistoseg", help="workspace with the runs (default: %(default)s)")
@@ -156,6 +166,25 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="DATA", help="folder or URI of the data set, or a manifest of slides")
     parser.add_argument("--workspace", default="runs/pistoseg", help="where artifacts go (default: %(default)s)")
     parser.add_argument("--workers", type=_positive, metavar="N", help="actors that read images and make mosaics")
+
+
+def _model_options(models: Any) -> None:
+    listed = _verb(models, "list", _models_list, "all versions of all models")
+    shown = _verb(models, "show", _models_show, "metrics, lineage and pictures of a version")
+    promoted = _verb(models, "promote", _models_promote, "point an alias to a version")
+    exported = _verb(models, "export", _models_export, "copy a version's bundle to a folder")
+    for parser in (shown, exported):
+        parser.add_argument("model", metavar="MODEL", help="NAME, NAME@ALIAS or NAME/VERSION")
+    promoted.add_argument("model", metavar="NAME", help="of the registered model")
+    promoted.add_argument("version", metavar="VERSION", help="its number")
+    promoted.add_argument(
+        "--alias", default="champion", help="default: %(default)s; the champion before gets `previous`"
+    )
+    exported.add_argument("--out", required=True, metavar="DIR", help="folder or URI of the bundle")
+    for parser in (listed, shown, promoted, exported):
+        parser.add_argument(
+            "--workspace", default="runs/pistoseg", help="whose MLflow knows the models (default: %(default)s)"
+        )
 
 
 def _segment_options(parser: argparse.ArgumentParser) -> None:
@@ -291,6 +320,36 @@ def _ablate(options: argparse.Namespace) -> int:
         dry_run=options.dry_run,
         out=options.out,
     )
+
+
+def _search(options: argparse.Namespace) -> int:
+    from pistoseg.search.command import search
+
+    return search(_config(options), options.workspace, options.space, vars(options))
+
+
+def _models_list(options: argparse.Namespace) -> int:
+    from pistoseg.models_command import list_models
+
+    return list_models(options.workspace)
+
+
+def _models_show(options: argparse.Namespace) -> int:
+    from pistoseg.models_command import show
+
+    return show(options.model, options.workspace)
+
+
+def _models_promote(options: argparse.Namespace) -> int:
+    from pistoseg.models_command import promote
+
+    return promote(options.model, options.version, options.alias, options.workspace)
+
+
+def _models_export(options: argparse.Namespace) -> int:
+    from pistoseg.models_command import export
+
+    return export(options.model, options.out, options.workspace)
 
 
 def _data_check(options: argparse.Namespace) -> int:

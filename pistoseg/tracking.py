@@ -21,7 +21,6 @@ import pistoseg
 from pistoseg import storage
 from pistoseg.artifacts import Artifact, Workspace
 from pistoseg.config import Config, TrackingConfig
-from pistoseg.errors import PistoSegError
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -96,9 +95,27 @@ class StageRun:
                 self._logged.add((key, step))
                 self.guard(client.log_metric, run_id, _key(key), float(value), step=step)
 
+    def params(self, values: Mapping[str, Any]) -> None:
+        """Log parameters, nested ones by their dotted names."""
+        if self.client is None or self.run_id is None:
+            return
+        for key, value in _flat(values).items():
+            self.guard(self.client.log_param, self.run_id, _key(key), str(value)[:MAX_PARAM])
+
+    def tags(self, values: Mapping[str, str]) -> None:
+        """Set tags."""
+        if self.client is None or self.run_id is None:
+            return
+        for key, value in values.items():
+            self.guard(self.client.set_tag, self.run_id, _key(key), value)
+
     def finish(self, artifact: Artifact) -> None:
         """Log a committed artifact's metrics, pictures and manifest."""
         self.metrics(artifact.summary.get("metrics", {}))
+        self.pictures(artifact)
+
+    def pictures(self, artifact: Artifact) -> None:
+        """Log a committed artifact's pictures and manifest."""
         if self.client is None:
             return
         for name in ("manifest.json", *artifact.summary.get("pictures", [])):
@@ -124,18 +141,24 @@ class Tracker:
         client: MlflowClient | None,
         name: str | None = None,
         parent: str | None = None,
+        run_id: str | None = None,
     ) -> None:
         self.config, self.workspace, self.client = config, workspace, client
         self.name, self.parent = name, parent
         self.guard = _Guard()
-        self.run_id: str | None = None
+        self.run_id = run_id
         self.experiment_id: str | None = None
         self._stage_runs: dict[str, str] = {}
 
     @classmethod
     @contextmanager
     def start(
-        cls, config: Config, workspace: Workspace, name: str | None = None, parent: str | None = None
+        cls,
+        config: Config,
+        workspace: Workspace,
+        name: str | None = None,
+        parent: str | None = None,
+        run_id: str | None = None,
     ) -> Iterator[Tracker]:
         """Open a run; it is ended as finished, failed or killed.
 
@@ -144,13 +167,14 @@ class Tracker:
             workspace: where the database is unless the config names a server.
             name: of the run; None: the data set's.
             parent: id of the run that it is a part of.
+            run_id: of a run that is there, to go on with; None: a new one.
         """
         if not config.tracking.enabled:
             yield cls(config, workspace, None)
             return
-        client = _client(config.tracking, workspace)
+        client = connect(config.tracking, workspace)
         with _default_server(client.tracking_uri):
-            tracker = cls(config, workspace, client, name, parent)
+            tracker = cls(config, workspace, client, name, parent, run_id)
             tracker.guard(tracker._open)
             status = "FAILED"
             try:
@@ -165,6 +189,9 @@ class Tracker:
     def _open(self) -> None:
         assert self.client is not None
         self.experiment_id = _experiment(self.client, self.config.tracking, self.workspace)
+        if self.run_id:
+            self.client.update_run(self.run_id, status="RUNNING")
+            return
         tags = _tags(self.workspace)
         if self.parent:
             tags["mlflow.parentRunId"] = self.parent
@@ -223,9 +250,16 @@ class Tracker:
                 metrics = artifacts[stage].summary.get("metrics", {})
                 run.metrics({prefix + key: value for key, value in metrics.items()})
         if "precise" in artifacts and not self.parent:
-            self.guard(self._register, artifacts["precise"])
+            self.register(artifacts["precise"])
 
-    def _register(self, artifact: Artifact) -> None:
+    def register(self, artifact: Artifact, tags: Mapping[str, str] | None = None) -> str | None:
+        """Register a precise model; its version, also where it was registered before, None without a server."""
+        if self.client is None or self.run_id is None:
+            return None
+        version: str | None = self.guard(self._register, artifact, tags or {})
+        return version
+
+    def _register(self, artifact: Artifact, more: Mapping[str, str]) -> str:
         import mlflow
 
         from pistoseg.models.mlflow_flavor import LOADER_MODULE, signature
@@ -234,7 +268,9 @@ class Tracker:
         name = self.config.tracking.model
         for version in self.client.search_model_versions(f"name='{name}'"):
             if version.tags.get("pistoseg.fingerprint") == artifact.fingerprint:
-                return
+                for key, value in more.items():
+                    self.client.set_model_version_tag(name, str(version.version), key, value)
+                return str(version.version)
         with tempfile.TemporaryDirectory() as folder:
             bundle = Path(folder) / "bundle"
             bundle.mkdir()
@@ -251,9 +287,10 @@ class Tracker:
                     pip_requirements=[f"pistoseg=={pistoseg.__version__}"],
                     registered_model_name=name,
                 )
-        tags = {"pistoseg.fingerprint": artifact.fingerprint, "pistoseg.bundle": artifact.path("bundle")}
+        tags = {"pistoseg.fingerprint": artifact.fingerprint, "pistoseg.bundle": artifact.path("bundle"), **more}
         for key, value in tags.items():
             self.client.set_model_version_tag(name, str(info.registered_model_version), key, value)
+        return str(info.registered_model_version)
 
     def _end(self, run_id: str | None, status: str) -> None:
         if self.client is not None and run_id is not None:
@@ -273,7 +310,7 @@ def batch_run(config: TrackingConfig, workspace: Workspace, name: str, params: M
     if not config.enabled:
         yield StageRun()
         return
-    client, guard = _client(config, workspace), _Guard()
+    client, guard = connect(config, workspace), _Guard()
 
     def create() -> str:
         experiment = _experiment(client, config, workspace)
@@ -295,51 +332,8 @@ def batch_run(config: TrackingConfig, workspace: Workspace, name: str, params: M
             guard(client.set_terminated, run_id, status)
 
 
-def bundle_uri(model: str, config: TrackingConfig, workspace: Workspace) -> str:
-    """The URI of a model's bundle: as it is, or what the registry says of `models:/name@alias` or `models:/name/3`.
-
-    Args:
-        model: URI of a bundle or a registered model.
-        config: of the server.
-        workspace: where the database is unless the config names a server.
-    Raises:
-        PistoSegError: there is no such model, or it was not registered by PistoSeg.
-    """
-    if not model.startswith("models:/"):
-        return storage.absolute(model)
-    from mlflow.exceptions import MlflowException
-
-    uri = tracking_uri(config, workspace)
-    name, alias, label = model.removeprefix("models:/").partition("@")
-    if not alias:
-        name, _, label = name.rpartition("/")
-    if not name or not label:
-        raise PistoSegError("names no version", file=model, remedy="write models:/NAME@ALIAS or models:/NAME/VERSION")
-    database = uri.removeprefix("sqlite:///")
-    if uri.startswith("sqlite:") and not os.path.exists(database):
-        raise PistoSegError(
-            f"can't be looked up: {database} is not there", file=model, remedy="give --workspace or MLFLOW_TRACKING_URI"
-        )
-    client = _client(config, workspace)
-    try:
-        find = client.get_model_version_by_alias if alias else client.get_model_version
-        version = find(name, label)
-    except MlflowException as error:
-        raise PistoSegError(
-            f"is not in the registry at {uri} ({str(error).splitlines()[0]})",
-            file=model,
-            remedy="look at the names and aliases in `pistoseg ui`",
-        ) from error
-    if "pistoseg.bundle" not in version.tags:
-        raise PistoSegError(
-            "has no tag pistoseg.bundle",
-            file=model,
-            remedy="give its bundle's URI, or register with `pistoseg train`",
-        )
-    return str(version.tags["pistoseg.bundle"])
-
-
-def _client(config: TrackingConfig, workspace: Workspace) -> MlflowClient:
+def connect(config: TrackingConfig, workspace: Workspace) -> MlflowClient:
+    """A client of the config's server, or of the workspace's database, which is made if it is not there."""
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     from mlflow.tracking import MlflowClient
 

@@ -100,7 +100,9 @@ class Parameter:
             point: values of the earlier parameters.
         """
         if self.options:
-            found = (label for label, sets in self.options.items() if all(_same(values, *item) for item in sets.items()))
+            found = (
+                label for label, sets in self.options.items() if all(_same(values, *item) for item in sets.items())
+            )
             return next(found, None)
         value = _value(values, self.name)
         return value if self.holds(value, point) else None
@@ -135,7 +137,7 @@ class Space:
             if parameter.name not in point:
                 continue
             if parameter.options:
-                values |= {key: value for key, value in parameter.options[point[parameter.name]].items()}
+                values |= parameter.options[point[parameter.name]]
                 continue
             parent = next((key for key in values if parameter.name.startswith(f"{key}.")), None)
             if parent is None:
@@ -146,7 +148,8 @@ class Space:
 
     def point_of(self, config: Config) -> Point | None:
         """The point at which a config lies, None where it lies at none."""
-        values, point = config.model_dump(mode="json"), {}
+        values = config.model_dump(mode="json")
+        point: Point = {}
         for parameter in self.parameters:
             if parameter.active(point):
                 value = parameter.read(values, point)
@@ -246,9 +249,7 @@ def _check_order(parameters: Sequence[Parameter], uri: str) -> None:
             if lower.options or lower.high is None or item.high is None or item.low is None:
                 raise PistoSegError(f"{item.above} is no range", file=uri, field=item.name)
             if lower.high + MARGIN * (item.high - item.low) >= item.high:
-                raise PistoSegError(
-                    f"must exceed {item.above}, which may be {lower.high:g}", file=uri, field=item.name
-                )
+                raise PistoSegError(f"must exceed {item.above}, which may be {lower.high:g}", file=uri, field=item.name)
         ranges[item.name] = item
 
 

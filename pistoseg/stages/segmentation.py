@@ -47,7 +47,11 @@ def _run(context: StageContext, training: SegmentationConfig, source: SampleSour
     has_validation = context.inputs["validation"].summary["images"] > 0
     validation = context.inputs["validation"].uri if has_validation else None
     task = SegmentationTask(
-        classes, training.loss, validation, _validation_info(config), labelled=None if validation else _labelled(context)
+        classes,
+        training.loss,
+        validation,
+        _validation_info(config),
+        labelled=None if validation else _labelled(context),
     )
 
     def save(lineage: dict[str, str], metrics: dict[str, float]) -> None:

@@ -28,7 +28,9 @@ class LabelledImages:
     uri: str
     data: DataConfig
 
-    def areas(self, segmenter: Segmenter, rank: int = 0, world: int = 1) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
+    def areas(
+        self, segmenter: Segmenter, rank: int = 0, world: int = 1
+    ) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
         """Labels and areas, (n, L) each, of the windows of every world-th of at most `MOST` images."""
         patches = PatchSet.open(self.uri)
         chosen = np.unique(np.linspace(0, len(patches) - 1, min(MOST, len(patches))).round().astype(int))

@@ -1,0 +1,202 @@
+"""One trial: a pipeline in a process of its own that shares artifacts with the others and reports its epochs."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray import tune
+from ray.tune.integration.ray_train import TuneReportCallback
+from rich.console import Console
+
+from pistoseg import storage
+from pistoseg.artifacts import Artifact, Workspace
+from pistoseg.config import Config, TrackingConfig
+from pistoseg.errors import PistoSegError
+from pistoseg.pipeline import Hooks, Step, run_pipeline
+from pistoseg.progress import Progress
+from pistoseg.search.ablation import with_overrides
+from pistoseg.search.objective import Objective
+from pistoseg.stages import cluster
+
+POLL_S = 1.0
+GRACE_S = 10.0
+"""What a stopped trial held stays held this long: its training workers may write for a moment longer."""
+
+
+@dataclass(frozen=True)
+class TrialJob:
+    """What all trials of a search have in common.
+
+    Args:
+        config: that they vary.
+        workspace: URI.
+        objective: what they are scored by.
+        compared: stages whose epochs are reported, in the order of running.
+        shared: names of the stages that are the same in all trials.
+        claims: `Claims` actor.
+        parallel: trials at a time.
+    """
+
+    config: Config
+    workspace: str
+    objective: Objective
+    compared: tuple[str, ...]
+    shared: frozenset[str]
+    claims: Any
+    parallel: int
+
+
+class Claims:
+    """Who computes which artifact: an actor that every trial asks, so that none is computed twice or by two at once."""
+
+    def __init__(self, grace_s: float = GRACE_S) -> None:
+        self.grace_s = grace_s
+        self._owners: dict[str, str] = {}
+        self._free_at: dict[str, float] = {}
+        self._failed: dict[str, str] = {}
+
+    def acquire(self, key: str, owner: str) -> tuple[bool, str | None]:
+        """Whether `owner` may compute an artifact now, and why it can't be computed if that is known."""
+        if key in self._failed:
+            return False, self._failed[key]
+        if self._free_at.get(key, 0.0) <= time.monotonic() and self._owners.setdefault(key, owner) == owner:
+            return True, None
+        return False, None
+
+    def release(self, key: str, owner: str, problem: str | None = None) -> None:
+        """An artifact is committed, or its computation failed for a reason that another trial would meet, too."""
+        if self._owners.get(key) == owner:
+            del self._owners[key]
+        if problem:
+            self._failed[key] = problem
+
+    def release_all(self, owner: str) -> None:
+        """A trial ended; what it still held becomes free after the grace."""
+        for key in [key for key, holder in self._owners.items() if holder == owner]:
+            del self._owners[key]
+            self._free_at[key] = time.monotonic() + self.grace_s
+
+
+class EpochReport(TuneReportCallback):
+    """Passes a training's epochs on to Tune, counted over all networks that are compared.
+
+    Args:
+        score: name of the validation's score.
+        offset: epochs of the networks before this one.
+    """
+
+    def __init__(self, score: str, offset: int) -> None:
+        super().__init__()
+        self.score, self.offset = score, offset
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        """Called in Ray Train's controller."""
+        if metrics[0].get(self.score, -1.0) >= 0:
+            row = {"objective": metrics[0][self.score], "epoch": self.offset + int(metrics[0]["epoch"]) + 1}
+            super().after_report(run_context, [row], None)
+
+
+class _TrialHooks(Hooks):
+    def __init__(self, job: TrialJob, config: Config, owner: str) -> None:
+        self.job, self.owner = job, owner
+        self.computed: list[str] = []
+        self.offsets: dict[str, int] = {}
+        epochs = 0
+        for name in job.compared:
+            self.offsets[name] = epochs
+            epochs += getattr(config, name).epochs
+        self.epochs = epochs
+
+    @contextmanager
+    def claim(self, step: Step) -> Iterator[None]:
+        """Wait until no other trial computes it."""
+        key, claims = f"{step.stage.name}/{step.fingerprint}", self.job.claims
+        while True:
+            granted, problem = ray.get(claims.acquire.remote(key, self.owner))
+            if problem:
+                raise PistoSegError(f"needs {key}, which failed: {problem.rstrip('.')}")
+            if granted:
+                break
+            time.sleep(POLL_S)
+        failure = None
+        try:
+            self.computed.append(step.stage.name)
+            yield
+        except PistoSegError as error:
+            failure = str(error)
+            raise
+        finally:
+            ray.get(claims.release.remote(key, self.owner, failure))
+
+    def train_callbacks(self, step: Step) -> tuple[Any, ...]:
+        """Epochs of the compared networks go to Tune."""
+        if step.stage.name not in self.offsets:
+            return ()
+        return (EpochReport(self.job.objective.of_epoch, self.offsets[step.stage.name]),)
+
+    def reused(self, artifact: Artifact) -> None:
+        """Report the epochs of a network that is there, so that all trials are compared at the same ones."""
+        if artifact.stage in self.computed:
+            self.computed.remove(artifact.stage)
+        if artifact.stage in self.offsets:
+            for row in json.loads(storage.read_bytes(artifact.path("epochs.json"))):
+                if self.job.objective.of_epoch in row:
+                    epoch = self.offsets[artifact.stage] + int(row["epoch"]) + 1
+                    tune.report({"objective": row[self.job.objective.of_epoch], "epoch": epoch})
+
+
+def run_trial(parameters: Mapping[str, Any], job: TrialJob) -> None:
+    """What Tune runs: the pipeline of one setting; its last report is the result, or why there is none.
+
+    Args:
+        parameters: `number`, and `overrides` as JSON.
+        job: what the search's trials have in common.
+    """
+    try:
+        tune.report(_run(json.loads(parameters["overrides"]), int(parameters["number"]), job))
+    except Exception as error:  # whatever ends a trial is its result; the search goes on
+        tune.report({"problem": explain(error)})
+
+
+def _run(overrides: Mapping[str, Any], number: int, job: TrialJob) -> dict[str, Any]:
+    config = with_overrides(job.config, overrides)
+    config = config.model_copy(update={"tracking": TrackingConfig(enabled=False)})  # the driver keeps the trial's run
+    cluster.share_cluster(job.parallel)
+    workspace, hooks = Workspace(job.workspace), _TrialHooks(job, config, str(number))
+    targets = job.objective.targets
+    with open("/dev/null", "w") as nowhere:
+        progress = Progress(Console(file=nowhere))
+        artifacts = run_pipeline(config, workspace, targets, progress=progress, hooks=hooks)
+    own = [item for item in artifacts.values() if item.stage not in job.shared]
+    details = {
+        "scores": job.objective.scores(artifacts),
+        "artifacts": {name: item.fingerprint for name, item in artifacts.items()},
+        "computed": hooks.computed,
+    }
+    return {
+        "objective": job.objective.value(artifacts),
+        "epoch": hooks.epochs + 1,
+        "finished": True,
+        "seconds": sum(item.manifest["seconds"] for item in own),
+        "details": json.dumps(details),  # Tune takes keys with slashes apart
+    }
+
+
+def explain(error: BaseException) -> str:
+    """Why a trial failed, in a line or two."""
+    if isinstance(error, PistoSegError):
+        return str(error)
+    text = f"{type(error).__name__}: {error}".strip()
+    if isinstance(error, MemoryError) or "out of memory" in text.casefold() or "OutOfMemory" in text:
+        return f"out of memory: {_last_line(text)}"
+    return _last_line(text) if "\n" in text else text
+
+
+def _last_line(text: str) -> str:
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), text)[:500]
