@@ -95,7 +95,7 @@ def _varied(study: optuna.Study) -> set[str]:
 def _common(study: optuna.Study) -> list[str]:
     """Those of them that every finished trial has."""
     finished: list[set[str]] = [set(trial.params) for trial in study.trials if trial.state.name == "COMPLETE"]
-    return sorted(_varied(study) & set.intersection(*finished)) if finished else []
+    return sorted(name for name in _varied(study) if all(name in params for params in finished))
 
 
 @contextmanager

@@ -55,6 +55,10 @@ class Recorder(Callback):
         self.progress, self.workspace = progress, workspace
         self._runs: dict[int, StageRun] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune pickles its callbacks into a state that nobody reads."""
+        return {}
+
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Open the trial's MLflow run."""
         record = self._record(trial)

@@ -59,6 +59,10 @@ class PointSearcher(Searcher):
         self._study = _study(space, journal, seed, trials, timed) if algorithm == "tpe" else None
         self._running: dict[str, tuple[TrialRecord, optuna.Trial | None]] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune pickles its searcher into a state that nobody reads."""
+        return {}
+
     def suggest(self, trial_id: str) -> dict[str, Any] | str:
         """The next trial's number and settings, or that there is none."""
         found = self._next()

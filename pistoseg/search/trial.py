@@ -12,6 +12,7 @@ from typing import Any
 import ray
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 from rich.console import Console
 
 from pistoseg import storage
@@ -23,6 +24,7 @@ from pistoseg.progress import Progress
 from pistoseg.search.ablation import with_overrides
 from pistoseg.search.objective import Objective
 from pistoseg.stages import cluster
+from pistoseg.training.loop import WorkersCallback
 
 POLL_S = 1.0
 GRACE_S = 10.0
@@ -53,13 +55,22 @@ class TrialJob:
 
 
 class Claims:
-    """Who computes which artifact: an actor that every trial asks, so that none is computed twice or by two at once."""
+    """Who computes which artifact: an actor that every trial asks, so that none is computed twice or by two at once.
+
+    Args:
+        grace_s: how long what a stopped trial claimed stays claimed.
+    """
 
     def __init__(self, grace_s: float = GRACE_S) -> None:
         self.grace_s = grace_s
         self._owners: dict[str, str] = {}
         self._free_at: dict[str, float] = {}
         self._failed: dict[str, str] = {}
+        self._groups: dict[str, list[PlacementGroup]] = {}
+
+    def hold(self, owner: str, group: PlacementGroup) -> None:
+        """A trial's training workers have a placement group."""
+        self._groups.setdefault(owner, []).append(group)
 
     def acquire(self, key: str, owner: str) -> tuple[bool, str | None]:
         """Whether `owner` may compute an artifact now, and why it can't be computed if that is known."""
@@ -77,10 +88,28 @@ class Claims:
             self._failed[key] = problem
 
     def release_all(self, owner: str) -> None:
-        """A trial ended; what it still held becomes free after the grace."""
+        """A trial ended: its workers' places are freed now, and what it claimed after the grace."""
+        for group in self._groups.pop(owner, ()):
+            remove_placement_group(group)
         for key in [key for key, holder in self._owners.items() if holder == owner]:
             del self._owners[key]
             self._free_at[key] = time.monotonic() + self.grace_s
+
+
+class Held(WorkersCallback):
+    """Says what a trial's training workers hold: Ray keeps it when the trial is stopped (ray#54305).
+
+    Args:
+        claims: `Claims` actor.
+        owner: the trial.
+    """
+
+    def __init__(self, claims: Any, owner: str) -> None:
+        self.claims, self.owner = claims, owner
+
+    def on_workers(self, group: PlacementGroup) -> None:
+        """Called in a training worker."""
+        ray.get(self.claims.hold.remote(self.owner, group))
 
 
 class EpochReport(TuneReportCallback):
@@ -136,9 +165,10 @@ class _TrialHooks(Hooks):
 
     def train_callbacks(self, step: Step) -> tuple[Any, ...]:
         """Epochs of the compared networks go to Tune."""
+        held = Held(self.job.claims, self.owner)
         if step.stage.name not in self.offsets:
-            return ()
-        return (EpochReport(self.job.objective.of_epoch, self.offsets[step.stage.name]),)
+            return (held,)
+        return held, EpochReport(self.job.objective.of_epoch, self.offsets[step.stage.name])
 
     def reused(self, artifact: Artifact) -> None:
         """Report the epochs of a network that is there, so that all trials are compared at the same ones."""

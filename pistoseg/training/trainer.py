@@ -92,7 +92,8 @@ def train(
         gpus: whether a worker gets a GPU.
         on_step: called with (steps done, steps in all, note).
         on_epoch: called with each new epoch's metrics.
-        callbacks: `ray.train.UserCallback`s, called by Ray Train in its controller.
+        callbacks: `ray.train.UserCallback`s, called by Ray Train in its controller; one that is a `WorkersCallback`
+            also hears of the workers.
 
     Raises:
         PistoSegError: when a loss is not finite; the batch is kept in the folder.
@@ -115,6 +116,7 @@ def train(
         threads=threads,
         monitor=monitor,
         pace=pace,
+        callbacks=callbacks,
     )
     file_system, path = storage.arrow_filesystem(folder)
 
