@@ -159,5 +159,5 @@ class Recorder(Callback):
             return f"{self.objective.title} {record.value:.4f}"
         if record.state == "pruned":
             epoch, value = record.curve[-1]
-            return f"stopped early after {epoch} epochs, at {value:.4f}"
+            return f"stopped early after epoch {epoch}, at {value:.4f}"
         return f"failed: {record.reason}" if record.state == "failed" else "cut off; it goes on in the next run"

@@ -6,7 +6,6 @@ the room that is left, and settings that belong together (n_h H_p = the height) 
 
 from __future__ import annotations
 
-import itertools
 import math
 import random
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,8 @@ from pistoseg.errors import PistoSegError
 Point = dict[str, Any]
 DIGITS = 4
 """Significant digits of a drawn number: a config that a person reads and types."""
+MOST_POINTS = 50_000
+"""A grid with more points is not written down."""
 MARGIN = 0.02
 """Least share of the whole range by which a parameter lies above the one that it must exceed."""
 
@@ -297,12 +298,22 @@ def _option_label(option: Mapping[str, Any]) -> str:
 
 
 def grid_points(space: Space, levels: int, limit: int | None, seed: int) -> list[Point]:
-    """The points of a grid; where there are more than `limit`, that many of them, drawn by `seed`."""
+    """The points of a grid in random order; where there are more than `limit`, that many of them, drawn by `seed`."""
+    rng = random.Random(seed)
     total = math.prod(len(item.options) or levels for item in space.parameters)
-    if total > 1_000_000:
+    if total <= MOST_POINTS:
+        points = space.grid(levels)
+        rng.shuffle(points)
+        return points if limit is None else points[:limit]
+    if limit is None:
         raise PistoSegError(
-            f"a grid over {space.name} has up to {total:,} points", field="--algorithm", remedy="use tpe or random"
+            f"a grid over {space.name} has up to {total:,} points", field="--algorithm", remedy="give --trials"
         )
-    points = list(itertools.islice(space.grid(levels), total))
-    random.Random(seed).shuffle(points)
-    return points if limit is None else points[:limit]
+    found: dict[str, Point] = {}
+    while len(found) < min(limit, MOST_POINTS):
+        point: Point = {}
+        for item in space.parameters:
+            if item.active(point):
+                point[item.name] = rng.choice(item.levels(levels, point))
+        found[repr(point)] = point
+    return list(found.values())

@@ -151,9 +151,7 @@ def test_failures_are_explained_in_a_line():
 def outcome_of(journal, config, space, confirmation=None, timed=False):
     objective = Objective("miou", masks=True, labels=False)
     space, sharing = analyse(space, config, objective)
-    search = SimpleNamespace(
-        name="mine", config=config, space=space, sharing=sharing, objective=objective, timed=timed
-    )
+    search = SimpleNamespace(name="mine", config=config, space=space, sharing=sharing, objective=objective, timed=timed)
     return SimpleNamespace(search=search, journal=journal, confirmation=confirmation, version=None, shared={})
 
 
@@ -193,9 +191,7 @@ def test_trials_and_report_say_what_became_of_each(tmp_path, config, space):
 
 def test_the_front_holds_what_nothing_beats_in_score_and_time():
     rows = [(0.5, 30.0), (0.4, 10.0), (0.45, 40.0), (0.4, 20.0), (0.6, 90.0)]
-    records = [
-        TrialRecord(number, {}, {}, "finished", value, seconds) for number, (value, seconds) in enumerate(rows)
-    ]
+    records = [TrialRecord(number, {}, {}, "finished", value, seconds) for number, (value, seconds) in enumerate(rows)]
     assert [record.number for record in pareto(records)] == [1, 0, 4]
 
 
@@ -325,3 +321,62 @@ def test_a_trial_that_came_to_its_result_is_not_stopped_by_it(sampling):
     scheduler.on_trial_add(None, trial)
     assert scheduler.on_trial_result(None, trial, {"epoch": 5, "objective": 0.1, "finished": True}) == "CONTINUE"
     assert scheduler.stopped == set()
+
+
+@pytest.mark.parametrize(("gain", "holds"), [(0.1, True), (0.0, False)])
+def test_the_best_model_is_the_champion_only_if_it_holds_on_fresh_seeds(
+    tmp_path, config, space, monkeypatch, gain, holds
+):
+    from pistoseg.artifacts import Workspace
+    from pistoseg.search import study
+    from pistoseg.tracking import StageRun
+
+    journal = filled(tmp_path, space, [0.1, 0.4, 0.3])
+    best = journal.best().overrides
+    seen, promoted = [], []
+
+    def run_pipeline(varied, workspace, targets, **options):
+        won = space.overrides(journal.best().point) == space.overrides(space.point_of(varied))
+        seen.append((won, varied.seed))
+        miou = 0.5 + 0.01 * (varied.seed % 2) * (1 if won else 2) + gain * won
+        precise = SimpleNamespace(fingerprint=f"model {varied.seed}")
+        return {"evaluation": SimpleNamespace(summary={"metrics": {"miou": miou}}), "precise": precise}
+
+    tracker = SimpleNamespace(
+        run_id="parent",
+        client="client",
+        guard=lambda call, *arguments: call(*arguments),
+        register=lambda artifact, tags: artifact.fingerprint,
+        run=StageRun,
+    )
+    monkeypatch.setattr(study, "run_pipeline", run_pipeline)
+    monkeypatch.setattr("pistoseg.registry.set_alias", lambda *arguments: promoted.append(arguments))
+    outcome = outcome_of(journal, config, space)
+    confirmation, version = study._confirm(
+        outcome.search,
+        Workspace(str(tmp_path)),
+        study.Budget(3),
+        journal,
+        tracker,
+        SimpleNamespace(say=lambda text: None),
+    )
+    assert best
+    assert confirmation.holds is holds
+    assert sorted(seen) == [(False, 1), (False, 2), (False, 3), (True, 1), (True, 2), (True, 3)]  # not the search's 0
+    assert promoted == ([("client", config.tracking.model, "model 1")] if holds else [])
+    assert version == ("model 1" if holds else None)
+    assert journal.settings["confirmation"]["holds"] is holds
+
+
+def test_pictures_and_importance_are_drawn_of_spaces_with_conditions(tmp_path, config, space):
+    pytest.importorskip("optuna")
+    from pistoseg.search import pictures
+
+    journal = filled(tmp_path, space, [0.1, 0.4, 0.3, 0.2, 0.25, 0.5], ["pruned"])
+    outcome = outcome_of(journal, config, space)
+    drawn = pictures.draw(outcome)
+    assert set(drawn) >= {"history.png", "curves.png", "slices.png", "parallel.png", "importance.png"}
+    assert all(content.startswith(b"\x89PNG") for content in drawn.values())
+    values = pictures.importance(outcome)
+    assert sum(values.values()) == pytest.approx(1)
+    assert list(values.values()) == sorted(values.values(), reverse=True)
