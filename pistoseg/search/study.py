@@ -265,7 +265,7 @@ def _scheduler(search: Search, journal: Journal) -> Halving | None:
 
 @contextmanager
 def _tune_settings() -> Iterator[None]:
-    """Tune's switches: no log files and tables of its own, Ctrl-C ends the search, and a failed trial need not have a score."""
+    """Tune's switches: no logs and tables of its own, Ctrl-C ends the search, a failed trial need not have a score."""
     switches = {
         "RAY_AIR_NEW_OUTPUT": "0",
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
