@@ -108,7 +108,7 @@ class SegmentationTask:
 
     def scores(self, shares: list[Any]) -> dict[str, float]:
         """MIoU and fwIoU, or the mean agreement with labels."""
-        if self.validation is None:
+        if self.labelled is not None and self.validation is None:
             labels, areas = (np.concatenate(part) for part in zip(*shares, strict=True))
             return {self.score: float(np.nanmean(label_agreement(labels, areas)))}
         matrix = ConfusionMatrix(len(self.classes), np.sum(shares, axis=0))
