@@ -15,7 +15,7 @@ from pistoseg import storage
 from pistoseg.artifacts import MANIFEST, Artifact, Workspace
 from pistoseg.config import TrackingConfig
 from pistoseg.errors import PistoSegError
-from pistoseg.tracking import connect, tracking_uri
+from pistoseg.tracking import connect, default_server, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -163,9 +163,10 @@ class Registry:
 
         with tempfile.TemporaryDirectory() as folder:
             try:
-                local = mlflow.artifacts.download_artifacts(
-                    artifact_uri=f"models:/{version.name}/{version.version}", dst_path=folder, tracking_uri=self.uri
-                )
+                with default_server(self.uri):
+                    local = mlflow.artifacts.download_artifacts(
+                        artifact_uri=f"models:/{version.name}/{version.version}", dst_path=folder
+                    )
             except (MlflowException, OSError) as error:
                 raise PistoSegError(
                     f"its bundle is not there, and MLflow has no copy ({str(error).splitlines()[0]})",

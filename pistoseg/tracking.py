@@ -40,7 +40,7 @@ def _local_folder(workspace: Workspace) -> Path:
 
 
 @contextmanager
-def _default_server(uri: str) -> Iterator[None]:
+def default_server(uri: str) -> Iterator[None]:
     """Make a server MLflow's default for a while: its model registry knows no other way.
 
     MLflow keeps the default in the environment, where the next workspace of this process would take it for the user's.
@@ -173,7 +173,7 @@ class Tracker:
             yield cls(config, workspace, None)
             return
         client = connect(config.tracking, workspace)
-        with _default_server(client.tracking_uri):
+        with default_server(client.tracking_uri):
             tracker = cls(config, workspace, client, name, parent, run_id)
             tracker.guard(tracker._open)
             status = "FAILED"
