@@ -4,13 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint format types lock clean
+.PHONY: demo test bench lint format types lock clean
 
 demo: $(STAMP)  ## the whole pipeline on a synthetic cohort: scores, the output tree, how to browse it
 	$(BIN)/pistoseg demo --workspace demo
 
 test: lint types  ## lint, format check, type check, tests
 	$(BIN)/pytest
+
+bench: $(STAMP)  ## speed beside what one would use instead: ONLY=mosaics,slides DATA=folder OUT=folder
+	$(BIN)/python -m benchmarks $(if $(ONLY),--only $(ONLY)) $(if $(DATA),--data $(DATA)) $(if $(OUT),--out $(OUT))
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,7 +1,8 @@
 """Artifacts: folders named by what they were made from, committed by a manifest that is written last.
 
 `<workspace>/<stage>/<fingerprint>/manifest.json` marks a finished artifact; a folder without one is unfinished work,
-which the stage picks up where it stopped.
+which the stage picks up where it stopped. Who writes a folder holds its claim (`pistoseg.claims`), and the manifest is
+created, never replaced: of two runs that want the same artifact one makes it and the other uses it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import pistoseg
 from pistoseg import storage
 from pistoseg.errors import PistoSegError
+from pistoseg.redaction import redacted
 
 MANIFEST = "manifest.json"
 
@@ -89,7 +91,7 @@ class Workspace:
         summary: Mapping[str, Any],
         seconds: float,
     ) -> Artifact:
-        """Write the manifest, which makes the folder an artifact."""
+        """Create the manifest, which makes the folder an artifact; one that is there already stays."""
         manifest = {
             "stage": stage,
             "fingerprint": key,
@@ -97,10 +99,13 @@ class Workspace:
             "pistoseg": pistoseg.__version__,
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "seconds": round(seconds, 1),
-            "settings": settings,
+            "settings": redacted(settings),
             "inputs": {role: {"stage": item.stage, "fingerprint": item.fingerprint} for role, item in inputs.items()},
-            "summary": summary,
+            "summary": redacted(summary),
         }
         uri = self.folder(stage, key)
-        storage.write_bytes(storage.join(uri, MANIFEST), json.dumps(manifest, indent=2).encode())
-        return Artifact(stage, key, uri, json.loads(json.dumps(manifest)))
+        if storage.create_bytes(storage.join(uri, MANIFEST), json.dumps(manifest, indent=2).encode()):
+            return Artifact(stage, key, uri, json.loads(json.dumps(manifest)))
+        found = self.find(stage, key)
+        assert found is not None, "it was there a moment ago"
+        return found

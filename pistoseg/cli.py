@@ -32,9 +32,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0 done; 1 a check found something; 2 the user's input or settings are wrong, or a row of a table failed; 3 some
     slides failed, the others are done; 130 interrupted.
     """
-    options = build_parser().parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = build_parser().parse_args(given)
     run: Callable[[argparse.Namespace], int] = options.run
     try:
+        if getattr(options, "submit", None):
+            from pistoseg.submission import submit
+
+            return submit(given, options)
+        if getattr(options, "log_format", None) == "json":
+            from pistoseg.progress import run_with_json_log
+
+            return run_with_json_log(lambda: run(options))
         return run(options)
     except PistoSegError as error:
         print(f"pistoseg: {error}", file=sys.stderr)
@@ -87,8 +96,11 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--classes", metavar="FILE", help="YAML with the classes of the masks; default: the bundle's")
     evaluate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
 
+    _job_options(evaluate)
+
     segment = _verb(verbs, "segment", _segment, "whole slides -> tissue maps, outlines for QuPath, areas")
     _segment_options(segment)
+    _job_options(segment)
 
     ablate = _verb(verbs, "ablate", _ablate, "rerun a table of the paper on your data")
     ablate.add_argument(
@@ -132,6 +144,21 @@ def build_parser() -> argparse.ArgumentParser:
     models = _group(verbs, "models", "look at registered models, promote and export them")
     _model_options(models)
 
+    doctor = _verb(verbs, "doctor", _doctor, "would a run work here, on this cluster, with this storage?")
+    _config_options(doctor)
+    doctor.add_argument("--data", metavar="DATA", help="folder or URI of the data set, or a manifest of slides")
+    doctor.add_argument("--workspace", default="runs/pistoseg", help="where artifacts would go (default: %(default)s)")
+    doctor.add_argument("--json", action="store_true", help="print a list of findings as JSON")
+
+    cluster = _group(verbs, "cluster", "Ray clusters")
+    local = _verb(cluster, "local", _cluster_local, "a cluster of several nodes and an S3 server on this machine")
+    local.add_argument("--nodes", type=_positive, default=3, metavar="N", help="Ray nodes (default: %(default)s)")
+    local.add_argument(
+        "--cpus", type=_positive, default=2, metavar="N", help="of each, on paper (default: %(default)s)"
+    )
+    local.add_argument("--folder", metavar="DIR", help="keep the buckets there (default: they go at the end)")
+    local.add_argument("--env-file", metavar="FILE", help="variables for clients, with keys (default: in the folder)")
+
     ui = _verb(verbs, "ui", _ui, "browse runs and models in MLflow")
     ui.add_argument("--workspace", default="runs/pistoseg", help="workspace with the runs (default: %(default)s)")
     ui.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
@@ -140,17 +167,34 @@ def build_parser() -> argparse.ArgumentParser:
     demo = _verb(verbs, "demo", _demo, "the whole pipeline on a synthetic cohort")
     demo.add_argument("--workspace", default="demo", help="folder of the cohort and the runs (default: %(default)s)")
     demo.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    _log_options(demo)
     return parser
 
 
 def _verb(verbs: Any, name: str, run: Callable[[argparse.Namespace], int], summary: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = verbs.add_parser(name, help=summary, description=summary)
-    parser.set_defaults(run=run)
+    # Options are not abbreviated: a new one would change what an old script means.
+    parser: argparse.ArgumentParser = verbs.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+    parser.set_defaults(run=run, verb=name)
     return parser
 
 
 def _group(verbs: Any, name: str, summary: str) -> Any:
     return verbs.add_parser(name, help=summary, description=summary).add_subparsers(metavar="VERB", required=True)
+
+
+def _log_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--log-format", choices=("text", "json"), default="text", help="json: every line is an object, for log servers"
+    )
+
+
+def _job_options(parser: argparse.ArgumentParser) -> None:
+    _log_options(parser)
+    parser.add_argument(
+        "--submit",
+        metavar="ADDRESS",
+        help="run as a job on the Ray cluster of this dashboard, e.g. http://head:8265, and follow its log",
+    )
 
 
 def _config_options(parser: argparse.ArgumentParser) -> None:
@@ -166,6 +210,7 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="DATA", help="folder or URI of the data set, or a manifest of slides")
     parser.add_argument("--workspace", default="runs/pistoseg", help="where artifacts go (default: %(default)s)")
     parser.add_argument("--workers", type=_positive, metavar="N", help="actors that read images and make mosaics")
+    _job_options(parser)
 
 
 def _model_options(models: Any) -> None:
@@ -237,13 +282,16 @@ def _positive(text: str) -> int:
 
 def _config(options: argparse.Namespace) -> Config:
     from pistoseg.config import load_config
+    from pistoseg.object_store import use
 
     overrides = list(options.overrides)
     if isinstance(getattr(options, "data", None), str):
         overrides.append(f"data.uri={_quoted(options.data)}")
     if getattr(options, "workers", None):
         overrides.append(f"compute.workers={options.workers}")
-    return load_config(options.preset, options.profile, options.config, overrides)
+    config = load_config(options.preset, options.profile, options.config, overrides)
+    use(config.storage)
+    return config
 
 
 def _quoted(text: str) -> str:
@@ -371,6 +419,18 @@ def _config_show(options: argparse.Namespace) -> int:
 
     print(describe(_config(options)), end="")
     return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from pistoseg.commands import doctor
+
+    return doctor(_config(options), options.workspace, options.json)
+
+
+def _cluster_local(options: argparse.Namespace) -> int:
+    from pistoseg.local_cluster import serve
+
+    return serve(options.nodes, options.cpus, options.folder, options.env_file)
 
 
 def _ui(options: argparse.Namespace) -> int:

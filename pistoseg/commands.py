@@ -12,6 +12,7 @@ from rich.table import Table
 
 from pistoseg import storage
 from pistoseg.artifacts import Artifact, Workspace
+from pistoseg.claims import claimed
 from pistoseg.config import (
     ComputeConfig,
     Config,
@@ -24,9 +25,10 @@ from pistoseg.config import (
 from pistoseg.errors import PistoSegError
 from pistoseg.pipeline import check_weights, run_pipeline
 from pistoseg.progress import Progress
+from pistoseg.redaction import redact
 
 if TYPE_CHECKING:
-    from pistoseg.stages.slides import Estimate
+    from pistoseg.stages.slides import Estimate, Plan, SlideRun
 
 FILE_WIDTH = 200
 """Columns for a wide table where the output is no terminal: nothing is folded in a log."""
@@ -138,17 +140,27 @@ def segment(
     tracking, place = TrackingConfig(), Workspace(storage.absolute(workspace))
     uri = bundle_uri(model, tracking, place)
     run = stage.SlideRun(uri, slides, storage.absolute(out), SlideSettings(**settings), **options)
-    found = stage.plan(run)
-    print(f"{len(found.todo)} slides to do, {len(found.done)} up to date, {found.left} left alone", flush=True)
     if dry_run:
+        found = _plan(run)
         for line in _estimate_lines(stage.estimate(run, found), run.workers or 1):
             print(line)
         return 0
-    params = {"model": model, "slides": slides, "out": run.out, **found.network.model, **found.network.decisive}
-    with batch_run(tracking, place, f"segment {storage.name(slides)}", params) as tracked:
-        record = stage.segment(run, found, Progress(), tracked)
+    progress = Progress()
+    with claimed(run.out, say=progress.say):  # two runs into one folder would delete each other's results
+        found = _plan(run)
+        params = {"model": model, "slides": slides, "out": run.out, **found.network.model, **found.network.decisive}
+        with batch_run(tracking, place, redact(f"segment {storage.name(slides)}"), params) as tracked:
+            record = stage.segment(run, found, progress, tracked)
     _print_slides(run.out, record)
     return 3 if record["slides"]["failed"] else 0
+
+
+def _plan(run: SlideRun) -> Plan:
+    from pistoseg.stages import slides as stage
+
+    found = stage.plan(run)
+    print(f"{len(found.todo)} slides to do, {len(found.done)} up to date, {found.left} left alone", flush=True)
+    return found
 
 
 def ablate(
@@ -205,6 +217,19 @@ def data_windows(slides: str, annotations: str, out: str, config: Config, worker
     report = write_windows(slides, annotations, out, config, workers=workers or available_cpus())
     print(report.to_text())
     return 0 if report.ok else 1
+
+
+def doctor(config: Config, workspace: str, as_json: bool = False) -> int:
+    """Examine this machine, the cluster, the storage and the servers of a config; 1 when something would fail."""
+    from pistoseg.doctor import examine, table, to_json
+
+    findings = list(examine(config, workspace))
+    if as_json:
+        print(to_json(findings))
+    else:
+        console = Console()
+        (console if console.is_terminal else Console(width=FILE_WIDTH)).print(table(findings))
+    return 1 if any(found.status == "failed" for found in findings) else 0
 
 
 def ui(workspace: str, host: str, port: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pistoseg.redaction import redact
+
 
 class PistoSegError(ValueError):
     """A problem with the user's input, settings or environment.
@@ -19,12 +21,12 @@ class PistoSegError(ValueError):
     def __init__(
         self, reason: str, *, file: str | None = None, field: str | None = None, remedy: str | None = None
     ) -> None:
-        self.reason = reason
-        self.file = file
+        self.reason = redact(reason)  # URIs with passwords, and what servers say, end in logs and tables
+        self.file = redact(file) if file else file
         self.field = field
-        self.remedy = remedy
-        where = "".join(f"{part}: " for part in (file, field) if part)
-        super().__init__(f"{where}{reason}." + (f" Remedy: {remedy}." if remedy else ""))
+        self.remedy = redact(remedy) if remedy else remedy
+        where = "".join(f"{part}: " for part in (self.file, field) if part)
+        super().__init__(f"{where}{self.reason}." + (f" Remedy: {self.remedy}." if remedy else ""))
 
     def __reduce__(self) -> tuple[object, ...]:
         # Ray pickles errors by their positional args; the fields would be lost.

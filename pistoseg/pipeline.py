@@ -10,12 +10,12 @@ import importlib
 import json
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-from pistoseg import storage
+from pistoseg import object_store, storage
 from pistoseg.artifacts import Artifact, Workspace, fingerprint
+from pistoseg.claims import claimed
 from pistoseg.config import Config
 from pistoseg.errors import PistoSegError
 from pistoseg.progress import Progress
@@ -301,16 +301,12 @@ def plan(config: Config, targets: tuple[str, ...]) -> list[Step]:
 class Hooks:
     """What a search does around the stages of its pipelines; by default nothing."""
 
-    def claim(self, step: Step) -> AbstractContextManager[None]:
-        """Hold a stage's artifact while it is computed; blocks while someone else does."""
-        return nullcontext()
-
     def train_callbacks(self, step: Step) -> tuple[Any, ...]:
         """`ray.train.UserCallback`s of a stage's training."""
         return ()
 
     def reused(self, artifact: Artifact) -> None:
-        """Told of an artifact that was there."""
+        """Told of an artifact that was there, or that another run made in the meantime."""
 
 
 def run_pipeline(
@@ -336,29 +332,37 @@ def run_pipeline(
     Returns:
         Artifacts by stage name.
     """
+    object_store.use(config.storage)
     progress, hooks = progress or Progress(), hooks or Hooks()
     artifacts: dict[str, Artifact] = {}
     with Tracker.start(config, workspace, run_name, parent_run) as tracker:
         steps = plan(config, targets)
+        _check_placement(config, workspace, steps, progress)
         for number, step in enumerate(steps, 1):
             title = f"[{number}/{len(steps)}] {step.stage.title}"
             found = step.find(workspace)
-            if found is None:
-                with hooks.claim(step):
-                    found = step.find(workspace)  # whoever held it before may have made it
-                    if found is None:
-                        inputs = {role: artifacts[source] for role, source in step.inputs.items()}
-                        with progress.stage(title):
-                            artifacts[step.stage.name] = _compute(
-                                step, inputs, config, workspace, progress, tracker, hooks.train_callbacks(step)
-                            )
-            if found is not None:
-                with progress.stage(title, reused=True):
+            title, name, key = f"[{number}/{len(steps)}] {step.stage.title}", step.stage.name, step.fingerprint
+            with progress.stage(title, found is not None, stage=name, fingerprint=key):
+                if found is None:
+                    inputs = {role: artifacts[source] for role, source in step.inputs.items()}
+                    found = _compute(step, inputs, config, workspace, progress, tracker, hooks)
+                else:
                     tracker.reused(found)
-                hooks.reused(found)
-                artifacts[step.stage.name] = found
+                    hooks.reused(found)
+            artifacts[step.stage.name] = found
         tracker.finish(artifacts)
     return artifacts
+
+
+def _check_placement(config: Config, workspace: Workspace, steps: list[Step], progress: Progress) -> None:
+    """Refuse what the cluster can't give before the first stage runs, not after hours."""
+    from pistoseg.stages import placement
+
+    todo = [step.stage.name for step in steps if step.find(workspace) is None]
+    if todo:
+        read = {"data.uri": config.data.uri, "data.validation": config.data.validation}
+        placement.check_shared(workspace.root, read)
+        placement.check(config, todo, progress.say)
 
 
 def _compute(
@@ -368,21 +372,35 @@ def _compute(
     workspace: Workspace,
     progress: Progress,
     tracker: Tracker,
-    train_callbacks: tuple[Any, ...],
+    hooks: Hooks,
 ) -> Artifact:
-    started = time.monotonic()
+    from pistoseg.stages import placement
+
     stage, key, settings = step.stage, step.fingerprint, step.settings
+    placement.check(config, (stage.name,), progress.say)
     folder = workspace.folder(stage.name, key)
-    with tracker.stage(stage.name, key, settings, inputs) as run:
-        summary = stage.run(StageContext(config, folder, inputs, progress, run, train_callbacks))
-        artifact = workspace.commit(
-            stage.name,
-            key,
-            version=stage.version,
-            settings=settings,
-            inputs=inputs,
-            summary=summary,
-            seconds=time.monotonic() - started,
-        )
-        run.finish(artifact)
+    with claimed(folder, lambda: step.find(workspace) is not None, progress.say) as claim:
+        if claim is None:  # another run has made it in the meantime
+            artifact = step.find(workspace)
+            assert artifact is not None
+            progress.say(f"{stage.name}/{key}: another run has finished it, reused")
+            tracker.reused(artifact)
+            hooks.reused(artifact)
+            return artifact
+        storage.remove_parts(folder)
+        with tracker.stage(stage.name, key, settings, inputs) as run:
+            started = time.monotonic()
+            callbacks = hooks.train_callbacks(step)
+            summary = stage.run(StageContext(config, folder, inputs, progress, run, callbacks))
+            claim.check()
+            artifact = workspace.commit(
+                stage.name,
+                key,
+                version=stage.version,
+                settings=settings,
+                inputs=inputs,
+                summary=summary,
+                seconds=time.monotonic() - started,
+            )
+            run.finish(artifact)
     return artifact

@@ -1,22 +1,47 @@
 """Files on any file system: local paths and every fsspec URI, by exact name and written whole or not at all.
 
 Names with brackets are ordinary here. fsspec's `cat`, `get`, `put` and `rm` read brackets as globs, so only its exact
-calls (`open`, `info`, `find`, `ls`, `rm_file`) are used.
+calls (`open`, `info`, `find`, `ls`, `cat_file`, `pipe_file`, `rm_file`) are used.
 """
 
 from __future__ import annotations
 
+import errno
+import functools
 import os
 import posixpath
 import shutil
 import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
+from pistoseg import object_store
 from pistoseg.errors import PistoSegError
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _explains(function: Callable[Concatenate[str, P], T]) -> Callable[Concatenate[str, P], T]:
+    """Make errors of object storage that the user can mend say how."""
+
+    @functools.wraps(function)
+    def call(uri: str, *arguments: P.args, **named: P.kwargs) -> T:
+        try:
+            return function(uri, *arguments, **named)
+        except PistoSegError:
+            raise
+        except Exception as error:
+            problem = None if is_local(uri) else object_store.explain(error, uri)
+            if problem is None:
+                raise
+            raise problem from error
+
+    return call
 
 
 def is_local(uri: str) -> bool:
@@ -54,6 +79,13 @@ def filesystem(uri: str) -> tuple[Any, str]:
     path = local_path(uri)
     if path is not None:
         return fsspec.filesystem("file", auto_mkdir=True), str(path.absolute())
+    protocol, _, inner = uri.partition("://")
+    if protocol in ("s3", "s3a"):
+        if "@" in inner.split("/")[0]:
+            raise PistoSegError(
+                "holds credentials", file=uri, remedy="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+            )
+        return object_store.filesystem(), inner.rstrip("/")
     try:
         backend, path_in_it = fsspec.core.url_to_fs(uri)
         return backend, str(path_in_it)
@@ -70,40 +102,55 @@ def arrow_filesystem(uri: str) -> tuple[Any, str]:
     path = local_path(uri)
     if path is not None:
         return arrow_fs.LocalFileSystem(), str(path.absolute())
-    if uri.startswith("s3://"):
-        return arrow_fs.FileSystem.from_uri(uri)  # reads AWS_* from the environment, endpoint included
+    if _is_s3(uri):
+        return object_store.arrow_filesystem(), filesystem(uri)[1]
     backend, inner = filesystem(uri)
     return arrow_fs.PyFileSystem(arrow_fs.FSSpecHandler(backend)), inner
 
 
+def _is_s3(uri: str) -> bool:
+    return uri.startswith(("s3://", "s3a://"))
+
+
+@_explains
 def exists(uri: str) -> bool:
     """Whether a file or folder is there."""
     backend, path = filesystem(uri)
-    return bool(backend.exists(path))
+    if not _is_s3(uri):
+        return bool(backend.exists(path))
+    try:
+        backend.info(path)  # of a bucket, `exists` hides why it can't be seen
+    except FileNotFoundError:
+        return False
+    return True
 
 
+@_explains
 def is_dir(uri: str) -> bool:
     """Whether a folder (or prefix) is there."""
     backend, path = filesystem(uri)
     return bool(backend.isdir(path))
 
 
+@_explains
 def file_size(uri: str) -> int:
     """Bytes in a file."""
     backend, path = filesystem(uri)
     return int(backend.info(path)["size"])
 
 
+@_explains
 def open_file(uri: str, mode: str = "rb") -> IO[Any]:
     """Open one file by its exact name; the folders above it are made when writing."""
     backend, path = filesystem(uri)
     return backend.open(path, mode)
 
 
+@_explains
 def read_bytes(uri: str) -> bytes:
     """The whole file."""
-    with open_file(uri) as file:
-        return bytes(file.read())
+    backend, path = filesystem(uri)
+    return bytes(backend.cat_file(path))
 
 
 def read_text(uri: str) -> str:
@@ -114,13 +161,64 @@ def read_text(uri: str) -> str:
         raise PistoSegError(f"is not UTF-8 text: {error}", file=uri, remedy="save it as UTF-8") from error
 
 
+@_explains
 def write_bytes(uri: str, data: bytes) -> None:
     """Write a file whole or not at all; what was there stays until the new one is complete."""
     path = local_path(uri)
     if path is None:
-        with open_file(uri, "wb") as file:  # an object appears when its upload is complete
-            file.write(data)
+        backend, inner = filesystem(uri)
+        backend.pipe_file(inner, data)  # an object appears when its upload is complete
         return
+    part = _part(path, data)
+    try:
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@_explains
+def create_bytes(uri: str, data: bytes) -> bool:
+    """Write a file that is not there yet, whole; False, and nothing is written, where it is.
+
+    Of several processes that create one file, on whatever machines, one gets True: a hard link on file systems, a
+    conditional put (`If-None-Match: *`) on S3.
+    """
+    path = local_path(uri)
+    if path is None:
+        backend, inner = filesystem(uri)
+        try:
+            backend.pipe_file(inner, data, mode="create")
+        except OSError as error:
+            if not isinstance(error, FileExistsError) and not object_store.is_precondition(error):
+                raise
+            # A put whose answer was lost is repeated, and then meets what it wrote itself.
+            return _is_s3(uri) and read_bytes(uri) == data
+        return True
+    part = _part(path, data)
+    try:
+        os.link(part, path)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            raise
+        return _create_without_links(path, data)
+    finally:
+        part.unlink(missing_ok=True)
+    return True
+
+
+def _create_without_links(path: Path, data: bytes) -> bool:
+    try:
+        with path.open("xb") as file:
+            file.write(data)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _part(path: Path, data: bytes) -> Path:
+    """A hidden file with the data, on disk, beside a path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{uuid.uuid4().hex}.part")
     try:
@@ -128,14 +226,35 @@ def write_bytes(uri: str, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        part.replace(path)
-    finally:
+    except BaseException:
         part.unlink(missing_ok=True)
+        raise
+    return part
 
 
+def remove_parts(uri: str) -> None:
+    """Delete what `write_bytes` began below a local folder and a kill kept it from finishing.
+
+    Only for a folder that nobody else writes to. In object storage an upload that was broken off leaves no file.
+    """
+    path = local_path(uri)
+    if path is not None:
+        for part in path.rglob(".*.part"):
+            if len(part.name) == len(f".{uuid.uuid4().hex}.part"):
+                part.unlink(missing_ok=True)
+
+
+@_explains
 def list_dir(uri: str) -> list[str]:
     """What is directly in a folder, sorted; an empty list where there is no such folder."""
     backend, path = filesystem(uri)
+    if _is_s3(uri):
+        found = []
+        for page in object_store.pages(backend, path, "/"):
+            found += [folder["Prefix"].rstrip("/") for folder in page.get("CommonPrefixes", [])]
+            found += [item["Key"] for item in page.get("Contents", []) if not item["Key"].endswith("/")]
+        bucket = object_store.split(path)[0]
+        return sorted(_uri_like(uri, backend, f"{bucket}/{key}") for key in found)
     try:
         entries = backend.ls(path, detail=False)
     except (FileNotFoundError, NotADirectoryError):
@@ -144,20 +263,15 @@ def list_dir(uri: str) -> list[str]:
     return sorted(_uri_like(uri, backend, entry) for entry in below if entry != path.rstrip("/"))
 
 
+@_explains
 def list_files(uri: str) -> list[str]:
     """Every file below a folder, sorted; hidden files and the second visit of a linked folder are left out."""
     path = local_path(uri)
     if path is not None:
         return sorted(_walk(path.absolute()))
     backend, inner = filesystem(uri)
-    try:
-        found = backend.find(inner)
-    except FileNotFoundError:
-        return []
-    below = inner.rstrip("/") + "/"
-    inside = (item for item in found if item.startswith(below))  # S3 servers may list an emptied folder itself
-    visible = (item for item in inside if not any(part.startswith(".") for part in item[len(below) :].split("/")))
-    return sorted(_uri_like(uri, backend, item) for item in visible)
+    root = _uri_like(uri, backend, inner.rstrip("/"))
+    return sorted(f"{root}/{name}" for name, _, _ in _remote_details(backend, inner, _is_s3(uri)))
 
 
 def _walk(root: Path) -> list[str]:
@@ -179,6 +293,7 @@ def _uri_like(uri: str, backend: Any, path: str) -> str:
     return path if local_path(uri) is not None else str(backend.unstrip_protocol(path))
 
 
+@_explains
 def remove_tree(uri: str) -> None:
     """Delete a folder and all below it; nothing happens where there is none."""
     path = local_path(uri)
@@ -186,7 +301,9 @@ def remove_tree(uri: str) -> None:
         shutil.rmtree(path, ignore_errors=True)
         return
     backend, inner = filesystem(uri)
-    if backend.exists(inner):
+    if _is_s3(uri):
+        object_store.remove_below(backend, inner)
+    elif backend.exists(inner):
         for item in backend.find(inner):
             backend.rm_file(item)
 
@@ -216,31 +333,68 @@ def write_parquet(table: pa.Table, uri: str, row_group_size: int = 256) -> None:
     write_bytes(uri, sink.getvalue().to_pybytes())
 
 
-def list_details(uri: str) -> list[tuple[str, int, str]]:
-    """Relative name, size in bytes and version (modification time or ETag) of every file below a folder, sorted."""
+def iter_details(uri: str) -> Iterator[tuple[str, int, str]]:
+    """Relative name, size in bytes and version (modification time or ETag) of every file below a folder.
+
+    Hidden files are left out. They come in the order of their names; of S3 one page at a time is in memory.
+    """
     path = local_path(uri)
     if path is not None:
-        root = path.absolute()
-        found = []
-        for item in _walk(root):
-            try:
-                stat = os.stat(item)
-            except OSError:  # a dangling link; whoever opens it says so
-                found.append((os.path.relpath(item, root), -1, ""))
-            else:
-                found.append((os.path.relpath(item, root), stat.st_size, str(stat.st_mtime_ns)))
-        return sorted(found)
+        yield from sorted(_local_details(path.absolute()))
+        return
     backend, inner = filesystem(uri)
-    below = inner.rstrip("/") + "/"
-    details = backend.find(inner, detail=True).items()
+    try:
+        yield from _remote_details(backend, inner, _is_s3(uri))
+    except PistoSegError:
+        raise
+    except Exception as error:
+        problem = object_store.explain(error, uri)
+        if problem is None:
+            raise
+        raise problem from error
+
+
+def list_details(uri: str) -> list[tuple[str, int, str]]:
+    """What `iter_details` yields, as a list."""
+    return list(iter_details(uri))
+
+
+def _local_details(root: Path) -> Iterator[tuple[str, int, str]]:
+    for item in _walk(root):
+        try:
+            stat = os.stat(item)
+        except OSError:  # a dangling link; whoever opens it says so
+            yield os.path.relpath(item, root), -1, ""
+        else:
+            yield os.path.relpath(item, root), stat.st_size, str(stat.st_mtime_ns)
+
+
+def _remote_details(backend: Any, path: str, is_s3: bool) -> Iterator[tuple[str, int, str]]:
+    below = path.rstrip("/") + "/"
+    if is_s3:
+        bucket = object_store.split(path)[0]
+        for page in object_store.pages(backend, path):
+            for item in page.get("Contents", []):
+                name = f"{bucket}/{item['Key']}".removeprefix(below)
+                if not name.endswith("/") and not _hidden(name):  # servers may list an emptied folder itself
+                    yield name, int(item["Size"]), str(item.get("ETag", ""))
+        return
+    try:
+        found = backend.find(path, detail=True)
+    except FileNotFoundError:
+        return
     tags = ("ETag", "etag", "md5", "mtime", "LastModified", "created")
-    return sorted(
-        (key.removeprefix(below), int(info.get("size") or 0), str(next((info[tag] for tag in tags if tag in info), "")))
-        for key, info in details
-        if key.startswith(below)
-    )
+    for key in sorted(found):
+        name, info = key.removeprefix(below), found[key]
+        if key.startswith(below) and not _hidden(name):
+            yield name, int(info.get("size") or 0), str(next((info[tag] for tag in tags if tag in info), ""))
 
 
+def _hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in name.split("/"))
+
+
+@_explains
 def remove_file(uri: str) -> None:
     """Delete one file by its exact name."""
     backend, path = filesystem(uri)

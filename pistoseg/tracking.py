@@ -2,7 +2,8 @@
 
 The pipelines of an ablation are children of the ablation's run; their models are compared, not registered.
 
-A pipeline's result never depends on MLflow: where it can't be reached the run says so once and goes on.
+A pipeline's result never depends on MLflow: where it can't be reached the run says so once, goes on, and what the
+server misses is sent later (`pistoseg.outbox`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import json
 import os
 import subprocess
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,10 +21,14 @@ import pistoseg
 from pistoseg import storage
 from pistoseg.artifacts import Artifact, Workspace
 from pistoseg.config import Config, TrackingConfig
+from pistoseg.outbox import Outbox
+from pistoseg.redaction import redact, redacted
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
+HTTP_LIMITS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "20", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
+"""MLflow's own limits let a run wait for minutes for each call to a server that is away."""
 MAX_PARAM = 500
 """Longest parameter value, in characters, that is sent."""
 
@@ -72,16 +76,14 @@ class _Guard:
             return call(*arguments, **named)
         except (MlflowException, RequestException, SQLAlchemyError, OSError) as error:
             self.broken = True
-            print(f"MLflow can't be written, this run goes on without it: {str(error).splitlines()[0]}")
+            print(redact(f"MLflow can't be written, this run goes on without it: {str(error).splitlines()[0]}"))
             return None
 
 
 class StageRun:
     """The MLflow run of one stage; does nothing when tracking is off."""
 
-    def __init__(
-        self, client: MlflowClient | None = None, run_id: str | None = None, guard: _Guard | None = None
-    ) -> None:
+    def __init__(self, client: Outbox | None = None, run_id: str | None = None, guard: _Guard | None = None) -> None:
         self.client, self.run_id, self.guard = client, run_id, guard or _Guard()
         self._logged: set[tuple[str, int]] = set()
 
@@ -138,7 +140,7 @@ class Tracker:
         self,
         config: Config,
         workspace: Workspace,
-        client: MlflowClient | None,
+        client: Outbox | None,
         name: str | None = None,
         parent: str | None = None,
         run_id: str | None = None,
@@ -147,7 +149,7 @@ class Tracker:
         self.name, self.parent = name, parent
         self.guard = _Guard()
         self.run_id = run_id
-        self.experiment_id: str | None = None
+        self.experiment_id = ""
         self._stage_runs: dict[str, str] = {}
 
     @classmethod
@@ -175,6 +177,8 @@ class Tracker:
         client = connect(config.tracking, workspace)
         with default_server(client.tracking_uri):
             tracker = cls(config, workspace, client, name, parent, run_id)
+            if parent is None:
+                client.send_left()
             tracker.guard(tracker._open)
             status = "FAILED"
             try:
@@ -185,6 +189,7 @@ class Tracker:
                 raise
             finally:
                 tracker._end(tracker.run_id, status)
+                client.close()
 
     def _open(self) -> None:
         assert self.client is not None
@@ -195,10 +200,9 @@ class Tracker:
         tags = _tags(self.workspace)
         if self.parent:
             tags["mlflow.parentRunId"] = self.parent
-        name = self.name or storage.name(self.config.data.uri or "pipeline")
+        name = redact(self.name or storage.name(self.config.data.uri or "pipeline"))
         self.run_id = self.client.create_run(self.experiment_id, tags=tags, run_name=name).info.run_id
-        for key, value in _flat(self.config.model_dump(mode="json", exclude={"tracking"})).items():
-            self.client.log_param(self.run_id, key, str(value)[:MAX_PARAM])
+        self.client.log_params(self.run_id, _params(self.config.model_dump(mode="json", exclude={"tracking"})))
 
     @contextmanager
     def stage(
@@ -214,9 +218,8 @@ class Tracker:
 
         def create() -> str:
             run_id: str = client.create_run(experiment, tags=tags, run_name=name).info.run_id
-            for field, value in _flat(settings).items():
-                if not field.startswith("files"):
-                    client.log_param(run_id, field, str(value)[:MAX_PARAM])
+            params = _params(settings).items()
+            client.log_params(run_id, {key: value for key, value in params if not key.startswith("files")})
             return run_id
 
         run_id = self.guard(create)
@@ -253,44 +256,25 @@ class Tracker:
             self.register(artifacts["precise"])
 
     def register(self, artifact: Artifact, tags: Mapping[str, str] | None = None) -> str | None:
-        """Register a precise model; its version, also where it was registered before, None without a server."""
+        """Register a precise model.
+
+        Args:
+            artifact: of the stage `precise`.
+            tags: of the version, also where the model is registered already.
+        Returns:
+            Its version; None without a server, which is told later.
+        """
         if self.client is None or self.run_id is None:
             return None
-        version: str | None = self.guard(self._register, artifact, tags or {})
+        version: str | None = self.guard(
+            self.client.register,
+            run_id=self._stage_runs.get("precise", self.run_id),
+            name=self.config.tracking.model,
+            uri=artifact.path("bundle"),
+            fingerprint=artifact.fingerprint,
+            tags=dict(tags or {}),
+        )
         return version
-
-    def _register(self, artifact: Artifact, more: Mapping[str, str]) -> str:
-        import mlflow
-
-        from pistoseg.models.mlflow_flavor import LOADER_MODULE, signature
-
-        assert self.client is not None
-        name = self.config.tracking.model
-        for version in self.client.search_model_versions(f"name='{name}'"):
-            if version.tags.get("pistoseg.fingerprint") == artifact.fingerprint:
-                for key, value in more.items():
-                    self.client.set_model_version_tag(name, str(version.version), key, value)
-                return str(version.version)
-        with tempfile.TemporaryDirectory() as folder:
-            bundle = Path(folder) / "bundle"
-            bundle.mkdir()
-            for file in ("model.json", "model.safetensors"):
-                (bundle / file).write_bytes(storage.read_bytes(artifact.path("bundle", file)))
-            with warnings.catch_warnings(), mlflow.start_run(run_id=self._stage_runs.get("precise", self.run_id)):
-                # An example would be segmented to guess the signature, which is given.
-                warnings.filterwarnings("ignore", message=".*input example was not provided")
-                info = mlflow.pyfunc.log_model(
-                    name="bundle",
-                    loader_module=LOADER_MODULE,
-                    data_path=str(bundle),
-                    signature=signature(),
-                    pip_requirements=[f"pistoseg=={pistoseg.__version__}"],
-                    registered_model_name=name,
-                )
-        tags = {"pistoseg.fingerprint": artifact.fingerprint, "pistoseg.bundle": artifact.path("bundle"), **more}
-        for key, value in tags.items():
-            self.client.set_model_version_tag(name, str(info.registered_model_version), key, value)
-        return str(info.registered_model_version)
 
     def _end(self, run_id: str | None, status: str) -> None:
         if self.client is not None and run_id is not None:
@@ -315,50 +299,60 @@ def batch_run(config: TrackingConfig, workspace: Workspace, name: str, params: M
     def create() -> str:
         experiment = _experiment(client, config, workspace)
         run_id: str = client.create_run(experiment, tags=_tags(workspace), run_name=name).info.run_id
-        for key, value in _flat(params).items():
-            client.log_param(run_id, key, str(value)[:MAX_PARAM])
+        client.log_params(run_id, _params(params))
         return run_id
 
-    run_id = guard(create)
-    status = "FAILED"
-    try:
-        yield StageRun(client if run_id else None, run_id, guard)
-        status = "FINISHED"
-    except KeyboardInterrupt:
-        status = "KILLED"
-        raise
-    finally:
-        if run_id:
-            guard(client.set_terminated, run_id, status)
+    with default_server(client.tracking_uri):
+        client.send_left()
+        run_id = guard(create)
+        status = "FAILED"
+        try:
+            yield StageRun(client if run_id else None, run_id, guard)
+            status = "FINISHED"
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
+        finally:
+            if run_id:
+                guard(client.set_terminated, run_id, status)
+            client.close()
 
 
-def connect(config: TrackingConfig, workspace: Workspace) -> MlflowClient:
+def connect(config: TrackingConfig, workspace: Workspace) -> Outbox:
     """A client of the config's server, or of the workspace's database, which is made if it is not there."""
-    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    for key, limit in {"GIT_PYTHON_REFRESH": "quiet", **HTTP_LIMITS}.items():
+        os.environ.setdefault(key, limit)
     from mlflow.tracking import MlflowClient
 
     uri = tracking_uri(config, workspace)
     if uri.startswith("sqlite:"):
         _local_folder(workspace).mkdir(parents=True, exist_ok=True)
         _quiet_migrations()
-    return MlflowClient(uri)
+    return Outbox(MlflowClient(uri), workspace.root, _register)
 
 
-def _experiment(client: MlflowClient, config: TrackingConfig, workspace: Workspace) -> str:
+def _register(client: MlflowClient, **arguments: Any) -> str:
+    from pistoseg.models.mlflow_flavor import register
+
+    return register(client, **arguments)
+
+
+def _experiment(client: Outbox, config: TrackingConfig, workspace: Workspace) -> str:
     """Id of the config's experiment, which is made if it is not there."""
-    experiment = client.get_experiment_by_name(config.experiment)
-    if experiment is not None:
-        return str(experiment.experiment_id)
     local = tracking_uri(config, workspace).startswith("sqlite:")
-    place = (_local_folder(workspace) / "mlflow").as_uri() if local else None
-    return str(client.create_experiment(config.experiment, artifact_location=place))
+    return client.experiment(config.experiment, (_local_folder(workspace) / "mlflow").as_uri() if local else None)
 
 
 def _tags(workspace: Workspace) -> dict[str, str]:
-    tags = {"pistoseg.version": pistoseg.__version__, "pistoseg.workspace": workspace.root}
+    tags = {"pistoseg.version": pistoseg.__version__, "pistoseg.workspace": redact(workspace.root)}
     if commit := _git_commit():
         tags["pistoseg.commit"] = commit
     return tags
+
+
+def _params(values: Mapping[str, Any]) -> dict[str, str]:
+    """Settings as a run's parameters."""
+    return {key: str(value)[:MAX_PARAM] for key, value in _flat(values).items()}
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -367,6 +361,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, Mapping):
             flat |= _flat(value, f"{prefix}{key}.")
         else:
+            value = redacted(value)
             flat[prefix + key] = value if isinstance(value, (str, int, float)) else json.dumps(value)
     return flat
 

@@ -25,6 +25,7 @@ from pistoseg.config.sections import (
     DataConfig,
     EvaluationConfig,
     ScaleConfig,
+    StorageConfig,
     SynthesisConfig,
     TrackingConfig,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "RefinerConfig",
     "ScaleConfig",
     "SegmentationConfig",
+    "StorageConfig",
     "SynthesisConfig",
     "TilingConfig",
     "TrackingConfig",

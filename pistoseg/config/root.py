@@ -22,6 +22,7 @@ from pistoseg.config.sections import (
     DataConfig,
     EvaluationConfig,
     ScaleConfig,
+    StorageConfig,
     SynthesisConfig,
     TrackingConfig,
 )
@@ -46,6 +47,7 @@ class Config(Section):
     precise: PreciseConfig = Field(default_factory=PreciseConfig, description="Model trained on real images.")
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="Scores.")
     compute: ComputeConfig = Field(default_factory=ComputeConfig, description="Machine or cluster.")
+    storage: StorageConfig = Field(default_factory=StorageConfig, description="Object storage.")
     tracking: TrackingConfig = Field(default_factory=TrackingConfig, description="MLflow.")
 
     @field_validator("classes", mode="before")

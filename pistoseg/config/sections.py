@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pistoseg.classes import MAX_CLASSES, TissueClass, TissueClasses
 from pistoseg.config.base import Channel, Positive, Section, Share
+from pistoseg.redaction import has_secret
 
 
 class ClassConfig(Section):
@@ -185,6 +186,9 @@ class ComputeConfig(Section):
     train_workers: Positive = Field(1, description="Data-parallel training workers (GPUs, or CPU processes).")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the networks run.")
     max_failures: int = Field(2, ge=0, description="Restarts of a training whose worker died.")
+    wait_for_nodes: int = Field(
+        0, ge=0, description="How long to wait for nodes that an autoscaler has yet to start (s); 0: there is none."
+    )
     address: str | None = Field(None, description="Ray cluster; null: RAY_ADDRESS, else a local Ray.")
 
 
@@ -197,3 +201,36 @@ class TrackingConfig(Section):
     experiment: str = Field("pistoseg", min_length=1, description="MLflow experiment.")
     model: str = Field("pistoseg", min_length=1, description="Registered model's name.")
     enabled: bool = Field(True, description="Whether runs are tracked.")
+
+
+class StorageConfig(Section):
+    """S3; credentials are never settings, they come from AWS's variables, profiles and roles."""
+
+    endpoint: str | None = Field(None, description="URL of an S3 server; null: AWS_ENDPOINT_URL, else AWS.")
+    region: str | None = Field(None, description="Of the bucket; null: AWS_REGION, else the profile's.")
+    profile: str | None = Field(None, description="Of AWS's config files, with the credentials; null: AWS_PROFILE.")
+    anonymous: bool = Field(False, description="Requests without credentials, for public buckets.")
+    addressing: Literal["auto", "path", "virtual"] = Field(
+        "auto",
+        description="path: server/bucket/key; virtual: bucket.server/key; auto: path with an endpoint.",
+    )
+
+    @field_validator("endpoint")
+    @classmethod
+    def _no_secret(cls, value: str | None) -> str | None:
+        if value is not None and not value.startswith(("http://", "https://")):
+            raise ValueError("must start with http:// or https://")
+        if value is not None and has_secret(value):
+            raise ValueError("must hold no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+        return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_keys(cls, values: Any) -> Any:
+        keys = {"key", "secret", "token", "access_key", "secret_key", "aws_access_key_id", "aws_secret_access_key"}
+        if isinstance(values, dict) and (found := keys & {str(key).lower() for key in values}):
+            raise ValueError(
+                f"{', '.join(sorted(found))}: settings are logged and hold no secrets; set the variables "
+                "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+            )
+        return values

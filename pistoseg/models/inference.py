@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pistoseg.models.segmentation import Normalization
 from pistoseg.models.tiling import MULTIPLE, cut_tile, turn, turn_back, unzoomed, zoomed
-from pistoseg.pixels import resize_image
+from pistoseg.pixels import resize_image, tile_starts
 
 Image = NDArray[np.uint8]
 Maps = NDArray[np.float32]
@@ -44,13 +44,6 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp32"
     return "bf16" if device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
-
-
-def grid(size: int, tile: int, stride: int) -> list[int]:
-    """Where tiles start along a side (px): every `stride`, the last one aligned to the border."""
-    if size <= tile:
-        return [0]
-    return [*range(0, size - tile, stride), size - tile]
 
 
 def window_weights(height: int, width: int, kind: str) -> Tensor:
@@ -290,7 +283,11 @@ class Predictor:
         for scale in self.scales:
             rows, columns = (max(1, round(side * factor * scale)) for side in (height, width))
             tile = (_tile_side(rows, self.tile), _tile_side(columns, self.tile))
-            origins = [(y, x) for y in grid(rows, tile[0], self.stride) for x in grid(columns, tile[1], self.stride)]
+            origins = [
+                (y, x)
+                for y in tile_starts(rows, tile[0], self.stride)
+                for x in tile_starts(columns, tile[1], self.stride)
+            ]
             yield _Job(output, resize_image(image, rows, columns), tile, origins, _beside(companion, rows, columns))
 
     def _add(self, job: _Job, origin: tuple[int, int], value: Tensor) -> None:

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+import pistoseg
+from pistoseg import storage
 from pistoseg.models import bundle
+from pistoseg.redaction import redact
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
 
 LOADER_MODULE = "pistoseg.models.mlflow_flavor"
 
@@ -43,6 +53,57 @@ def signature() -> Any:
         outputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1))]),
         params=ParamSchema([ParamSpec("mpp", DataType.double, None)]),
     )
+
+
+def register(
+    client: MlflowClient, run_id: str, name: str, uri: str, fingerprint: str, tags: Mapping[str, str] | None = None
+) -> str:
+    """Register a bundle as a model's next version unless it is one.
+
+    Args:
+        client: of the server, which is MLflow's default while this runs.
+        run_id: that gets the files.
+        name: of the registered model.
+        uri: of the bundle.
+        fingerprint: of its artifact, by which it is known again.
+        tags: of the version, also of one that is there.
+    Returns:
+        The version.
+    """
+    import mlflow
+
+    tags = dict(tags or {})
+    for known in client.search_model_versions(f"name='{name}'"):
+        if known.tags.get("pistoseg.fingerprint") == fingerprint:
+            _set_tags(client, name, str(known.version), tags)
+            return str(known.version)
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "bundle"
+        copy.mkdir()
+        for file in ("model.json", "model.safetensors"):
+            (copy / file).write_bytes(storage.read_bytes(storage.join(uri, file)))
+        status = client.get_run(run_id).info.status
+        with warnings.catch_warnings(), mlflow.start_run(run_id=run_id):
+            # An example would be segmented to guess the signature, which is given.
+            warnings.filterwarnings("ignore", message=".*input example was not provided")
+            info = mlflow.pyfunc.log_model(
+                name="bundle",
+                loader_module=LOADER_MODULE,
+                data_path=str(copy),
+                signature=signature(),
+                pip_requirements=[f"pistoseg=={pistoseg.__version__}"],
+                registered_model_name=name,
+            )
+        if status == "RUNNING":  # MLflow ends a run with the block that writes to it
+            client.update_run(run_id, status=status)
+    version = str(info.registered_model_version)
+    _set_tags(client, name, version, {"pistoseg.fingerprint": fingerprint, "pistoseg.bundle": redact(uri)} | tags)
+    return version
+
+
+def _set_tags(client: MlflowClient, name: str, version: str, tags: Mapping[str, str]) -> None:
+    for key, value in tags.items():
+        client.set_model_version_tag(name, version, key, value)
 
 
 def _load_pyfunc(data_path: str) -> BundleModel:

@@ -17,6 +17,7 @@ import numpy as np
 
 from pistoseg import __version__, storage
 from pistoseg.classes import TissueClasses
+from pistoseg.redaction import redacted
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -81,7 +82,7 @@ def write_summary(uri: str, rows: Iterable[SlideRow], classes: TissueClasses, ru
         "format": "pistoseg run 1",
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "versions": versions(),
-        **run,
+        **redacted(run),
         "slides": {
             status: sum(row.status == status for row in ordered) for status in ("completed", "failed", "skipped")
         },

@@ -19,7 +19,8 @@ from pistoseg.classes import TissueClasses
 from pistoseg.errors import PistoSegError
 from pistoseg.patches.labels import class_named
 from pistoseg.patches.source import Rejection, SlideListing, SlideSource, Window
-from pistoseg.patches.table import BOX, Row, box_in, flags_in, number_in, open_table, refuse_extra_fields, repeated
+from pistoseg.patches.table import BOX, box_in, flags_in, number_in, repeated
+from pistoseg.tables import Row, open_table, refuse_extra_fields
 
 _ENDINGS = (".csv", ".parquet")
 _SEPARATORS = re.compile(r"[;,+|]")

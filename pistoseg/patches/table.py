@@ -5,21 +5,18 @@ Without x, y, width and height a row labels its whole image. Other columns are i
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import posixpath
-from collections.abc import Iterator
 from typing import Any
 
 from pistoseg import storage
 from pistoseg.classes import TissueClasses
 from pistoseg.errors import PistoSegError
 from pistoseg.patches.source import WHOLE, Rejection, SourceImage, Window
+from pistoseg.tables import Row, open_table, refuse_extra_fields
 
 BOX = ("x", "y", "width", "height")
 _PREFERRED = ("patches.csv", "patches.parquet")
-Row = dict[str, Any]
 
 
 def expected_columns(classes: TissueClasses) -> str:
@@ -157,12 +154,6 @@ def _window(row: Row, number: int, header: list[str], classes: TissueClasses) ->
     return Window(*box, flags_in(row, classes), number)
 
 
-def refuse_extra_fields(row: Row) -> None:
-    """Raise `PistoSegError` for a row that has more fields than there are columns."""
-    if None in row:
-        raise PistoSegError("has more fields than the header", field="columns", remedy="quote values that hold commas")
-
-
 def box_in(row: Row, unit: str) -> tuple[int, int, int, int]:
     """x, y, width and height of a row; `PistoSegError` naming the column that is wrong and the unit that is meant."""
     box = [whole_number(row[column], column) for column in BOX]
@@ -234,62 +225,3 @@ def _header(table_uri: str) -> list[str]:
         return open_table(table_uri)[0]
     except PistoSegError:
         return []
-
-
-def open_table(table_uri: str) -> tuple[list[str], Iterator[tuple[int, Row]]]:
-    """Casefolded column names, and rows with their line numbers; `PistoSegError` when the table cannot be read."""
-    return _open_parquet(table_uri) if table_uri.lower().endswith(".parquet") else _open_csv(table_uri)
-
-
-def _open_csv(table_uri: str) -> tuple[list[str], Iterator[tuple[int, Row]]]:
-    try:
-        text = storage.read_bytes(table_uri).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise PistoSegError(f"is not UTF-8 text ({error})", file=table_uri, remedy="save it as CSV UTF-8") from error
-    except OSError as error:
-        raise PistoSegError(
-            f"cannot be read ({error})", file=table_uri, remedy="check the path and its rights"
-        ) from error
-    first_line = text.partition("\n")[0]
-    delimiter = max(",;\t", key=first_line.count)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
-    header = [column.strip().casefold() for column in next(reader, [])]
-
-    def rows() -> Iterator[tuple[int, Row]]:
-        try:
-            for values in reader:
-                if not values:
-                    continue
-                row: Row = dict.fromkeys(header)
-                row.update(zip(header, values, strict=False))
-                if len(values) > len(header):
-                    row[None] = values[len(header) :]  # type: ignore[index]
-                yield reader.line_num, row
-        except csv.Error as error:
-            raise PistoSegError(
-                f"is not valid CSV ({error})",
-                file=table_uri,
-                field=f"row {reader.line_num}",
-                remedy="save it again as CSV",
-            ) from error
-
-    return header, rows()
-
-
-def _open_parquet(table_uri: str) -> tuple[list[str], Iterator[tuple[int, Row]]]:
-    try:
-        table = storage.read_parquet(table_uri)
-    except Exception as error:  # pyarrow raises many kinds on damaged files
-        raise PistoSegError(
-            f"is not a Parquet file that can be read ({error})", file=table_uri, remedy="write it again"
-        ) from error
-    header = [column.strip().casefold() for column in table.column_names]
-
-    def rows() -> Iterator[tuple[int, Row]]:
-        number = 0
-        for batch in table.rename_columns(header).to_batches():
-            for row in batch.to_pylist():
-                number += 1
-                yield number, row
-
-    return header, rows()

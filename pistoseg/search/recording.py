@@ -32,7 +32,7 @@ class Recorder(Callback):
         journal: of the search.
         tracker: with the search's run.
         objective: what trials are scored by.
-        claims: `Claims` actor.
+        workers: `Workers` actor.
         scheduler: that stops trials; None: none is stopped.
         shared: artifacts that all trials have.
         progress: where to say what became of a trial.
@@ -44,14 +44,14 @@ class Recorder(Callback):
         journal: Journal,
         tracker: Tracker,
         objective: Objective,
-        claims: Any,
+        workers: Any,
         scheduler: Halving | None,
         shared: Mapping[str, Artifact],
         progress: Progress,
         workspace: Workspace,
     ) -> None:
         self.journal, self.tracker, self.objective = journal, tracker, objective
-        self.claims, self.scheduler, self.shared = claims, scheduler, shared
+        self.workers, self.scheduler, self.shared = workers, scheduler, shared
         self.progress, self.workspace = progress, workspace
         self._runs: dict[int, StageRun] = {}
 
@@ -119,7 +119,6 @@ class Recorder(Callback):
             tracker.guard(tracker.client.update_run, record.run_id, status="RUNNING")
             return StageRun(tracker.client, record.run_id, tracker.guard)
         tags = {"mlflow.parentRunId": tracker.run_id, "pistoseg.trial": str(record.number)}
-        tags["pistoseg.workspace"] = self.workspace.root
         for stage, artifact in self.shared.items():
             tags[f"pistoseg.shared.{stage}"] = artifact.fingerprint
         run = tracker.guard(
@@ -130,7 +129,7 @@ class Recorder(Callback):
         return opened
 
     def _close(self, record: TrialRecord) -> None:
-        ray.get(self.claims.release_all.remote(str(record.number)))
+        ray.get(self.workers.release.remote(str(record.number)))
         self.journal.save(record)
         run = self._runs.pop(record.number, None)
         self.progress.say(f"trial {record.number}: {self._outcome(record)}")

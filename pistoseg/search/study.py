@@ -27,7 +27,7 @@ from pistoseg.search.recording import Recorder
 from pistoseg.search.sampling import Algorithm, Halving, PointSearcher
 from pistoseg.search.sharing import Sharing
 from pistoseg.search.spaces import Space
-from pistoseg.search.trial import Claims, TrialJob, run_trial
+from pistoseg.search.trial import TrialJob, Workers, run_trial
 from pistoseg.stages import cluster
 from pistoseg.tracking import Tracker
 
@@ -195,8 +195,8 @@ def _run_trials(
         return
     parallel = _parallel(search.config, budget.parallel, progress)
     scheduler = _scheduler(search, journal)
-    claims: Any = ray.remote(num_cpus=0)(Claims).remote()
-    recorder = Recorder(journal, tracker, search.objective, claims, scheduler, shared, progress, workspace)
+    workers: Any = ray.remote(num_cpus=0)(Workers).remote()
+    recorder = Recorder(journal, tracker, search.objective, workers, scheduler, shared, progress, workspace)
     own = search.space.point_of(search.config)
     if own is None:
         progress.say("the own setting is outside of the space: trial 0 counts, but does not guide the search")
@@ -209,7 +209,7 @@ def _run_trials(
         search.objective,
         search.sharing.compared,
         frozenset(search.sharing.shared),
-        claims,
+        workers,
         parallel,
     )
     before, started = journal.settings["spent_s"], time.monotonic()
@@ -232,7 +232,7 @@ def _run_trials(
     finally:
         recorder.end_all()
         journal.update(spent_s=before + time.monotonic() - started)
-        ray.kill(claims)
+        ray.kill(workers)
 
 
 class _Clock(tune.Callback):

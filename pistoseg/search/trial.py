@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,10 +24,6 @@ from pistoseg.search.objective import Objective
 from pistoseg.stages import cluster
 from pistoseg.training.loop import WorkersCallback
 
-POLL_S = 1.0
-GRACE_S = 10.0
-"""What a stopped trial held stays held this long: its training workers may write for a moment longer."""
-
 
 @dataclass(frozen=True)
 class TrialJob:
@@ -41,7 +35,7 @@ class TrialJob:
         objective: what they are scored by.
         compared: stages whose epochs are reported, in the order of running.
         shared: names of the stages that are the same in all trials.
-        claims: `Claims` actor.
+        workers: `Workers` actor.
         parallel: trials at a time.
     """
 
@@ -50,66 +44,40 @@ class TrialJob:
     objective: Objective
     compared: tuple[str, ...]
     shared: frozenset[str]
-    claims: Any
+    workers: Any
     parallel: int
 
 
-class Claims:
-    """Who computes which artifact: an actor that every trial asks, so that none is computed twice or by two at once.
+class Workers:
+    """What the trials' training workers hold: an actor, which outlives the trials' processes."""
 
-    Args:
-        grace_s: how long what a stopped trial claimed stays claimed.
-    """
-
-    def __init__(self, grace_s: float = GRACE_S) -> None:
-        self.grace_s = grace_s
-        self._owners: dict[str, str] = {}
-        self._free_at: dict[str, float] = {}
-        self._failed: dict[str, str] = {}
+    def __init__(self) -> None:
         self._groups: dict[str, list[PlacementGroup]] = {}
 
     def hold(self, owner: str, group: PlacementGroup) -> None:
         """A trial's training workers have a placement group."""
         self._groups.setdefault(owner, []).append(group)
 
-    def acquire(self, key: str, owner: str) -> tuple[bool, str | None]:
-        """Whether `owner` may compute an artifact now, and why it can't be computed if that is known."""
-        if key in self._failed:
-            return False, self._failed[key]
-        if self._free_at.get(key, 0.0) <= time.monotonic() and self._owners.setdefault(key, owner) == owner:
-            return True, None
-        return False, None
-
-    def release(self, key: str, owner: str, problem: str | None = None) -> None:
-        """An artifact is committed, or its computation failed for a reason that another trial would meet, too."""
-        if self._owners.get(key) == owner:
-            del self._owners[key]
-        if problem:
-            self._failed[key] = problem
-
-    def release_all(self, owner: str) -> None:
-        """A trial ended: its workers' places are freed now, and what it claimed after the grace."""
+    def release(self, owner: str) -> None:
+        """A trial ended: its workers' places are free."""
         for group in self._groups.pop(owner, ()):
             remove_placement_group(group)
-        for key in [key for key, holder in self._owners.items() if holder == owner]:
-            del self._owners[key]
-            self._free_at[key] = time.monotonic() + self.grace_s
 
 
 class Held(WorkersCallback):
     """Says what a trial's training workers hold: Ray keeps it when the trial is stopped (ray#54305).
 
     Args:
-        claims: `Claims` actor.
+        workers: `Workers` actor.
         owner: the trial.
     """
 
-    def __init__(self, claims: Any, owner: str) -> None:
-        self.claims, self.owner = claims, owner
+    def __init__(self, workers: Any, owner: str) -> None:
+        self.workers, self.owner = workers, owner
 
     def on_workers(self, group: PlacementGroup) -> None:
         """Called in a training worker."""
-        ray.get(self.claims.hold.remote(self.owner, group))
+        ray.get(self.workers.hold.remote(self.owner, group))
 
 
 class EpochReport(TuneReportCallback):
@@ -134,7 +102,7 @@ class EpochReport(TuneReportCallback):
 class _TrialHooks(Hooks):
     def __init__(self, job: TrialJob, config: Config, owner: str) -> None:
         self.job, self.owner = job, owner
-        self.computed: list[str] = []
+        self.found: set[str] = set()
         self.offsets: dict[str, int] = {}
         epochs = 0
         for name in job.compared:
@@ -142,38 +110,16 @@ class _TrialHooks(Hooks):
             epochs += getattr(config, name).epochs
         self.epochs = epochs
 
-    @contextmanager
-    def claim(self, step: Step) -> Iterator[None]:
-        """Wait until no other trial computes it."""
-        key, claims = f"{step.stage.name}/{step.fingerprint}", self.job.claims
-        while True:
-            granted, problem = ray.get(claims.acquire.remote(key, self.owner))
-            if problem:
-                raise PistoSegError(f"needs {key}, which failed: {problem.rstrip('.')}")
-            if granted:
-                break
-            time.sleep(POLL_S)
-        failure = None
-        try:
-            self.computed.append(step.stage.name)
-            yield
-        except PistoSegError as error:
-            failure = str(error)
-            raise
-        finally:
-            ray.get(claims.release.remote(key, self.owner, failure))
-
     def train_callbacks(self, step: Step) -> tuple[Any, ...]:
         """Epochs of the compared networks go to Tune."""
-        held = Held(self.job.claims, self.owner)
+        held = Held(self.job.workers, self.owner)
         if step.stage.name not in self.offsets:
             return (held,)
         return held, EpochReport(self.job.objective.of_epoch, self.offsets[step.stage.name])
 
     def reused(self, artifact: Artifact) -> None:
         """Report the epochs of a network that is there, so that all trials are compared at the same ones."""
-        if artifact.stage in self.computed:
-            self.computed.remove(artifact.stage)
+        self.found.add(artifact.stage)
         if artifact.stage in self.offsets:
             for row in json.loads(storage.read_bytes(artifact.path("epochs.json"))):
                 if self.job.objective.of_epoch in row:
@@ -207,7 +153,7 @@ def _run(overrides: Mapping[str, Any], number: int, job: TrialJob) -> dict[str, 
     details = {
         "scores": job.objective.scores(artifacts),
         "artifacts": {name: item.fingerprint for name, item in artifacts.items()},
-        "computed": hooks.computed,
+        "computed": [name for name in artifacts if name not in hooks.found],
     }
     return {
         "objective": job.objective.value(artifacts),

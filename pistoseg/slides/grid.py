@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from pistoseg.models.inference import grid
+from pistoseg.pixels import tile_starts
 
 SUPER_TILE = 2048
 """Largest side of what is read at once, view px; 12 MB."""
@@ -71,8 +71,8 @@ class TilePlan:
         if not 0 < stride <= tile:
             raise ValueError(f"stride is {stride}; it must be positive and at most tile ({tile})")
         self.width, self.height, self.tile, self.stride = width, height, tile, stride
-        self._xs = np.array(grid(width, tile, stride), np.int64)
-        self._ys = np.array(grid(height, tile, stride), np.int64)
+        self._xs = np.array(tile_starts(width, tile, stride), np.int64)
+        self._ys = np.array(tile_starts(height, tile, stride), np.int64)
         self._wanted = _touching(tissue, self._ys, self._xs, tile, height, width)
         self._group = max(1, (super_tile - tile) // stride + 1)
 

@@ -5,15 +5,12 @@ Other columns are ignored.
 
 from __future__ import annotations
 
-import csv
-import io
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from pistoseg import storage
 from pistoseg.errors import PistoSegError
+from pistoseg.tables import Row, open_table
 
 COLUMNS = ("slide", "slide_id", "mpp", "tissue_mask")
 _FORBIDDEN = '/\\:*?"<>|'
@@ -45,14 +42,22 @@ def read_manifest(uri: str) -> list[ManifestRow]:
         PistoSegError: it cannot be read, has no column `slide`, no row, or a value that cannot be used; the error names
             the file, the row and the column.
     """
-    rows = _read_parquet(uri) if uri.lower().endswith(".parquet") else _read_csv(uri)
-    found = [_row(uri, number, values) for number, values in rows]
+    header, rows = open_table(uri)
+    _check_header(uri, header)
+    found = [_row(uri, number, values) for number, values in rows if any(map(_text, values.values()))]
     if not found:
         raise PistoSegError("has no row", file=uri, remedy="add a row for every slide")
     return found
 
 
-def _row(uri: str, number: int, values: dict[str, Any]) -> ManifestRow:
+def _row(uri: str, number: int, values: Row) -> ManifestRow:
+    if None in values:
+        raise PistoSegError(
+            "has more fields than the header",
+            file=uri,
+            field=f"row {number}",
+            remedy="quote values that hold the separator",
+        )
     text = {column: _text(values.get(column)) for column in COLUMNS}
     if not text["slide"]:
         raise _wrong(uri, number, "slide", "is empty", "write the slide's path, relative to the manifest, or its URI")
@@ -109,45 +114,3 @@ def _check_header(uri: str, header: list[str]) -> None:
         raise PistoSegError(
             f"has the column {repeated[0]} twice", file=uri, field=f"column {repeated[0]}", remedy="remove one of them"
         )
-
-
-def _read_csv(uri: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        text = storage.read_bytes(uri).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise PistoSegError(f"is not UTF-8 text ({error})", file=uri, remedy="save it as CSV UTF-8") from error
-    except OSError as error:
-        raise PistoSegError(f"cannot be read ({error})", file=uri, remedy="check the path and its rights") from error
-    first_line = text.partition("\n")[0]
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=first_line.count))
-    try:
-        header = [column.strip().casefold() for column in next(reader, [])]
-        _check_header(uri, header)
-        for values in reader:
-            if len(values) > len(header):
-                raise PistoSegError(
-                    "has more fields than the header",
-                    file=uri,
-                    field=f"row {reader.line_num}",
-                    remedy="quote values that hold the separator",
-                )
-            if any(value.strip() for value in values):
-                yield reader.line_num, dict(zip(header, values, strict=False))
-    except csv.Error as error:
-        raise PistoSegError(
-            f"is not valid CSV ({error})", file=uri, field=f"row {reader.line_num}", remedy="save it again as CSV"
-        ) from error
-
-
-def _read_parquet(uri: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        table = storage.read_parquet(uri)
-    except Exception as error:  # pyarrow raises many kinds on damaged files
-        raise PistoSegError(
-            f"is not a Parquet file that can be read ({error})", file=uri, remedy="write it again"
-        ) from error
-    header = [column.strip().casefold() for column in table.column_names]
-    _check_header(uri, header)
-    keep = [position for position, column in enumerate(header) if column in COLUMNS]
-    rows = table.select(keep).rename_columns([header[position] for position in keep]).to_pylist()
-    yield from enumerate(rows, 1)

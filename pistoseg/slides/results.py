@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pistoseg import storage
+from pistoseg.redaction import redacted
 
 RECORD = "slide.json"
 FORMAT = "pistoseg slide 1"
@@ -80,7 +81,7 @@ def published(target: str) -> Iterator[tuple[Path, Path]]:
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     """Write slide.json into a local folder."""
-    text = json.dumps({"format": FORMAT, **record}, indent=2, ensure_ascii=False)
+    text = json.dumps({"format": FORMAT, **redacted(record)}, indent=2, ensure_ascii=False)
     (folder / RECORD).write_text(text + "\n", encoding="utf-8")
 
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import ray
 
-from pistoseg import storage
+from pistoseg import object_store, storage
 from pistoseg.config import ComputeConfig
 from pistoseg.errors import PistoSegError
 from pistoseg.progress import Progress
 
+ANSWER_S = 10.0
+CGROUP = "/sys/fs/cgroup"
 OBJECT_STORE_BYTES = 4 << 30
 """Largest object store of a local Ray; shared memory is taken only as it is used."""
 
@@ -32,13 +35,24 @@ def connected(config: ComputeConfig) -> Iterator[None]:
     # Ray Data's own pools make the core worker warn about their constructor arguments on every start (ray#53727).
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     address = config.address or os.environ.get("RAY_ADDRESS")
-    local = (
+    local: dict[str, Any] = (
         {}
         if address
         else {"num_cpus": available_cpus(), "object_store_memory": _object_store(), "include_dashboard": False}
     )
+    if address and (settings := object_store.forwarded()):
+        local = {"runtime_env": {"env_vars": settings}}  # a local Ray has this process's variables
     # Without an address Ray would join a cluster that someone else started on this machine, and refuse `local`.
-    ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
+    if address:
+        _require_answer(address)
+    try:
+        # Of a cluster that ends the connection, Ray's C++ code says why before it ends the process.
+        with nullcontext() if address else _quiet():
+            ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        if not address:
+            raise
+        raise _unreachable(address, error) from error
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     for name in ("ray", "ray.data", "ray.train"):
@@ -47,6 +61,40 @@ def connected(config: ComputeConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _require_answer(address: str) -> None:
+    """Refuse an address where nobody listens: Ray would try for minutes, then end the process without a word."""
+    host, _, port = address.partition("://")[2].rpartition(":") if "://" in address else address.rpartition(":")
+    if not host or not port.isdigit():
+        return  # `auto` and what other schedulers understand
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), ANSWER_S).close()
+    except OSError as error:
+        raise _unreachable(address, error) from error
+
+
+def _unreachable(address: str, error: Exception) -> PistoSegError:
+    return PistoSegError(
+        f"can't be connected to ({(str(error).splitlines() or [type(error).__name__])[0]})",
+        file=address,
+        field="compute.address",
+        remedy="see that the cluster runs, with these versions of Ray and Python, and that RAY_AUTH_MODE and "
+        "RAY_AUTH_TOKEN are its own; or use --submit",
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what Ray's C++ code says about its own settings out of the terminal; its errors are exceptions."""
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 _pipelines = 1
@@ -61,19 +109,30 @@ def share_cluster(pipelines: int) -> None:
 def available_cpus() -> int:
     """CPUs this process may use: its affinity and its cgroup's quota, not what the machine has."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        with open("/sys/fs/cgroup/cpu.max") as file:
-            quota, period = file.read().split()
-        if quota != "max":
-            count = min(count, max(1, round(int(quota) / int(period))))
-    except (OSError, ValueError):
-        pass  # no cgroup v2: the affinity is all there is to know
+    limit = _cgroup("cpu.max") or _cgroup("cpu/cpu.cfs_quota_us") + _cgroup("cpu/cpu.cfs_period_us")
+    if len(limit) == 2 and min(limit) > 0:  # version 1 says -1 where there is none
+        count = min(count, max(1, round(limit[0] / limit[1])))
     return max(1, count)
 
 
-def _object_store() -> int:
+def available_memory() -> int:
+    """Bytes of memory that this process may use: its cgroup's limit, at the most what the machine has."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min(OBJECT_STORE_BYTES, memory // 4)
+    limits = _cgroup("memory.max") + _cgroup("memory/memory.limit_in_bytes")
+    return min([memory, *(limit for limit in limits if limit > 0)])
+
+
+def _cgroup(name: str) -> tuple[int, ...]:
+    """Numbers of a file of the control group, version 2 or 1; empty where there is none or it says `max`."""
+    try:
+        with open(f"{CGROUP}/{name}") as file:
+            return tuple(int(word) for word in file.read().split())
+    except (OSError, ValueError):
+        return ()
+
+
+def _object_store() -> int:
+    return min(OBJECT_STORE_BYTES, available_memory() // 4)
 
 
 def cluster_cpus() -> int:
@@ -104,6 +163,8 @@ def network_pool(config: ComputeConfig) -> tuple[int, dict[str, float]]:
     One CPU stays free: whatever else holds a fraction of one would make an actor that wants all of them wait for ever.
     """
     gpus = 0 if config.device == "cpu" else cluster_gpus()
+    if config.device == "cuda" and not gpus:
+        raise PistoSegError("the cluster has no GPU", field="device", remedy="use auto, or start a node with one")
     if gpus:
         return max(1, gpus // _pipelines), {"num_gpus": 1, "num_cpus": 1}
     nodes = sum(1 for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1)

@@ -22,10 +22,11 @@ from pistoseg.errors import PistoSegError
 from pistoseg.models import bundle
 from pistoseg.outputs.summary import SlideRow, sheet_of_overviews, write_summary
 from pistoseg.progress import Progress
+from pistoseg.redaction import redact
 from pistoseg.slides import results
 from pistoseg.slides.network import SlideNetwork, SlideSettings
 from pistoseg.slides.source import SlideEntry, list_slides
-from pistoseg.stages import cluster
+from pistoseg.stages import cluster, placement
 from pistoseg.stages.slide_images import node_cache
 from pistoseg.stages.slide_worker import PARTS, Board, SlideTask, SlideWorker
 from pistoseg.tracking import StageRun
@@ -177,7 +178,9 @@ def segment(run: SlideRun, found: Plan, progress: Progress, tracked: StageRun) -
     if found.todo:
         compute = ComputeConfig.model_validate({"device": run.device})
         with cluster.connected(compute), progress.stage(f"Segmenting {len(found.todo)} slides"):
+            placement.check_shared(run.out, {"--model": run.model, "--slides": run.slides})
             for record in _records(run, found, compute, progress):
+                _say(record, progress)
                 rows.append(_row(_entry_of(record), record, record["status"]))
         storage.remove_tree(storage.join(run.out, PARTS))
     seconds = time.monotonic() - began
@@ -196,6 +199,13 @@ def segment(run: SlideRun, found: Plan, progress: Progress, tracked: StageRun) -
     record = write_summary(run.out, rows, found.network.classes, facts)
     _track(run.out, rows, record, tracked)
     return record
+
+
+def _say(record: Mapping[str, Any], progress: Progress) -> None:
+    what = f"{record.get('tiles', 0):,} tiles in {record['seconds']} s" if record["status"] == "completed" else "failed"
+    text = f"slide {record['slide_id']}: {'; '.join(filter(None, (what, record['reason'])))}"
+    fields = {key: record.get(key) for key in ("slide", "status", "reason", "tiles", "seconds", "attempts")}
+    progress.event("slide", text, slide_id=record["slide_id"], **fields)
 
 
 def _records(run: SlideRun, found: Plan, compute: ComputeConfig, progress: Progress) -> Iterator[dict[str, Any]]:
@@ -296,7 +306,7 @@ def _entry_of(record: Mapping[str, Any]) -> SlideEntry:
 def _row(entry: SlideEntry, record: Mapping[str, Any], status: Any) -> SlideRow:
     known = ("reason", "attempts", "started", "seconds", "mpp", "mpp_source", "width", "height", "tiles", "areas")
     values = {key: record[key] for key in known if key in record}
-    return SlideRow(entry.slide_id, entry.uri, status, **values)
+    return SlideRow(entry.slide_id, redact(entry.uri), status, **values)
 
 
 def _track(out: str, rows: Sequence[SlideRow], record: Mapping[str, Any], tracked: StageRun) -> None:

@@ -42,6 +42,13 @@ def train_stage(
         The stage's summary.
     """
     config = context.config
+
+    def on_epoch(row: dict[str, float]) -> None:
+        context.run.metrics(row, step=int(row["epoch"]))
+        shown = {key: value for key, value in row.items() if key.startswith(("loss", "validation"))}
+        text = ", ".join(f"{key} {value:.3f}" for key, value in shown.items())
+        context.progress.event("epoch", f"epoch {row['epoch'] + 1:.0f}: {text}", epoch=int(row["epoch"]) + 1, **shown)
+
     trained = train(
         network,
         source,
@@ -51,7 +58,7 @@ def train_stage(
         folder=context.folder,
         seed=config.seed,
         on_step=context.progress.update,
-        on_epoch=lambda row: context.run.metrics(row, step=int(row["epoch"])),
+        on_epoch=on_epoch,
         callbacks=context.train_callbacks,
         **cluster.training_resources(config.compute),
     )

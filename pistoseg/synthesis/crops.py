@@ -11,6 +11,10 @@ from pistoseg.errors import PistoSegError
 from pistoseg.synthesis.bank import TissueBank
 from pistoseg.synthesis.sampling import ImageSampler
 
+_WIDE = 64
+"""From this width (px) on, crops are copied one by one and only as far as they are seen; narrower ones, of which there
+are many, all at once by whole rows."""
+
 
 class Crops(NamedTuple):
     """Some crops, each H_p x W_p px.
@@ -27,7 +31,9 @@ class Crops(NamedTuple):
 
     def grid(self, first: int, rows: int, columns: int) -> Crops:
         """The rows*columns crops from `first` on as a grid in raster order."""
-        return Crops(*(part[first : first + rows * columns].reshape(rows, columns) for part in self))
+        images, starts, strides = self
+        part, shape = slice(first, first + rows * columns), (rows, columns)
+        return Crops(images[part].reshape(shape), starts[part].reshape(shape), strides[part].reshape(shape))
 
 
 class CropSource:
@@ -70,6 +76,7 @@ class CropSource:
             self._rejected = bank.with_rejection(height, width, background_threshold).rejected
         self._max_redraws = max_redraws
         self._sampler = sampler
+        self._pixels = bank.pixels
         self._runs = bank.runs(width)
         self._offsets = bank.offsets
         self._strides = bank.shapes[:, 1].astype(np.int64)
@@ -84,29 +91,45 @@ class CropSource:
             self._redraw(rng, images, starts)
         return Crops(images, starts, self._strides[images])
 
-    def splice(self, crops: Crops) -> NDArray[np.uint8]:
+    def splice(self, crops: Crops, seen: tuple[int, int, int, int] | None = None) -> NDArray[np.uint8]:
         """Splice a grid of crops in raster order.
 
         Args:
             crops: (rows, columns) crops.
+            seen: the part of the grid that is wanted: top, left, height and width (px); None: all of it.
         Returns:
-            (rows * H_p, columns * W_p, 4) uint8, RGB and tissue.
+            (height, width, 4) uint8, RGB and tissue.
         """
         rows, columns = crops.starts.shape
-        runs = crops.starts[:, None, :] + crops.strides[:, None, :] * self._row
-        return self._runs[runs].view(np.uint8).reshape(rows * self.height, columns * self.width, 4)
+        top, left, height, width = seen or (0, 0, rows * self.height, columns * self.width)
+        if self.width < _WIDE:
+            runs = crops.starts[:, None, :] + crops.strides[:, None, :] * self._row
+            lines = self._runs[runs.reshape(-1, columns)[top : top + height]]
+            return lines.view(np.uint8).reshape(height, -1, 4)[:, left : left + width]
+        part = np.empty((height, width), np.uint32)
+        for i, (starts, strides) in enumerate(zip(crops.starts.tolist(), crops.strides.tolist(), strict=True)):
+            y = i * self.height - top
+            first, last = max(0, -y), min(self.height, height - y)
+            for j, (start, stride) in enumerate(zip(starts, strides, strict=True)):
+                x = j * self.width - left
+                begin, end = max(0, -x), min(self.width, width - x)
+                shape, from_pixel = (last - first, end - begin), start + first * stride + begin
+                crop = np.ndarray(shape, np.uint32, self._pixels, 4 * from_pixel, (4 * stride, 4))
+                part[y + first : y + last, x + begin : x + end] = crop
+        return part.view(np.uint8).reshape(height, width, 4)
 
     def _place(self, rng: np.random.Generator, images: NDArray[np.int64]) -> NDArray[np.int64]:
-        corners = (rng.random((len(images), 2)) * self._places[images]).astype(np.int64)
-        return self._offsets[images] + corners[:, 0] * self._strides[images] + corners[:, 1]
+        # `take` costs half of what indexing does, and redraws are many calls with few numbers.
+        corners = (rng.random((len(images), 2)) * self._places.take(images, 0)).astype(np.int64)
+        return self._offsets.take(images) + corners[:, 0] * self._strides.take(images) + corners[:, 1]
 
     def _redraw(self, rng: np.random.Generator, images: NDArray[np.int64], starts: NDArray[np.int64]) -> None:
         assert self._rejected is not None
-        bad = np.flatnonzero(self._rejected[starts])
+        bad = self._rejected.take(starts).nonzero()[0]
         for _ in range(self._max_redraws):
             if not len(bad):
                 return
-            substitutes = self._sampler.redraw(rng, images[bad])
+            substitutes = self._sampler.redraw(rng, images.take(bad))
             images[bad] = substitutes
             starts[bad] = places = self._place(rng, substitutes)
-            bad = bad[self._rejected[places]]
+            bad = bad[self._rejected.take(places)]

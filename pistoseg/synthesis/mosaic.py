@@ -2,14 +2,15 @@
 
 The paper splices four images of n_h H_p x n_w W_p px, flips, rotates and scales each, crops each to its quadrant and
 puts the four crops in the corners. Here flip, rotation, scaling and crop are one affine map from the quadrant back to
-the spliced image, and only the cells of the splice that this map reaches are drawn and copied.
+the spliced image. Only the cells of the splice that this map reaches are drawn, and only the pixels of them that it
+reaches are copied.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import accumulate
+from typing import TYPE_CHECKING, NamedTuple
 
 import cv2
 import numpy as np
@@ -31,8 +32,7 @@ _MASK = cv2.WARP_INVERSE_MAP | cv2.INTER_NEAREST
 _DRAWS = 9  # random numbers of a quadrant's geometry
 
 
-@dataclass(frozen=True, slots=True)
-class Affine:
+class Affine(NamedTuple):
     """Source coordinates of a pixel (x, y): (xx x + xy y + x0, yx x + yy y + y0)."""
 
     xx: float
@@ -44,14 +44,13 @@ class Affine:
 
     def matrix(self) -> NDArray[np.float64]:
         """As OpenCV takes it with WARP_INVERSE_MAP: (2, 3) float64."""
-        return np.array(((self.xx, self.xy, self.x0), (self.yx, self.yy, self.y0)))
+        return np.array(self).reshape(2, 3)
 
 
 IDENTITY = Affine(1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 
 
-@dataclass(frozen=True, slots=True)
-class Quadrant:
+class Quadrant(NamedTuple):
     """What was drawn for one spliced image.
 
     Args:
@@ -60,7 +59,8 @@ class Quadrant:
         warp: the rotated and scaled image's pixels -> the flipped spliced image.
         crop_y, crop_x: where the rotated and scaled image is cropped (px).
         rows, columns: first and last-plus-one cell of the splice that the quadrant shows.
-        source: the quadrant's pixels -> the spliced image's cells rows x columns: flip, warp and crop in one map.
+        seen: the part of these cells that the quadrant shows: top, left, height and width (px, from their corner).
+        source: the quadrant's pixels -> the part that is seen: flip, warp and crop in one map.
     """
 
     top: int
@@ -74,6 +74,7 @@ class Quadrant:
     crop_x: int
     rows: tuple[int, int]
     columns: tuple[int, int]
+    seen: tuple[int, int, int, int]
     source: Affine
 
     @property
@@ -107,17 +108,17 @@ class Mosaic:
     def plan(self, rng: np.random.Generator) -> tuple[list[Quadrant], list[Crops]]:
         """Draw all that is random: the four quadrants in the order of eq. 1 (I1 to I4) and the crops they show."""
         quadrants = self._quadrants(rng)
-        counts = [rows * columns for rows, columns in (quadrant.shape for quadrant in quadrants)]
-        crops = self._source.draw(rng, sum(counts))
-        grids = [crops.grid(sum(counts[:i]), *quadrant.shape) for i, quadrant in enumerate(quadrants)]
-        return quadrants, grids
+        shapes = [quadrant.shape for quadrant in quadrants]
+        ends = [0, *accumulate(rows * columns for rows, columns in shapes)]
+        crops = self._source.draw(rng, ends[-1])
+        return quadrants, [crops.grid(first, *shape) for first, shape in zip(ends, shapes, strict=False)]
 
     def compose(self, quadrants: list[Quadrant], grids: list[Crops]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         """Make the mosaic that was drawn."""
         image = np.empty((self._height, self._width, 4), np.uint8)
         mask = np.empty((self._height, self._width), np.uint8)
         for quadrant, crops in zip(quadrants, grids, strict=True):
-            block = self._source.splice(crops)
+            block = self._source.splice(crops, quadrant.seen)
             place = np.s_[quadrant.top : quadrant.top + quadrant.height, quadrant.left : quadrant.left + quadrant.width]
             if quadrant.warp == IDENTITY:
                 _cut(block, quadrant, image[place], mask[place])
@@ -133,35 +134,38 @@ class Mosaic:
         return [self._quadrant(place, u[2 + _DRAWS * i :][:_DRAWS]) for i, place in enumerate(places)]
 
     def _quadrant(self, place: tuple[int, int, int, int], u: list[float]) -> Quadrant:
-        config = self._config
+        config, side_y, side_x = self._config, self._height, self._width
         _, _, height, width = place
         flip_y, flip_x = u[0] < config.flip, u[1] < config.flip
         warp = IDENTITY
         if u[2] < config.transform_probability:
             warp = rotation_and_scale(
-                self._height,
-                self._width,
+                side_y,
+                side_x,
                 angle=_between(u[3], config.rotate),
                 scale=1 + _between(u[4], config.scale),
                 shift_y=_between(u[5], config.shift),
                 shift_x=_between(u[6], config.shift),
             )
-        crop_y = _pick(u[7], (0, self._height - height))
-        crop_x = _pick(u[8], (0, self._width - width))
-        to_splice = _compose(warp, flip_y, flip_x, crop_y, crop_x, self._height, self._width)
-        top, bottom = _reached(to_splice.yx, to_splice.yy, to_splice.y0, height, width, self._height)
-        left, right = _reached(to_splice.xx, to_splice.xy, to_splice.x0, height, width, self._width)
-        rows = top // config.crop_height, bottom // config.crop_height + 1
-        columns = left // config.crop_width, right // config.crop_width + 1
-        source = Affine(
-            to_splice.xx,
-            to_splice.xy,
-            to_splice.x0 - columns[0] * config.crop_width,
-            to_splice.yx,
-            to_splice.yy,
-            to_splice.y0 - rows[0] * config.crop_height,
+        crop_y = _pick(u[7], (0, side_y - height))
+        crop_x = _pick(u[8], (0, side_x - width))
+        xx, xy, x0, yx, yy, y0 = _composed(warp, flip_y, flip_x, crop_y, crop_x, side_y, side_x)
+        top, bottom = _reached(yx, yy, y0, height, width, side_y)
+        left, right = _reached(xx, xy, x0, height, width, side_x)
+        first_row, from_top = divmod(top, config.crop_height)
+        first_column, from_left = divmod(left, config.crop_width)
+        return Quadrant(
+            *place,
+            flip_y,
+            flip_x,
+            warp,
+            crop_y,
+            crop_x,
+            (first_row, bottom // config.crop_height + 1),
+            (first_column, right // config.crop_width + 1),
+            (from_top, from_left, bottom - top + 1, right - left + 1),
+            Affine(xx, xy, x0 - left, yx, yy, y0 - top),
         )
-        return Quadrant(*place, flip_y, flip_x, warp, crop_y, crop_x, rows, columns, source)
 
 
 def rotation_and_scale(
@@ -193,7 +197,7 @@ def rotation_and_scale(
 
 
 def _warp(block: NDArray[np.uint8], quadrant: Quadrant, image: NDArray[np.uint8], mask: NDArray[np.uint8]) -> None:
-    """Fill a quadrant's image (h, w, 4) and mask (h, w) from its visible cells."""
+    """Fill a quadrant's image (h, w, 4) and mask (h, w) from what is seen of its cells, (h, w, 4)."""
     matrix, size = quadrant.source.matrix(), (quadrant.width, quadrant.height)
     cv2.warpAffine(block, matrix, size, image, _IMAGE, cv2.BORDER_REFLECT_101)
     cv2.warpAffine(cv2.extractChannel(block, 3), matrix, size, mask, _MASK, cv2.BORDER_REFLECT_101)
@@ -208,15 +212,18 @@ def _cut(block: NDArray[np.uint8], quadrant: Quadrant, image: NDArray[np.uint8],
     mask[:] = image[..., 3]
 
 
-def _compose(warp: Affine, flip_y: bool, flip_x: bool, crop_y: int, crop_x: int, height: int, width: int) -> Affine:
+def _composed(
+    warp: Affine, flip_y: bool, flip_x: bool, crop_y: int, crop_x: int, height: int, width: int
+) -> tuple[float, float, float, float, float, float]:
     """Crop, then warp, then flip, as one map from the cropped image to the spliced one."""
-    xx, xy, x0 = warp.xx, warp.xy, warp.x0 + warp.xx * crop_x + warp.xy * crop_y
-    yx, yy, y0 = warp.yx, warp.yy, warp.y0 + warp.yx * crop_x + warp.yy * crop_y
+    xx, xy, x0, yx, yy, y0 = warp
+    x0 = x0 + xx * crop_x + xy * crop_y
+    y0 = y0 + yx * crop_x + yy * crop_y
     if flip_x:
         xx, xy, x0 = -xx, -xy, width - 1 - x0
     if flip_y:
         yx, yy, y0 = -yx, -yy, height - 1 - y0
-    return Affine(xx, xy, x0, yx, yy, y0)
+    return xx, xy, x0, yx, yy, y0
 
 
 def _reached(by_x: float, by_y: float, origin: float, height: int, width: int, side: int) -> tuple[int, int]:

@@ -27,6 +27,25 @@ def address_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
+class Addresses:
+    """`address_rng` for sample after sample of one seed, at a fifth of its cost: one generator is moved about.
+
+    Args:
+        seed: of the run.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._rng = address_rng(seed, 0, 0)
+        self._state = self._rng.bit_generator.state  # of a generator that has drawn nothing
+
+    def rng(self, epoch: int, index: int) -> np.random.Generator:
+        """The random numbers of `address_rng(seed, epoch, index)`, good until the next call."""
+        counter = self._state["state"]["counter"]
+        counter[2], counter[3] = index & _WORD, epoch & _WORD
+        self._rng.bit_generator.state = self._state
+        return self._rng
+
+
 class ImageSampler:
     """Draws image numbers by class.
 
@@ -76,11 +95,11 @@ class ImageSampler:
         """
         if self.natural:
             return self.draw(rng, len(images))
-        return self._within(rng, self._labels[images])
+        return self._within(rng, self._labels.take(images))
 
     def _within(self, rng: np.random.Generator, classes: NDArray[np.integer]) -> NDArray[np.int64]:
-        places = (rng.random(len(classes)) * self._counts[classes]).astype(np.int64)
-        return self._order[self._starts[classes] + places]
+        places = (rng.random(len(classes)) * self._counts.take(classes)).astype(np.int64)
+        return self._order.take(self._starts.take(classes) + places)
 
 
 def _weights(names: Sequence[str], sampling: ClassSampling) -> NDArray[np.float64]:

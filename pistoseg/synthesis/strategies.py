@@ -14,7 +14,7 @@ from pistoseg.errors import PistoSegError
 from pistoseg.synthesis.bank import BACKGROUND, TissueBank
 from pistoseg.synthesis.crops import CropSource
 from pistoseg.synthesis.mosaic import Mosaic
-from pistoseg.synthesis.sampling import ImageSampler, address_rng
+from pistoseg.synthesis.sampling import Addresses, ImageSampler
 
 if TYPE_CHECKING:
     from pistoseg.config import SynthesisConfig
@@ -94,7 +94,7 @@ class CutMix:
 
 
 class Synthesizer:
-    """Makes sample k of epoch e, a function of (seed, e, k) alone.
+    """Makes sample k of epoch e, a function of (seed, e, k) alone; for one thread at a time.
 
     Args:
         bank: single-tissue images, packed for this config's crop.
@@ -110,9 +110,11 @@ class Synthesizer:
     def __init__(
         self, bank: TissueBank, config: SynthesisConfig, class_names: Sequence[str], background_id: int, seed: int
     ) -> None:
-        self._seed = seed
-        self._background_id = background_id
-        self._has_background = bank.has_background and background_id != BACKGROUND
+        self._addresses = Addresses(seed)
+        self._ids: NDArray[np.uint8] | None = None  # of a mask's values; None: they are what they should be
+        if bank.has_background and background_id != BACKGROUND:
+            self._ids = np.arange(256, dtype=np.uint8)
+            self._ids[BACKGROUND] = background_id
         self._strategy = _strategy(bank, config, class_names)
 
     def sample(self, epoch: int, index: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
@@ -121,9 +123,9 @@ class Synthesizer:
         Returns:
             (H, W, 3) uint8 RGB and its mask, (H, W) uint8: class ids, and background_id where there is no tissue.
         """
-        image, mask = self._strategy.sample(address_rng(self._seed, epoch, index))
-        if self._has_background:
-            mask[mask == BACKGROUND] = self._background_id
+        image, mask = self._strategy.sample(self._addresses.rng(epoch, index))
+        if self._ids is not None:
+            mask = cv2.LUT(mask, self._ids)
         return cv2.cvtColor(image, cv2.COLOR_RGBA2RGB), mask
 
 

@@ -81,7 +81,11 @@ def train_worker(arguments: dict[str, Any]) -> None:
                 callback.on_workers(group)
     batches = iter(
         ray.train.get_dataset_shard("train").iter_torch_batches(
-            batch_size=job.batch_size, prefetch_batches=2, drop_last=True
+            batch_size=job.batch_size,
+            prefetch_batches=2,
+            drop_last=True,
+            # Copied to the GPU by the thread that prefetches, while the network is at the batch before.
+            pin_memory=training.device.type == "cuda",
         )
     )
     # The stream's start-up is no waiting of the first epoch.

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 
 Sample = tuple[NDArray[Any], ...]
 
+SAMPLE_CPUS = 0.1
+"""Of an actor that makes samples; the trainer's CPUs are set aside, and a mosaic costs a hundredth of its step."""
 BLOCK_BYTES = 8 << 20
 """Pixels of one block: large enough to be worth a task, small enough to be made ahead of need."""
 
@@ -93,8 +95,7 @@ def sample_dataset(
         },
         batch_size=None,
         batch_format="numpy",
-        # The trainer's CPUs are set aside already, and a mosaic costs a hundredth of a training step.
-        num_cpus=0.1,
+        num_cpus=SAMPLE_CPUS,
         compute=ray.data.ActorPoolStrategy(size=actors),
     )
 

@@ -134,8 +134,7 @@ def train(
         scaling_config=ray.train.ScalingConfig(
             num_workers=compute.train_workers,
             use_gpu=gpus,
-            # One CPU of a node stays free for the actors that make samples.
-            resources_per_worker={"CPU": 1, "GPU": 1} if gpus else {"CPU": max(1, threads - 1)},
+            resources_per_worker=worker_resources(threads, gpus),
         ),
         run_config=ray.train.RunConfig(
             name=RUN,
@@ -171,6 +170,13 @@ def train(
     epochs = json.loads(state["history"])
     full = json.loads(_load(result.checkpoint)["history"]) if result.checkpoint is not None else epochs
     return Trained(state["kept"], len(epochs) - 1, full)
+
+
+def worker_resources(threads: int, gpus: bool) -> dict[str, float]:
+    """What Ray sets aside for a training worker; some of a node's CPUs stay free for the actors that make samples."""
+    if gpus:
+        return {"CPU": 1, "GPU": 1}
+    return {"CPU": threads - 1 if threads > 1 else 0.5}
 
 
 def _user_error(error: BaseException | None) -> PistoSegError | None:

@@ -1,14 +1,18 @@
 """Data and workspace in object storage: a real S3 server with keys of its own, on this machine."""
 
 import json
+import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -19,7 +23,8 @@ import yaml
 from conftest import NETWORK, TINY
 
 import pistoseg
-from pistoseg import storage
+from pistoseg import claims, doctor, object_store, storage
+from pistoseg.errors import PistoSegError
 from pistoseg.pipeline import BY_NAME
 
 BUCKET = "pistoseg-test"
@@ -56,6 +61,7 @@ def server(tmp_path_factory):
             "AWS_SECRET_ACCESS_KEY": secret,
             "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_EC2_METADATA_DISABLED": "true",
+            "PISTOSEG_TEST_SERVER": str(process.pid),
         }
     finally:
         process.kill()  # a polite end takes it half a minute
@@ -167,3 +173,95 @@ def clear_listings():
 def report_of(workspace):
     (report,) = [item for item in storage.list_files(workspace) if "/evaluation/" in item and "metrics.json" in item]
     return report
+
+
+def test_of_many_that_create_one_key_one_succeeds(s3):
+    uri = storage.join(s3, "claims", "x [1].json")
+    with ThreadPoolExecutor(8) as pool:
+        created = list(pool.map(lambda number: storage.create_bytes(uri, f"{number}".encode()), range(8)))
+    assert created.count(True) == 1
+    assert storage.read_bytes(uri) == f"{created.index(True)}".encode()
+
+
+def test_a_folder_in_a_bucket_is_claimed_waited_for_and_taken_over(s3, monkeypatch):
+    monkeypatch.setattr(claims, "STALE_S", 1.0)
+    monkeypatch.setattr(claims, "POLL_S", 0.1)
+    folder, said = storage.join(s3, "stage", "0123"), []
+    dead = {"token": "x", "host": "node-7", "machine": "node-7 b 1", "pid": 1, "process": "1", "beat": 0}
+    storage.write_bytes(storage.join(folder, claims.FOLDER, "000001.json"), json.dumps(dead).encode())
+    with claims.claimed(folder, say=said.append) as claim:
+        assert claim.generation == 2
+        claim.check()
+    assert len(said) == 1
+    assert storage.list_dir(storage.join(folder, claims.FOLDER)) == []
+
+
+def test_a_large_folder_is_listed_page_by_page_and_removed(s3):
+    backend, path = storage.filesystem(storage.join(s3, "many"))
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda number: backend.pipe_file(f"{path}/{number:05d} [1].bin", b"x"), range(2100)))
+    names = [name for name, _, _ in storage.iter_details(storage.join(s3, "many"))]
+    assert names == [f"{number:05d} [1].bin" for number in range(2100)]
+    storage.remove_tree(storage.join(s3, "many"))
+    assert storage.list_files(storage.join(s3, "many")) == []
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("AWS_SECRET_ACCESS_KEY", "wrong-secret-of-someone", r"refuses (the access key|access)"),
+        ("AWS_ACCESS_KEY_ID", "NOBODY", r"refuses (the access key|access)"),
+    ],
+)
+def test_a_wrong_key_fails_at_once_with_the_remedy(s3, monkeypatch, variable, value, message):
+    monkeypatch.setenv(variable, value)
+    storage.filesystem(s3)[0].clear_instance_cache()
+    for call in (storage.read_bytes, storage.exists, storage.list_files, storage.list_dir, storage.is_dir):
+        with pytest.raises(PistoSegError, match=message) as caught:
+            call(storage.join(s3, "x"))
+        assert value not in str(caught.value) or variable == "AWS_ACCESS_KEY_ID"
+    with pytest.raises(PistoSegError, match=message):
+        storage.write_bytes(storage.join(s3, "x"), b"x")
+
+
+def test_a_missing_bucket_is_named_and_a_missing_key_is_none(s3):
+    for call in (storage.read_bytes, storage.list_files, storage.list_dir):
+        with pytest.raises(PistoSegError, match=r"no bucket 'not-there-at-all'"):
+            call("s3://not-there-at-all/x")
+    assert not storage.exists("s3://not-there-at-all/x")
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes(storage.join(s3, "not there"))
+    assert storage.list_dir(storage.join(s3, "not there")) == []
+
+
+def test_a_pause_of_the_server_is_waited_out(server, s3):
+    uri = storage.join(s3, "pause.bin")
+    storage.write_bytes(uri, b"before")
+    pid = int(server["PISTOSEG_TEST_SERVER"])
+    os.kill(pid, signal.SIGSTOP)
+    timer = threading.Timer(3, os.kill, (pid, signal.SIGCONT))
+    timer.start()
+    try:
+        storage.write_bytes(uri, b"after")
+        assert storage.read_bytes(uri) == b"after"
+    finally:
+        timer.join()
+
+
+def test_a_server_that_stays_away_is_named(s3, monkeypatch):
+    away = f"http://127.0.0.1:{free_ports()[0]}"  # nobody listens there
+    monkeypatch.setenv("AWS_ENDPOINT_URL", away)
+    monkeypatch.setattr(object_store, "RETRIES", 2)
+    with pytest.raises(PistoSegError, match=f"{away} does not answer"):
+        storage.read_bytes(storage.join(s3, "x"))
+
+
+def test_doctor_tries_the_bucket(s3, monkeypatch):
+    found = list(doctor._workspace(storage.join(s3, "runs")))
+    assert [(item.what, item.status) for item in found] == [("workspace", "ok"), ("conditional put", "ok")]
+    assert not storage.exists(storage.join(s3, "runs", found[0].detail))
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong-secret-of-someone")
+    storage.filesystem(s3)[0].clear_instance_cache()
+    (refused,) = doctor._guarded("workspace", lambda: doctor._workspace(storage.join(s3, "runs")))
+    assert refused.status == "failed"
+    assert "AWS" in refused.remedy or "access key" in refused.remedy

@@ -14,6 +14,7 @@ import tifffile
 import torch
 from conftest import contents
 from PIL import Image
+from slide_files import write_scn
 from torch import nn
 
 import pistoseg
@@ -130,6 +131,30 @@ def test_a_slide_in_this_process_gives_all_results(model, slide, tmp_path):
         halved = SlideView(reader, MPP).thumbnail()
     whole = segmenter.predictor(stride=64).predict(halved)
     assert (whole[tissue] == mask[tissue]).mean() > 0.99
+
+
+def test_regions_of_a_slide_with_bounds_begin_at_them_as_qupath_opens_it(model, slide, tmp_path):
+    image = tifffile.imread(slide, key=0)[:896, :1024]
+    write_scn(tmp_path / "a.scn", image, (2048, 1536), (512, 256), mpp=1.0)
+    options = {"resolution": (1e4, 1e4), "resolutionunit": "CENTIMETER", "photometric": "rgb", "metadata": None}
+    tifffile.imwrite(tmp_path / "b.tif", image, tile=(128, 128), **options)
+    segmenter = pistoseg.load(model, device="cpu")
+    result = segmenter.segment_slide(tmp_path / "a.scn", tmp_path / "out")
+    folder = Path(result.folder)
+    mask = check_results(folder, 1024, 768, MPP, 1.0)
+    alone = Path(segmenter.segment_slide(tmp_path / "b.tif", tmp_path / "out").folder)
+    scanned, inner = mask[128:576, 256:768], (slice(64, -64), slice(64, -64))
+    assert (scanned[inner] == tifffile.imread(alone / "mask.tif", key=0)[inner]).mean() > 0.97
+    assert (mask[:128] >= PHANTOM_CLASSES.background_id).all()
+    assert (mask[:, :256] >= PHANTOM_CLASSES.background_id).all()
+    assert result.record["regions"]["origin_level0"] == [512, 256]
+    found = polygons(folder)
+    assert found
+    for name, shape in found:
+        inside = shape.buffer(-8).representative_point()
+        if not inside.is_empty:
+            column, row = int((inside.x + 512) / MPP), int((inside.y + 256) / MPP)
+            assert mask[row, column] == PHANTOM_CLASSES.names.index(name)
 
 
 def test_bad_slides_are_rows_and_the_good_ones_are_done(local_ray, model, slide, tmp_path, capsys):

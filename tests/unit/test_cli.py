@@ -39,7 +39,7 @@ def test_settings_are_shown_without_loading_what_they_set():
 
 def test_every_verb_has_help(capsys):
     verbs = ["train", "synthesize", "evaluate", "ablate", "search", "segment"]
-    verbs += ["data check", "data windows", "config show", "ui", "demo"]
+    verbs += ["data check", "data windows", "config show", "cluster local", "doctor", "ui", "demo"]
     verbs += [f"models {verb}" for verb in ("list", "show", "promote", "export")]
     for verb in verbs:
         with pytest.raises(SystemExit) as caught:

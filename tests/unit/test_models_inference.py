@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pistoseg.models.inference import Predictor, grid, window_weights
+from pistoseg.models.inference import Predictor, window_weights
 from pistoseg.models.segmentation import Normalization
-from pistoseg.pixels import resize_image
+from pistoseg.pixels import resize_image, tile_starts
 
 PLAIN = Normalization((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
@@ -223,11 +223,11 @@ def test_inference_gives_the_training_mode_back():
 
 
 def test_the_grid_covers_a_side_and_ends_at_its_border():
-    assert grid(100, 224, 112) == [0]
-    assert grid(224, 224, 112) == [0]
-    assert grid(225, 224, 112) == [0, 1]
-    assert grid(448, 224, 112) == [0, 112, 224]
-    assert grid(500, 224, 112) == [0, 112, 224, 276]
+    assert tile_starts(100, 224, 112) == [0]
+    assert tile_starts(224, 224, 112) == [0]
+    assert tile_starts(225, 224, 112) == [0, 1]
+    assert tile_starts(448, 224, 112) == [0, 112, 224]
+    assert tile_starts(500, 224, 112) == [0, 112, 224, 276]
 
 
 def test_window_weights_are_positive_and_peak_in_the_middle():

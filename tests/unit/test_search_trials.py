@@ -1,6 +1,5 @@
 import json
 import random
-import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,7 +17,7 @@ from pistoseg.search.findings import best_yaml, pareto, report, trials_csv
 from pistoseg.search.journal import Journal, TrialRecord
 from pistoseg.search.objective import Objective
 from pistoseg.search.sharing import analyse
-from pistoseg.search.trial import Claims, explain
+from pistoseg.search.trial import Workers, explain
 
 IDENTITY = {"identity": {"space": 1}, "spent_s": 0.0}
 
@@ -122,24 +121,15 @@ def test_agreement_with_labels_asks_nothing_of_how_tissues_share_a_window():
     assert np.isnan(label_agreement([[1, 0]], [[1.0, 0.0]])[1])
 
 
-def test_an_artifact_is_computed_by_one_trial_and_a_failure_is_not_repeated():
-    claims = Claims(grace_s=0.05)
-    assert claims.acquire("precise/a", "1") == (True, None)
-    assert claims.acquire("precise/a", "2") == (False, None)
-    assert claims.acquire("precise/b", "2") == (True, None)
-    claims.release("precise/a", "1")
-    assert claims.acquire("precise/a", "2") == (True, None)
-    claims.release("precise/a", "2", "the loss is nan.")
-    assert claims.acquire("precise/a", "3") == (False, "the loss is nan.")
-
-
-def test_what_a_stopped_trial_held_is_free_after_a_grace():
-    claims = Claims(grace_s=0.2)
-    claims.acquire("precise/a", "1")
-    claims.release_all("1")
-    assert claims.acquire("precise/a", "2") == (False, None)
-    time.sleep(0.25)
-    assert claims.acquire("precise/a", "2") == (True, None)
+def test_the_places_of_a_trials_workers_are_freed_with_it_and_no_others(monkeypatch):
+    freed = []
+    monkeypatch.setattr("pistoseg.search.trial.remove_placement_group", freed.append)
+    workers = Workers()
+    for owner, group in (("1", "a"), ("2", "b"), ("1", "c")):
+        workers.hold(owner, group)
+    workers.release("1")
+    workers.release("1")
+    assert freed == ["a", "c"]
 
 
 def test_failures_are_explained_in_a_line():

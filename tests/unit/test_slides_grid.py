@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pistoseg.models.inference import grid
+from pistoseg.pixels import tile_starts
 from pistoseg.slides.grid import TilePlan
 
 
@@ -13,8 +13,8 @@ def tiles_by_hand(width: int, height: int, tile: int, stride: int, tissue: np.nd
     """Tiles whose area meets a tissue cell, cell by cell."""
     cell_y, cell_x = height / tissue.shape[0], width / tissue.shape[1]
     wanted = set()
-    for y in grid(height, tile, stride):
-        for x in grid(width, tile, stride):
+    for y in tile_starts(height, tile, stride):
+        for x in tile_starts(width, tile, stride):
             for j, i in np.argwhere(tissue):
                 down = min(y + tile, height, (j + 1) * cell_y) - max(y, j * cell_y)
                 right = min(x + tile, width, (i + 1) * cell_x) - max(x, i * cell_x)

@@ -11,7 +11,7 @@ import openslide
 import pytest
 import tifffile
 from PIL import Image
-from slide_files import halved, texture, write_ome, write_tiff
+from slide_files import halved, texture, write_ome, write_scn, write_tiff
 
 from pistoseg.errors import PistoSegError
 from pistoseg.slides import reader as reader_module
@@ -230,13 +230,15 @@ def test_sparse_tiles_are_white(tmp_path: Path) -> None:
             assert np.array_equal(region[:, 128:], IMAGE[:100, 128:200])
 
 
-def test_bounds_are_given_where_the_slide_has_them(tmp_path: Path) -> None:
+def test_bounds_are_those_that_openslide_gives(tmp_path: Path) -> None:
     with open_slide(write_tiff(tmp_path / "a.tif", IMAGE)) as slide:
         assert slide.bounds is None
-        for part, value in zip(("x", "y", "width", "height"), (100, 40, 300, 200), strict=True):
-            assert slide.bounds is None
-            slide.properties[f"openslide.bounds-{part}"] = str(value)
-        assert slide.bounds == (100, 40, 300, 200)
+    with open_slide(write_scn(tmp_path / "a.scn", IMAGE, (1000, 800), (200, 150))) as slide:
+        assert (slide.width, slide.height) == (1000, 800)
+        assert slide.bounds == (200, 150, IMAGE.shape[1], IMAGE.shape[0])
+        assert (slide.mpp_x, slide.mpp_y, slide.mpp_source) == (0.5, 0.5, "vendor")
+        assert np.array_equal(slide.read_region(200, 150, 64, 64), IMAGE[:64, :64])
+        assert (slide.read_region(0, 0, 200, 150) == 255).all()
 
 
 def test_real_slides_open_and_the_one_without_resolution_says_so(real_data: Path) -> None:

@@ -1,4 +1,7 @@
 import os
+import signal
+import subprocess
+import sys
 import uuid
 
 import pyarrow as pa
@@ -181,3 +184,22 @@ def test_relative_paths_become_absolute_and_uris_stay(tmp_path, monkeypatch):
 def test_an_unknown_protocol_is_an_error_of_the_user():
     with pytest.raises(PistoSegError, match=r"can't be opened.*s3://"):
         storage.exists("gopher://host/data")
+
+
+def test_files_that_a_kill_left_half_written_are_swept_and_no_others(tmp_path):
+    folder = tmp_path / "a [1]"
+    code = (
+        "import os, signal; from pistoseg import storage; real = os.fsync\n"
+        "os.fsync = lambda number: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"storage.write_bytes({str(folder / 'below' / 'part-00001.parquet')!r}, b'half')"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
+    (left,) = (item for item in folder.rglob("*") if item.is_file())
+    assert left.name.endswith(".part")
+    for name in ("part-00000.parquet", ".hidden", ".slide.0123abcd.part"):
+        storage.write_bytes(str(folder / "below" / name), b"whole")
+    storage.remove_parts(str(folder))
+    found = {item.name for item in folder.rglob("*") if item.is_file()}
+    assert found == {"part-00000.parquet", ".hidden", ".slide.0123abcd.part"}
+    storage.remove_parts(str(tmp_path / "nowhere"))
+    storage.remove_parts("memory://nowhere")

@@ -12,6 +12,8 @@ import pytest
 from pistoseg.config import SynthesisConfig
 from pistoseg.errors import PistoSegError
 from pistoseg.synthesis import Synthesizer, TissueBank, address_rng
+from pistoseg.synthesis.crops import CropSource
+from pistoseg.synthesis.sampling import Addresses, ImageSampler
 
 NAMES = ["tumor", "stroma", "normal"]
 COLORS = np.array([(200, 10, 30), (20, 180, 60), (40, 50, 220), (255, 255, 255)], np.uint8)
@@ -137,6 +139,36 @@ def test_address_rng_has_its_own_numbers_for_every_address():
     drawn = {tuple(address_rng(*address).random(4)) for address in addresses}
     assert len(drawn) == len(addresses)
     assert (address_rng(5, 6, 7).random(100) == address_rng(5, 6, 7).random(100)).all()
+
+
+def test_one_generator_for_many_samples_draws_what_theirs_would():
+    for seed in (5, -1, 2**63):
+        addresses = Addresses(seed)
+        for epoch, index in [(0, 0), (3, 7), (0, 2**40), (3, 7)]:
+            rng = addresses.rng(epoch, index)
+            other = address_rng(seed, epoch, index)
+            assert (rng.random(101) == other.random(101)).all()
+            assert (rng.integers(0, 9, 3, np.int32) == other.integers(0, 9, 3, np.int32)).all()
+
+
+@pytest.mark.parametrize("width", [12, 80])  # few wide crops are copied otherwise than many narrow ones
+def test_a_part_of_a_splice_is_that_part_of_the_whole(width):
+    bank = numbered_bank(size=(60, 100))
+    source = CropSource(bank, ImageSampler(bank.labels, NAMES, "natural"), 20, width)
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        crops = source.draw(rng, 6).grid(0, 2, 3)
+        whole = source.splice(crops)
+        cells = whole.reshape(2, 20, 3, width, 4).swapaxes(1, 2)
+        for i, j in np.ndindex(2, 3):
+            y, x = divmod(int(crops.starts[i, j] - bank.offsets[crops.images[i, j]]), 100)
+            expected = bank.packed(int(crops.images[i, j]))[y : y + 20, x : x + width]
+            assert (cells[i, j] == expected).all()
+        (top, bottom), (left, right) = (np.sort(rng.choice(side + 1, 2, replace=False)) for side in (40, 3 * width))
+        top, left = min(top, 19), min(left, width - 1)  # a part begins in the first cell and ends in the last
+        bottom, right = max(bottom, 21), max(right, 2 * width + 1)
+        part = source.splice(crops, (int(top), int(left), int(bottom - top), int(right - left)))
+        assert (part == whole[top:bottom, left:right]).all()
 
 
 def test_gridding_splices_whole_crops_at_uniform_places():

@@ -55,6 +55,38 @@ def write_ome(path: Path, image: np.ndarray, levels: int = 1, metadata: dict[str
     return path
 
 
+def write_scn(
+    path: Path, image: np.ndarray, collection: tuple[int, int], offset: tuple[int, int], mpp: float = 0.5
+) -> Path:
+    """A Leica SCN, in which OpenSlide sees `collection` (width, height) px, of which those at `offset` were scanned."""
+    nm, (height, width) = round(mpp * 1000), image.shape[:2]
+    macro = np.full((64, 64 * collection[0] // collection[1], 3), 240, np.uint8)
+
+    def part(name: str, ifd: int, pixels: np.ndarray, size: tuple[int, int], corner: tuple[int, int]) -> str:
+        sides = f'sizeX="{pixels.shape[1]}" sizeY="{pixels.shape[0]}"'
+        return (
+            f'<image name="{name}"><creationDate>2020-01-01T00:00:00.0Z</creationDate><device model="x" version="1"/>'
+            f'<pixels {sides}><dimension {sides} r="0" ifd="{ifd}"/></pixels>'
+            f'<view sizeX="{size[0] * nm}" sizeY="{size[1] * nm}" offsetX="{corner[0] * nm}" offsetY="{corner[1] * nm}"'
+            ' spacingZ="0"/><scanSettings><objectiveSettings><objective>20</objective></objectiveSettings>'
+            "<illuminationSettings><numericalAperture>0.4</numericalAperture><illuminationSource>brightfield"
+            "</illuminationSource></illuminationSettings></scanSettings></image>"
+        )
+
+    description = (
+        '<?xml version="1.0"?><scn xmlns="http://www.leica-microsystems.com/scn/2010/10/01">'
+        f'<collection name="c" sizeX="{collection[0] * nm}" sizeY="{collection[1] * nm}">'
+        + part("macro", 0, macro, collection, (0, 0))
+        + part("scan", 1, image, (width, height), offset)
+        + "</collection></scn>"
+    )
+    options = {"tile": (128, 128), "compression": "deflate", "photometric": "rgb", "metadata": None}
+    with tifffile.TiffWriter(path, bigtiff=True) as writer:
+        writer.write(macro, description=description, **options)
+        writer.write(image, **per_cm((mpp, mpp)), **options)
+    return path
+
+
 def box_mean(image: np.ndarray, scale_x: float, scale_y: float, width: int, height: int) -> np.ndarray:
     """Mean over the exact area of every view pixel, by differences of the integral: float64."""
 

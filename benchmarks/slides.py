@@ -1,0 +1,182 @@
+"""A slide: reading alone, the network alone, both together, a collection through Ray, and the loop a user would write.
+
+TIAToolbox 2.1.3 wants numpy < 2.4.4 and torch < 2.13 and does not install beside this project's; the plain loop stands
+in for it: OpenSlide, a read for every tile, fp32, one tile after the other into sums of the whole slide.
+
+    python -m benchmarks.slides --data DATA
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import harness, material
+from benchmarks.harness import Options, Report
+from pistoseg.models import bundle
+from pistoseg.slides.cache import SlideCache
+from pistoseg.slides.job import segment_slide
+from pistoseg.slides.network import Prepared, SlideNetwork, SlideSettings
+from pistoseg.slides.source import SlideEntry
+from pistoseg.slides.stitching import MaskFile
+
+SHARE_OF_SLOWER, OUTPUT_SHARE = 0.9, 0.1
+
+
+def benchmark(options: Options) -> Report:
+    """Measure all of it."""
+    report = Report("slides")
+    side, encoder = (64, "tu-mobilenetv3_small_050") if options.tiny else (224, "tu-tf_efficientnet_lite0")
+    with material.slide(options) as path, tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        model = material.save_bundle(folder, options, architecture="unet", encoder=encoder, patch_size=side)
+        network = SlideNetwork(bundle.load(model), SlideSettings())
+        cache = SlideCache(str(folder / "cache"), 1 << 30)
+        entry = SlideEntry("slide", str(path))
+        with network.prepared(entry, cache) as slide:
+            _parts(network, slide, folder, options, report)
+        record = segment_slide(network, entry, str(folder / "out"), cache=cache).record
+        seconds = record["seconds_of"]
+        for name in ("prepare", "network", "write"):
+            report.add(f"slide_{name}_s", seconds[name])
+        report.add(
+            "slide_write_share", seconds["write"] / record["seconds"], most=None if options.tiny else OUTPUT_SHARE
+        )
+        if not options.tiny:
+            _collection(model, path, folder, report)
+    report.note(f"{record['tiles']} tiles of {side} px, step {side // 2} px, {record['device']}, {record['precision']}")
+    return report
+
+
+def _parts(network: SlideNetwork, slide: Prepared, folder: Path, options: Options, report: Report) -> None:
+    """Reading, network, both, and the plain loop, in turn."""
+    plan, predictor = slide.plan, network.predictor
+    super_tiles = [item for band in plan.bands for item in plan.super_tiles(band)]
+    corners = [corner for item in super_tiles for corner in item.tiles.tolist()]
+    few = min(len(corners), options.size(48, 4))
+    tile = predictor.tile
+    pixels = slide.view.read(*corners[0], tile, tile)
+    batch = torch.from_numpy(np.stack([pixels] * predictor.batch_size))
+    mask = MaskFile(folder / "mask", slide.view.height, slide.view.width)
+
+    def read() -> None:
+        with ThreadPoolExecutor(network.stitcher.readers) as pool:
+            list(pool.map(lambda item: slide.view.read(item.x, item.y, item.width, item.height), super_tiles))
+
+    def alone() -> None:
+        for _ in range(0, few, len(batch)):
+            predictor.tile_probabilities(batch).cpu()
+
+    plain = PlainLoop(network, slide)
+    calls: dict[str, Callable[[], Any]] = {
+        "read": read,
+        "network": alone,
+        "together": lambda: network.map(slide, mask),
+        "plain_loop": lambda: plain.run(corners[:few]),
+    }
+    counts = {"read": len(corners), "together": len(corners), "plain_loop": few}
+    counts["network"] = -(-few // len(batch)) * len(batch)
+    timings = harness.interleaved(calls, options.size(3, 1))
+    rates = {name: timing.per_s(counts[name]) for name, timing in timings.items()}
+    for name, rate in rates.items():
+        report.add(f"tiles_{name}_per_s", rate)
+    slower = min(rates["read"], rates["network"])
+    report.add("together_share_of_slower", rates["together"] / slower, least=None if options.tiny else SHARE_OF_SLOWER)
+    each = counts["together"] / counts["plain_loop"]
+    report.compare("together_times_plain_loop", timings["together"], timings["plain_loop"], counts=each)
+    mask.close()
+
+
+class PlainLoop:
+    """What one would write: read, normalise, predict, add up.
+
+    Args:
+        network: whose model is used, in fp32.
+        slide: opened; its file is read with OpenSlide, or as the project does where OpenSlide can't.
+    """
+
+    def __init__(self, network: SlideNetwork, slide: Prepared) -> None:
+        self.model, self.normalization = network.predictor.model, network.predictor.normalization
+        self.tile, self.device, self.view = network.predictor.tile, network.predictor.device, slide.view
+        self.sums = np.zeros((len(network.classes), slide.view.height, slide.view.width), np.float32)
+        self.opened: Any = None
+        if slide.view.scale_x == 1:
+            import openslide
+
+            self.opened = openslide.OpenSlide(slide.entry.uri)
+
+    def run(self, corners: list[list[int]]) -> None:
+        """Map these tiles."""
+        self.model.eval()
+        with torch.inference_mode():
+            for x, y in corners:
+                pixels = self._read(x, y)
+                maps = (
+                    self.model(self.normalization(pixels[None], self.device).contiguous()).softmax(1)[0].cpu().numpy()
+                )
+                part = self.sums[:, y : y + self.tile, x : x + self.tile]
+                part += maps[:, : part.shape[1], : part.shape[2]]
+
+    def _read(self, x: int, y: int) -> np.ndarray:
+        if self.opened is None:
+            return self.view.read(x, y, self.tile, self.tile)
+        return np.array(self.opened.read_region((x, y), 0, (self.tile, self.tile)).convert("RGB"))
+
+
+def _collection(model: str, path: Path, folder: Path, report: Report) -> None:
+    """Tiles in a second of each further slide of a collection, beside the network alone with the same threads."""
+    from rich.console import Console
+
+    from pistoseg.config import ComputeConfig
+    from pistoseg.progress import Progress
+    from pistoseg.stages import cluster, slides
+    from pistoseg.tracking import StageRun
+
+    copies = folder / "slides"
+    copies.mkdir()
+    took = {}
+    with cluster.connected(ComputeConfig(device="auto")):
+        _, resources = cluster.network_pool(ComputeConfig(device="auto"))
+        # What any run costs is in both; without the first slide what is left is that of the others.
+        for count in (1, 3):
+            for number in range(count):
+                target = copies / f"{number}{path.suffix}"
+                if not target.exists():
+                    shutil.copy(path, target)
+            run = slides.SlideRun(model, str(copies), str(folder / f"out-{count}"), SlideSettings())
+            found = slides.plan(run)
+            began = time.perf_counter()
+            slides.segment(run, found, Progress(Console(quiet=True)), StageRun())
+            took[count] = time.perf_counter() - began
+    record = json.loads((folder / "out-1" / "slides" / "0" / "slide.json").read_text())
+    tiles = 2 * record["tiles"]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, int(resources["num_cpus"])))
+    rates = []
+    predictor = SlideNetwork(bundle.load(model), SlideSettings()).predictor
+    batch = torch.randint(0, 256, (predictor.batch_size, predictor.tile, predictor.tile, 3), dtype=torch.uint8)
+    predictor.tile_probabilities(batch)
+    for _ in range(8):
+        began = time.perf_counter()
+        predictor.tile_probabilities(batch).cpu()
+        rates.append(len(batch) / (time.perf_counter() - began))
+    torch.set_num_threads(threads)
+    report.add("collection_tiles_per_s", tiles / (took[3] - took[1]))
+    report.add("collection_network_alone_tiles_per_s", statistics.median(rates))
+    share = tiles / (took[3] - took[1]) / statistics.median(rates)
+    report.add("collection_share_of_network", share, least=SHARE_OF_SLOWER)
+    report.add("collection_first_slide_s", took[1])
+
+
+if __name__ == "__main__":
+    harness.main(benchmark, __doc__)

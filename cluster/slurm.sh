@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# A PistoSeg job on SLURM: a Ray cluster on the job's nodes for as long as the command runs.
+#
+#   sbatch cluster/slurm.sh segment --model s3://BUCKET/models/bundle --slides s3://BUCKET/slides \
+#       --out s3://BUCKET/results
+#   sbatch --nodes=4 --gres=gpu:2 cluster/slurm.sh train --preset wsss4luad --data /project/wsss4luad \
+#       --workspace /project/runs --set compute.train_workers=8
+#
+# Everything after the script is a verb of pistoseg and its arguments. Data and workspace lie where all nodes see them:
+# a shared file system or object storage. Keys come from the environment of `sbatch` (AWS_PROFILE, or a file that only
+# you can read); nothing here writes them anywhere. PISTOSEG_VENV names the virtual environment, on a shared disk.
+# A job that hit its time limit goes on when it is submitted again; --requeue does so after a node failure.
+#SBATCH --job-name=pistoseg
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --exclusive
+#SBATCH --gres=gpu:1
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --output=pistoseg-%j.log
+set -euo pipefail
+
+if [ $# -eq 0 ]; then
+    echo "usage: sbatch cluster/slurm.sh VERB [ARGUMENTS]; verbs: pistoseg --help" >&2
+    exit 2
+fi
+source "${PISTOSEG_VENV:-.venv}/bin/activate"
+
+# The token of this job's cluster: in the environment of its own processes, in no file and on no command line.
+RAY_AUTH_TOKEN=$(python -c "import secrets; print(secrets.token_hex(32))")
+export RAY_AUTH_TOKEN RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
+export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=300
+
+# `--exclusive` matters: at the end Ray is stopped on every node, whoever started it there.
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+address=$(srun --nodes=1 --ntasks=1 --nodelist="$head" hostname --ip-address | awk '{print $1}')
+srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --kill-on-bad-exit=1 \
+    ray symmetric-run --address "$address:6379" --min-nodes "$SLURM_JOB_NUM_NODES" -- \
+    env RAY_ADDRESS="$address:6379" python -m pistoseg "$@"

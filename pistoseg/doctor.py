@@ -1,0 +1,373 @@
+"""`pistoseg doctor`: tries what a run needs, on this machine and on every node, and says how to mend what fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.markup import escape
+from rich.table import Table
+
+import pistoseg
+from pistoseg import object_store, storage
+from pistoseg.artifacts import Workspace
+from pistoseg.config import Config
+from pistoseg.errors import PistoSegError
+from pistoseg.redaction import redact
+
+Status = Literal["ok", "warning", "failed"]
+TARGETS = ("preliminary_evaluation", "evaluation")
+SPEED_BYTES = 16 << 20
+FEW_RETRIES = 3
+NODE_S = 120.0
+"""How long a node may take to answer: it starts a process for that."""
+SERVER_S = "10"
+DISK_FAILED, DISK_LOW = 2e9, 20e9
+SHM_LOW = 1e9
+COMPARED = ("pistoseg", "ray", "torch", "numpy", "pyarrow", "s3fs")
+"""Packages whose versions must be the same on all nodes."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A line of the report.
+
+    Args:
+        what: was looked at.
+        status: `ok`, `warning` or `failed`.
+        detail: what was found.
+        remedy: what to do about it; empty where nothing is to be done.
+    """
+
+    what: str
+    status: Status
+    detail: str
+    remedy: str = ""
+
+
+def examine(config: Config, workspace: str) -> Iterator[Finding]:
+    """Try everything that a pipeline with these settings needs.
+
+    Args:
+        config: the settings; of its data only what is set is looked at.
+        workspace: path or URI of the workspace.
+    """
+    object_store.use(config.storage)
+    before, object_store.RETRIES = object_store.RETRIES, FEW_RETRIES
+    try:
+        for what, look in (
+            ("python", _python),
+            ("packages", _packages),
+            ("disk", lambda: _disk("this machine", _local_facts())),
+            ("workspace", lambda: _workspace(workspace)),
+            ("data", lambda: _data(config)),
+            ("mlflow", lambda: _mlflow(config, workspace)),
+            ("weights", lambda: _weights(config)),
+            ("openslide", _openslide),
+            ("ray", lambda: _ray(config, workspace)),
+        ):
+            yield from _guarded(what, look)
+    finally:
+        object_store.RETRIES = before
+
+
+def table(findings: Sequence[Finding]) -> Table:
+    """A row a finding, its remedy below what was found."""
+    styles = {"ok": "[green]ok[/green]", "warning": "[yellow]warning[/yellow]", "failed": "[red]failed[/red]"}
+    rows = Table(show_edge=False, pad_edge=False)
+    for title in ("", "what", "found"):
+        rows.add_column(title, overflow="fold")
+    for found in findings:
+        remedy = f"\n-> {escape(found.remedy)}" if found.remedy else ""
+        rows.add_row(styles[found.status], escape(found.what), f"{escape(found.detail)}{remedy}")
+    return rows
+
+
+def to_json(findings: Sequence[Finding]) -> str:
+    """A list of objects with the fields of `Finding`."""
+    return json.dumps([asdict(found) for found in findings], indent=1, ensure_ascii=False)
+
+
+def _guarded(what: str, look: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    """A look's findings; what it raises is one more."""
+    try:
+        yield from look()
+    except PistoSegError as error:
+        where = ": ".join(part for part in (error.file, error.field) if part)
+        yield Finding(what, "failed", f"{where}: {error.reason}" if where else error.reason, error.remedy or "")
+    except Exception as error:  # whatever is wrong with it is what this is for
+        first = (str(error).splitlines() or [""])[0]
+        yield Finding(what, "failed", redact(f"{type(error).__name__}: {first}"), "see the message")
+
+
+def _python() -> Iterator[Finding]:
+    yield Finding("python", "ok", f"{platform.python_version()}, PistoSeg {pistoseg.__version__}")
+
+
+def _packages() -> Iterator[Finding]:
+    from packaging.requirements import Requirement
+
+    try:
+        wanted = [Requirement(line) for line in requires("pistoseg") or []]
+    except PackageNotFoundError:
+        yield Finding("packages", "warning", "PistoSeg is not installed as a package: versions can't be compared")
+        return
+    wrong, count = [], 0
+    for item in wanted:
+        if item.marker is not None and not item.marker.evaluate({"extra": ""}):
+            continue
+        count += 1
+        try:
+            found = version(item.name)
+        except PackageNotFoundError:
+            wrong.append(f"{item.name} is missing")
+            continue
+        if not item.specifier.contains(found, prereleases=True):
+            wrong.append(f"{item.name} {found} is not {item.specifier}")
+    if wrong:
+        yield Finding("packages", "failed", "; ".join(wrong), "pip install -r requirements.lock")
+    else:
+        yield Finding("packages", "ok", f"{count} packages as PistoSeg wants them")
+
+
+def _local_facts() -> dict[str, Any]:
+    """What a node says of itself; runs in a Ray task, too."""
+    import socket
+
+    shm = shutil.disk_usage("/dev/shm") if os.path.isdir("/dev/shm") else None
+    facts: dict[str, Any] = {
+        "host": socket.gethostname(),
+        "python": platform.python_version(),
+        "versions": {},
+        "disk": shutil.disk_usage(tempfile.gettempdir()).free,
+        "folder": tempfile.gettempdir(),
+        "shm": shm.total if shm else None,
+    }
+    for name in COMPARED:
+        try:
+            facts["versions"][name] = pistoseg.__version__ if name == "pistoseg" else version(name)
+        except PackageNotFoundError:
+            facts["versions"][name] = "missing"
+    return facts
+
+
+def _disk(where: str, facts: dict[str, Any]) -> Iterator[Finding]:
+    free = facts["disk"]
+    status: Status = "failed" if free < DISK_FAILED else "warning" if free < DISK_LOW else "ok"
+    remedy = "" if status == "ok" else "make room, or set TMPDIR to a larger disk: slides and objects are kept there"
+    yield Finding(f"disk of {where}", status, f"{free / 1e9:,.1f} GB free in {facts['folder']}", remedy)
+    if facts["shm"] is not None and facts["shm"] < SHM_LOW:
+        yield Finding(
+            f"shared memory of {where}",
+            "warning",
+            f"{facts['shm'] / 1e9:.2f} GB in /dev/shm: Ray keeps its objects on disk",
+            "start the container with --shm-size=4g or more; in Kubernetes mount an emptyDir of medium Memory",
+        )
+
+
+def _workspace(workspace: str) -> Iterator[Finding]:
+    """Write, read, create conditionally, list and delete, and how fast."""
+    root = storage.absolute(workspace)
+    folder = storage.join(root, f".doctor-{uuid.uuid4().hex[:8]}")
+    probe = storage.join(folder, "x [1].bin")
+    data = os.urandom(SPEED_BYTES)
+    try:
+        began = time.monotonic()
+        storage.write_bytes(probe, data)
+        written = time.monotonic()
+        same = storage.read_bytes(probe) == data
+        read = time.monotonic()
+        if not same:
+            yield Finding("workspace", "failed", f"{root}: other bytes come back than were written", "mend the storage")
+            return
+        up, down = (SPEED_BYTES / 1e6 / max(seconds, 1e-6) for seconds in (written - began, read - written))
+        yield Finding("workspace", "ok", f"{root}: writes {up:,.0f} MB/s, reads {down:,.0f} MB/s")
+        claim = storage.join(folder, "claim")
+        first, second = storage.create_bytes(claim, b"1"), storage.create_bytes(claim, b"2")
+        if first and not second and storage.read_bytes(claim) == b"1":
+            yield Finding("conditional put", "ok", "a file that is there is not created again")
+        else:
+            yield Finding(
+                "conditional put",
+                "failed",
+                f"{root}: the storage ignores it, so that two runs could write one artifact",
+                "use a server that knows If-None-Match (AWS, MinIO, Ceph, SeaweedFS), or one run at a time",
+            )
+    finally:
+        storage.remove_tree(folder)
+        if here := storage.local_path(root):
+            with suppress(OSError):  # it is not empty: it was there before
+                here.rmdir()
+
+
+def _data(config: Config) -> Iterator[Finding]:
+    for field in ("uri", "validation"):
+        uri = getattr(config.data, field)
+        if not uri:
+            continue
+        uri = storage.absolute(uri)
+        if not storage.exists(uri):
+            yield Finding(f"data.{field}", "failed", f"{uri}: does not exist", "give its path or URI")
+        elif storage.is_dir(uri) and next(storage.iter_details(uri), None) is None:
+            yield Finding(f"data.{field}", "failed", f"{uri}: is empty", "give the folder of the data set")
+        else:
+            yield Finding(f"data.{field}", "ok", f"{uri}: can be read")
+
+
+def _mlflow(config: Config, workspace: str) -> Iterator[Finding]:
+    from pistoseg.tracking import tracking_uri
+
+    if not config.tracking.enabled:
+        yield Finding("mlflow", "ok", "tracking is off")
+        return
+    uri = tracking_uri(config.tracking, Workspace(storage.absolute(workspace)))
+    if uri.startswith("sqlite:"):
+        parent = Path(uri.removeprefix("sqlite:///")).absolute().parent
+        while not parent.exists():
+            parent = parent.parent
+        if os.access(parent, os.W_OK):
+            yield Finding("mlflow", "ok", f"SQLite, in {parent} or below")
+        else:
+            yield Finding("mlflow", "failed", f"{parent} can't be written", "set MLFLOW_TRACKING_URI to a server")
+        return
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", SERVER_S)
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+
+    try:
+        MlflowClient(uri).search_experiments(max_results=1)
+    except (MlflowException, OSError) as error:
+        yield Finding(
+            "mlflow",
+            "warning",
+            redact(f"{uri}: {str(error).splitlines()[0]}"),
+            "runs go on without it; check tracking.uri or MLFLOW_TRACKING_URI, and its user and password",
+        )
+        return
+    yield Finding("mlflow", "ok", redact(uri))
+
+
+def _weights(config: Config) -> Iterator[Finding]:
+    """Build every encoder that a pipeline of this config trains, with its weights."""
+    from pistoseg.models import encoders
+    from pistoseg.pipeline import check_weights, needed
+
+    check_weights(config, TARGETS)
+    wanted: dict[tuple[str, str | None], str] = {}
+    for stage in needed(config, TARGETS):
+        section = getattr(config, stage.name, None)
+        if encoder := getattr(section, "encoder", None):
+            wanted.setdefault((encoder, getattr(section, "weights", None)), stage.name)
+    for (encoder, weights), name in wanted.items():
+        stride = 8 if encoder == encoders.RESNET38D else 32
+        yield from _guarded(f"weights of {name}", lambda e=encoder, w=weights, s=stride: _encoder(e, w, s))  # type: ignore[misc]
+
+
+def _encoder(encoder: str, weights: str | None, stride: int) -> Iterator[Finding]:
+    from pistoseg.models import encoders
+
+    encoders.create(encoder, weights, output_stride=stride)
+    yield Finding("weights", "ok", f"{encoder}: {weights or 'untrained'}")
+
+
+def _openslide() -> Iterator[Finding]:
+    """Whether a slide that was just written opens, and through what."""
+    import numpy as np
+    import openslide
+    import tifffile
+
+    pixels = np.arange(512 * 512 * 3, dtype=np.uint32).astype(np.uint8).reshape(512, 512, 3)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "slide.tif"
+        tifffile.imwrite(file, pixels, tile=(256, 256), photometric="rgb", metadata=None)
+        with openslide.OpenSlide(file) as slide:
+            same = np.array_equal(np.asarray(slide.read_region((0, 0), 0, (512, 512)))[..., :3], pixels)
+    found = openslide.__library_version__
+    if not same:
+        yield Finding("openslide", "failed", f"{found} reads other pixels than were written", "reinstall openslide-bin")
+    elif int(found.split(".")[0]) < 4:
+        yield Finding("openslide", "warning", f"{found} has no DICOM", "pip install openslide-bin>=4")
+    else:
+        yield Finding("openslide", "ok", f"{found}: a slide opens; vendors' formats and DICOM")
+
+
+def _ray(config: Config, workspace: str) -> Iterator[Finding]:
+    import ray
+
+    from pistoseg.pipeline import needed
+    from pistoseg.stages import cluster, placement
+
+    address = config.compute.address or os.environ.get("RAY_ADDRESS")
+    with cluster.connected(config.compute):
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        cpus, gpus = cluster.cluster_cpus(), cluster.cluster_gpus()
+        where = address or "a local one"
+        yield Finding("ray", "ok", f"{ray.__version__}, {where}: {len(nodes)} nodes, {cpus} CPUs, {gpus} GPUs")
+        yield from _nodes(nodes)
+        names = tuple(stage.name for stage in needed(config, TARGETS))
+        read = {"data.uri": config.data.uri, "data.validation": config.data.validation}
+        placement.check_shared(workspace, read)
+        placement.check(config.model_copy(update={"compute": _impatient(config)}), names, lambda text: None)
+        yield Finding("placement", "ok", "all stages find room")
+
+
+def _impatient(config: Config) -> Any:
+    return config.compute.model_copy(update={"wait_for_nodes": 0})
+
+
+def _nodes(nodes: list[dict[str, Any]]) -> Iterator[Finding]:
+    """Versions, disk and GPUs of every node, asked of a process on it."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    ask = ray.remote(num_cpus=0, max_retries=0)(_node_facts)
+    here = _local_facts()
+    answers = []
+    for node in nodes:
+        gpus = node["Resources"].get("GPU", 0)
+        strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        answers.append((node, ask.options(scheduling_strategy=strategy, num_gpus=min(gpus, 0.01)).remote(gpus > 0)))
+    for node, answer in answers:
+        name = f"node {node['NodeManagerHostname']}"
+        try:
+            facts = ray.get(answer, timeout=NODE_S)
+        except ray.exceptions.RayError as error:
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            yield Finding(name, "failed", first, "look at the node's logs; are PistoSeg and its packages there?")
+            continue
+        other = {key: found for key, found in facts["versions"].items() if found != here["versions"][key]}
+        if facts["python"] != here["python"]:
+            other["python"] = facts["python"]
+        if other:
+            text = ", ".join(f"{key} {found}" for key, found in other.items())
+            yield Finding(name, "failed", f"has {text}, unlike this machine", "use one image, or one lock file, on all")
+        elif facts["cuda"] is False:
+            yield Finding(name, "failed", "Ray counts GPUs on it, torch sees none", "install a driver for torch's CUDA")
+        else:
+            resources = node["Resources"]
+            text = f"{resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs, versions as here"
+            yield Finding(name, "ok", f"{text}{', ' + facts['device'] if facts['device'] else ''}")
+        if len(nodes) > 1:
+            yield from _disk(name, facts)
+
+
+def _node_facts(has_gpu: bool) -> dict[str, Any]:
+    facts = _local_facts() | {"cuda": None, "device": ""}
+    if has_gpu:
+        import torch
+
+        facts["cuda"] = torch.cuda.is_available()
+        facts["device"] = torch.cuda.get_device_name(0) if facts["cuda"] else ""
+    return facts

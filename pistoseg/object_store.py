@@ -1,0 +1,282 @@
+"""S3 and what speaks like it: which server, how often a request is repeated, what its errors mean to the user.
+
+Credentials come from where AWS's own tools find them: variables, profiles, roles. No setting of PistoSeg holds one.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pistoseg.errors import PistoSegError
+
+if TYPE_CHECKING:
+    from pistoseg.config import StorageConfig
+
+ANONYMOUS = "PISTOSEG_S3_ANONYMOUS"
+ADDRESSING = "PISTOSEG_S3_ADDRESSING"
+RETRIES = 16
+"""Tries of a request. s3fs waits 0.1 s after the first, 1.7 times longer each time, 15 s at the most: 2 minutes."""
+ARROW_RETRIES = 12
+"""Tries of a request of Ray Train's checkpoints: AWS's SDK waits up to 20 s, 90 s together on average."""
+CONNECT_S, READ_S = 10, 60
+SAY_EVERY_S = 20.0
+BATCH = 1000
+"""Keys that one request deletes."""
+TRANSIENT_CODES = {
+    "InternalError",
+    "ServiceUnavailable",
+    "SlowDown",
+    "RequestTimeout",
+    "RequestTimeTooSkewed",
+    "Throttling",
+    "ThrottlingException",
+    "TooManyRequests",
+    "OperationAborted",
+    "ConditionalRequestConflict",
+    "429",
+    "500",
+    "502",
+    "503",
+    "504",
+}
+TRANSIENT_ERRORS = {
+    "EndpointConnectionError",
+    "ConnectTimeoutError",
+    "ConnectionClosedError",
+    "ReadTimeoutError",
+    "ConnectionResetError",
+    "ConnectionRefusedError",
+    "ServerDisconnectedError",
+    "ClientOSError",
+    "ClientConnectorError",
+    "TimeoutError",
+    "ConnectionError",
+}
+WRONG_KEYS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "InvalidSecurity"}
+REFUSED = {"AccessDenied", "AllAccessDisabled", "403", "Forbidden"}
+NO_KEYS = {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "TokenRetrievalError"}
+EXPIRED = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"}
+ELSEWHERE = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "301", "307"}
+
+_log = logging.getLogger("pistoseg.storage")
+_forwarded: dict[str, str] = {}
+_said = -SAY_EVERY_S
+
+
+@dataclass(frozen=True)
+class S3Settings:
+    """How S3 is reached.
+
+    Args:
+        endpoint: URL of the server; None: AWS, or what the profile says.
+        region: of the bucket; None: what the profile says.
+        profile: of the credentials; None: the default.
+        anonymous: whether requests are not signed.
+        addressing: `path`, `virtual`, or `auto`: path where there is an endpoint.
+    """
+
+    endpoint: str | None = None
+    region: str | None = None
+    profile: str | None = None
+    anonymous: bool = False
+    addressing: str = "auto"
+
+
+def settings() -> S3Settings:
+    """What the environment says."""
+    get = os.environ.get
+    return S3Settings(
+        endpoint=get("AWS_ENDPOINT_URL_S3") or get("AWS_ENDPOINT_URL") or None,
+        region=get("AWS_REGION") or get("AWS_DEFAULT_REGION") or None,
+        profile=get("AWS_PROFILE") or get("AWS_DEFAULT_PROFILE") or None,
+        anonymous=get(ANONYMOUS, "").lower() in ("1", "true", "yes"),
+        addressing=get(ADDRESSING) or "auto",
+    )
+
+
+def use(config: StorageConfig) -> None:
+    """Put a config's settings into the environment, for every library of this process and of Ray's workers."""
+    given = {
+        "AWS_ENDPOINT_URL_S3": config.endpoint,
+        "AWS_REGION": config.region,
+        "AWS_DEFAULT_REGION": config.region,
+        "AWS_PROFILE": config.profile,
+        ANONYMOUS: "1" if config.anonymous else None,
+        ADDRESSING: None if config.addressing == "auto" else config.addressing,
+    }
+    for name, value in given.items():
+        if value is not None and os.environ.get(name) != value:
+            os.environ[name] = _forwarded[name] = value
+
+
+def forwarded() -> dict[str, str]:
+    """Variables that a config set and that workers on other nodes need; none of them is a secret."""
+    return dict(_forwarded)
+
+
+def filesystem() -> Any:
+    """s3fs with these settings. Listings are not cached: other jobs write to the same folders."""
+    import fsspec
+    from s3fs.core import set_custom_error_handler
+
+    now = settings()
+    client: dict[str, Any] = {"region_name": now.region} if now.region else {}
+    config: dict[str, Any] = {"connect_timeout": CONNECT_S, "read_timeout": READ_S, "max_pool_connections": 64}
+    config["retries"] = {"mode": "standard", "max_attempts": 2}  # s3fs repeats as well, and for longer
+    if now.addressing != "auto":
+        config["s3"] = {"addressing_style": now.addressing}
+    options: dict[str, Any] = {"client_kwargs": client, "config_kwargs": config, "use_listings_cache": False}
+    if now.endpoint:
+        options["endpoint_url"] = now.endpoint
+    if now.profile:
+        options["profile"] = now.profile
+    try:
+        backend = fsspec.filesystem("s3", anon=now.anonymous, **options)
+    except Exception as error:
+        raise explain(error, "s3://") or error from error
+    backend.retries = RETRIES
+    set_custom_error_handler(is_transient)
+    return backend
+
+
+def arrow_filesystem() -> Any:
+    """pyarrow's S3 with the same settings, as Ray Train wants it; it carries no credentials but finds them itself."""
+    import pyarrow.fs as arrow_fs
+
+    now = settings()
+    endpoint, region = now.endpoint or _of_profile("endpoint_url"), now.region or _of_profile("region")
+    if now.addressing == "path" and not endpoint:  # pyarrow knows path style for endpoints only
+        endpoint = f"https://s3.{region}.amazonaws.com" if region else "https://s3.amazonaws.com"
+    options: dict[str, Any] = {}
+    if endpoint:
+        scheme, separator, host = endpoint.rstrip("/").partition("://")
+        options |= {"endpoint_override": host, "scheme": scheme} if separator else {"endpoint_override": scheme}
+    if region:
+        options["region"] = region
+    if now.anonymous:
+        options["anonymous"] = True
+    return arrow_fs.S3FileSystem(
+        force_virtual_addressing=now.addressing == "virtual",
+        connect_timeout=CONNECT_S,
+        request_timeout=READ_S,
+        retry_strategy=arrow_fs.AwsStandardS3RetryStrategy(max_attempts=ARROW_RETRIES),
+        **options,
+    )
+
+
+def _of_profile(key: str) -> str | None:
+    """What the profile's section of AWS's config file says."""
+    import botocore.exceptions
+    import botocore.session
+
+    try:
+        value = botocore.session.Session(profile=settings().profile).get_scoped_config().get(key)
+    except botocore.exceptions.ProfileNotFound as error:
+        raise explain(error, "s3://") or error from error
+    return str(value) if value else None
+
+
+def split(path: str) -> tuple[str, str]:
+    """Bucket and key of `bucket/key`."""
+    bucket, _, key = path.partition("/")
+    return bucket, key
+
+
+def pages(backend: Any, path: str, delimiter: str = "") -> Iterator[dict[str, Any]]:
+    """What S3 says of the keys below a folder, a thousand at a time and in the order of the keys.
+
+    Args:
+        backend: s3fs.
+        path: `bucket/folder`.
+        delimiter: `/` for the folder's own children only.
+    """
+    bucket, key = split(path.rstrip("/"))
+    request = {"Bucket": bucket, "Prefix": f"{key}/" if key else "", "Delimiter": delimiter}
+    while True:
+        page = backend.call_s3("list_objects_v2", **request)
+        yield page
+        if not page.get("IsTruncated"):
+            return
+        request["ContinuationToken"] = page["NextContinuationToken"]
+
+
+def remove_below(backend: Any, path: str) -> None:
+    """Delete every key below a folder."""
+    bucket, key = split(path.rstrip("/"))
+    while True:
+        # Listed anew after each batch: a token may not survive the keys that it stands for.
+        page = backend.call_s3("list_objects_v2", Bucket=bucket, Prefix=f"{key}/" if key else "", MaxKeys=BATCH)
+        keys = [{"Key": item["Key"]} for item in page.get("Contents", [])]
+        if not keys:
+            return
+        answer = backend.call_s3("delete_objects", Bucket=bucket, Delete={"Objects": keys, "Quiet": True})
+        if problems := answer.get("Errors"):
+            first = problems[0]
+            raise PermissionError(f"{first.get('Code')}: {first.get('Message')} ({first.get('Key')})")
+
+
+def code_of(error: BaseException | None) -> str:
+    """S3's code in an error or in what it was translated from; empty where there is none."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        response = getattr(error, "response", None)
+        if isinstance(response, dict) and (code := response.get("Error", {}).get("Code")):
+            return str(code)
+        error = error.__cause__ or error.__context__
+    return ""
+
+
+def is_precondition(error: BaseException) -> bool:
+    """Whether a conditional put found the key taken."""
+    return code_of(error) in ("PreconditionFailed", "412")
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether to try again: the server is busy, away, or the connection broke. Says so from time to time."""
+    global _said
+    transient = code_of(error) in TRANSIENT_CODES or bool(_names(error) & TRANSIENT_ERRORS)
+    if transient and time.monotonic() - _said >= SAY_EVERY_S:
+        _said = time.monotonic()
+        _log.warning("object storage does not answer (%s), trying again", code_of(error) or type(error).__name__)
+    return transient
+
+
+def explain(error: BaseException, uri: str) -> PistoSegError | None:
+    """An error of a storage as one that says what to do; None where it is of another kind."""
+    code, names = code_of(error), _names(error)
+    server = settings().endpoint or "AWS"
+    if names & NO_KEYS or "Unable to locate credentials" in str(error):
+        reason, remedy = "there are no credentials for it", "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
+        remedy += f"AWS_PROFILE; for a public bucket {ANONYMOUS}=1 or storage.anonymous=true"
+    elif "ProfileNotFound" in names:
+        reason, remedy = f"the profile {settings().profile!r} is not in AWS's config file", "set AWS_PROFILE"
+    elif code in WRONG_KEYS:
+        reason = f"{server} refuses the access key ({code})"
+        remedy = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, and AWS_ENDPOINT_URL"
+    elif code in EXPIRED:
+        reason, remedy = f"the credentials have expired ({code})", "get new ones and run the same command again"
+    elif code == "NoSuchBucket":
+        bucket = uri.split("://", 1)[-1].split("/")[0]
+        reason, remedy = f"there is no bucket {bucket!r} at {server}", "check its name, AWS_ENDPOINT_URL and AWS_REGION"
+    elif code in ELSEWHERE:
+        reason, remedy = f"the bucket is in another region ({code})", "set AWS_REGION or storage.region to the bucket's"
+    elif code in REFUSED or isinstance(error, PermissionError):
+        reason = f"{server} refuses access ({code or error})"
+        remedy = "check the access key, and its rights to list, read and write there"
+    elif code in TRANSIENT_CODES or names & TRANSIENT_ERRORS:
+        reason = f"{server} does not answer ({code or type(error).__name__}), tried {RETRIES} times"
+        remedy = "check AWS_ENDPOINT_URL and the network; the same command goes on where this one stopped"
+    else:
+        return None
+    return PistoSegError(reason, file=uri, remedy=remedy)
+
+
+def _names(error: BaseException) -> set[str]:
+    """Names of an error's classes: botocore, aiohttp and fsspec have their own, none of which is worth an import."""
+    return {kind.__name__ for kind in type(error).__mro__}

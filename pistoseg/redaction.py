@@ -1,0 +1,50 @@
+"""Nothing that opens a door is shown: passwords in URIs, signatures in query strings, values of secret variables."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+HIDDEN = "***"
+SECRET_VARIABLES = (
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "RAY_AUTH_TOKEN",
+    "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_TOKEN",
+)
+SHORTEST_SECRET = 8
+"""Shorter values are not looked for: they would be found in ordinary words."""
+_USER = re.compile(r"(?<=://)[^/@\s\"']+@")
+_SIGNATURE = re.compile(
+    r"(?i)([?&](?:x-amz-[a-z-]+|x-goog-[a-z-]+|awsaccesskeyid|signature|sig|token|access_token|password|secret|key)=)"
+    r"[^&\s\"']+"
+)
+
+
+def redact(text: str) -> str:
+    """A text without passwords of URIs (`user:password@`), signed query strings and values of secret variables."""
+    text = _SIGNATURE.sub(rf"\1{HIDDEN}", _USER.sub(f"{HIDDEN}@", text))
+    for name in SECRET_VARIABLES:
+        value = os.environ.get(name, "")
+        if len(value) >= SHORTEST_SECRET:
+            text = text.replace(value, HIDDEN)
+    return text
+
+
+def redacted(value: Any) -> Any:
+    """A JSON value with all its texts redacted."""
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, Mapping):
+        return {key: redacted(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [redacted(item) for item in value]
+    return value
+
+
+def has_secret(text: str) -> bool:
+    """Whether there is something to hide in a text."""
+    return redact(text) != text

@@ -1,0 +1,172 @@
+"""Whether the cluster can give what a run asks for: said at once, where Ray would wait for ever."""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from pistoseg import storage
+from pistoseg.config import Config
+from pistoseg.errors import PistoSegError
+from pistoseg.stages import cluster
+from pistoseg.training.stream import SAMPLE_CPUS
+from pistoseg.training.trainer import worker_resources
+
+TRAINED = ("preliminary", "classifier", "subcategories", "refiner", "precise")
+READING = ("patches", "validation", "synthesis")
+POLL_S = 2.0
+PROBE_S = 120.0
+"""How long a node may take to say whether it sees a folder; it may have to start a process for that."""
+
+Resources = Mapping[str, float]
+
+
+def check(config: Config, stages: Sequence[str], say: Callable[[str], None]) -> None:
+    """Refuse stages that the cluster's nodes can't run, after waiting `compute.wait_for_nodes` for an autoscaler.
+
+    Args:
+        config: of the run.
+        stages: names of those that are to be computed.
+        say: told once, before waiting.
+    Raises:
+        PistoSegError: naming what is missing.
+    """
+    if not ray.is_initialized():
+        return
+    deadline, told = time.monotonic() + config.compute.wait_for_nodes, False
+    try:
+        while True:
+            problem, bundles = _missing(config, stages, _nodes())
+            if problem is None:
+                return
+            if time.monotonic() >= deadline:
+                raise problem
+            if not told:
+                say(f"waiting up to {config.compute.wait_for_nodes} s for nodes: {problem.reason}")
+            told = True
+            _request(bundles)
+            time.sleep(POLL_S)
+    finally:
+        if told:
+            _request([])  # what is placed now keeps its nodes by itself
+
+
+def _request(bundles: list[dict[str, float]]) -> None:
+    from ray.autoscaler.sdk import request_resources
+
+    request_resources(bundles=[{key: int(-(-value // 1)) for key, value in bundle.items()} for bundle in bundles])
+
+
+def _nodes() -> list[dict[str, float]]:
+    return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+
+
+def _missing(
+    config: Config, stages: Sequence[str], nodes: Sequence[Resources]
+) -> tuple[PistoSegError | None, list[dict[str, float]]]:
+    """The first thing that the nodes can't hold, and all that it needs."""
+    compute = config.compute
+    has = f"the cluster has {_count(nodes, 'CPU')} CPUs and {_count(nodes, 'GPU')} GPUs on {len(nodes)} nodes"
+    if compute.device == "cuda" and stages and not _count(nodes, "GPU"):
+        problem = _error(f"cuda needs a GPU, and {has}", "device", "set compute.device=auto, or start a node with one")
+        return problem, [{"GPU": 1, "CPU": 1}]
+    if any(stage in READING for stage in stages):
+        bundles = [{"CPU": 1.0}] * max(1, compute.workers)
+        if not fits(bundles, nodes):
+            remedy = "set compute.workers=0 for one a CPU" if compute.workers else "start a node with a CPU"
+            return _error(f"{len(bundles)} workers need a CPU each, and {has}", "workers", remedy), bundles
+    if any(stage in TRAINED for stage in stages):
+        given = cluster.training_resources(compute)
+        worker = worker_resources(given["threads"], given["gpus"])
+        bundles = [worker] * compute.train_workers + [{"CPU": SAMPLE_CPUS}]
+        if not fits(bundles, nodes):
+            each = " and ".join(f"{value:g} {key}" for key, value in worker.items())
+            reason = (
+                f"{compute.train_workers} training workers need {each} each, beside one that makes samples, and {has}"
+            )
+            return _error(reason, "train_workers", "set compute.train_workers to fewer, or start more nodes"), bundles
+    return None, []
+
+
+def fits(bundles: Sequence[Resources], nodes: Sequence[Resources]) -> bool:
+    """Whether bundles of resources, each on one node, have room on empty nodes: the largest are placed first."""
+    free = [dict(node) for node in nodes]
+    for bundle in sorted(bundles, key=lambda item: (item.get("GPU", 0), item.get("CPU", 0)), reverse=True):
+        wanted = bundle.items()
+        room = [node for node in free if all(node.get(key, 0) + 1e-6 >= value for key, value in wanted)]
+        if not room:
+            return False
+        # What needs no GPU goes where there is none.
+        best = min(room, key=lambda node: (node.get("GPU", 0), node.get("CPU", 0)))
+        for key, value in wanted:
+            best[key] -= value
+    return True
+
+
+def _count(nodes: Sequence[Resources], key: str) -> int:
+    return int(sum(node.get(key, 0) for node in nodes))
+
+
+def _error(reason: str, field: str, remedy: str) -> PistoSegError:
+    return PistoSegError(reason, field=f"compute.{field}", remedy=remedy)
+
+
+def check_shared(written: str, read: Mapping[str, str | None]) -> None:
+    """Refuse local paths that not all nodes of the cluster see.
+
+    Args:
+        written: path or URI of the folder that the run writes.
+        read: path or URI by what it is called in the message; None and what is not there are passed over.
+    """
+    if not ray.is_initialized():
+        return
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    local = {name: storage.absolute(uri) for name, uri in read.items() if uri and storage.is_local(uri)}
+    seen = {name: path for name, path in local.items() if os.path.exists(path)}
+    target = storage.local_path(storage.absolute(written))
+    if len(nodes) < 2 or not (seen or target):
+        return
+    with _probe(target) as probe:
+        if probe:
+            seen[str(target)] = probe
+        look = ray.remote(num_cpus=0, max_retries=0)(_unseen)
+        asked = {
+            node["NodeManagerHostname"]: look.options(
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            ).remote(seen)
+            for node in nodes
+        }
+        for host, answer in asked.items():
+            for name in ray.get(answer, timeout=PROBE_S):
+                raise PistoSegError(
+                    f"node {host} does not see it",
+                    file=local.get(name, name),
+                    field=name if name in local else None,
+                    remedy="give a URI, e.g. s3://bucket/folder, or a folder that all nodes mount at the same path",
+                )
+
+
+@contextmanager
+def _probe(folder: Path | None) -> Iterator[str | None]:
+    """A new file in a folder, which no other machine has by chance in one of the same name."""
+    if folder is None:
+        yield None
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f".{uuid.uuid4().hex}.part"
+    probe.touch()
+    try:
+        yield str(probe)
+    finally:
+        probe.unlink()
+
+
+def _unseen(probes: Mapping[str, str]) -> list[str]:
+    return [name for name, path in probes.items() if not os.path.exists(path)]

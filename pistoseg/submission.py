@@ -1,0 +1,304 @@
+"""`--submit ADDRESS`: the same command as a job on a Ray cluster.
+
+The package and the resolved settings travel with the job; data, workspace and results are where both machines reach
+them. The job uses the environment of the cluster: no variable and no credential of this machine goes along.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import re
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import yaml
+
+import pistoseg
+from pistoseg import storage
+from pistoseg.errors import PistoSegError
+from pistoseg.redaction import has_secret, redact
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+    from pistoseg.config import Config
+
+SETTINGS = "job.yaml"
+PLACES = ("--data", "--workspace", "--out", "--model", "--slides")
+SHIPPED = ("--classes", "--space")
+"""Options whose files travel with the job; a value that names no file here stays as it is."""
+SETTINGS_OPTIONS = ("--preset", "--profile", "--config", "--set")
+NEEDS_WORKSPACE = ("train", "synthesize", "search", "ablate")
+"""Verbs whose results are in the workspace."""
+POLL_S = 1.0
+RECONNECT_S = 120.0
+"""How long a dashboard may be away, or not yet ready."""
+
+
+def submit(arguments: Sequence[str], options: argparse.Namespace) -> int:
+    """Run a command as a job and follow its log.
+
+    Args:
+        arguments: of the command line, `--submit` among them.
+        options: what they were parsed to.
+    Returns:
+        The job's exit code; 130 when following it was interrupted, the job goes on.
+    Raises:
+        PistoSegError: something that the job needs is on this machine only, or the cluster can't be reached.
+    """
+    address = options.submit
+    with tempfile.TemporaryDirectory(prefix="pistoseg-job-") as folder:
+        command = package(list(arguments), options, Path(folder))
+        with _only_address(address):
+            client = _client(address)
+            verb = command[0]
+            # Elsewhere it is the image's; here it may be that of an environment that is not activated.
+            python = sys.executable if is_this_machine(address) else "python"
+            job = _submitted(
+                client,
+                address,
+                entrypoint=shlex.join([python, "-m", "pistoseg", *command]),
+                submission_id=f"pistoseg-{verb}-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}",
+                runtime_env={"working_dir": folder, "env_vars": {"PYTHONUNBUFFERED": "1"}},
+                metadata={"pistoseg": pistoseg.__version__, "verb": verb},
+            )
+    print(f"submitted {job} to {redact(address)}", file=sys.stderr, flush=True)
+    try:
+        return _follow(client, job)
+    except KeyboardInterrupt:
+        where = f"--address {redact(address)} {job}"
+        print(f"pistoseg: the job goes on; ray job logs --follow {where}; ray job stop {where}", file=sys.stderr)
+        return 130
+
+
+def package(arguments: list[str], options: argparse.Namespace, folder: Path) -> list[str]:
+    """Put what a job needs into a folder, and say with which arguments it runs there.
+
+    Args:
+        arguments: of the command line.
+        options: what they were parsed to.
+        folder: an empty one; gets the package and, unless they are in object storage, the resolved settings.
+    """
+    here = is_this_machine(options.submit)
+    command = _without(arguments, ("--submit",))
+    if any(has_secret(argument) for argument in command):
+        raise PistoSegError(
+            "holds credentials, and everyone who sees the cluster sees a job's arguments",
+            file=next(argument for argument in command if has_secret(argument)),
+            remedy="give the URI without them, and the cluster's nodes the AWS_* variables, a profile or a role",
+        )
+    shutil.copytree(Path(pistoseg.__file__).parent, folder / "pistoseg", ignore=shutil.ignore_patterns("__pycache__"))
+    if hasattr(options, "config") and (options.config is None or storage.is_local(options.config)):
+        config = _resolved(options)
+        _require_config(config, here)
+        text = yaml.safe_dump(_portable(config, here), sort_keys=False, allow_unicode=True)
+        (folder / SETTINGS).write_text(text, encoding="utf-8")
+        command = [*_without(command, SETTINGS_OPTIONS), "--config", SETTINGS]
+    if options.verb in NEEDS_WORKSPACE and not _given(command, "--workspace"):
+        command += ["--workspace", options.workspace]
+    return [*_reachable(command, here, folder)]
+
+
+def is_this_machine(address: str) -> bool:
+    """Whether a cluster's address is one of this machine's own."""
+    host = urlsplit(address if "://" in address else f"//{address}").hostname or ""
+    return address in ("auto", "local") or host in ("localhost", "::1") or host.startswith("127.")
+
+
+def _resolved(options: argparse.Namespace) -> Config:
+    from pistoseg.config import load_config
+
+    return load_config(options.preset, options.profile, options.config, options.overrides)
+
+
+def _portable(config: Config, here: bool) -> dict[str, Any]:
+    """A config as plain values, without what is this machine's."""
+    values = config.model_dump(mode="json")
+    values["compute"]["address"] = None  # the job is told by Ray
+    for field in ("uri", "validation"):
+        if here and values["data"][field]:
+            values["data"][field] = storage.absolute(values["data"][field])
+    return values
+
+
+def _require_config(config: Config, here: bool) -> None:
+    for field, value in (("data.uri", config.data.uri), ("data.validation", config.data.validation)):
+        if value:
+            _require(value, field, here)
+    for name in type(config).model_fields:
+        weights = getattr(getattr(config, name), "weights", None)
+        if isinstance(weights, str) and re.search(r"[/\\.]", weights):
+            _require(weights, f"{name}.weights", here)
+
+
+def _require(value: str, field: str, here: bool) -> None:
+    """Refuse what only this machine has; an absolute path may be a share that all nodes mount."""
+    if has_secret(value):
+        raise PistoSegError(
+            "holds credentials, and everyone who sees the cluster sees a job's settings",
+            file=value,
+            field=field,
+            remedy="give it without them; the cluster's nodes have credentials of their own",
+        )
+    if not here and storage.is_local(value) and not os.path.isabs(value):
+        raise PistoSegError(
+            "is on this machine, where the cluster can't reach it",
+            file=value,
+            field=field,
+            remedy="give a URI, e.g. s3://bucket/folder, or the absolute path of a folder that all nodes mount",
+        )
+
+
+def _reachable(command: list[str], here: bool, folder: Path) -> Iterator[str]:
+    """The arguments with local paths made absolute, and small files put into the job's folder."""
+    flag = ""
+    for argument in command:
+        name, equals, value = argument.partition("=")
+        if flag in PLACES + SHIPPED:
+            yield _place(argument, flag, here, folder)
+        elif equals and name in PLACES + SHIPPED:
+            yield f"{name}={_place(value, name, here, folder)}"
+        else:
+            yield argument
+        flag = argument
+
+
+def _place(value: str, flag: str, here: bool, folder: Path) -> str:
+    if value.startswith("models:/"):
+        return value
+    if flag in SHIPPED:
+        source = storage.local_path(value)
+        if source is None or not source.is_file():
+            return value
+        name = f"{flag.strip('-')}{source.suffix}"
+        shutil.copy(source, folder / name)
+        return name
+    _require(value, flag, here)
+    return storage.absolute(value)
+
+
+def _given(command: list[str], flag: str) -> bool:
+    return any(argument == flag or argument.startswith(f"{flag}=") for argument in command)
+
+
+def _without(command: Sequence[str], flags: Sequence[str]) -> list[str]:
+    """The arguments without some options and their values."""
+    kept, skip = [], False
+    for argument in command:
+        if skip:
+            skip = False
+        elif argument in flags:
+            skip = True
+        elif argument.partition("=")[0] not in flags:
+            kept.append(argument)
+    return kept
+
+
+@contextmanager
+def _only_address(address: str) -> Iterator[None]:
+    """Keep Ray from preferring the addresses of the environment to the one that was asked for."""
+    names = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
+    before = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(before)
+
+
+def _client(address: str) -> JobSubmissionClient:
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    for name in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
+        logging.getLogger(f"ray.{name}").setLevel(logging.ERROR)
+    try:
+        return JobSubmissionClient(address)
+    except AuthenticationError as error:
+        raise PistoSegError(
+            "refuses this user's token",
+            file=address,
+            field="--submit",
+            remedy="set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to the cluster's token",
+        ) from error
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        text = str(error).splitlines()[0]
+        remedy = "give the address of its dashboard, e.g. http://HOST:8265, and see that it runs"
+        raise PistoSegError(f"can't be reached ({text})", file=address, field="--submit", remedy=remedy) from error
+
+
+def _submitted(client: JobSubmissionClient, address: str, **job: Any) -> str:
+    """Submit a job; a cluster that has just started takes none for some seconds."""
+    deadline = time.monotonic() + RECONNECT_S
+    while True:
+        try:
+            return str(client.submit_job(**job))
+        except (RuntimeError, OSError) as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise PistoSegError(
+                    f"took no job ({str(error).splitlines()[0]})",
+                    file=address,
+                    field="--submit",
+                    remedy="see that the cluster's head and its dashboard run",
+                ) from error
+            time.sleep(POLL_S)
+
+
+def _follow(client: JobSubmissionClient, job: str) -> int:
+    """Print a job's log as it grows; returns its exit code."""
+    from ray.job_submission import JobStatus
+
+    log, lost = _Log(), 0.0
+    while True:
+        try:
+            asyncio.run(log.tail(client, job))
+            info = client.get_job_info(job)
+            lost = 0.0
+        except (RuntimeError, OSError) as error:
+            lost = lost or time.monotonic()
+            if time.monotonic() - lost > RECONNECT_S:
+                raise PistoSegError(
+                    f"can't be followed any more ({str(error).splitlines()[0]})",
+                    file=job,
+                    remedy="see that the cluster's head runs; submit the same command again to go on",
+                ) from error
+            time.sleep(POLL_S)
+            continue
+        if info.status.is_terminal():
+            break
+        time.sleep(POLL_S)
+    if info.driver_exit_code is not None:
+        return int(info.driver_exit_code)
+    if info.status == JobStatus.SUCCEEDED:
+        return 0
+    reason = redact(" ".join((info.message or str(info.status)).split())[:500])
+    print(f"pistoseg: the job ended: {reason}; submit the same command again to go on", file=sys.stderr)
+    return 1
+
+
+class _Log:
+    """Prints a log once, however often the connection to it is made anew."""
+
+    def __init__(self) -> None:
+        self.shown = 0
+
+    async def tail(self, client: JobSubmissionClient, job: str) -> None:
+        """Print what was not printed yet until the log ends or the connection does."""
+        seen = 0
+        async for text in client.tail_job_logs(job):
+            new = text[max(0, self.shown - seen) :]
+            seen += len(text)
+            if new:
+                print(new, end="", flush=True)
+                self.shown = seen

@@ -1,0 +1,341 @@
+"""Breaks what breaks on clusters, in the middle of each stage, and prints what came of it.
+
+    python tests/faults/inject.py                                    every fault in every stage: an hour on two cores
+    python tests/faults/inject.py --fault worker node --stage synthesis
+    python tests/faults/inject.py --out faults.md
+
+Everything is started here: three Ray nodes, an S3 server, a synthetic cohort and slides in it; nothing else on the
+machine is touched. A run that a fault ends is started again with the same command, as its user would. The last column
+compares mosaics, pseudo-masks or slide masks with those of an undisturbed run, byte for byte.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import torch
+import yaml
+
+from pistoseg.local_cluster import BUCKET, RayNodes, S3Server
+from pistoseg.models import bundle, segmentation
+from pistoseg.phantom import PHANTOM_CLASSES, write_cohort, write_slide
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "integration"))
+from conftest import NETWORK, TINY  # the settings of the integration tests
+
+WAIT_S = 600
+DOWN_S = 60
+FAULTS = {
+    "worker": "a worker process gets SIGKILL",
+    "node": "a node's raylet and workers get SIGKILL",
+    "driver": "the driver gets SIGKILL",
+    "store": "the object store holds 80 MB",
+    "s3": f"the S3 server is away for {DOWN_S} s",
+    "mlflow": "the tracking server refuses connections",
+    "disk": "the driver's disk is full (a tmpfs of 1 MB as its TMPDIR)",
+}
+STAGES = ("synthesis", "preliminary", "pseudo_masks", "segmentation")
+PIPELINE = """
+import sys
+from pistoseg.artifacts import Workspace
+from pistoseg.config import load_config
+from pistoseg.errors import PistoSegError
+from pistoseg.pipeline import run_pipeline
+from pistoseg.stages import cluster
+config, data, workspace, target = sys.argv[1:]
+settings = load_config(None, None, config, [f"data.uri={data}"])
+try:
+    with cluster.connected(settings.compute):
+        run_pipeline(settings, Workspace(workspace), (target,))
+except PistoSegError as error:
+    sys.exit(f"pistoseg: {error}")
+"""
+SAYS = {"synthesis": "Making mosaics ...", "preliminary": "Training the preliminary model ...",
+        "pseudo_masks": "Making pseudo-masks ...", "segmentation": "Segmenting "}  # fmt: skip
+WORKERS = {"synthesis": b"_ShardActor", "preliminary": b"RayTrainWorker", "pseudo_masks": b"_ShardActor",
+           "segmentation": b"SlideWorker"}  # fmt: skip
+RESULTS = {
+    "synthesis": "runs/synthesis/*/mosaics/*.parquet",
+    "preliminary": "runs/pseudo_masks/*/masks/*.parquet",
+    "pseudo_masks": "runs/pseudo_masks/*/masks/*.parquet",
+    "segmentation": "slides/slides/*/mask.tif",
+}
+
+
+@dataclass
+class Row:
+    """A line of the table."""
+
+    fault: str
+    stage: str
+    happened: str
+    result: str
+    seconds: float
+
+
+@dataclass
+class Bench:
+    """What all runs share: a folder, the S3 server with data in it, and the undisturbed results."""
+
+    folder: Path
+    s3: S3Server
+    wanted: dict[str, dict[str, str]] = field(default_factory=dict)
+    bundle: str = ""
+
+    def files(self):
+        import s3fs
+
+        given = self.s3.environment()
+        keys = {"key": given["AWS_ACCESS_KEY_ID"], "secret": given["AWS_SECRET_ACCESS_KEY"]}
+        return s3fs.S3FileSystem(
+            **keys, endpoint_url=self.s3.endpoint, use_listings_cache=False, skip_instance_cache=True
+        )
+
+    def command(self, stage: str, name: str) -> list[str]:
+        place = f"s3://{BUCKET}/{name}"
+        if stage == "segmentation":
+            verb = [
+                "segment",
+                "--model",
+                self.bundle,
+                "--slides",
+                f"s3://{BUCKET}/data/slides",
+                "--out",
+                f"{place}/slides",
+            ]
+            options = ["--mpp", "1", "--symmetries", "2", "--device", "cpu", "--workspace", str(self.folder / name)]
+            return [sys.executable, "-m", "pistoseg", *verb, *options]
+        config, target = str(self.folder / "tiny.yaml"), "synthesis" if stage == "synthesis" else "pseudo_masks"
+        return [sys.executable, "-c", PIPELINE, config, f"s3://{BUCKET}/data/cohort", f"{place}/runs", target]
+
+    def results(self, stage: str, name: str) -> dict[str, str]:
+        """Hash of every result's content by name."""
+        files, found = self.files(), {}
+        for item in files.glob(f"{BUCKET}/{name}/{RESULTS[stage]}"):
+            data = files.cat_file(item)
+            if item.endswith(".parquet"):
+                data = repr(pq.read_table(io.BytesIO(data)).to_pylist()).encode()
+            found[item.split(f"/{name}/", 1)[1]] = hashlib.sha256(data).hexdigest()
+        return found
+
+    def copy(self, source: str, target: str) -> None:
+        """Artifacts of a run for another one."""
+        files = self.files()
+        for item in files.find(f"{BUCKET}/{source}"):
+            files.pipe_file(item.replace(f"{BUCKET}/{source}", f"{BUCKET}/{target}", 1), files.cat_file(item))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fault", nargs="+", choices=tuple(FAULTS), default=list(FAULTS))
+    parser.add_argument("--stage", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--out", metavar="FILE", help="also write the table there")
+    options = parser.parse_args()
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory(prefix="pistoseg-faults-") as name, S3Server(Path(name) / "s3") as s3:
+        bench = Bench(Path(name), s3)
+        prepare(bench, options.stage)
+        for fault in options.fault:
+            for stage in options.stage:
+                rows.append(inject(bench, fault, stage))
+                print(line(rows[-1]), flush=True)
+    text = (
+        "| fault | during | what happened | result | s |\n|---|---|---|---|---|\n" + "\n".join(map(line, rows)) + "\n"
+    )
+    print("\n" + text)
+    if options.out:
+        Path(options.out).write_text(text)
+    return 0 if all(row.result == "equal" for row in rows) else 1
+
+
+def line(row: Row) -> str:
+    """A row of the table."""
+    return f"| {FAULTS[row.fault]} | {row.stage} | {row.happened} | {row.result} | {row.seconds:.0f} |"
+
+
+def prepare(bench: Bench, stages: list[str]) -> None:
+    """Data, and the results of runs that nothing disturbs."""
+    settings = TINY | {
+        "synthesis": TINY["synthesis"] | {"count": 3000},
+        "preliminary": NETWORK | {"epochs": 4, "samples_per_epoch": 64},
+        "compute": {"device": "cpu"},
+    }
+    (bench.folder / "tiny.yaml").write_text(yaml.safe_dump(settings))
+    bench.s3.make_bucket(BUCKET)
+    files = bench.files()
+    cohort = bench.folder / "cohort"
+    write_cohort(str(cohort), training=160, validation=4, patch_size=64, validation_size=96)
+    for file in cohort.rglob("*.png"):
+        files.pipe_file(f"{BUCKET}/data/cohort/{file.relative_to(cohort)}", file.read_bytes())
+    for number in range(4):
+        slide = bench.folder / "slide.tif"
+        write_slide(str(slide), str(bench.folder / "mask.tif"), seed=number, size=(900, 900), mpp=1.0)
+        files.pipe_file(f"{BUCKET}/data/slides/{number}.tif", slide.read_bytes())
+    torch.manual_seed(0)
+    network = segmentation.build("unet", "tu-mobilenetv3_small_050", len(PHANTOM_CLASSES), None, None)
+    evaluation = {"tile": 128, "stride": 96, "scales": (1.0,), "symmetries": 1, "batch_size": 8}
+    bundle.save(
+        str(bench.folder / "bundle"), network, classes=PHANTOM_CLASSES, patch_size=64, scale={}, evaluation=evaluation
+    )
+    for file in (bench.folder / "bundle").iterdir():
+        files.pipe_file(f"{BUCKET}/data/bundle/{file.name}", file.read_bytes())
+    bench.bundle = f"s3://{BUCKET}/data/bundle"
+    longest = [stage for stage in ("pseudo_masks", "preliminary", "synthesis") if stage in stages][:1]
+    with RayNodes(3, 2, 200 << 20, bench.s3.environment()) as nodes:
+        for stage in [*longest, *(["segmentation"] if "segmentation" in stages else [])]:
+            run(bench, nodes, stage, "undisturbed")
+    bench.wanted = {stage: bench.results(stage, "undisturbed") for stage in stages}
+
+
+def start(bench: Bench, nodes: RayNodes, stage: str, name: str, log: Path, **more: str) -> subprocess.Popen[bytes]:
+    environment = os.environ | nodes.environment() | {"MLFLOW_TRACKING_URI": f"sqlite:///{bench.folder / 'mlflow.db'}"}
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            bench.command(stage, name), env=environment | more, stdout=file, stderr=file, cwd=bench.folder
+        )
+
+
+def run(bench: Bench, nodes: RayNodes, stage: str, name: str) -> None:
+    log = bench.folder / f"{name}-{stage}.log"
+    process = start(bench, nodes, stage, name, log)
+    if process.wait(WAIT_S):
+        raise RuntimeError(log.read_text()[-4000:])
+
+
+def inject(bench: Bench, fault: str, stage: str) -> Row:
+    """One fault in one stage, on nodes of its own."""
+    name, began = f"{fault}-{stage}", time.monotonic()
+    log = bench.folder / f"{name}.log"
+    if stage == "pseudo_masks":  # drawn by the network of the undisturbed run
+        for before in ("patches", "validation", "synthesis", "preliminary"):
+            bench.copy(f"undisturbed/runs/{before}", f"{name}/runs/{before}")
+    store = 80 << 20 if fault == "store" else 200 << 20
+    more = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"} if fault == "mlflow" else {}
+    with RayNodes(3, 2, store, bench.s3.environment()) as nodes:
+        process = start(bench, nodes, stage, name, log, **more)
+        if fault == "disk":
+            process = on_full_disk(bench, nodes, stage, name, log, process)
+        wait_for(lambda: SAYS[stage] in log.read_text() or process.poll() is not None)
+        if process.poll() is None:
+            strike(bench, fault, stage, process)
+        happened = outcome(process, log)
+        for _ in range(2):
+            if happened == "went on":
+                break
+            process = start(bench, nodes, stage, name, log)
+            again = outcome(process, log)
+            if again == "went on":
+                happened += ", finished when run again"
+                break
+            happened += f", again: {again}"
+    found = bench.results(stage, name)
+    wanted = bench.wanted[stage]
+    differs = [item for item in wanted if found.get(item) != wanted[item]]
+    result = "equal" if not differs else f"{len(differs)} of {len(wanted)} differ"
+    return Row(fault, stage, happened, result, time.monotonic() - began)
+
+
+def strike(bench: Bench, fault: str, stage: str, process: subprocess.Popen[bytes]) -> None:
+    """Do it, once the stage's workers are there."""
+    if fault in ("worker", "node"):
+        wait_for(lambda: bool(named(WORKERS[stage])) or process.poll() is not None)
+        time.sleep(1)
+    if fault == "worker":
+        for pid in named(WORKERS[stage])[:1]:
+            os.kill(pid, signal.SIGKILL)
+    elif fault == "node":
+        victim = max(named(b"raylet/raylet"))  # the node that came last; the head came first
+        for pid in [*descendants(victim), victim]:
+            kill(pid)
+    elif fault == "driver":
+        time.sleep(2)
+        process.kill()
+    elif fault == "s3":
+        time.sleep(1)
+        bench.s3.stop()
+        time.sleep(DOWN_S)
+        bench.s3.start()
+
+
+def on_full_disk(bench, nodes, stage, name, log, process):
+    """The same run in a mount namespace whose temporary folder is full."""
+    process.kill()
+    process.wait()
+    log.write_text("")
+    full = bench.folder / "full"
+    full.mkdir(exist_ok=True)
+    command = shlex.join(bench.command(stage, name))
+    mount = f"mount -t tmpfs -o size=1m tmpfs {full} && export TMPDIR={full} && exec {command}"
+    environment = os.environ | nodes.environment() | {"MLFLOW_TRACKING_URI": f"sqlite:///{bench.folder / 'mlflow.db'}"}
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount],
+            env=environment, stdout=file, stderr=file, cwd=bench.folder,
+        )  # fmt: skip
+
+
+def outcome(process: subprocess.Popen[bytes], log: Path) -> str:
+    try:
+        code = process.wait(WAIT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return f"hung for {WAIT_S} s"
+    if code == 0:
+        return "went on"
+    if code == -signal.SIGKILL:
+        return "ended"
+    last = [text for text in log.read_text().splitlines() if text.strip()][-1]
+    return f"exit {code}: {last[:160]}".replace("|", "/")
+
+
+def named(part: bytes) -> list[int]:
+    """Processes below this one whose command line holds that."""
+    return [pid for pid in descendants(os.getpid()) if part in command_line(pid)]
+
+
+def command_line(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def descendants(pid: int) -> list[int]:
+    children = []
+    for tasks in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            children += [int(child) for child in tasks.read_text().split()]
+        except OSError:
+            continue
+    return children + [item for child in children for item in descendants(child)]
+
+
+def kill(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        time.sleep(0.1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""That the benchmarks run, and that what they compare makes the same things; no times."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks import __main__ as all_benchmarks
+from benchmarks import growth, harness, inference, material, mosaics, slides, training
+from benchmarks.plain_mosaics import PaperText, Published
+from pistoseg.training.samples import fresh_mosaics
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    return harness.Options(None, tmp_path_factory.mktemp("benchmarks"), tiny=True)
+
+
+@pytest.mark.parametrize("module", [training, inference, slides, growth])
+def test_a_benchmark_runs_at_a_tiny_size(module, options):
+    report = module.benchmark(options)
+    assert report.figures
+    assert all(np.isfinite(value) for value in report.figures.values())
+    assert set(report.targets) <= set(report.figures)
+
+
+def test_mosaics_are_measured_without_ray(options):
+    report = harness.Report("mosaics")
+    for item in material.mosaics(options):
+        mosaics._one_process(item, options, report)
+    mosaics._storing(material.mosaics(options)[0], options, report)
+    for name in ("mosaic_7x32", "mosaic_2x112"):
+        assert {f"{name}_per_s", f"{name}_text_per_s", f"{name}_published_per_s"} <= set(report.figures)
+
+
+def test_the_plain_implementations_show_what_ours_shows(options, tmp_path):
+    item = material.mosaics(options)[0]
+    ours = fresh_mosaics(mosaics.source_of(item))
+    shares = []
+    text, published = PaperText(item), Published(item, tmp_path)
+    for samples in (
+        [ours.sample(0, index) for index in range(60)],
+        [text.sample() for _ in range(40)],
+        [published.sample() for _ in range(4)],
+    ):
+        assert {(image.shape, mask.shape) for image, mask in samples} == {((224, 224, 3), (224, 224))}
+        shares.append(np.bincount(np.concatenate([mask.ravel() for _, mask in samples]), minlength=6)[:6])
+    first, second, _ = (counts / counts.sum() for counts in shares)
+    assert np.abs(first - second).max() < 0.06
+    assert (shares[2] > 0).sum() >= 4
+
+
+def test_variants_are_timed_in_turn_and_as_often():
+    calls: list[str] = []
+    timings = harness.interleaved({name: lambda name=name: calls.append(name) for name in "ab"}, 3)
+    assert calls == list("ab" + "ab" + "ba" + "ab")
+    assert all(len(timing.wall) == len(timing.cpu) == 3 for timing in timings.values())
+
+
+def test_comparison_is_by_pairs_and_targets_are_judged():
+    report = harness.Report("x")
+    ours, other = harness.Timing([1.0, 2.0, 1.0], [1.0] * 3), harness.Timing([4.0, 4.0, 5.0], [3.0] * 3)
+    report.compare("times", ours, other, least=4, counts=1)
+    report.compare("per_tile", ours, other, least=9, counts=2)
+    report.add("share", 0.3, most=0.2)
+    assert report.figures == {"times": 4.0, "times_cpu": 3.0, "per_tile": 8.0, "per_tile_cpu": 6.0, "share": 0.3}
+    assert report.missed() == ["per_tile", "share"]
+    assert report.table().count("MISSED") == 2
+
+
+def test_results_say_the_machine_and_several_are_put_together(options):
+    reports = [harness.Report(name, {"some_per_s": 1.0}) for name in ("first", "second")]
+    for report in reports:
+        harness.write([report], options)
+    all_benchmarks.merge(options.out, ["first", "second"])
+    content = json.loads((options.out / "all.json").read_text())
+    assert set(content["benchmarks"]) == {"first", "second"}
+    assert content["machine"]["processor"]
+    assert content["machine"]["versions"]["torch"]
+    assert content["tiny"]

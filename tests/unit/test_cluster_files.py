@@ -1,0 +1,167 @@
+"""The files in cluster/: fit for the schemas that packages ship, and for each other, the lock and the command line."""
+
+import json
+import re
+import shlex
+import subprocess
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pistoseg.cli import build_parser
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "cluster"
+LOCK = (ROOT / "requirements.lock").read_text()
+RAY = re.search(r"^ray==(\S+)$", LOCK, re.MULTILINE)[1]
+IMAGE = "pistoseg:" + tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+UNITS = {"": 1, "m": 1e-3, "Mi": 2**20, "Gi": 2**30}
+
+
+def load(name):
+    return yaml.safe_load((FOLDER / name).read_text())
+
+
+def cluster_spec(name):
+    spec = load(name)["spec"]
+    return spec["rayClusterSpec"] if load(name)["kind"] == "RayJob" else spec
+
+
+def pods(name):
+    spec = cluster_spec(name)
+    return [group["template"]["spec"] for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])]
+
+
+def amount(text):
+    number, unit = re.fullmatch(r"([\d.]+)([a-zA-Z]*)", text).groups()
+    return float(number) * UNITS[unit]
+
+
+@pytest.mark.parametrize("name", ["raycluster.yaml", "rayjob.yaml"])
+class TestKubeRay:
+    def test_version_and_image_are_those_of_this_release(self, name):
+        assert load(name)["apiVersion"] == "ray.io/v1"
+        assert cluster_spec(name)["rayVersion"] == RAY == version("ray")
+        assert {container["image"] for pod in pods(name) for container in pod["containers"]} == {IMAGE}
+
+    def test_secrets_come_by_reference_and_the_cluster_asks_for_a_token(self, name):
+        assert cluster_spec(name)["authOptions"] == {"mode": "token"}
+        for pod in pods(name):
+            for variable in pod["containers"][0]["env"]:
+                secret = re.search("KEY|SECRET|PASSWORD|USERNAME|TOKEN", variable["name"])
+                assert ("valueFrom" in variable) == bool(secret), variable["name"]
+                assert set(variable.get("valueFrom", {"secretKeyRef": 0})) == {"secretKeyRef"}
+
+    def test_no_pod_asks_for_more_than_its_limits_or_runs_as_root(self, name):
+        for pod in pods(name):
+            assert pod["securityContext"]["runAsNonRoot"] is True
+            assert pod["securityContext"]["runAsUser"] == 1000
+            resources = pod["containers"][0]["resources"]
+            assert set(resources["requests"]) == set(resources["limits"]) >= {"cpu", "memory"}
+            for key, asked in resources["requests"].items():
+                assert amount(asked) <= amount(resources["limits"][key]), key
+
+    def test_workers_scale_and_only_one_group_has_gpus(self, name):
+        groups = {group["groupName"]: group for group in cluster_spec(name)["workerGroupSpecs"]}
+        assert set(groups) == {"cpu", "gpu"}
+        assert cluster_spec(name)["enableInTreeAutoscaling"] is True
+        for group in groups.values():
+            assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+        gpus = {
+            key: "nvidia.com/gpu" in group["template"]["spec"]["containers"][0]["resources"]["limits"]
+            for key, group in groups.items()
+        }
+        assert gpus == {"cpu": False, "gpu": True}
+
+    def test_volumes_are_those_that_are_mounted(self, name):
+        for pod in pods(name):
+            mounted = {mount["name"] for mount in pod["containers"][0].get("volumeMounts", [])}
+            assert mounted == {volume["name"] for volume in pod.get("volumes", [])}
+
+    def test_pods_have_only_fields_that_kubernetes_knows(self, name):
+        client = pytest.importorskip("kubernetes").client
+        for pod in pods(name):
+            check_fields(client, "V1PodSpec", pod)
+
+
+def check_fields(client, kind, value):
+    """Every key is a field of the model, all the way down."""
+    if listed := re.fullmatch(r"list\[(\w+)\]", kind):
+        for item in value:
+            check_fields(client, listed[1], item)
+    elif hasattr(client, kind):
+        model = getattr(client, kind)
+        fields = {model.attribute_map[key]: kind_ for key, kind_ in model.openapi_types.items()}
+        assert set(value) <= set(fields), f"{kind}: {set(value) - set(fields)}"
+        for key, item in value.items():
+            check_fields(client, fields[key], item)
+
+
+def test_a_job_and_the_cluster_that_stays_are_made_of_the_same_nodes():
+    assert cluster_spec("rayjob.yaml") == cluster_spec("raycluster.yaml")
+
+
+def commands():
+    """Every command line of pistoseg in the folder, those in comments included."""
+    found = [load("rayjob.yaml")["spec"]["entrypoint"]]
+    for file in sorted(FOLDER.iterdir()):
+        lines = re.sub(r"\\\n#?\s*", " ", file.read_text()).splitlines()
+        for line in lines:
+            if match := re.search(r"^#.*(python -m pistoseg|sbatch .*cluster/slurm\.sh) ([a-z].*)", line):
+                found.append(match[2])
+    return [shlex.split(text.removeprefix("python -m pistoseg ")) for text in found]
+
+
+def test_every_command_in_the_files_is_one_that_pistoseg_takes():
+    assert len(commands()) >= 5
+    for command in commands():
+        assert callable(build_parser().parse_args(command).run), command
+
+
+def test_the_aws_file_fits_the_schema_of_ray_up_and_ec2s_of_a_node():
+    import botocore.session
+    import jsonschema
+    import ray
+    from botocore.validate import ParamValidator
+
+    config = load("aws.yaml")
+    schema = Path(ray.__file__).parent / "autoscaler" / "ray-schema.json"
+    jsonschema.validate(config, json.loads(schema.read_text()))
+    assert config["head_node_type"] in config["available_node_types"]
+    assert config["docker"]["image"] == IMAGE
+    ec2 = botocore.session.get_session().get_service_model("ec2")
+    shape = ec2.operation_model("RunInstances").input_shape
+    kinds = ec2.shape_for("InstanceType").enum
+    for name, node in config["available_node_types"].items():
+        request = node["node_config"] | {"MinCount": 1, "MaxCount": 1}
+        report = ParamValidator().validate(request, shape)
+        assert not report.has_errors(), report.generate_report()
+        assert node["node_config"]["InstanceType"] in kinds
+        spot = node["node_config"].get("InstanceMarketOptions") == {"MarketType": "spot"}
+        assert spot == (name != config["head_node_type"])
+    assert sum(node.get("max_workers", 0) for node in config["available_node_types"].values()) == config["max_workers"]
+
+
+def test_the_slurm_script_is_a_script(tmp_path):
+    script = FOLDER / "slurm.sh"
+    subprocess.run(["bash", "-n", script], check=True)
+    usage = subprocess.run(["bash", script], capture_output=True, text=True, check=False)
+    assert (usage.returncode, "usage: sbatch" in usage.stderr) == (2, True)
+
+
+def test_the_image_is_made_from_the_lock_and_does_not_run_as_root():
+    lines = (FOLDER / "Dockerfile").read_text()
+    assert "--constraint requirements.lock" in lines
+    assert re.findall(r"^USER (\S+)$", lines, re.MULTILINE) == ["1000"]
+    copied = {name for found in re.findall(r"^COPY (.+) \S+$", lines, re.MULTILINE) for name in found.split()}
+    kept = {line[1:] for line in (FOLDER / "Dockerfile.dockerignore").read_text().splitlines() if line[:1] == "!"}
+    assert copied == kept
+    assert all((ROOT / name).exists() for name in copied)
+
+
+def test_no_file_holds_a_key():
+    for file in FOLDER.iterdir():
+        assert not re.search(r"AKIA[0-9A-Z]{16}|BEGIN [A-Z ]*PRIVATE KEY", file.read_text())

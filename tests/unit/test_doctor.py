@@ -1,0 +1,124 @@
+import json
+from dataclasses import asdict
+
+import pytest
+
+from pistoseg import doctor, object_store, storage
+from pistoseg.cli import main
+from pistoseg.config import load_config
+from pistoseg.doctor import Finding
+from pistoseg.errors import PistoSegError
+
+
+def statuses(findings):
+    return {found.what: found.status for found in findings}
+
+
+def test_a_workspace_that_works_is_left_as_it_was(tmp_path):
+    storage.write_bytes(str(tmp_path / "kept.txt"), b"x")
+    found = list(doctor._workspace(str(tmp_path)))
+    assert statuses(found) == {"workspace": "ok", "conditional put": "ok"}
+    assert "MB/s" in found[0].detail
+    assert [item.name for item in tmp_path.iterdir()] == ["kept.txt"]
+    list(doctor._workspace(str(tmp_path / "new")))
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_storage_that_ignores_conditions_is_found_out(tmp_path, monkeypatch):
+    def careless(uri, data):
+        storage.write_bytes(uri, data)
+        return True
+
+    monkeypatch.setattr(storage, "create_bytes", careless)
+    found = list(doctor._workspace(str(tmp_path)))
+    assert statuses(found)["conditional put"] == "failed"
+    assert "If-None-Match" in found[1].remedy
+
+
+def test_wrong_and_missing_packages_are_named(monkeypatch):
+    from importlib.metadata import PackageNotFoundError
+
+    def version(name):
+        if name == "gone":
+            raise PackageNotFoundError(name)
+        return {"old": "1.0", "fine": "2.5"}[name]
+
+    wanted = ["old>=2", "fine>=2,<3", "gone", 'extra==1; extra == "dev"']
+    monkeypatch.setattr(doctor, "requires", lambda name: wanted)
+    monkeypatch.setattr(doctor, "version", version)
+    (found,) = doctor._packages()
+    assert (found.status, found.detail) == ("failed", "old 1.0 is not >=2; gone is missing")
+
+
+@pytest.mark.parametrize(("free", "status"), [(1e9, "failed"), (5e9, "warning"), (5e11, "ok")])
+def test_a_full_disk_is_said(free, status):
+    facts = {"disk": free, "folder": "/tmp", "shm": 64 << 20}
+    disk, shm = doctor._disk("node a", facts)
+    assert disk.status == status
+    assert bool(disk.remedy) == (status != "ok")
+    assert "--shm-size" in shm.remedy  # Docker's default
+
+
+def test_data_that_is_not_there_or_empty(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x.png").write_bytes(b"x")
+    config = load_config("demo", overrides=[f"data.uri={tmp_path / 'empty'}", f"data.validation={tmp_path / 'no'}"])
+    assert statuses(doctor._data(config)) == {"data.uri": "failed", "data.validation": "failed"}
+    config = load_config("demo", overrides=[f"data.uri={tmp_path / 'full'}"])
+    assert statuses(doctor._data(config)) == {"data.uri": "ok"}
+
+
+def test_weights_that_can_not_be_had_fail_for_their_stage(monkeypatch):
+    def create(encoder, weights, *, output_stride):
+        if weights == "imagenet":
+            raise PistoSegError("the hub can't be reached", field="weights", remedy="use a file")
+
+    monkeypatch.setattr("pistoseg.models.encoders.create", create)
+    config = load_config("demo", overrides=["precise.weights=null", "precise.encoder=resnet18"])
+    found = list(doctor._weights(config))
+    assert {(item.status, item.remedy) for item in found} == {("failed", "use a file"), ("ok", "")}
+
+
+def test_a_tracking_server_that_is_away_is_a_warning(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for name in ("MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES"):
+        monkeypatch.setenv(name, "1")
+    config = load_config("demo", overrides=["tracking.uri=http://me:hunter2@127.0.0.1:9"])
+    (found,) = doctor._mlflow(config, str(tmp_path))
+    assert found.status == "warning"
+    assert "hunter2" not in found.detail + found.remedy
+    assert statuses(doctor._mlflow(load_config("demo"), str(tmp_path))) == {"mlflow": "ok"}
+
+
+def test_a_slide_opens():
+    assert [found.status for found in doctor._openslide()] == ["ok"]
+
+
+def test_whatever_goes_wrong_is_a_finding_and_the_rest_is_looked_at(monkeypatch, tmp_path):
+    def broken():
+        raise OSError("s3://me:hunter2@b is odd")
+        yield
+
+    for name in ("_python", "_packages", "_openslide"):
+        monkeypatch.setattr(doctor, name, broken)
+    for name in ("_ray", "_mlflow", "_workspace", "_weights"):
+        monkeypatch.setattr(doctor, name, lambda *_: iter([Finding("x", "ok", "")]))
+    before = object_store.RETRIES
+    found = list(doctor.examine(load_config("demo"), str(tmp_path)))
+    assert [item.status for item in found].count("failed") == 3
+    assert [item.what for item in found].count("x") == 4
+    assert not any("hunter2" in item.detail for item in found)
+    assert before == object_store.RETRIES
+
+
+@pytest.mark.parametrize(("status", "code"), [("ok", 0), ("warning", 0), ("failed", 1)])
+def test_the_exit_code_says_whether_something_would_fail(monkeypatch, capsys, status, code):
+    finding = Finding("x [1]", status, "is so", "mend [it]")
+    monkeypatch.setattr(doctor, "examine", lambda config, workspace: iter([finding]))
+    assert main(["doctor", "--preset", "demo"]) == code
+    printed = capsys.readouterr().out
+    assert "x [1]" in printed
+    assert "-> mend [it]" in printed
+    assert main(["doctor", "--preset", "demo", "--json"]) == code
+    assert json.loads(capsys.readouterr().out) == [asdict(finding)]

@@ -1,0 +1,235 @@
+"""MLflow's server away and back: nothing is lost, nothing is said twice, and runs of killed processes are ended."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import requests
+
+from pistoseg import outbox, storage
+from pistoseg.artifacts import Artifact, Workspace
+from pistoseg.config import load_config
+from pistoseg.liveness import is_alive, process
+from pistoseg.outbox import Outbox
+from pistoseg.tracking import Tracker
+
+
+class Line:
+    """A client whose server can be taken away."""
+
+    def __init__(self, uri):
+        from mlflow.tracking import MlflowClient
+
+        self.client, self.cut = MlflowClient(uri), False
+
+    def __getattr__(self, name):
+        value = getattr(self.client, name)
+        if not callable(value):
+            return value
+
+        def call(*arguments, **named):
+            if self.cut:
+                raise requests.ConnectionError("no route")
+            return value(*arguments, **named)
+
+        return call
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory):
+    """An empty database, whose making takes a second."""
+    file = tmp_path_factory.mktemp("database") / "mlflow.db"
+    Line(f"sqlite:///{file}").search_experiments()
+    return file
+
+
+@pytest.fixture
+def line(tmp_path, database):
+    shutil.copy(database, tmp_path / "mlflow.db")
+    return Line(f"sqlite:///{tmp_path / 'mlflow.db'}")
+
+
+@pytest.fixture
+def workspace(tmp_path):
+    return str(tmp_path / "it's [1]")
+
+
+def tell(box, tmp_path):
+    """A run with one of everything, and a child."""
+    experiment = box.experiment("pistoseg", tmp_path.as_uri())
+    parent = box.create_run(experiment, run_name="pipeline").info.run_id
+    child = box.create_run(experiment, tags={"mlflow.parentRunId": parent}, run_name="stage").info.run_id
+    box.log_params(child, {f"p{number}": str(number) for number in range(150)})
+    box.log_metric(child, "loss", 0.5, step=3)
+    box.set_tag(parent, "colour", "blue")
+    (tmp_path / "a.txt").write_text("text")
+    box.log_artifact(child, str(tmp_path / "a.txt"))
+    box.set_terminated(child, "FINISHED")
+    box.set_terminated(parent, "FAILED")
+
+
+def check(line):
+    """What MLflow has is what `tell` said, once."""
+    (experiment,) = [item for item in line.client.search_experiments() if item.name == "pistoseg"]
+    runs = {run.info.run_name: run for run in line.client.search_runs([experiment.experiment_id])}
+    assert set(runs) == {"pipeline", "stage"}
+    assert len(line.client.search_runs([experiment.experiment_id])) == 2
+    parent, child = runs["pipeline"], runs["stage"]
+    assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert child.data.params == {f"p{number}": str(number) for number in range(150)}
+    (metric,) = line.client.get_metric_history(child.info.run_id, "loss")
+    assert (metric.value, metric.step) == (0.5, 3)
+    assert parent.data.tags["colour"] == "blue"
+    assert [item.path for item in line.client.list_artifacts(child.info.run_id)] == ["a.txt"]
+    assert (child.info.status, parent.info.status) == ("FINISHED", "FAILED")
+    return child, metric
+
+
+def test_a_server_that_is_there_is_told_at_once(line, workspace, tmp_path):
+    box = Outbox(line, workspace)
+    tell(box, tmp_path)
+    check(line)
+    box.close()
+    assert not storage.exists(workspace)
+
+
+def test_a_server_that_comes_back_gets_what_it_missed_with_its_times(line, workspace, tmp_path, monkeypatch, capsys):
+    box = Outbox(line, workspace)
+    line.cut = True
+    monkeypatch.setattr(outbox, "_now", lambda: 1_000_000_000_000)
+    tell(box, tmp_path)
+    assert "the run goes on" in capsys.readouterr().out
+    assert storage.list_files(storage.join(workspace, outbox.FOLDER))
+    line.cut = False
+    monkeypatch.setattr(outbox, "_now", lambda: 2_000_000_000_000)
+    box.close()
+    assert "MLflow is back" in capsys.readouterr().out
+    child, metric = check(line)
+    assert {metric.timestamp, child.info.start_time, child.info.end_time} == {1_000_000_000_000}
+    assert storage.list_files(storage.join(workspace, outbox.FOLDER)) == []
+
+
+def test_what_a_run_could_not_send_the_next_one_sends_and_an_interrupted_sending_goes_on(
+    line, workspace, tmp_path, monkeypatch, capsys
+):
+    box = Outbox(line, workspace)
+    line.cut = True
+    tell(box, tmp_path)
+    box.close()
+    assert "still away" in capsys.readouterr().out
+    box.send_left()
+    assert storage.list_files(storage.join(workspace, outbox.FOLDER)), "its process lives: nobody else sends for it"
+    monkeypatch.setattr(outbox, "is_alive", lambda *_: False)
+    other = Outbox(line, workspace)
+    line.cut = False
+    sent = []
+
+    def twice(call, *arguments, **named):
+        if len(sent) == 4:
+            raise requests.ConnectionError("again")
+        sent.append(call)
+        return Outbox._deliver(other, call, *arguments, **named)
+
+    other._deliver = twice
+    other.send_left()
+    assert len(sent) == 4
+    Outbox(line, workspace).send_left()
+    check(line)
+    assert storage.list_files(storage.join(workspace, outbox.FOLDER)) == []
+    assert "earlier run" in capsys.readouterr().out
+
+
+def test_an_outage_in_the_middle_keeps_the_order(line, workspace, tmp_path):
+    box = Outbox(line, workspace)
+    run_id = box.create_run(box.experiment("pistoseg", None)).info.run_id
+    box.log_metric(run_id, "loss", 1.0, step=0)
+    line.cut = True
+    box.log_metric(run_id, "loss", 2.0, step=1)
+    line.cut = False
+    box.log_metric(run_id, "loss", 3.0, step=2)
+    box.set_terminated(run_id, "FINISHED")
+    assert line.get_run(run_id).info.status == "RUNNING"
+    box.close()
+    assert [item.value for item in line.get_metric_history(run_id, "loss")] == [1.0, 2.0, 3.0]
+    assert line.get_run(run_id).info.status == "FINISHED"
+
+
+def test_what_the_server_refuses_is_left_out_and_the_rest_sent(line, workspace, tmp_path, capsys):
+    box = Outbox(line, workspace)
+    line.cut = True
+    run_id = box.create_run(box.experiment("pistoseg", None)).info.run_id
+    box.log_param(run_id, "a", "1")
+    box.log_param(run_id, "a", "2")
+    box.set_terminated(run_id, "FINISHED")
+    line.cut = False
+    box.close()
+    assert "MLflow refuses log_param" in capsys.readouterr().out
+    (run,) = line.search_runs([line.get_experiment_by_name("pistoseg").experiment_id])
+    assert (run.data.params, run.info.status) == ({"a": "1"}, "FINISHED")
+
+
+def test_an_outbox_for_another_server_stays_and_one_with_other_calls_is_not_obeyed(line, workspace, tmp_path):
+    folder = storage.join(workspace, outbox.FOLDER, "left")
+    message = {"call": "delete_experiment", "arguments": {"experiment_id": "0"}, "data": False}
+    for server in ("another", Outbox(line, workspace)._server()):
+        owner = {"process": "host/0/gone", "server": server}
+        storage.write_bytes(storage.join(folder, "owner.json"), json.dumps(owner).encode())
+        storage.write_bytes(storage.join(folder, "000001.json"), json.dumps(message).encode())
+        if server == "another":
+            Outbox(line, workspace).send_left()
+            assert storage.exists(storage.join(folder, "000001.json"))
+    storage.write_bytes(storage.join(folder, "owner.json"), json.dumps(owner | {"process": dead_process()}).encode())
+    Outbox(line, workspace).send_left()
+    assert not storage.exists(folder)
+    assert line.get_experiment("0").lifecycle_stage == "active"
+
+
+def dead_process():
+    code = "from pistoseg.liveness import process; print(process())"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_a_process_is_alive_until_it_ends_and_one_of_another_machine_until_it_is_silent(monkeypatch):
+    assert is_alive(process())
+    assert not is_alive(process() + "1"), "another process with that number"
+    assert not is_alive(dead_process())
+    monkeypatch.setattr("pistoseg.liveness.time.time", lambda: 10_000.0)
+    assert is_alive("elsewhere/1/5", 9_900.0)
+    assert not is_alive("elsewhere/1/5", 9_000.0)
+
+
+def test_the_next_run_in_a_workspace_ends_those_of_killed_processes_and_no_others(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    config, workspace = load_config("demo"), Workspace(str(tmp_path / "w"))
+    with Tracker.start(config, workspace, name="live") as live:
+        client = live.client
+        monkeypatch.setattr(outbox, "process", dead_process)
+        for place in ("w", "elsewhere"):
+            box = Outbox(client._client, str(tmp_path / place))
+            box.create_run(live.experiment_id, run_name=f"killed in {place}")
+        monkeypatch.setattr(outbox, "process", process)
+        with Tracker.start(config, workspace, name="next"):
+            runs = client.search_runs([live.experiment_id])
+            states = {run.info.run_name: run.info.status for run in runs}
+    wanted = {"live": "RUNNING", "next": "RUNNING", "killed in w": "KILLED", "killed in elsewhere": "RUNNING"}
+    assert states == wanted
+
+
+def test_a_pipeline_whose_tracking_server_refuses_connections_is_told_later(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://someone:hidden@127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    workspace = Workspace(str(tmp_path))
+    with Tracker.start(load_config("demo"), workspace) as tracker:
+        with tracker.stage("patches", "0" * 16, {"a": 1}, {}) as run:
+            run.metrics({"images": 3.0})
+        tracker.finish({"precise": Artifact("precise", "f" * 16, str(tmp_path / "precise"), {"summary": {}})})
+    printed = capsys.readouterr().out
+    assert printed.count("can't be reached") == 1
+    assert "hidden" not in printed
+    kept = [json.loads(storage.read_bytes(item)) for item in storage.list_files(str(tmp_path)) if item[-6].isdigit()]
+    calls = [item["call"] for item in kept]
+    assert calls[:5] == ["create_run", "log_batch", "create_run", "log_batch", "log_metric"]
+    assert calls[5:] == ["set_terminated", "register", "set_terminated"]
+    assert not [item for item in storage.list_files(str(tmp_path)) if b"hidden" in storage.read_bytes(item)]

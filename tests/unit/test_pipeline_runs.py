@@ -1,0 +1,68 @@
+import threading
+import time
+
+import pytest
+
+from pistoseg import claims
+from pistoseg.artifacts import Workspace
+from pistoseg.config import load_config
+from pistoseg.errors import PistoSegError
+from pistoseg.pipeline import Stage, run_pipeline
+from pistoseg.progress import Progress
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "POLL_S", 0.02)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "x-[1, 0, 0, 0, 0].png").write_bytes(b"x")
+    return load_config("demo", overrides=[f"data.uri={tmp_path / 'data'}", "tracking.enabled=false"])
+
+
+class Said(Progress):
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+
+    def say(self, text):
+        self.lines.append(text)
+
+
+def test_of_runs_that_want_one_artifact_one_makes_it_and_the_others_use_it(config, tmp_path, monkeypatch):
+    made = []
+
+    def run(stage, context):
+        made.append(threading.get_ident())
+        time.sleep(0.5)
+        return {"images": 1, "by": made[-1]}
+
+    monkeypatch.setattr(Stage, "run", run)
+    found, said = [], [Said() for _ in range(4)]
+
+    def work(progress):
+        found.append(run_pipeline(config, Workspace(str(tmp_path / "w")), ("patches",), progress=progress)["patches"])
+
+    threads = [threading.Thread(target=work, args=(progress,)) for progress in said]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(made) == 1
+    assert [artifact.summary["by"] for artifact in found] == made * 4
+    assert len({artifact.uri for artifact in found}) == 1
+    told = [line for progress in said for line in progress.lines]
+    assert sum("waiting: process" in line for line in told) == 3
+    assert sum("another run has finished it, reused" in line for line in told) == 3
+    assert [item.name for item in (tmp_path / "w" / "patches" / found[0].fingerprint).iterdir()] == ["manifest.json"]
+
+
+def test_a_run_that_was_taken_over_commits_nothing(config, tmp_path, monkeypatch):
+    def run(stage, context):
+        folder = tmp_path / "w" / "patches" / context.folder.rsplit("/", 1)[1] / claims.FOLDER
+        (folder / "000002.json").write_text("{}")  # another run thought that this one was dead
+        return {"images": 1}
+
+    monkeypatch.setattr(Stage, "run", run)
+    with pytest.raises(PistoSegError, match="another run took this over"):
+        run_pipeline(config, Workspace(str(tmp_path / "w")), ("patches",))
+    assert not list((tmp_path / "w").rglob("manifest.json"))

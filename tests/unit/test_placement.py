@@ -1,0 +1,202 @@
+import os
+from types import SimpleNamespace
+
+import pytest
+
+from pistoseg.config import load_config
+from pistoseg.errors import PistoSegError
+from pistoseg.stages import cluster, placement
+
+
+@pytest.mark.parametrize(
+    ("bundles", "nodes", "expected"),
+    [
+        ([], [], True),
+        ([{"CPU": 1}], [], False),
+        ([{"CPU": 2}] * 2, [{"CPU": 4}], True),
+        ([{"CPU": 3}] * 2, [{"CPU": 4}, {"CPU": 2}], False),  # six CPUs, but not three on each of two nodes
+        ([{"CPU": 1, "GPU": 1}] * 2 + [{"CPU": 0.1}], [{"CPU": 2, "GPU": 2}], False),
+        ([{"CPU": 1, "GPU": 1}] * 2 + [{"CPU": 0.1}], [{"CPU": 2, "GPU": 2}, {"CPU": 1}], True),
+        ([{"CPU": 1}, {"CPU": 1, "GPU": 1}], [{"CPU": 1, "GPU": 1}, {"CPU": 1}], True),  # the CPU bundle leaves the GPU
+        ([{"CPU": 0.1}] * 10, [{"CPU": 1}], True),
+    ],
+)
+def test_bundles_are_placed_whole_on_nodes(bundles, nodes, expected):
+    assert placement.fits(bundles, nodes) is expected
+
+
+@pytest.fixture
+def nodes(monkeypatch):
+    """Pretend that a cluster of some nodes is connected."""
+
+    def make(*resources):
+        alive = [{"Alive": True, "Resources": item} for item in resources]
+        total = {key: sum(item.get(key, 0) for item in resources) for key in ("CPU", "GPU")}
+        monkeypatch.setattr("ray.is_initialized", lambda: True)
+        monkeypatch.setattr("ray.nodes", lambda: [*alive, {"Alive": False, "Resources": {"CPU": 64, "GPU": 8}}])
+        monkeypatch.setattr("ray.cluster_resources", lambda: total)
+
+    return make
+
+
+def check(*overrides, stages=("patches", "synthesis", "preliminary", "evaluation")):
+    said = []
+    placement.check(load_config("demo", overrides=list(overrides)), stages, said.append)
+    return said
+
+
+def test_what_the_cluster_has_is_taken(nodes):
+    nodes({"CPU": 2})
+    assert check() == []
+    nodes({"CPU": 1})  # one CPU: the trainer and the actor that makes samples share it
+    check()
+    nodes({"CPU": 8}, {"CPU": 8, "GPU": 4})
+    check("compute.train_workers=4", "compute.device=cuda", "compute.workers=16")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("compute.device=cuda", r"compute.device: cuda needs a GPU, and the cluster has 6 CPUs and 0 GPUs on 2 nodes"),
+        ("compute.workers=7", r"compute.workers: 7 workers need a CPU each.*6 CPUs.*compute.workers=0"),
+        ("compute.train_workers=40", r"compute.train_workers: 40 training workers need 0.5 CPU each.*fewer"),
+    ],
+)
+def test_what_the_cluster_has_not_is_said_at_once(nodes, override, message):
+    nodes({"CPU": 4}, {"CPU": 2})
+    with pytest.raises(PistoSegError, match=message):
+        check(override)
+
+
+def test_more_gpu_workers_than_gpus_are_refused(nodes):
+    nodes({"CPU": 16, "GPU": 2})
+    check("compute.train_workers=2")
+    with pytest.raises(PistoSegError, match=r"3 training workers need 1 CPU and 1 GPU each.*2 GPUs on 1 nodes"):
+        check("compute.train_workers=3")
+    check("compute.train_workers=3", stages=("evaluation",))  # nothing is trained
+
+
+def test_nodes_that_an_autoscaler_starts_are_waited_for(nodes, monkeypatch):
+    asked = []
+
+    def start(bundles):
+        asked.append(bundles)
+        nodes({"CPU": 4}, {"CPU": 4})
+
+    monkeypatch.setattr(placement, "_request", start)
+    monkeypatch.setattr(placement, "POLL_S", 0.01)
+    nodes({"CPU": 4})
+    (said,) = check("compute.workers=8", "compute.wait_for_nodes=60")
+    assert "waiting up to 60 s for nodes: 8 workers need a CPU each" in said
+    assert asked == [[{"CPU": 1}] * 8, []]
+
+
+def test_a_wait_in_vain_ends(nodes, monkeypatch):
+    monkeypatch.setattr(placement, "_request", lambda bundles: None)
+    monkeypatch.setattr(placement, "POLL_S", 0.3)
+    nodes({"CPU": 4})
+    with pytest.raises(PistoSegError, match="8 workers need a CPU each"):
+        check("compute.workers=8", "compute.wait_for_nodes=1")
+
+
+@pytest.mark.parametrize(
+    ("files", "cpus"),
+    [
+        ({"cpu.max": "150000 100000"}, 2),
+        ({"cpu.max": "50000 100000"}, 1),
+        ({"cpu.max": "max 100000"}, 8),
+        ({"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"}, 3),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8),
+        ({}, 8),
+    ],
+)
+def test_a_containers_limit_of_cpus_counts(tmp_path, monkeypatch, files, cpus):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    monkeypatch.setattr(cluster, "CGROUP", str(tmp_path))
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
+    assert cluster.available_cpus() == cpus
+
+
+def test_a_containers_limit_of_memory_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster, "CGROUP", str(tmp_path))
+    whole = cluster.available_memory()
+    (tmp_path / "memory.max").write_text("1073741824\n")
+    assert cluster.available_memory() == 1 << 30 < whole
+    (tmp_path / "memory.max").write_text("max\n")
+    assert cluster.available_memory() == whole
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "ray://127.0.0.1:9", "no-such-host.invalid:6379"])
+def test_a_cluster_that_is_not_there_is_said_at_once(address, monkeypatch):
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    config = load_config("demo", overrides=[f"compute.address={address}"]).compute
+    message = r"compute.address: can't be connected to.*--submit"
+    with pytest.raises(PistoSegError, match=message) as caught, cluster.connected(config):
+        pass
+    assert caught.value.file == address
+
+
+class Answers:
+    """Stands in for `ray.remote`: each node looks at what its own disk has."""
+
+    def __init__(self, disks):
+        self.disks, self.asked = disks, []
+
+    def remote(self, **_):
+        return lambda function: self
+
+    def options(self, scheduling_strategy):
+        def look(probes):
+            self.asked.append(probes)
+            sees = self.disks[scheduling_strategy.node_id]
+            return [name for name, path in probes.items() if not sees(path)]
+
+        return SimpleNamespace(remote=look)
+
+
+@pytest.fixture
+def disks(monkeypatch):
+    def make(**disks):
+        alive = [{"Alive": True, "NodeID": name, "NodeManagerHostname": f"host-{name}"} for name in disks]
+        answers = Answers(disks)
+        monkeypatch.setattr("ray.is_initialized", lambda: True)
+        monkeypatch.setattr("ray.nodes", lambda: alive)
+        monkeypatch.setattr("ray.get", lambda answer, timeout: answer)
+        monkeypatch.setattr(placement.ray, "remote", answers.remote)
+        monkeypatch.setattr(
+            placement, "NodeAffinitySchedulingStrategy", lambda name, soft: SimpleNamespace(node_id=name)
+        )
+        return answers
+
+    return make
+
+
+def test_local_folders_that_all_nodes_see_are_taken_and_left_as_they_were(disks, tmp_path):
+    answers = disks(a=os.path.exists, b=os.path.exists)
+    (tmp_path / "data").mkdir()
+    placement.check_shared(str(tmp_path / "runs"), {"data.uri": str(tmp_path / "data"), "data.validation": None})
+    assert len(answers.asked) == 2
+    assert list((tmp_path / "runs").iterdir()) == list((tmp_path / "data").iterdir()) == []
+
+
+def test_a_folder_that_a_node_does_not_see_is_refused_before_the_run(disks, tmp_path):
+    (tmp_path / "data").mkdir()
+    # The other machine has folders of these names, but they are its own.
+    disks(a=os.path.exists, b=lambda path: not path.endswith(".part"))
+    with pytest.raises(PistoSegError, match=r"node host-b does not see it.*s3://") as caught:
+        placement.check_shared(str(tmp_path / "runs"), {"data.uri": str(tmp_path / "data")})
+    assert caught.value.file == str(tmp_path / "runs")
+    disks(a=os.path.exists, b=lambda path: path.endswith(".part"))
+    with pytest.raises(PistoSegError, match=r"data.uri: node host-b does not see it"):
+        placement.check_shared(str(tmp_path / "runs"), {"data.uri": str(tmp_path / "data")})
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_object_storage_and_single_nodes_are_not_asked(disks, tmp_path):
+    answers = disks(a=os.path.exists)
+    placement.check_shared(str(tmp_path), {})
+    answers.disks["b"] = os.path.exists
+    placement.check_shared("s3://bucket/runs", {"data.uri": "s3://bucket/data", "--slides": str(tmp_path / "*.svs")})
+    assert answers.asked == []

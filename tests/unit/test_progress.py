@@ -1,0 +1,102 @@
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from pistoseg import progress
+from pistoseg.cli import main
+from pistoseg.errors import PistoSegError
+from pistoseg.progress import Progress
+
+
+def run(file, terminal=False):
+    console = Console(file=file, force_terminal=terminal, width=60)
+    said = Progress(console)
+    with said.stage("[1/2] Reading", True, stage="patches", fingerprint="ab12"):
+        pass
+    with said.stage("[2/2] Training [1]", stage="precise", fingerprint="cd34"):
+        said.event("epoch", "epoch 3: loss 0.250", epoch=3, loss=0.25)
+        said.say("warning: s3://me:hunter2@bucket/x is odd, and this line is longer than the console is wide")
+        said.update(5, 10, "epoch 4")
+    return file.getvalue()
+
+
+def test_a_log_has_a_line_per_event_with_stage_and_fingerprint(monkeypatch):
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 0.0)
+    lines = run(io.StringIO()).splitlines()
+    assert lines[0] == "[1/2] Reading: up to date, reused (patches/ab12)"
+    assert lines[1] == "[2/2] Training [1] ... (precise/cd34)"
+    assert lines[2] == "epoch 3: loss 0.250"
+    assert lines[3].startswith("warning: s3://***@bucket/x is odd")
+    assert lines[3].endswith("is wide")  # lines of a log are not folded
+    assert lines[4].startswith("[2/2] Training [1]: 5/10, 0:00 left epoch 4")
+    assert lines[5] == "[2/2] Training [1]: done in 0:00 epoch 4 (precise/cd34)"
+    assert len(lines) == 6
+
+
+def test_a_terminal_has_a_bar_instead_of_a_line_per_epoch():
+    shown = run(io.StringIO(), terminal=True)
+    assert "loss 0.250" not in shown
+    assert "5/10" in shown
+
+
+def test_json_has_the_same_events_as_objects(monkeypatch):
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 0.0)
+    monkeypatch.setenv(progress.LOG_FORMAT, "json")
+    text = run(io.StringIO(), terminal=True)
+    assert "hunter2" not in text
+    events = [json.loads(line) for line in text.splitlines()]
+    assert [event["event"] for event in events] == [
+        "stage_reused",
+        "stage_started",
+        "epoch",
+        "message",
+        "progress",
+        "stage_done",
+    ]
+    epoch = events[2]
+    assert (epoch["stage"], epoch["fingerprint"], epoch["epoch"], epoch["loss"]) == ("precise", "cd34", 3, 0.25)
+    assert (events[3]["level"], epoch["level"]) == ("warning", "info")
+    assert (events[4]["done"], events[4]["total"]) == (5, 10)
+    assert all(event["time"].endswith("Z") for event in events)
+
+
+def test_a_stage_that_fails_is_an_event_of_its_own(monkeypatch):
+    monkeypatch.setenv(progress.LOG_FORMAT, "json")
+    file = io.StringIO()
+    with pytest.raises(RuntimeError), Progress(Console(file=file)).stage("x", stage="precise", fingerprint="cd34"):
+        raise RuntimeError
+    last = json.loads(file.getvalue().splitlines()[-1])
+    assert (last["event"], last["level"], last["stage"], last["error"]) == (
+        "stage_failed",
+        "error",
+        "precise",
+        "RuntimeError",
+    )
+
+
+def test_results_and_errors_are_lines_of_json_too(monkeypatch, capsys):
+    def train(config, workspace):
+        print("one\ntwo", end="")
+
+    monkeypatch.setattr("pistoseg.commands.train", train)
+    assert main(["train", "--preset", "demo", "--log-format", "json"]) == 0
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(event["event"], event["text"]) for event in events] == [("output", "one"), ("output", "two")]
+
+    def refuse(config, workspace):
+        raise PistoSegError("is bad", file="s3://me:hunter2@b/x", field="y", remedy="mend it")
+
+    monkeypatch.setattr("pistoseg.commands.train", refuse)
+    assert main(["train", "--preset", "demo", "--log-format", "json"]) == 2
+    (event,) = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    shown = {key: event[key] for key in ("event", "level", "reason", "file", "field", "remedy")}
+    assert shown == {
+        "event": "error",
+        "level": "error",
+        "reason": "is bad",
+        "file": "s3://***@b/x",
+        "field": "y",
+        "remedy": "mend it",
+    }

@@ -1,0 +1,175 @@
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from pistoseg import submission
+from pistoseg.cli import build_parser, main
+from pistoseg.config import load_config
+from pistoseg.errors import PistoSegError
+
+HEAD = "http://head:8265"
+DATA = ["--data", "s3://bucket/data", "--workspace", "s3://bucket/runs"]
+
+
+def packaged(folder, *arguments, address=HEAD):
+    given = [*arguments, "--submit", address]
+    return submission.package(given, build_parser().parse_args(given), folder)
+
+
+def test_the_package_and_the_resolved_settings_travel(tmp_path):
+    folder, config = tmp_path / "job", tmp_path / "my.yaml"
+    folder.mkdir()
+    (tmp_path / "classes.yaml").write_text("classes: [{name: a, color: [1, 2, 3]}, {name: b, color: [4, 5, 6]}]")
+    config.write_text(f"preset: glas\nseed: 7\nclasses: {tmp_path / 'classes.yaml'}\n")
+    command = packaged(folder, "train", "--config", str(config), "--set", "precise.lr=0.5", *DATA, "--workers", "3")
+    assert command == ["train", *DATA, "--workers", "3", "--config", "job.yaml"]
+    assert (folder / "pistoseg" / "presets" / "glas.yaml").exists()
+    assert not list(folder.rglob("__pycache__"))
+    inside = load_config(file=str(folder / "job.yaml"))
+    assert (inside.seed, inside.precise.lr) == (7, 0.5)
+    assert [tissue.name for tissue in inside.classes.classes] == ["a", "b"]
+    # What travelled is enough to run the verb: nothing of the checkout is needed.
+    call = [sys.executable, "-m", "pistoseg", "config", "show", "--config", "job.yaml"]
+    shown = subprocess.run(call, capture_output=True, cwd=folder, env={"PATH": ""}, timeout=120, check=True)
+    assert yaml.safe_load(shown.stdout)["seed"] == 7
+
+
+def test_settings_in_object_storage_are_read_by_the_job(tmp_path):
+    command = packaged(tmp_path, "train", "--config", "s3://bucket/config.yaml", "--set", "seed=4", *DATA)
+    assert command == ["train", "--config", "s3://bucket/config.yaml", "--set", "seed=4", *DATA]
+    assert not (tmp_path / "job.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--data", "cohort", "--workspace", "s3://bucket/runs"],
+        ["train", "--data", "s3://bucket/data"],  # the default workspace is a folder of this machine
+        ["train", *DATA, "--set", "classifier.weights=./resnet38d.pth"],
+        ["ablate", "table1", *DATA, "--out=tables"],
+        ["segment", "--model", "runs/bundle", "--slides", "s3://b/slides", "--out", "s3://b/maps"],
+        ["evaluate", "--model", "s3://b/model", "--data=images", "--out", "s3://b/scores"],
+    ],
+)
+def test_what_the_cluster_can_not_reach_is_refused(arguments, tmp_path):
+    with pytest.raises(PistoSegError, match=r"on this machine.*give a URI.*or the absolute path"):
+        packaged(tmp_path, *arguments)
+
+
+def test_a_small_file_travels_with_the_job(tmp_path):
+    (tmp_path / "job").mkdir()
+    (tmp_path / "mine.yaml").write_text("classes: []")
+    where = ["--model", "s3://b/model", "--data", "s3://b/test", "--out", "s3://b/scores"]
+    command = packaged(tmp_path / "job", "evaluate", *where, "--classes", str(tmp_path / "mine.yaml"))
+    assert command == ["evaluate", *where, "--classes", "classes.yaml"]
+    assert (tmp_path / "job" / "classes.yaml").read_text() == "classes: []"
+
+
+def test_shares_and_registered_models_are_taken_as_they_are(tmp_path):
+    command = ["segment", "--model", "models:/pistoseg@best", "--slides", "/share/slides", "--out=/share/maps"]
+    assert packaged(tmp_path, *command) == command
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "localhost:8265", "auto"])
+def test_a_cluster_on_this_machine_gets_absolute_paths(tmp_path, monkeypatch, address):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "job").mkdir()
+    command = packaged(tmp_path / "job", "train", "--data", "cohort", address=address)
+    expected = [
+        "train",
+        "--data",
+        f"{tmp_path}/cohort",
+        "--config",
+        "job.yaml",
+        "--workspace",
+        f"{tmp_path}/runs/pistoseg",
+    ]
+    assert command == expected
+
+
+def test_credentials_do_not_become_part_of_a_job(tmp_path):
+    with pytest.raises(PistoSegError, match="holds credentials") as caught:
+        packaged(tmp_path, "train", "--data", "s3://me:hunter2@bucket/data", "--workspace", "s3://bucket/runs")
+    assert "hunter2" not in str(caught.value)
+    (tmp_path / "c.yaml").write_text("preset: demo\ndata: {validation: 's3://me:hunter2@bucket/v'}")
+    with pytest.raises(PistoSegError, match="holds credentials"):
+        packaged(tmp_path / "job", "train", "--config", str(tmp_path / "c.yaml"), *DATA)
+
+
+def test_wrong_settings_are_refused_before_anything_is_submitted(tmp_path):
+    with pytest.raises(PistoSegError, match="alpha"):
+        packaged(tmp_path, "train", *DATA, "--set", "synthesis.alpha=3")
+
+
+class Cluster:
+    """Stands in for a dashboard: a log that breaks off once, and the end of the job."""
+
+    def __init__(self, exit_code, breaks=1):
+        self.exit_code, self.breaks, self.submitted = exit_code, breaks, None
+
+    def submit_job(self, **job):
+        self.submitted = job
+        self.files = sorted(item.name for item in Path(job["runtime_env"]["working_dir"]).iterdir())
+        return job["submission_id"]
+
+    async def tail_job_logs(self, job):
+        yield "one\ntw"
+        if self.breaks:
+            self.breaks -= 1
+            raise RuntimeError("WebSocket connection closed unexpectedly")
+        yield "o\nthree\n"
+
+    def get_job_info(self, job):
+        from ray.job_submission import JobStatus
+
+        status = JobStatus.FAILED if self.exit_code else JobStatus.SUCCEEDED
+        code = None if self.exit_code == "lost" else self.exit_code
+        return SimpleNamespace(status=status, driver_exit_code=code, message="Job supervisor\nactor died")
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    def make(exit_code):
+        made = Cluster(exit_code)
+        monkeypatch.setattr(submission, "_client", lambda address: made)
+        monkeypatch.setattr(submission, "POLL_S", 0.01)
+        return made
+
+    return make
+
+
+@pytest.mark.parametrize("code", [0, 2, 3])
+def test_the_log_is_shown_once_and_the_jobs_exit_code_is_returned(cluster, capsys, code):
+    made = cluster(code)
+    assert main(["train", "--preset", "demo", *DATA, "--submit", HEAD]) == code
+    assert capsys.readouterr().out == "one\ntwo\nthree\n"
+    words = shlex.split(made.submitted["entrypoint"])
+    assert words == ["python", "-m", "pistoseg", "train", *DATA, "--config", "job.yaml"]
+    assert made.files == ["job.yaml", "pistoseg"]
+    assert not Path(made.submitted["runtime_env"]["working_dir"]).exists()
+
+
+def test_a_job_whose_driver_was_lost_says_how_to_go_on(cluster, capsys):
+    cluster("lost")
+    assert main(["train", "--preset", "demo", *DATA, "--submit", HEAD]) == 1
+    assert "Job supervisor actor died; submit the same command again" in capsys.readouterr().err
+
+
+def test_a_cluster_that_is_not_there(capsys):
+    assert main(["train", "--preset", "demo", *DATA, "--submit", "http://127.0.0.1:9"]) == 2
+    assert "http://127.0.0.1:9: --submit: can't be reached" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["train", "synthesize", "segment", "evaluate", "ablate", "search"])
+def test_every_job_runs_its_verb(verb):
+    script = Path(__file__).parents[2] / "jobs" / f"{verb}.py"
+    call = subprocess.run(
+        [sys.executable, str(script), "--help"], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert call.stdout.startswith(f"usage: pistoseg {verb} ")
+    assert "--submit ADDRESS" in call.stdout
