@@ -60,7 +60,9 @@ class Claim:
             )
 
     def release(self, done: bool) -> None:
-        """Give it up: of a folder that is done nothing stays, else the next one may go on at once."""
+        """Give it up, once: of a folder that is done nothing stays, else the next one may go on at once."""
+        if self._stop.is_set():
+            return
         self._stop.set()
         self._thread.join()
         with suppress(OSError, PistoSegError):  # a claim that stays goes stale

@@ -235,12 +235,13 @@ def _part(path: Path, data: bytes) -> Path:
 def remove_parts(uri: str) -> None:
     """Delete what `write_bytes` began below a local folder and a kill kept it from finishing.
 
-    Only for a folder that nobody else writes to. In object storage an upload that was broken off leaves no file.
+    Only for a folder that nobody else writes to, but for its hidden folders, in which others make their claims. In
+    object storage an upload that was broken off leaves no file.
     """
     path = local_path(uri)
     if path is not None:
         for part in path.rglob(".*.part"):
-            if len(part.name) == len(f".{uuid.uuid4().hex}.part"):
+            if len(part.name) == len(f".{uuid.uuid4().hex}.part") and not part.parent.name.startswith("."):
                 part.unlink(missing_ok=True)
 
 
