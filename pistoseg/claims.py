@@ -52,7 +52,7 @@ class Claim:
 
     def check(self) -> None:
         """Raise when someone else has taken the folder over, as happens to a process that was stopped for minutes."""
-        if self._is_taken_over():
+        if storage.exists(_file(self.folder, self.generation + 1)):
             raise PistoSegError(
                 f"another run took this over, as this one gave no sign of life for {STALE_S:.0f} s",
                 file=self.folder,
@@ -66,14 +66,11 @@ class Claim:
         self._stop.set()
         self._thread.join()
         with suppress(OSError, PistoSegError):  # a claim that stays goes stale
-            if done and not self._is_taken_over():
+            if done:
                 storage.remove_tree(storage.join(self.folder, FOLDER))
             else:
                 self._body["beat"] = RELEASED
                 storage.write_bytes(self.uri, self._bytes())
-
-    def _is_taken_over(self) -> bool:
-        return storage.exists(_file(self.folder, self.generation + 1))
 
     def _beat(self) -> None:
         while not self._stop.wait(BEAT_S):
