@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pistoseg import __version__
 from pistoseg.errors import PistoSegError
+from pistoseg.models_arguments import model_verbs
 from pistoseg.search.arguments import search_options
 from pistoseg.search.tables import TABLES
 
@@ -141,8 +142,7 @@ def build_parser() -> argparse.ArgumentParser:
     show = _verb(config, "show", _config_show, "print the resolved settings, each with its meaning")
     _config_options(show)
 
-    models = _group(verbs, "models", "look at registered models, promote and export them")
-    _model_options(models)
+    model_verbs(_group(verbs, "models", "look at registered models, promote and export them"), _verb)
 
     doctor = _verb(verbs, "doctor", _doctor, "would a run work here, on this cluster, with this storage?")
     _config_options(doctor)
@@ -211,25 +211,6 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workspace", default="runs/pistoseg", help="where artifacts go (default: %(default)s)")
     parser.add_argument("--workers", type=_positive, metavar="N", help="actors that read images and make mosaics")
     _job_options(parser)
-
-
-def _model_options(models: Any) -> None:
-    listed = _verb(models, "list", _models_list, "all versions of all models")
-    shown = _verb(models, "show", _models_show, "metrics, lineage and pictures of a version")
-    promoted = _verb(models, "promote", _models_promote, "point an alias to a version")
-    exported = _verb(models, "export", _models_export, "copy a version's bundle to a folder")
-    for parser in (shown, exported):
-        parser.add_argument("model", metavar="MODEL", help="NAME, NAME@ALIAS or NAME/VERSION")
-    promoted.add_argument("model", metavar="NAME", help="of the registered model")
-    promoted.add_argument("version", metavar="VERSION", help="its number")
-    promoted.add_argument(
-        "--alias", default="champion", help="default: %(default)s; the champion before gets `previous`"
-    )
-    exported.add_argument("--out", required=True, metavar="DIR", help="folder or URI of the bundle")
-    for parser in (listed, shown, promoted, exported):
-        parser.add_argument(
-            "--workspace", default="runs/pistoseg", help="whose MLflow knows the models (default: %(default)s)"
-        )
 
 
 def _segment_options(parser: argparse.ArgumentParser) -> None:
@@ -374,30 +355,6 @@ def _search(options: argparse.Namespace) -> int:
     from pistoseg.search.command import search
 
     return search(_config(options), options.workspace, options.space, vars(options))
-
-
-def _models_list(options: argparse.Namespace) -> int:
-    from pistoseg.models_command import list_models
-
-    return list_models(options.workspace)
-
-
-def _models_show(options: argparse.Namespace) -> int:
-    from pistoseg.models_command import show
-
-    return show(options.model, options.workspace)
-
-
-def _models_promote(options: argparse.Namespace) -> int:
-    from pistoseg.models_command import promote
-
-    return promote(options.model, options.version, options.alias, options.workspace)
-
-
-def _models_export(options: argparse.Namespace) -> int:
-    from pistoseg.models_command import export
-
-    return export(options.model, options.out, options.workspace)
 
 
 def _data_check(options: argparse.Namespace) -> int:

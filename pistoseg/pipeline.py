@@ -18,6 +18,7 @@ from pistoseg.artifacts import Artifact, Workspace, fingerprint
 from pistoseg.claims import claimed
 from pistoseg.config import Config
 from pistoseg.errors import PistoSegError
+from pistoseg.hooks import Hooks
 from pistoseg.progress import Progress
 from pistoseg.tracking import StageRun, Tracker
 
@@ -296,17 +297,6 @@ def plan(config: Config, targets: tuple[str, ...]) -> list[Step]:
         key = fingerprint(stage.name, stage.version, settings, keys)
         steps[stage.name] = Step(stage, key, settings, inputs)
     return list(steps.values())
-
-
-class Hooks:
-    """What a search does around the stages of its pipelines; by default nothing."""
-
-    def train_callbacks(self, step: Step) -> tuple[Any, ...]:
-        """`ray.train.UserCallback`s of a stage's training."""
-        return ()
-
-    def reused(self, artifact: Artifact) -> None:
-        """Told of an artifact that was there, or that another run made in the meantime."""
 
 
 def run_pipeline(

@@ -17,7 +17,8 @@ from pistoseg import storage
 from pistoseg.artifacts import Artifact, Workspace
 from pistoseg.config import Config, TrackingConfig
 from pistoseg.errors import PistoSegError
-from pistoseg.pipeline import Hooks, Step, run_pipeline
+from pistoseg.hooks import Hooks
+from pistoseg.pipeline import Step, run_pipeline
 from pistoseg.progress import Progress
 from pistoseg.search.ablation import with_overrides
 from pistoseg.search.objective import Objective

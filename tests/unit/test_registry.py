@@ -7,10 +7,10 @@ import pytest
 from pistoseg import storage
 from pistoseg.artifacts import Workspace
 from pistoseg.cli import main
-from pistoseg.config import TrackingConfig
+from pistoseg.config import TrackingConfig, load_config
 from pistoseg.errors import PistoSegError
 from pistoseg.registry import Registry, lineage, set_alias
-from pistoseg.tracking import connect
+from pistoseg.tracking import Tracker, connect
 
 KEYS = ("aaaa", "bbbb", "cccc")
 
@@ -49,11 +49,24 @@ def test_a_promotion_keeps_the_champion_before_as_previous(registry, workspace):
     assert registry.promote("tissue", "2", "candidate") is None
     assert registry.find("tissue@champion").version == "3"
     assert set_alias(connect(TrackingConfig(), workspace), "tissue", "1") == "3"
-    assert {version.version: version.aliases for version in registry.versions()} == {
+    assert {version.version: version.aliases for version in registry.versions("tissue")} == {
         "1": ("champion",),
         "2": ("candidate",),
         "3": ("previous",),
     }
+
+
+@pytest.mark.parametrize(("model", "version"), [("tissue", "2"), ("new", "1")])
+def test_a_registered_model_gets_its_tags_also_when_it_is_there_already(workspace, model, version):
+    config = load_config("demo", overrides=[f"tracking.model={model}"])
+    with Tracker.start(config, workspace) as tracker:
+        assert tracker.register(workspace.find("precise", "bbbb"), {"pistoseg.search": "mine"}) == version
+        status = tracker.client.get_run(tracker.run_id).info.status
+    found = Registry(config.tracking, workspace).find(f"{model}/{version}")
+    assert found.tags["pistoseg.search"] == "mine"
+    assert found.tags["pistoseg.fingerprint"] == "bbbb"
+    assert found.bundle == workspace.find("precise", "bbbb").path("bundle")
+    assert status == "RUNNING"
 
 
 def test_a_model_is_found_by_name_version_or_alias(registry):
