@@ -149,7 +149,8 @@ def _proxy(outcome: Outcome) -> list[str]:
     lines = []
     for key in ("label_iou", "label_map"):
         pairs = [(row[key], row["miou"]) for row in rows if key in row and "miou" in row]
-        if rho := rank_correlation([one for one, _ in pairs], [two for _, two in pairs]):
+        rho = rank_correlation([one for one, _ in pairs], [two for _, two in pairs])
+        if rho is not None:
             lines.append(f"* `{key}` ranks {len(pairs)} trials as mIoU does with Spearman's rho {rho:+.2f}")
     return ["## Scores from image-level labels alone", "", *lines, ""] if lines else []
 

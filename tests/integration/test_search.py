@@ -36,7 +36,7 @@ def workspace(tmp_path_factory):
 @pytest.fixture(scope="module")
 def command(workspace, cohort, tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
-    own = {"precise": NETWORK | {"epochs": 3, "patch_size": 64, "masks": "synthesized", "lr": RATES[0]}}
+    own = {"precise": NETWORK | {"epochs": 2, "patch_size": 64, "masks": "synthesized", "lr": RATES[0]}}
     own["synthesis"] = TINY["synthesis"] | {"mode": "streamed"}
     (folder / "own.yaml").write_text(yaml.safe_dump(TINY | own))
     (folder / "space.yaml").write_text(yaml.safe_dump(SPACE, sort_keys=False))
