@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 OVERVIEW_PIXELS = 1800
 """Longer side of the picture from which the overview is drawn: twice what it shows."""
-MAX_AREA_CHANGE, FREE_AREA = 0.01, 0.001
+MAX_AREA_CHANGE, FREE_AREA = 0.01, 0.0001
 """What the outlines may change of the area of a class: this share of it, and this share of all tissue."""
 NO_TISSUE = "no tissue was found"
 
