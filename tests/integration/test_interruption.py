@@ -16,7 +16,7 @@ from pistoseg.training.trainer import RUN, SNAPSHOT, _last_history
 
 COUNT = 5000
 EPOCHS = 8
-TIMEOUT_S = 600
+TIMEOUT_S = 240
 
 
 @dataclass
