@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from pistoseg import __version__
 from pistoseg.errors import PistoSegError
+from pistoseg.models_arguments import model_verbs
+from pistoseg.search.arguments import search_options
 from pistoseg.search.tables import TABLES
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ EPILOG = """first steps:
   pistoseg evaluate --model BUNDLE --data DIR --out DIR            score a model on images with masks
   pistoseg segment --model BUNDLE --slides DIR --out DIR           tissue maps and areas of whole slides
   pistoseg ablate table1 --data DATA --workspace runs/mine         rerun a table of the paper
+  pistoseg search --space synthesis --data DATA --workspace runs/mine      find better settings, and prove it
 """
 
 
@@ -112,6 +115,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--out", metavar="DIR", help="folder or URI of the table (default: ablations/TABLE in the workspace)"
     )
 
+    search = _verb(verbs, "search", _search, "find better settings, and prove that they are better")
+    _config_options(search)
+    _run_options(search)
+    search_options(search)
+
     data = _group(verbs, "data", "look at data sets")
     check = _verb(data, "check", _data_check, "is a data set fit for training?")
     check.add_argument("data", metavar="DATA", help="folder or URI of the data set, or a manifest of slides")
@@ -133,6 +141,8 @@ def build_parser() -> argparse.ArgumentParser:
     config = _group(verbs, "config", "look at settings")
     show = _verb(config, "show", _config_show, "print the resolved settings, each with its meaning")
     _config_options(show)
+
+    model_verbs(_group(verbs, "models", "look at registered models, promote and export them"), _verb)
 
     doctor = _verb(verbs, "doctor", _doctor, "would a run work here, on this cluster, with this storage?")
     _config_options(doctor)
@@ -339,6 +349,12 @@ def _ablate(options: argparse.Namespace) -> int:
         dry_run=options.dry_run,
         out=options.out,
     )
+
+
+def _search(options: argparse.Namespace) -> int:
+    from pistoseg.search.command import search
+
+    return search(_config(options), options.workspace, options.space, vars(options))
 
 
 def _data_check(options: argparse.Namespace) -> int:

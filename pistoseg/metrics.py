@@ -227,6 +227,28 @@ def multilabel_scores(labels: ArrayLike, probabilities: ArrayLike) -> dict[str, 
     }
 
 
+def label_agreement(labels: ArrayLike, areas: ArrayLike) -> Scores:
+    """How well the areas of segmented windows agree with their labels, by class: an IoU that needs no masks.
+
+    A class's area counts as right in windows that name it, and as wrong in the others; what it should have covered and
+    did not is known where a window names nothing else. With single-tissue windows alone it is the IoU itself.
+
+    Args:
+        labels: (n, L) flags of n windows.
+        areas: (n, L) share of a window that each class covers.
+    Returns:
+        (L,) in 0..1; nan for a class that no window names.
+    """
+    true, given = np.asarray(labels) == 1, np.asarray(areas, np.float64)
+    if true.shape != given.shape or true.ndim != 2:
+        raise ValueError(f"labels are {true.shape} but areas are {given.shape}; both must be (n, L)")
+    alone = true & (true.sum(1, keepdims=True) == 1)
+    hits = (given * true).sum(0)
+    false = (given * ~true).sum(0)
+    missed = ((1 - given) * alone).sum(0)
+    return _share(hits, hits + false + missed, true.any(0))
+
+
 def _parts(counts: Counts) -> tuple[Scores, Scores, Scores]:
     """True positives, pixels of the truth and pixels of the prediction by class, (..., L) float64 each."""
     counts = np.asarray(counts)

@@ -36,7 +36,10 @@ UNSENT = "unsent-"
 RUN_TAG, PROCESS_TAG, LIFE_TAG, WORKSPACE_TAG = (
     f"pistoseg.{name}" for name in ("run", "process", "alive", "workspace")
 )
-CALLS = ("create_run", "log_batch", "log_metric", "log_param", "set_tag", "log_artifact", "set_terminated", "register")
+CALLS = (
+    *("create_run", "update_run", "log_batch", "log_metric", "log_param", "set_tag", "log_artifact"),
+    *("set_terminated", "register"),
+)
 """What is read from an outbox is nothing but arguments of these."""
 
 Register = Callable[..., Any]
@@ -129,9 +132,9 @@ class Outbox:
         """Go on with a run that is there, as a run of this process.
 
         Raises:
-            MlflowException: it is not there, or the server is away.
+            MlflowException: it is not there.
         """
-        self._client.update_run(self._id(run_id), status=status)
+        self._say("update_run", {"run_id": run_id, "status": status})
         with self._lock:
             self._alive.add(run_id)
         self.set_tag(run_id, PROCESS_TAG, process())

@@ -18,6 +18,7 @@ from pistoseg.artifacts import Artifact, Workspace, fingerprint
 from pistoseg.claims import claimed
 from pistoseg.config import Config
 from pistoseg.errors import PistoSegError
+from pistoseg.hooks import Hooks
 from pistoseg.progress import Progress
 from pistoseg.tracking import StageRun, Tracker
 
@@ -35,6 +36,7 @@ class StageContext:
         inputs: artifacts by role.
         progress: for saying how far the stage is.
         run: its MLflow run.
+        train_callbacks: `ray.train.UserCallback`s of its training, if it trains.
     """
 
     config: Config
@@ -42,6 +44,7 @@ class StageContext:
     inputs: dict[str, Artifact]
     progress: Progress
     run: StageRun
+    train_callbacks: tuple[Any, ...] = ()
 
     def path(self, *parts: str) -> str:
         """URI of a file in the artifact."""
@@ -85,6 +88,8 @@ def _training_images(config: Config) -> dict[str, Any]:
 
     # What counts is the files, wherever they lie; the limits on their number are checked when they are there.
     read = config.data.model_dump(include={"layout", "table", "max_pixels", "min_size"})
+    if config.data.label_holdout:
+        read["label_holdout"] = config.data.label_holdout
     return _dump(config, "classes", "scale") | {"data": read, "files": training_digest(config, etag)}
 
 
@@ -226,6 +231,13 @@ STAGES = (
         lambda config: _dump(config, "evaluation", "seed"),
         lambda config: {"model": "precise", "validation": "validation"},
     ),
+    Stage(
+        "label_scores",
+        "Scoring the precise model by image-level labels",
+        "label_scores:run",
+        lambda config: _dump(config, "evaluation") | _background(config),
+        lambda config: {"model": "precise", "patches": "patches"},
+    ),
 )
 BY_NAME = {stage.name: stage for stage in STAGES}
 
@@ -295,6 +307,7 @@ def run_pipeline(
     progress: Progress | None = None,
     run_name: str | None = None,
     parent_run: str | None = None,
+    hooks: Hooks | None = None,
 ) -> dict[str, Artifact]:
     """Compute the targets and whatever they need; reuse what is there.
 
@@ -305,24 +318,27 @@ def run_pipeline(
         progress: where to say what happens.
         run_name: of its MLflow run; None: the data set's.
         parent_run: id of the MLflow run that it is a part of; then its model is not registered.
+        hooks: called around the stages.
     Returns:
         Artifacts by stage name.
     """
     object_store.use(config.storage)
-    progress = progress or Progress()
+    progress, hooks = progress or Progress(), hooks or Hooks()
     artifacts: dict[str, Artifact] = {}
     with Tracker.start(config, workspace, run_name, parent_run) as tracker:
         steps = plan(config, targets)
         _check_placement(config, workspace, steps, progress)
         for number, step in enumerate(steps, 1):
+            title = f"[{number}/{len(steps)}] {step.stage.title}"
             found = step.find(workspace)
             title, name, key = f"[{number}/{len(steps)}] {step.stage.title}", step.stage.name, step.fingerprint
             with progress.stage(title, found is not None, stage=name, fingerprint=key):
                 if found is None:
                     inputs = {role: artifacts[source] for role, source in step.inputs.items()}
-                    found = _compute(step, inputs, config, workspace, progress, tracker)
+                    found = _compute(step, inputs, config, workspace, progress, tracker, hooks)
                 else:
                     tracker.reused(found)
+                    hooks.reused(found)
             artifacts[step.stage.name] = found
         tracker.finish(artifacts)
     return artifacts
@@ -346,6 +362,7 @@ def _compute(
     workspace: Workspace,
     progress: Progress,
     tracker: Tracker,
+    hooks: Hooks,
 ) -> Artifact:
     from pistoseg.stages import placement
 
@@ -358,11 +375,13 @@ def _compute(
             assert artifact is not None
             progress.say(f"{stage.name}/{key}: another run has finished it, reused")
             tracker.reused(artifact)
+            hooks.reused(artifact)
             return artifact
         storage.remove_parts(folder)
         with tracker.stage(stage.name, key, settings, inputs) as run:
             started = time.monotonic()
-            summary = stage.run(StageContext(config, folder, inputs, progress, run))
+            callbacks = hooks.train_callbacks(step)
+            summary = stage.run(StageContext(config, folder, inputs, progress, run, callbacks))
             claim.check()
             artifact = workspace.commit(
                 stage.name,

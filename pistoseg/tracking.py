@@ -21,7 +21,6 @@ import pistoseg
 from pistoseg import storage
 from pistoseg.artifacts import Artifact, Workspace
 from pistoseg.config import Config, TrackingConfig
-from pistoseg.errors import PistoSegError
 from pistoseg.outbox import Outbox
 from pistoseg.redaction import redact, redacted
 
@@ -45,7 +44,7 @@ def _local_folder(workspace: Workspace) -> Path:
 
 
 @contextmanager
-def _default_server(uri: str) -> Iterator[None]:
+def default_server(uri: str) -> Iterator[None]:
     """Make a server MLflow's default for a while: its model registry knows no other way.
 
     MLflow keeps the default in the environment, where the next workspace of this process would take it for the user's.
@@ -98,9 +97,27 @@ class StageRun:
                 self._logged.add((key, step))
                 self.guard(client.log_metric, run_id, _key(key), float(value), step=step)
 
+    def params(self, values: Mapping[str, Any]) -> None:
+        """Log parameters, nested ones by their dotted names."""
+        if self.client is None or self.run_id is None:
+            return
+        for key, value in _flat(values).items():
+            self.guard(self.client.log_param, self.run_id, _key(key), str(value)[:MAX_PARAM])
+
+    def tags(self, values: Mapping[str, str]) -> None:
+        """Set tags."""
+        if self.client is None or self.run_id is None:
+            return
+        for key, value in values.items():
+            self.guard(self.client.set_tag, self.run_id, _key(key), value)
+
     def finish(self, artifact: Artifact) -> None:
         """Log a committed artifact's metrics, pictures and manifest."""
         self.metrics(artifact.summary.get("metrics", {}))
+        self.pictures(artifact)
+
+    def pictures(self, artifact: Artifact) -> None:
+        """Log a committed artifact's pictures and manifest."""
         if self.client is None:
             return
         for name in ("manifest.json", *artifact.summary.get("pictures", [])):
@@ -126,18 +143,24 @@ class Tracker:
         client: Outbox | None,
         name: str | None = None,
         parent: str | None = None,
+        run_id: str | None = None,
     ) -> None:
         self.config, self.workspace, self.client = config, workspace, client
         self.name, self.parent = name, parent
         self.guard = _Guard()
-        self.run_id: str | None = None
+        self.run_id = run_id
         self.experiment_id = ""
         self._stage_runs: dict[str, str] = {}
 
     @classmethod
     @contextmanager
     def start(
-        cls, config: Config, workspace: Workspace, name: str | None = None, parent: str | None = None
+        cls,
+        config: Config,
+        workspace: Workspace,
+        name: str | None = None,
+        parent: str | None = None,
+        run_id: str | None = None,
     ) -> Iterator[Tracker]:
         """Open a run; it is ended as finished, failed or killed.
 
@@ -146,13 +169,14 @@ class Tracker:
             workspace: where the database is unless the config names a server.
             name: of the run; None: the data set's.
             parent: id of the run that it is a part of.
+            run_id: of a run that is there, to go on with; None: a new one.
         """
         if not config.tracking.enabled:
             yield cls(config, workspace, None)
             return
-        client = _client(config.tracking, workspace)
-        with _default_server(client.tracking_uri):
-            tracker = cls(config, workspace, client, name, parent)
+        client = connect(config.tracking, workspace)
+        with default_server(client.tracking_uri):
+            tracker = cls(config, workspace, client, name, parent, run_id)
             if parent is None:
                 client.send_left()
             tracker.guard(tracker._open)
@@ -170,6 +194,9 @@ class Tracker:
     def _open(self) -> None:
         assert self.client is not None
         self.experiment_id = _experiment(self.client, self.config.tracking, self.workspace)
+        if self.run_id:
+            self.client.update_run(self.run_id, status="RUNNING")
+            return
         tags = _tags(self.workspace)
         if self.parent:
             tags["mlflow.parentRunId"] = self.parent
@@ -226,17 +253,28 @@ class Tracker:
                 metrics = artifacts[stage].summary.get("metrics", {})
                 run.metrics({prefix + key: value for key, value in metrics.items()})
         if "precise" in artifacts and not self.parent:
-            self.guard(self._register, artifacts["precise"])
+            self.register(artifacts["precise"])
 
-    def _register(self, artifact: Artifact) -> None:
-        assert self.client is not None
-        assert self.run_id is not None
-        self.client.register(
+    def register(self, artifact: Artifact, tags: Mapping[str, str] | None = None) -> str | None:
+        """Register a precise model.
+
+        Args:
+            artifact: of the stage `precise`.
+            tags: of the version, also where the model is registered already.
+        Returns:
+            Its version; None without a server, which is told later.
+        """
+        if self.client is None or self.run_id is None:
+            return None
+        version: str | None = self.guard(
+            self.client.register,
             run_id=self._stage_runs.get("precise", self.run_id),
             name=self.config.tracking.model,
             uri=artifact.path("bundle"),
             fingerprint=artifact.fingerprint,
+            tags=dict(tags or {}),
         )
+        return version
 
     def _end(self, run_id: str | None, status: str) -> None:
         if self.client is not None and run_id is not None:
@@ -256,7 +294,7 @@ def batch_run(config: TrackingConfig, workspace: Workspace, name: str, params: M
     if not config.enabled:
         yield StageRun()
         return
-    client, guard = _client(config, workspace), _Guard()
+    client, guard = connect(config, workspace), _Guard()
 
     def create() -> str:
         experiment = _experiment(client, config, workspace)
@@ -264,7 +302,7 @@ def batch_run(config: TrackingConfig, workspace: Workspace, name: str, params: M
         client.log_params(run_id, _params(params))
         return run_id
 
-    with _default_server(client.tracking_uri):
+    with default_server(client.tracking_uri):
         client.send_left()
         run_id = guard(create)
         status = "FAILED"
@@ -280,51 +318,8 @@ def batch_run(config: TrackingConfig, workspace: Workspace, name: str, params: M
             client.close()
 
 
-def bundle_uri(model: str, config: TrackingConfig, workspace: Workspace) -> str:
-    """The URI of a model's bundle: as it is, or what the registry says of `models:/name@alias` or `models:/name/3`.
-
-    Args:
-        model: URI of a bundle or a registered model.
-        config: of the server.
-        workspace: where the database is unless the config names a server.
-    Raises:
-        PistoSegError: there is no such model, or it was not registered by PistoSeg.
-    """
-    if not model.startswith("models:/"):
-        return storage.absolute(model)
-    from mlflow.exceptions import MlflowException
-
-    uri = tracking_uri(config, workspace)
-    name, alias, label = model.removeprefix("models:/").partition("@")
-    if not alias:
-        name, _, label = name.rpartition("/")
-    if not name or not label:
-        raise PistoSegError("names no version", file=model, remedy="write models:/NAME@ALIAS or models:/NAME/VERSION")
-    database = uri.removeprefix("sqlite:///")
-    if uri.startswith("sqlite:") and not os.path.exists(database):
-        raise PistoSegError(
-            f"can't be looked up: {database} is not there", file=model, remedy="give --workspace or MLFLOW_TRACKING_URI"
-        )
-    client = _client(config, workspace)
-    try:
-        find = client.get_model_version_by_alias if alias else client.get_model_version
-        version = find(name, label)
-    except MlflowException as error:
-        raise PistoSegError(
-            f"is not in the registry at {uri} ({str(error).splitlines()[0]})",
-            file=model,
-            remedy="look at the names and aliases in `pistoseg ui`",
-        ) from error
-    if "pistoseg.bundle" not in version.tags:
-        raise PistoSegError(
-            "has no tag pistoseg.bundle",
-            file=model,
-            remedy="give its bundle's URI, or register with `pistoseg train`",
-        )
-    return str(version.tags["pistoseg.bundle"])
-
-
-def _client(config: TrackingConfig, workspace: Workspace) -> Outbox:
+def connect(config: TrackingConfig, workspace: Workspace) -> Outbox:
+    """A client of the config's server, or of the workspace's database, which is made if it is not there."""
     for key, limit in {"GIT_PYTHON_REFRESH": "quiet", **HTTP_LIMITS}.items():
         os.environ.setdefault(key, limit)
     from mlflow.tracking import MlflowClient
@@ -336,10 +331,10 @@ def _client(config: TrackingConfig, workspace: Workspace) -> Outbox:
     return Outbox(MlflowClient(uri), workspace.root, _register)
 
 
-def _register(client: MlflowClient, **arguments: Any) -> None:
+def _register(client: MlflowClient, **arguments: Any) -> str:
     from pistoseg.models.mlflow_flavor import register
 
-    register(client, **arguments)
+    return register(client, **arguments)
 
 
 def _experiment(client: Outbox, config: TrackingConfig, workspace: Workspace) -> str:

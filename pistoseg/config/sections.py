@@ -85,6 +85,13 @@ class DataConfig(Section):
     max_pixels: int = Field(50_000_000, ge=1, description="Larger images are rejected (px).")
     min_size: int = Field(16, ge=1, description="Images with a smaller side are rejected (px).")
     max_rejected: Share = Field(0.1, description="Stop when more than this share of the images is rejected.")
+    label_holdout: float = Field(
+        0.0,
+        ge=0,
+        le=0.5,
+        description="Share of the training images (or slides) on which no network is trained: models are scored by "
+        "their image-level labels where there are no masks; 0: none.",
+    )
     min_single_tissue: Positive = Field(20, description="Warn of classes with fewer single-tissue images.")
     background: Literal["none", "bright"] = Field(
         "none", description="bright: pixels lighter than background_grey are tissue-free."

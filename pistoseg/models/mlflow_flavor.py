@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +55,9 @@ def signature() -> Any:
     )
 
 
-def register(client: MlflowClient, run_id: str, name: str, uri: str, fingerprint: str) -> None:
+def register(
+    client: MlflowClient, run_id: str, name: str, uri: str, fingerprint: str, tags: Mapping[str, str] | None = None
+) -> str:
     """Register a bundle as a model's next version unless it is one.
 
     Args:
@@ -63,12 +66,17 @@ def register(client: MlflowClient, run_id: str, name: str, uri: str, fingerprint
         name: of the registered model.
         uri: of the bundle.
         fingerprint: of its artifact, by which it is known again.
+        tags: of the version, also of one that is there.
+    Returns:
+        The version.
     """
     import mlflow
 
-    for version in client.search_model_versions(f"name='{name}'"):
-        if version.tags.get("pistoseg.fingerprint") == fingerprint:
-            return
+    tags = dict(tags or {})
+    for known in client.search_model_versions(f"name='{name}'"):
+        if known.tags.get("pistoseg.fingerprint") == fingerprint:
+            _set_tags(client, name, str(known.version), tags)
+            return str(known.version)
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "bundle"
         copy.mkdir()
@@ -88,8 +96,14 @@ def register(client: MlflowClient, run_id: str, name: str, uri: str, fingerprint
             )
         if status == "RUNNING":  # MLflow ends a run with the block that writes to it
             client.update_run(run_id, status=status)
-    for key, value in {"pistoseg.fingerprint": fingerprint, "pistoseg.bundle": redact(uri)}.items():
-        client.set_model_version_tag(name, str(info.registered_model_version), key, value)
+    version = str(info.registered_model_version)
+    _set_tags(client, name, version, {"pistoseg.fingerprint": fingerprint, "pistoseg.bundle": redact(uri)} | tags)
+    return version
+
+
+def _set_tags(client: MlflowClient, name: str, version: str, tags: Mapping[str, str]) -> None:
+    for key, value in tags.items():
+        client.set_model_version_tag(name, version, key, value)
 
 
 def _load_pyfunc(data_path: str) -> BundleModel:

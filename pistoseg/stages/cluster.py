@@ -97,6 +97,15 @@ def _quiet() -> Iterator[None]:
         os.close(kept)
 
 
+_pipelines = 1
+
+
+def share_cluster(pipelines: int) -> None:
+    """Tell this process that so many pipelines run on the cluster at the same time: each takes its share."""
+    global _pipelines
+    _pipelines = max(1, pipelines)
+
+
 def available_cpus() -> int:
     """CPUs this process may use: its affinity and its cgroup's quota, not what the machine has."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -138,13 +147,14 @@ def cluster_gpus() -> int:
 
 def cpu_pool(config: ComputeConfig) -> int:
     """Actors for CPU work: `compute.workers`, else one a CPU."""
-    return config.workers or cluster_cpus()
+    return config.workers or max(1, cluster_cpus() // _pipelines)
 
 
 def node_threads() -> int:
     """Threads for the one network process of a CPU node."""
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    return max(1, int(min(node["Resources"].get("CPU", 1) for node in nodes)))
+    on_a_node = -(-_pipelines // len(nodes))
+    return max(1, int(min(node["Resources"].get("CPU", 1) for node in nodes)) // on_a_node)
 
 
 def network_pool(config: ComputeConfig) -> tuple[int, dict[str, float]]:
@@ -156,15 +166,15 @@ def network_pool(config: ComputeConfig) -> tuple[int, dict[str, float]]:
     if config.device == "cuda" and not gpus:
         raise PistoSegError("the cluster has no GPU", field="device", remedy="use auto, or start a node with one")
     if gpus:
-        return gpus, {"num_gpus": 1, "num_cpus": 1}
+        return max(1, gpus // _pipelines), {"num_gpus": 1, "num_cpus": 1}
     nodes = sum(1 for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1)
-    return max(1, nodes), {"num_cpus": max(1, node_threads() - 1)}
+    return max(1, nodes // _pipelines), {"num_cpus": max(1, node_threads() - 1)}
 
 
 def training_resources(config: ComputeConfig) -> dict[str, Any]:
     """What `training.train` may use: actors that make samples, threads of a CPU worker, and whether there are GPUs."""
     # One actor feeds many training steps on CPUs; GPUs eat as much as the CPUs make.
-    actors = config.workers or (cluster_cpus() if cluster_gpus() else 1)
+    actors = config.workers or (max(1, cluster_cpus() // _pipelines) if cluster_gpus() else 1)
     threads = max(1, node_threads() // config.train_workers)
     return {"actors": actors, "threads": threads, "gpus": config.device != "cpu" and cluster_gpus() > 0}
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 
@@ -25,6 +26,7 @@ from pistoseg.stages.slide_images import SlideOpener
 
 SHARD_IMAGES = 128
 SHARD_WINDOWS = 256
+Named = TypeVar("Named", SourceImage, SlideSource)
 
 
 def run(context: StageContext) -> dict[str, Any]:
@@ -35,11 +37,14 @@ def run(context: StageContext) -> dict[str, Any]:
     read = _from_slides if is_manifest(uri) else _from_images
     layout, unusable = read(uri, classes, context)
     rejected = [asdict(item) for item in unusable]
-    for part in storage.list_dir(context.path("rejected")):
-        rejected += storage.read_parquet(part).to_pylist()
+    for folder in (context.folder, held_out_folder(context.folder)):
+        for part in storage.list_dir(storage.join(folder, "rejected")):
+            rejected += storage.read_parquet(part).to_pylist()
     storage.write_parquet(pa.Table.from_pylist(rejected, REJECTED_SCHEMA), context.path("rejected.parquet"))
     patches = PatchSet.open(context.folder)
     summary = _summary(patches, classes, layout, rejected)
+    if config.data.label_holdout:
+        summary |= _held_out_summary(context.folder, patches, classes)
     for line in note_lines(_cut_notes(context)):
         context.progress.say(f"warning: {line}")
     _judge(summary, config.data, classes, context)
@@ -49,10 +54,11 @@ def run(context: StageContext) -> dict[str, Any]:
 def _from_images(uri: str, classes: TissueClasses, context: StageContext) -> tuple[str, list[Rejection]]:
     """Read the images of a folder; its layout, and what of it is not usable."""
     listing = scan_training(uri, classes, context.config.data)
-    rows = [asdict(image) for image in listing.images]
-    shards = [rows[start : start + SHARD_IMAGES] for start in range(0, len(rows), SHARD_IMAGES)]
-    arguments = {"data": context.config.data, "scale": context.config.scale, "folder": context.folder}
-    _run(_Ingest, arguments, shards, len, context)
+    for folder, images in _parts(listing.images, context):
+        rows = [asdict(image) for image in images]
+        shards = [rows[start : start + SHARD_IMAGES] for start in range(0, len(rows), SHARD_IMAGES)]
+        arguments = {"data": context.config.data, "scale": context.config.scale, "folder": folder}
+        _run(_Ingest, arguments, shards, len, context)
     return listing.layout, listing.rejected
 
 
@@ -60,10 +66,43 @@ def _from_slides(uri: str, classes: TissueClasses, context: StageContext) -> tup
     """Read the windows of a manifest's slides; the layout's name, and the rows that are not usable."""
     network_mpp(context.config.scale)
     listing = scan_slides(uri, classes)
-    shards = [[asdict(slide) for slide in shard] for shard in in_shards(listing.slides, SHARD_WINDOWS)]
-    arguments = {"config": context.config, "folder": context.folder}
-    _run(_IngestSlides, arguments, shards, _n_windows, context)
+    for folder, slides in _parts(listing.slides, context):
+        shards = [[asdict(slide) for slide in shard] for shard in in_shards(slides, SHARD_WINDOWS)]
+        arguments = {"config": context.config, "folder": folder}
+        _run(_IngestSlides, arguments, shards, _n_windows, context)
     return listing.layout, listing.rejected
+
+
+def held_out_folder(uri: str) -> str:
+    """URI of the images of a `patches` artifact on which nothing is trained; they are a `PatchSet` of their own."""
+    return storage.join(uri, "held_out")
+
+
+def _parts(sources: list[Named], context: StageContext) -> list[tuple[str, list[Named]]]:
+    """Folders and what goes into them: the images or slides to train on, and those that are held out by their names."""
+    share = context.config.data.label_holdout
+    order = sorted(sources, key=lambda source: hashlib.sha256(source.name.encode()).hexdigest())
+    held = {source.name for source in order[: round(share * len(sources))]}
+    parts = [(context.folder, [source for source in sources if source.name not in held])]
+    if held:
+        parts.append((held_out_folder(context.folder), [source for source in sources if source.name in held]))
+    return parts
+
+
+def _held_out_summary(folder: str, patches: PatchSet, classes: TissueClasses) -> dict[str, Any]:
+    """How many images and windows are held out; refused where they take away all there is of a class."""
+    if not storage.exists(held_out_folder(folder)):
+        raise PistoSegError(
+            "holds no image out: there are too few", field="data.label_holdout", remedy="raise it, or set it to 0"
+        )
+    held = PatchSet.open(held_out_folder(folder))
+    lost = (held.labels.max(0) > patches.labels.max(0)).tolist()
+    if any(lost):
+        names = [name for name, gone in zip(classes.names, lost, strict=True) if gone]
+        raise PistoSegError(
+            f"holds out every image with {', '.join(names)}", field="data.label_holdout", remedy="make it smaller"
+        )
+    return {"held_out": {"images": len(held), "windows": len(held.labels)}}
 
 
 def _n_windows(shard: list[dict[str, Any]]) -> int:
@@ -78,7 +117,7 @@ def _run(
         worker,
         arguments,
         shards,
-        context.path("images"),
+        storage.join(arguments["folder"], "images"),
         actors=cluster.cpu_pool(context.config.compute),
         resources={"num_cpus": 1},
         progress=context.progress,

@@ -14,8 +14,10 @@ from pistoseg.models import bundle, segmentation
 from pistoseg.patches.store import PatchSet
 from pistoseg.pipeline import StageContext
 from pistoseg.stages import masks
+from pistoseg.stages.patches import held_out_folder
 from pistoseg.stages.synthesis import mosaics
 from pistoseg.stages.trained import train_stage
+from pistoseg.training.labelled_images import LabelledImages
 from pistoseg.training.samples import MaskedCrops, StoredMosaics, crop_rows, fresh_mosaics, rare_class_weights
 from pistoseg.training.stream import SampleSource
 from pistoseg.training.tasks import SegmentationTask
@@ -44,7 +46,13 @@ def _run(context: StageContext, training: SegmentationConfig, source: SampleSour
         network.load_state_dict(bundle.load(context.inputs["initial"].path("bundle"), "cpu").model.state_dict())
     has_validation = context.inputs["validation"].summary["images"] > 0
     validation = context.inputs["validation"].uri if has_validation else None
-    task = SegmentationTask(classes, training.loss, validation, _validation_info(config))
+    task = SegmentationTask(
+        classes,
+        training.loss,
+        validation,
+        _validation_info(config),
+        labelled=None if validation else _labelled(context),
+    )
 
     def save(lineage: dict[str, str], metrics: dict[str, float]) -> None:
         bundle.save(
@@ -59,6 +67,12 @@ def _run(context: StageContext, training: SegmentationConfig, source: SampleSour
         )
 
     return train_stage(context, network, source, task, training, save)
+
+
+def _labelled(context: StageContext) -> LabelledImages | None:
+    if not context.config.data.label_holdout:
+        return None
+    return LabelledImages(held_out_folder(context.inputs["patches"].uri), context.config.data)
 
 
 def _validation_info(config: Config) -> dict[str, Any]:

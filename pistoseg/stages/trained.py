@@ -59,6 +59,7 @@ def train_stage(
         seed=config.seed,
         on_step=context.progress.update,
         on_epoch=on_epoch,
+        callbacks=context.train_callbacks,
         **cluster.training_resources(config.compute),
     )
     for row in trained.history:  # the epochs before a crash, too

@@ -17,6 +17,7 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
+from ray.util.placement_group import PlacementGroup
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -29,6 +30,13 @@ from pistoseg.training.tasks import Task
 
 CHECKPOINT = "training.pt"
 FAILURE = "failure.json"
+
+
+class WorkersCallback(ray.train.UserCallback):
+    """A callback of Ray Train that also wants to know what a training's workers hold."""
+
+    def on_workers(self, group: PlacementGroup) -> None:
+        """Called in the first worker before its first step."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,7 @@ class TrainingJob:
         threads: of a CPU worker.
         monitor: actor that collects what the driver shows.
         pace: `Pace` actor, told how many samples are used.
+        callbacks: those that are `WorkersCallback`s hear of the workers.
     """
 
     config: TrainingConfig
@@ -58,12 +67,18 @@ class TrainingJob:
     threads: int
     monitor: Any
     pace: Any
+    callbacks: tuple[Any, ...] = ()
 
 
 def train_worker(arguments: dict[str, Any]) -> None:
     """The train loop, given to Ray Train with `{"job": TrainingJob}`."""
     job: TrainingJob = arguments["job"]
     training = _Training(job)
+    group = ray.util.get_current_placement_group()
+    if training.rank == 0 and group is not None:
+        for callback in job.callbacks:
+            if isinstance(callback, WorkersCallback):
+                callback.on_workers(group)
     batches = iter(
         ray.train.get_dataset_shard("train").iter_torch_batches(
             batch_size=job.batch_size,

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from pistoseg.classes import IGNORE_ID, TissueClasses
 from pistoseg.config import RefinerConfig
-from pistoseg.metrics import ConfusionMatrix, multilabel_scores
+from pistoseg.metrics import ConfusionMatrix, label_agreement, multilabel_scores
 from pistoseg.models.bundle import Segmenter
 from pistoseg.models.classifier import Classifier, classification_loss, pool_regions
 from pistoseg.models.losses import segmentation_loss
@@ -23,6 +23,7 @@ from pistoseg.models.refining_losses import refining_loss
 from pistoseg.models.segmentation import SegmentationNetwork
 from pistoseg.patches.masked import MaskedImages
 from pistoseg.training.labelled import LabelledCrops
+from pistoseg.training.labelled_images import LabelledImages
 
 Forward = Callable[..., Any]
 """The network in its precision: takes (N, H, W, 3) uint8 images, normalises them, and passes further tensors on."""
@@ -61,44 +62,55 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class SegmentationTask:
-    """Images with masks; validated by mIoU.
+    """Images with masks; validated by mIoU, or without masks by how well held-out image-level labels are met.
 
     Args:
         classes: the L tissues.
         loss: `bce`, `dice` or `bce+dice`.
         validation: URI of a validation artifact, or None.
         info: of the bundle that will be made of it: scale and window of the validation.
+        labelled: images that no network is trained on and their labels, used where there is no validation; or None.
     """
 
     classes: TissueClasses
     loss: str
     validation: str | None
     info: dict[str, Any] = field(default_factory=dict)
-    score: str = "validation_miou"
     uses_all_parameters: bool = True
+    labelled: LabelledImages | None = None
+
+    @property
+    def score(self) -> str:
+        """MIoU, or without masks the agreement with labels."""
+        return "validation_miou" if self.validation or not self.labelled else "validation_label_iou"
 
     @property
     def validates(self) -> bool:
-        """Whether there are images with masks."""
-        return self.validation is not None
+        """Whether there are images with masks, or held-out ones with labels."""
+        return self.validation is not None or self.labelled is not None
 
     def losses(self, forward: Forward, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The segmentation loss."""
         logits = forward(batch["image"])
         return {"loss": segmentation_loss(logits, batch["mask"], self.loss, len(self.classes))}
 
-    def validate(self, network: nn.Module, device: torch.device, rank: int, world: int) -> NDArray[np.int64]:
-        """The confusion matrix of every world-th image."""
-        assert self.validation is not None
+    def validate(self, network: nn.Module, device: torch.device, rank: int, world: int) -> Any:
+        """The confusion matrix of every world-th image, or labels and areas of its windows."""
         assert isinstance(network, SegmentationNetwork)
         segmenter = Segmenter(network, self.info, self.classes, device)
+        if self.validation is None:
+            assert self.labelled is not None
+            return self.labelled.areas(segmenter, rank, world)
         matrix = ConfusionMatrix(len(self.classes))
         for item in MaskedImages.open(self.validation).shard(rank, world):
             matrix.update(item.mask, segmenter.predict(item.image))
         return matrix.counts
 
-    def scores(self, shares: list[NDArray[np.int64]]) -> dict[str, float]:
-        """MIoU and fwIoU."""
+    def scores(self, shares: list[Any]) -> dict[str, float]:
+        """MIoU and fwIoU, or the mean agreement with labels."""
+        if self.labelled is not None and self.validation is None:
+            labels, areas = (np.concatenate(part) for part in zip(*shares, strict=True))
+            return {self.score: float(np.nanmean(label_agreement(labels, areas)))}
         matrix = ConfusionMatrix(len(self.classes), np.sum(shares, axis=0))
         return {self.score: matrix.miou(), "validation_fwiou": matrix.fwiou()}
 

@@ -75,6 +75,7 @@ def train(
     gpus: bool,
     on_step: Callable[[int, int, str], None],
     on_epoch: Callable[[dict[str, float]], None],
+    callbacks: tuple[Any, ...] = (),
 ) -> Trained:
     """Train a network; continues from the last epoch of an interrupted call with the same folder.
 
@@ -91,6 +92,8 @@ def train(
         gpus: whether a worker gets a GPU.
         on_step: called with (steps done, steps in all, note).
         on_epoch: called with each new epoch's metrics.
+        callbacks: `ray.train.UserCallback`s, called by Ray Train in its controller; one that is a `WorkersCallback`
+            also hears of the workers.
 
     Raises:
         PistoSegError: when a loss is not finite; the batch is kept in the folder.
@@ -113,6 +116,7 @@ def train(
         threads=threads,
         monitor=monitor,
         pace=pace,
+        callbacks=callbacks,
     )
     file_system, path = storage.arrow_filesystem(folder)
 
@@ -136,6 +140,7 @@ def train(
             name=RUN,
             storage_path=path,
             storage_filesystem=file_system,
+            callbacks=list(callbacks),
             failure_config=ray.train.FailureConfig(max_failures=compute.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(
                 num_to_keep=2, checkpoint_score_attribute=task.score if by_score else None, checkpoint_score_order="max"

@@ -1,7 +1,6 @@
 """SIGKILL at the worst moments: what was finished stays, what was begun goes on."""
 
 import json
-import signal
 import subprocess
 import sys
 import time
@@ -69,11 +68,13 @@ def kill_when(command, folder, moment):
     """Kill a command, and nothing but it, as soon as `moment()` holds; its workers have to end by themselves."""
     with (folder / "log.txt").open("a") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-    wait_for(lambda: moment() or process.poll() is not None, TIMEOUT_S)
-    assert process.poll() is None, f"ended before it could be killed:\n{(folder / 'log.txt').read_text()[-3000:]}"
-    family = descendants(process.pid)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    try:
+        wait_for(lambda: moment() or process.poll() is not None, TIMEOUT_S)
+        assert process.poll() is None, f"ended before it could be killed:\n{(folder / 'log.txt').read_text()[-3000:]}"
+        family = descendants(process.pid)
+    finally:
+        process.kill()
+        process.wait()
     wait_for(lambda: not any(works(pid) for pid in family), 60)
 
 

@@ -24,9 +24,9 @@ from pistoseg.config import TrackingConfig
 from pistoseg.errors import PistoSegError
 from pistoseg.models import bundle, segmentation
 from pistoseg.phantom import PHANTOM_CLASSES, write_slide
+from pistoseg.registry import bundle_uri
 from pistoseg.slides.reader import open_slide
 from pistoseg.slides.view import SlideView
-from pistoseg.tracking import bundle_uri
 
 MPP = 2.0
 SIDE = 1536

@@ -38,8 +38,9 @@ def test_settings_are_shown_without_loading_what_they_set():
 
 
 def test_every_verb_has_help(capsys):
-    verbs = ["train", "synthesize", "evaluate", "ablate", "segment"]
+    verbs = ["train", "synthesize", "evaluate", "ablate", "search", "segment"]
     verbs += ["data check", "data windows", "config show", "cluster local", "doctor", "ui", "demo"]
+    verbs += [f"models {verb}" for verb in ("list", "show", "promote", "export")]
     for verb in verbs:
         with pytest.raises(SystemExit) as caught:
             main([*verb.split(), "--help"])

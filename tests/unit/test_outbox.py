@@ -156,6 +156,18 @@ def test_an_outage_in_the_middle_keeps_the_order(line, workspace, tmp_path):
     assert line.get_run(run_id).info.status == "FINISHED"
 
 
+def test_a_run_that_goes_on_while_the_server_is_away_runs_for_it_later(line, workspace):
+    box = Outbox(line, workspace)
+    run_id = box.create_run(box.experiment("pistoseg", None)).info.run_id
+    box.set_terminated(run_id, "KILLED")
+    line.cut = True
+    box.update_run(run_id, status="RUNNING")
+    assert line.client.get_run(run_id).info.status == "KILLED"
+    line.cut = False
+    box.close()
+    assert line.get_run(run_id).info.status == "RUNNING"
+
+
 def test_what_the_server_refuses_is_left_out_and_the_rest_sent(line, workspace, tmp_path, capsys):
     box = Outbox(line, workspace)
     line.cut = True

@@ -165,7 +165,7 @@ def test_a_cluster_that_is_not_there(capsys):
     assert "http://127.0.0.1:9: --submit: can't be reached" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("verb", ["train", "synthesize", "segment", "evaluate", "ablate"])
+@pytest.mark.parametrize("verb", ["train", "synthesize", "segment", "evaluate", "ablate", "search"])
 def test_every_job_runs_its_verb(verb):
     script = Path(__file__).parents[2] / "jobs" / f"{verb}.py"
     call = subprocess.run(

@@ -1,0 +1,20 @@
+"""Where a search looks into its pipelines."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pistoseg.artifacts import Artifact
+    from pistoseg.pipeline import Step
+
+
+class Hooks:
+    """What a search does around the stages of its pipelines; by default nothing."""
+
+    def train_callbacks(self, step: Step) -> tuple[Any, ...]:
+        """`ray.train.UserCallback`s of a stage's training."""
+        return ()
+
+    def reused(self, artifact: Artifact) -> None:
+        """Told of an artifact that was there, or that another run made in the meantime."""

@@ -1,0 +1,58 @@
+"""The verbs `models list|show|promote|export` on the command line."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+Verb = Callable[..., argparse.ArgumentParser]
+
+
+def model_verbs(models: Any, verb: Verb) -> None:
+    """Add them to their group.
+
+    Args:
+        models: the group.
+        verb: adds a verb to a group; takes the group, the verb's name, what it runs, and its help.
+    """
+    listed = verb(models, "list", _list, "all versions of all models")
+    shown = verb(models, "show", _show, "metrics, lineage and pictures of a version")
+    promoted = verb(models, "promote", _promote, "point an alias to a version")
+    exported = verb(models, "export", _export, "copy a version's bundle to a folder")
+    for parser in (shown, exported):
+        parser.add_argument("model", metavar="MODEL", help="NAME, NAME@ALIAS or NAME/VERSION")
+    promoted.add_argument("model", metavar="NAME", help="of the registered model")
+    promoted.add_argument("version", metavar="VERSION", help="its number")
+    promoted.add_argument(
+        "--alias", default="champion", help="default: %(default)s; the champion before gets `previous`"
+    )
+    exported.add_argument("--out", required=True, metavar="DIR", help="folder or URI of the bundle")
+    for parser in (listed, shown, promoted, exported):
+        parser.add_argument(
+            "--workspace", default="runs/pistoseg", help="whose MLflow knows the models (default: %(default)s)"
+        )
+
+
+def _list(options: argparse.Namespace) -> int:
+    from pistoseg.models_command import list_models
+
+    return list_models(options.workspace)
+
+
+def _show(options: argparse.Namespace) -> int:
+    from pistoseg.models_command import show
+
+    return show(options.model, options.workspace)
+
+
+def _promote(options: argparse.Namespace) -> int:
+    from pistoseg.models_command import promote
+
+    return promote(options.model, options.version, options.alias, options.workspace)
+
+
+def _export(options: argparse.Namespace) -> int:
+    from pistoseg.models_command import export
+
+    return export(options.model, options.out, options.workspace)

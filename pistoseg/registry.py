@@ -1,0 +1,273 @@
+"""The registered models: found by name, shown with their lineage, promoted, exported as a folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pistoseg import storage
+from pistoseg.artifacts import MANIFEST, Artifact, Workspace
+from pistoseg.config import TrackingConfig
+from pistoseg.errors import PistoSegError
+from pistoseg.tracking import connect, default_server, tracking_uri
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
+
+BUNDLE = "pistoseg.bundle"
+CHAMPION = "champion"
+PREVIOUS = "previous"
+FILES = ("model.json", "model.safetensors")
+
+
+@dataclass(frozen=True)
+class ModelVersion:
+    """A version of a registered model.
+
+    Args:
+        name: of the model.
+        version: its number.
+        aliases: names that point to it.
+        tags: of the version.
+        run_id: MLflow run that logged it.
+        created: milliseconds since 1970.
+    """
+
+    name: str
+    version: str
+    aliases: tuple[str, ...]
+    tags: dict[str, str]
+    run_id: str | None
+    created: int
+
+    @property
+    def bundle(self) -> str:
+        """URI of its bundle; `PistoSegError` where PistoSeg did not register it."""
+        if BUNDLE not in self.tags:
+            raise PistoSegError(
+                f"has no tag {BUNDLE}",
+                file=f"models:/{self.name}/{self.version}",
+                remedy="give its bundle's URI, or register with `pistoseg train`",
+            )
+        return self.tags[BUNDLE]
+
+
+def bundle_uri(model: str, config: TrackingConfig, workspace: Workspace) -> str:
+    """The URI of a model's bundle: as it is, or what the registry says of `models:/name@alias` or `models:/name/3`.
+
+    Args:
+        model: URI of a bundle or a registered model.
+        config: of the server.
+        workspace: where the database is unless the config names a server.
+    Raises:
+        PistoSegError: there is no such model, or it was not registered by PistoSeg.
+    """
+    if not model.startswith("models:/"):
+        return storage.absolute(model)
+    return Registry(config, workspace).find(model).bundle
+
+
+class Registry:
+    """The models of a server, or of a workspace's database.
+
+    Args:
+        config: of the server.
+        workspace: where the database is unless the config names a server.
+    """
+
+    def __init__(self, config: TrackingConfig, workspace: Workspace) -> None:
+        self.config, self.workspace = config, workspace
+        self.uri = tracking_uri(config, workspace)
+
+    def find(self, model: str) -> ModelVersion:
+        """A version: `NAME@ALIAS` or `NAME/VERSION`, with or without `models:/`.
+
+        Raises:
+            PistoSegError: it is not there.
+        """
+        name, alias, label = model.removeprefix("models:/").partition("@")
+        if not alias:
+            name, _, label = name.rpartition("/")
+        if not name or not label:
+            raise PistoSegError(
+                "names no version", file=model, remedy="write models:/NAME@ALIAS or models:/NAME/VERSION"
+            )
+        from mlflow.exceptions import MlflowException
+
+        client = self._client(model)
+        try:
+            found = (client.get_model_version_by_alias if alias else client.get_model_version)(name, label)
+        except MlflowException as error:
+            raise PistoSegError(
+                f"is not in the registry at {self.uri} ({str(error).splitlines()[0]})",
+                file=model,
+                remedy="look at the names and aliases with `pistoseg models list`, or in `pistoseg ui`",
+            ) from error
+        return _version(found, self._aliases(client, name))
+
+    def versions(self, name: str | None = None) -> list[ModelVersion]:
+        """All versions, of one model or of all, by name and the newest first."""
+        client = self._client(name or "models")
+        names = [name] if name else sorted(model.name for model in client.search_registered_models())
+        found = []
+        for each in names:
+            aliases = self._aliases(client, each)
+            quoted = each.replace("'", "\\'")
+            versions = client.search_model_versions(f"name='{quoted}'")
+            found += sorted((_version(item, aliases) for item in versions), key=lambda item: -int(item.version))
+        if name and not found:
+            raise PistoSegError(
+                f"is not in the registry at {self.uri}", file=name, remedy="`pistoseg models list` shows what is"
+            )
+        return found
+
+    def newest(self, model: str) -> ModelVersion:
+        """What a user means by `NAME`, `NAME@ALIAS` or `NAME/VERSION`: without either the newest version."""
+        named = model.removeprefix("models:/")
+        return self.find(model) if "@" in named or "/" in named else self.versions(named)[0]
+
+    def promote(self, name: str, version: str, alias: str = CHAMPION) -> str | None:
+        """Point an alias to a version; the version that had `champion` gets `previous`.
+
+        Returns:
+            The version that had the alias before, if another one had it.
+        """
+        found = self.find(f"{name}/{version}")
+        return set_alias(self._client(name), name, found.version, alias)
+
+    def metrics(self, version: ModelVersion) -> dict[str, float]:
+        """What its MLflow run measured; empty where that is gone."""
+        from mlflow.exceptions import MlflowException
+
+        if not version.run_id:
+            return {}
+        try:
+            return dict(self._client(version.name).get_run(version.run_id).data.metrics)
+        except MlflowException:
+            return {}
+
+    @contextmanager
+    def bundle(self, version: ModelVersion) -> Iterator[str]:
+        """URI of a version's bundle while the block runs: in the workspace, else the copy that MLflow keeps."""
+        if storage.exists(storage.join(version.bundle, FILES[0])):
+            yield version.bundle
+            return
+        import mlflow
+        from mlflow.exceptions import MlflowException
+
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                with default_server(self.uri):
+                    local = mlflow.artifacts.download_artifacts(
+                        artifact_uri=f"models:/{version.name}/{version.version}", dst_path=folder
+                    )
+            except (MlflowException, OSError) as error:
+                raise PistoSegError(
+                    f"its bundle is not there, and MLflow has no copy ({str(error).splitlines()[0]})",
+                    file=version.bundle,
+                ) from error
+            found = next(Path(local).rglob(FILES[0]), None)
+            if found is None:
+                raise PistoSegError("its bundle is not there, and MLflow's copy holds none", file=version.bundle)
+            yield str(found.parent)
+
+    def export(self, version: ModelVersion, out: str) -> list[str]:
+        """Copy a version's bundle to a folder on any file system; the URIs of its files.
+
+        Raises:
+            PistoSegError: the folder holds another bundle, or the version's bundle is gone.
+        """
+        with self.bundle(version) as bundle:
+            content = {name: storage.read_bytes(storage.join(bundle, name)) for name in FILES}
+        target = storage.join(out, FILES[0])
+        if storage.exists(target) and storage.read_bytes(target) != content[FILES[0]]:
+            raise PistoSegError("holds another model", file=out, field="--out", remedy="name an empty folder")
+        for name in reversed(FILES):  # model.json, written last, completes it
+            storage.write_bytes(storage.join(out, name), content[name])
+        return [storage.join(out, name) for name in FILES]
+
+    def _client(self, what: str) -> MlflowClient:
+        database = self.uri.removeprefix("sqlite:///")
+        if self.uri.startswith("sqlite:") and not os.path.exists(database):
+            raise PistoSegError(
+                f"can't be looked up: {database} is not there",
+                file=what,
+                remedy="give --workspace or MLFLOW_TRACKING_URI",
+            )
+        return connect(self.config, self.workspace)
+
+    def _aliases(self, client: MlflowClient, name: str) -> dict[str, list[str]]:
+        """Aliases by version."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            aliases = client.get_registered_model(name).aliases
+        except MlflowException:
+            return {}
+        found: dict[str, list[str]] = {}
+        for alias, version in aliases.items():
+            found.setdefault(str(version), []).append(alias)
+        return found
+
+
+def set_alias(client: MlflowClient, name: str, version: str, alias: str = CHAMPION) -> str | None:
+    """Point an alias to a version; as `Registry.promote`."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        before = str(client.get_model_version_by_alias(name, alias).version)
+    except MlflowException:
+        before = None
+    if before == version:
+        return None
+    if before is not None and alias == CHAMPION:
+        client.set_registered_model_alias(name, PREVIOUS, before)
+    client.set_registered_model_alias(name, alias, version)
+    return before
+
+
+def lineage(bundle: str) -> list[dict[str, Any]]:
+    """The artifacts that a bundle was made from, itself first, each once.
+
+    Args:
+        bundle: URI of `<workspace>/precise/<fingerprint>/bundle`.
+    Returns:
+        Manifests, with `uri`; empty where the bundle lies in no workspace.
+    """
+    folder = bundle.rstrip("/").rsplit("/", 1)[0]
+    root = folder.rsplit("/", 2)[0]
+    found: dict[str, dict[str, Any]] = {}
+    queue = [folder]
+    while queue:
+        uri = queue.pop(0)
+        file = storage.join(uri, MANIFEST)
+        if uri in found or not storage.exists(file):
+            continue
+        manifest = json.loads(storage.read_bytes(file))
+        found[uri] = manifest | {"uri": uri}
+        queue += [storage.join(root, item["stage"], item["fingerprint"]) for item in manifest["inputs"].values()]
+    return list(found.values())
+
+
+def scored_by(bundle: str) -> list[Artifact]:
+    """Artifacts of the same workspace that score a bundle's model."""
+    folder = bundle.rstrip("/").rsplit("/", 1)[0]
+    root, _, key = folder.rsplit("/", 2)
+    found = []
+    for stage in ("evaluation", "label_scores"):
+        for uri in storage.list_dir(storage.join(root, stage)):
+            artifact = Workspace(root).find(stage, storage.name(uri))
+            if artifact and artifact.manifest["inputs"].get("model", {}).get("fingerprint") == key:
+                found.append(artifact)
+    return found
+
+
+def _version(item: Any, aliases: dict[str, list[str]]) -> ModelVersion:
+    own = tuple(sorted(aliases.get(str(item.version), ())))
+    return ModelVersion(item.name, str(item.version), own, dict(item.tags), item.run_id, int(item.creation_timestamp))

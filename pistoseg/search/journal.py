@@ -1,0 +1,154 @@
+"""What a search has done so far, as JSON files beside its report: enough to go on after the driver was killed.
+
+`search.json` says what is searched, `trials/<number>.json` what became of each trial. Nothing is pickled: a workspace
+may lie where others can write.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from pistoseg import storage
+from pistoseg.errors import PistoSegError
+
+SEARCH = "search.json"
+TRIALS = "trials"
+State = Literal["running", "finished", "pruned", "failed"]
+
+
+@dataclass
+class TrialRecord:
+    """A trial.
+
+    Args:
+        number: from 0, the config's own setting.
+        point: value by active parameter; None for a setting that is no point of the space.
+        overrides: what it sets, by `section.key`.
+        state: `running` also of a trial that was cut off, which goes on in the next run.
+        value: the objective, of a finished trial.
+        seconds: of the stages that only a part of the trials share, as their artifacts say.
+        scores: all scores of a finished trial.
+        curve: (epoch, objective) in the order of reporting; epochs count from 1 over all networks that are compared.
+        artifacts: fingerprints by stage.
+        computed: stages that this trial computed; it reused the others.
+        reason: why it failed.
+        run_id: of its MLflow run.
+    """
+
+    number: int
+    point: dict[str, Any] | None
+    overrides: dict[str, Any]
+    state: State = "running"
+    value: float | None = None
+    seconds: float | None = None
+    scores: dict[str, float] = field(default_factory=dict)
+    curve: list[tuple[int, float]] = field(default_factory=list)
+    artifacts: dict[str, str] = field(default_factory=dict)
+    computed: list[str] = field(default_factory=list)
+    reason: str | None = None
+    run_id: str | None = None
+
+    @property
+    def key(self) -> str:
+        """Hash of its settings."""
+        return digest(self.overrides)
+
+    def report(self, epoch: int, value: float) -> None:
+        """Add an epoch to the curve; one that is there is left alone (a resumed trial may repeat some)."""
+        if all(epoch != known for known, _ in self.curve):
+            self.curve.append((epoch, value))
+            self.curve.sort()
+
+
+def digest(value: Any) -> str:
+    """16 hexadecimal digits of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class Journal:
+    """The records of one search.
+
+    Args:
+        folder: URI of the search's folder.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self.settings: dict[str, Any] = {}
+        self.records: dict[int, TrialRecord] = {}
+
+    @classmethod
+    def open(cls, folder: str, settings: Mapping[str, Any]) -> Journal:
+        """Start a journal, or go on with the one that is there.
+
+        Args:
+            folder: URI of the search's folder.
+            settings: what is searched, as JSON; `identity` decides whether a journal is of the same search.
+        Raises:
+            PistoSegError: another search has that folder, or a file is damaged.
+        """
+        journal = cls(folder)
+        file = storage.join(folder, SEARCH)
+        if storage.exists(file):
+            found = _read(file)
+            if found.get("identity") != settings["identity"]:
+                raise PistoSegError(
+                    "holds a search of other settings or another space", file=folder, remedy="give another --name"
+                )
+            journal.settings = found
+            for item in storage.list_dir(storage.join(folder, TRIALS)):
+                values = _read(item)
+                values["curve"] = [(int(epoch), float(value)) for epoch, value in values["curve"]]
+                journal.records[values["number"]] = TrialRecord(**values)
+        else:
+            journal.update(**settings)
+        return journal
+
+    def update(self, **values: Any) -> None:
+        """Change some of `settings`."""
+        self.settings |= values
+        storage.write_bytes(storage.join(self.folder, SEARCH), json.dumps(self.settings, indent=1).encode())
+
+    def save(self, record: TrialRecord) -> None:
+        """Write one trial."""
+        self.records[record.number] = record
+        file = storage.join(self.folder, TRIALS, f"{record.number:05d}.json")
+        storage.write_bytes(file, json.dumps(asdict(record), indent=1).encode())
+
+    def start(self, point: dict[str, Any] | None, overrides: dict[str, Any]) -> TrialRecord:
+        """A new trial with the next number."""
+        record = TrialRecord(max(self.records, default=-1) + 1, point, overrides)
+        self.save(record)
+        return record
+
+    def ended(self) -> list[TrialRecord]:
+        """Trials that are finished, pruned or failed, by number."""
+        return [item for _, item in sorted(self.records.items()) if item.state != "running"]
+
+    def cut_off(self) -> list[TrialRecord]:
+        """Trials that were running when the search ended, by number."""
+        return [item for _, item in sorted(self.records.items()) if item.state == "running"]
+
+    def finished(self) -> list[TrialRecord]:
+        """Trials with an objective, by number."""
+        return [item for item in self.ended() if item.state == "finished" and item.value is not None]
+
+    def best(self) -> TrialRecord | None:
+        """The finished trial with the highest objective; the first of equals."""
+        return max(self.finished(), key=lambda item: (item.value or 0.0, -item.number), default=None)
+
+    def count(self, state: State) -> int:
+        """Trials in a state."""
+        return sum(item.state == state for item in self.records.values())
+
+
+def _read(uri: str) -> dict[str, Any]:
+    try:
+        value: dict[str, Any] = json.loads(storage.read_bytes(uri))
+    except json.JSONDecodeError as error:
+        raise PistoSegError(f"is damaged: {error}", file=uri, remedy="delete that file and run again") from None
+    return value

@@ -1,0 +1,162 @@
+"""Keeps the journal and MLflow up to date while Tune runs the trials; all of it in the driver.
+
+A trial's process writes artifacts only: when it is stopped or killed, no MLflow run of its own is left open.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+from ray.tune import Callback
+
+from pistoseg.artifacts import Artifact, Workspace
+from pistoseg.progress import Progress
+from pistoseg.search.journal import Journal, TrialRecord
+from pistoseg.search.objective import Objective
+from pistoseg.search.sampling import Halving
+from pistoseg.search.trial import explain
+from pistoseg.tracking import StageRun, Tracker
+
+STATUS = {"finished": "FINISHED", "pruned": "KILLED", "failed": "FAILED", "running": "KILLED"}
+"""MLflow's word for a trial's state."""
+
+
+class Recorder(Callback):
+    """Tune's callback.
+
+    Args:
+        journal: of the search.
+        tracker: with the search's run.
+        objective: what trials are scored by.
+        workers: `Workers` actor.
+        scheduler: that stops trials; None: none is stopped.
+        shared: artifacts that all trials have.
+        progress: where to say what became of a trial.
+        workspace: of the artifacts.
+    """
+
+    def __init__(
+        self,
+        journal: Journal,
+        tracker: Tracker,
+        objective: Objective,
+        workers: Any,
+        scheduler: Halving | None,
+        shared: Mapping[str, Artifact],
+        progress: Progress,
+        workspace: Workspace,
+    ) -> None:
+        self.journal, self.tracker, self.objective = journal, tracker, objective
+        self.workers, self.scheduler, self.shared = workers, scheduler, shared
+        self.progress, self.workspace = progress, workspace
+        self._runs: dict[int, StageRun] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune pickles its callbacks into a state that nobody reads."""
+        return {}
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Open the trial's MLflow run."""
+        record = self._record(trial)
+        run = self._open(record)
+        self._runs[record.number] = run
+        record.run_id = run.run_id
+        self.journal.save(record)
+        settings = ", ".join(f"{key}={value}" for key, value in record.overrides.items())
+        self.progress.say(f"trial {record.number}: {settings or 'the own setting'}")
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
+        """An epoch of the trial is over."""
+        if "objective" in result and not result.get("finished"):
+            record = self._record(trial)
+            record.report(int(result["epoch"]), float(result["objective"]))
+            self.journal.save(record)
+            self._runs[record.number].metrics({"objective": result["objective"]}, step=int(result["epoch"]))
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """The trial finished, failed with a reason, was stopped by ASHA, or the time is over."""
+        result = trial.last_result or {}
+        record = self._record(trial)
+        if result.get("finished"):
+            details = json.loads(result["details"])
+            record.scores, record.artifacts, record.computed = (
+                details[key] for key in ("scores", "artifacts", "computed")
+            )
+            record.seconds, record.value = float(result["seconds"]), float(result["objective"])
+            record.state = "finished"
+            if not math.isfinite(record.value):
+                record.value, record.state, record.reason = None, "failed", "the objective is no number"
+        elif "problem" in result:
+            record.state, record.reason = "failed", str(result["problem"])
+        elif self.scheduler is not None and trial.trial_id in self.scheduler.stopped:
+            record.state = "pruned"
+        self._close(record)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """The trial's process died."""
+        record = self._record(trial)
+        error = trial.get_error()
+        record.state, record.reason = "failed", explain(error) if error else "its process died"
+        self._close(record)
+
+    def end_all(self) -> None:
+        """End the runs of trials that were cut off."""
+        for number in list(self._runs):
+            self._close(self.journal.records[number])
+
+    def _record(self, trial: Any) -> TrialRecord:
+        return self.journal.records[trial.config["number"]]
+
+    def _open(self, record: TrialRecord) -> StageRun:
+        tracker = self.tracker
+        if tracker.client is None or tracker.run_id is None:
+            return StageRun()
+        if record.run_id:
+            tracker.guard(tracker.client.update_run, record.run_id, status="RUNNING")
+            return StageRun(tracker.client, record.run_id, tracker.guard)
+        tags = {"mlflow.parentRunId": tracker.run_id, "pistoseg.trial": str(record.number)}
+        for stage, artifact in self.shared.items():
+            tags[f"pistoseg.shared.{stage}"] = artifact.fingerprint
+        run = tracker.guard(
+            tracker.client.create_run, tracker.experiment_id, tags=tags, run_name=f"trial {record.number}"
+        )
+        opened = StageRun(tracker.client if run else None, run.info.run_id if run else None, tracker.guard)
+        opened.params(record.point if record.point is not None else record.overrides)
+        return opened
+
+    def _close(self, record: TrialRecord) -> None:
+        ray.get(self.workers.release.remote(str(record.number)))
+        self.journal.save(record)
+        run = self._runs.pop(record.number, None)
+        self.progress.say(f"trial {record.number}: {self._outcome(record)}")
+        if run is None or run.run_id is None:
+            return
+        tags: dict[str, str] = {"pistoseg.state": "cut off" if record.state == "running" else record.state}
+        if record.reason:
+            tags["pistoseg.reason"] = record.reason
+        tags |= {f"pistoseg.artifact.{stage}": key for stage, key in record.artifacts.items()}
+        tags |= {"pistoseg.computed": " ".join(record.computed)} if record.computed else {}
+        run.tags(tags)
+        run.metrics(record.scores)
+        if record.seconds is not None:
+            run.metrics({"seconds": record.seconds})
+        self._pictures(record, run)
+        self.tracker.guard(self.tracker.client.set_terminated, run.run_id, STATUS[record.state])  # type: ignore[union-attr]
+
+    def _pictures(self, record: TrialRecord, run: StageRun) -> None:
+        for stage in ("synthesis", *self.objective.targets):
+            found = self.workspace.find(stage, record.artifacts[stage]) if stage in record.artifacts else None
+            if found is not None:
+                run.pictures(found)
+
+    def _outcome(self, record: TrialRecord) -> str:
+        if record.state == "finished" and record.value is not None:
+            return f"{self.objective.title} {record.value:.4f}"
+        if record.state == "pruned":
+            epoch, value = record.curve[-1]
+            return f"stopped early after epoch {epoch}, at {value:.4f}"
+        return f"failed: {record.reason}" if record.state == "failed" else "cut off; it goes on in the next run"

@@ -1,0 +1,112 @@
+"""What the trials of a space share, and which parameters change nothing at all; found by fingerprints, not by rules."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pistoseg.artifacts import fingerprint
+from pistoseg.config import Config
+from pistoseg.errors import PistoSegError
+from pistoseg.pipeline import needed
+from pistoseg.search.ablation import DATA, with_overrides
+from pistoseg.search.objective import Objective
+from pistoseg.search.spaces import Point, Space
+
+POINTS = 12
+COMPARED = ("preliminary", "precise")
+"""Networks whose epochs can be compared: both segment, and are validated alike."""
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """What is computed once and what by trial.
+
+    Args:
+        shared: stages that are the same in all trials, in the order of running.
+        varied: the other stages.
+        compared: of these, the trainings whose epochs tell how good a trial is.
+    """
+
+    shared: tuple[str, ...]
+    varied: tuple[str, ...]
+    compared: tuple[str, ...]
+
+    def epochs(self, config: Config) -> int:
+        """Epochs of a whole trial, over the trainings that are compared."""
+        return sum(getattr(config, name).epochs for name in self.compared)
+
+
+def analyse(space: Space, config: Config, objective: Objective, seed: int = 0) -> tuple[Space, Sharing]:
+    """Look at some points of a space.
+
+    Returns:
+        The space without the parameters that change nothing, and what the trials share.
+    Raises:
+        PistoSegError: points are refused by the config, or nothing is left that varies.
+    """
+    rng = random.Random(seed)
+    points = [space.draw(rng) for _ in range(POINTS)]
+    for point in points:
+        _configured(space, point, config)
+    dead = {
+        item.name: f"with these settings it does not change the model ({', '.join(objective.targets)})"
+        for item in space.parameters
+        if not _matters(space, item.name, points, config, objective, rng)
+    }
+    space = space.without(dead)
+    if not space.parameters:
+        raise PistoSegError(
+            f"none of its parameters changes the model: {'; '.join(space.notes)}",
+            field="--space",
+            remedy="look at precise.masks: the stages that lead to it are those that count",
+        )
+    own = keys(config, objective.targets)
+    others = [keys(_configured(space, space.draw(rng), config), objective.targets) for _ in range(POINTS)]
+    names = list(own)
+    shared = tuple(name for name in names if all(other.get(name) == own[name] for other in others))
+    varied = tuple(name for name in names if name not in shared)
+    return space, Sharing(shared, varied, tuple(name for name in COMPARED if name in varied))
+
+
+def keys(config: Config, targets: tuple[str, ...]) -> dict[str, str]:
+    """Fingerprints by stage as the settings make them; the data set's files are not looked at."""
+    found: dict[str, str] = {}
+    for stage in needed(config, targets):
+        if stage.name in DATA:
+            settings = config.model_dump(mode="json", include={"classes", "scale", "data"})
+        else:
+            settings = stage.settings(config)
+        inputs = {role: found[source] for role, source in stage.inputs(config).items()}
+        found[stage.name] = fingerprint(stage.name, stage.version, settings, inputs)
+    return found
+
+
+def _configured(space: Space, point: Mapping[str, object], config: Config) -> Config:
+    try:
+        return with_overrides(config, space.overrides(point))
+    except PistoSegError as error:
+        raise PistoSegError(
+            f"has points that the config refuses ({', '.join(f'{key}={value}' for key, value in point.items())}): "
+            f"{error.reason}",
+            field="--space",
+        ) from None
+
+
+def _matters(
+    space: Space, name: str, points: list[Point], config: Config, objective: Objective, rng: random.Random
+) -> bool:
+    """Whether another value of a parameter alone changes the fingerprint of what is scored."""
+    for point in points:
+        if name not in point:
+            continue
+        other: Point = {}
+        for item in space.parameters:
+            if item.active(other):
+                kept = item.name != name and item.name in point and item.holds(point[item.name], other)
+                other[item.name] = point[item.name] if kept else item.at(rng.random(), other)
+        pair = [keys(_configured(space, each, config), objective.targets) for each in (point, other)]
+        if any(pair[0][target] != pair[1][target] for target in objective.targets):
+            return True
+    return False

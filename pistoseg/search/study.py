@@ -1,0 +1,338 @@
+"""A search from its first trial to its report: what is there is kept, whatever ended the last run."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray import tune
+
+from pistoseg import storage
+from pistoseg.artifacts import Artifact, Workspace
+from pistoseg.config import Config
+from pistoseg.errors import PistoSegError
+from pistoseg.pipeline import run_pipeline
+from pistoseg.progress import Progress
+from pistoseg.search.ablation import with_overrides
+from pistoseg.search.confirmation import Confirmation
+from pistoseg.search.journal import Journal, TrialRecord
+from pistoseg.search.objective import Objective
+from pistoseg.search.recording import Recorder
+from pistoseg.search.sampling import Algorithm, Halving, PointSearcher
+from pistoseg.search.sharing import Sharing
+from pistoseg.search.spaces import Space
+from pistoseg.search.trial import TrialJob, Workers, run_trial
+from pistoseg.stages import cluster
+from pistoseg.tracking import Tracker
+
+DRIVER_BYTES = 512 << 20
+"""Memory that Ray sets aside for the process that leads a trial. It gets no CPU: drivers that hold CPUs and wait for
+their training workers to get one would wait for ever."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """When a search ends: after so many trials, or hours over all its runs, whichever comes first; and how wide it is.
+
+    Args:
+        trials: in all; None: no limit.
+        hours: of searching, without the confirmation; None: no limit.
+        parallel: trials at a time; None: what the cluster has room for.
+        confirm_seeds: seeds of the confirmation; 0: none.
+    """
+
+    trials: int | None
+    hours: float | None = None
+    parallel: int | None = None
+    confirm_seeds: int = 3
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """ASHA's settings.
+
+    Args:
+        grace: epochs before a trial can be stopped.
+        factor: the best 1/factor of the trials goes on at each rung.
+    """
+
+    grace: int
+    factor: float
+
+
+@dataclass(frozen=True)
+class Search:
+    """What is searched.
+
+    Args:
+        name: of its folder and its run.
+        config: that the trials vary; its own setting is trial 0.
+        space: without the parameters that change nothing.
+        sharing: what trials share.
+        objective: what they are scored by.
+        algorithm: where points come from.
+        timed: whether a trial's time is a second objective.
+        pruning: of bad trials; None: every trial runs to its end.
+    """
+
+    name: str
+    config: Config
+    space: Space
+    sharing: Sharing
+    objective: Objective
+    algorithm: Algorithm
+    timed: bool
+    pruning: Pruning | None
+
+    def identity(self) -> dict[str, Any]:
+        """What makes it another search; the budget, the machine and MLflow don't."""
+        return {
+            "config": self.config.model_dump(mode="json", exclude={"compute", "tracking"}),
+            "parameters": [repr(item) for item in self.space.parameters],
+            "objective": self.objective.kind,
+            "timed": self.timed,
+        }
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came out.
+
+    Args:
+        search: what was searched.
+        journal: with all trials.
+        confirmation: of the best; None where there is nothing to confirm, or no seeds for it.
+        version: of the registered model that became the champion.
+        shared: artifacts that all trials have.
+    """
+
+    search: Search
+    journal: Journal
+    confirmation: Confirmation | None
+    version: str | None
+    shared: dict[str, Artifact]
+
+
+def folder_of(workspace: Workspace, name: str) -> str:
+    """URI of a search's folder."""
+    return storage.join(workspace.root, "search", name)
+
+
+def run(search: Search, workspace: Workspace, budget: Budget, progress: Progress | None = None) -> Outcome:
+    """Search in the Ray that is connected, confirm the best setting, write and log the report.
+
+    Args:
+        search: what is searched.
+        workspace: of artifacts, journal and report.
+        budget: when it ends.
+        progress: where to say what happens.
+    """
+    from pistoseg.search import findings
+
+    progress = progress or Progress()
+    folder = folder_of(workspace, search.name)
+    journal = Journal.open(folder, {"identity": search.identity(), "spent_s": 0.0, "run_id": None})
+    for line in search.space.notes:
+        progress.say(line)
+    with Tracker.start(search.config, workspace, f"search {search.name}", run_id=journal.settings["run_id"]) as tracker:
+        journal.update(run_id=tracker.run_id)
+        tracker.run().tags({"pistoseg.search": search.name, "pistoseg.objective": search.objective.title})
+        shared = _compute_shared(search, workspace, tracker, progress)
+        _run_trials(search, workspace, budget, journal, tracker, shared, progress)
+        confirmation, version = _confirm(search, workspace, budget, journal, tracker, progress)
+        outcome = Outcome(search, journal, confirmation, version, shared)
+        for name, content in findings.files(outcome).items():
+            storage.write_bytes(storage.join(folder, name), content)
+            tracker.run().file(name, content)
+        tracker.run().metrics(findings.metrics(outcome))
+    return outcome
+
+
+def room(config: Config) -> int:
+    """Trials that the cluster can run at the same time without one waiting for what another holds.
+
+    A training takes a GPU a worker, or on CPUs a CPU a worker; one more CPU is for all the rest.
+    """
+    workers = config.compute.train_workers
+    gpus = 0 if config.compute.device == "cpu" else cluster.cluster_gpus()
+    return max(1, gpus // workers if gpus else cluster.cluster_cpus() // (workers + 1))
+
+
+def _compute_shared(search: Search, workspace: Workspace, tracker: Tracker, progress: Progress) -> dict[str, Artifact]:
+    """What no trial varies, before the first one begins."""
+    if not search.sharing.shared:
+        return {}
+    progress.say(f"shared by all trials, computed once: {', '.join(search.sharing.shared)}")
+    return run_pipeline(
+        search.config,
+        workspace,
+        search.sharing.shared,
+        progress=progress,
+        run_name="shared by all trials",
+        parent_run=tracker.run_id,
+    )
+
+
+def _run_trials(
+    search: Search,
+    workspace: Workspace,
+    budget: Budget,
+    journal: Journal,
+    tracker: Tracker,
+    shared: dict[str, Artifact],
+    progress: Progress,
+) -> None:
+    left_s = None if budget.hours is None else budget.hours * 3600 - journal.settings["spent_s"]
+    enough = budget.trials is not None and len(journal.records) >= budget.trials and not journal.cut_off()
+    if enough or (left_s is not None and left_s <= 0):
+        progress.say("the budget is spent: no new trials")
+        return
+    parallel = _parallel(search.config, budget.parallel, progress)
+    scheduler = _scheduler(search, journal)
+    workers: Any = ray.remote(num_cpus=0)(Workers).remote()
+    recorder = Recorder(journal, tracker, search.objective, workers, scheduler, shared, progress, workspace)
+    own = search.space.point_of(search.config)
+    if own is None:
+        progress.say("the own setting is outside of the space: trial 0 counts, but does not guide the search")
+    searcher = PointSearcher(
+        search.space, journal, search.algorithm, search.config.seed, budget.trials, own, search.timed
+    )
+    job = TrialJob(
+        search.config,
+        workspace.root,
+        search.objective,
+        search.sharing.compared,
+        frozenset(search.sharing.shared),
+        workers,
+        parallel,
+    )
+    before, started = journal.settings["spent_s"], time.monotonic()
+    try:
+        with _tune_settings(), tempfile.TemporaryDirectory() as scratch:
+            tune.Tuner(
+                tune.with_resources(tune.with_parameters(run_trial, job=job), {"cpu": 0, "memory": DRIVER_BYTES}),
+                tune_config=tune.TuneConfig(
+                    search_alg=searcher,
+                    scheduler=scheduler,
+                    num_samples=-1,
+                    max_concurrent_trials=parallel,
+                    time_budget_s=left_s,
+                ),
+                # Its own state is pickled; it stays in a folder of this run, and nobody reads it.
+                run_config=tune.RunConfig(
+                    name="trials", storage_path=scratch, verbose=0, callbacks=[_Clock(journal, before), recorder]
+                ),
+            ).fit()
+    finally:
+        recorder.end_all()
+        journal.update(spent_s=before + time.monotonic() - started)
+        ray.kill(workers)
+
+
+class _Clock(tune.Callback):
+    """Keeps the time that a search has taken, so that hours count over a crash, too."""
+
+    def __init__(self, journal: Journal, before: float) -> None:
+        self.journal, self.before, self.started = journal, before, time.monotonic()
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
+        """A time to look at the clock."""
+        self.journal.update(spent_s=self.before + time.monotonic() - self.started)
+
+
+def _parallel(config: Config, wanted: int | None, progress: Progress) -> int:
+    most = room(config)
+    gpus = config.compute.device != "cpu" and cluster.cluster_gpus() > 0
+    # On CPUs a training uses its whole node, unless asked to share it.
+    parallel = wanted or (most if gpus else min(most, sum(bool(node["Alive"]) for node in ray.nodes())))
+    if parallel > most:
+        progress.say(f"warning: there is room for {most} trials at a time, not for {parallel}")
+    return min(parallel, most)
+
+
+def _scheduler(search: Search, journal: Journal) -> Halving | None:
+    epochs = search.sharing.epochs(search.config)
+    if search.pruning is None or epochs <= search.pruning.grace:
+        return None
+    return Halving(epochs, search.pruning.grace, search.pruning.factor, journal.ended())
+
+
+@contextmanager
+def _tune_settings() -> Iterator[None]:
+    """Tune's switches: no logs and tables of its own, Ctrl-C ends the search, a failed trial need not have a score."""
+    switches = {
+        "RAY_AIR_NEW_OUTPUT": "0",
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "TUNE_DISABLE_SIGINT_HANDLER": "1",
+        "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    }
+    before = {name: os.environ.get(name) for name in switches}
+    os.environ.update(switches)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _confirm(
+    search: Search, workspace: Workspace, budget: Budget, journal: Journal, tracker: Tracker, progress: Progress
+) -> tuple[Confirmation | None, str | None]:
+    """Run the best setting and the own one on fresh seeds; the best becomes the champion if it holds."""
+    best = journal.best()
+    if best is None or best.number == 0 or not budget.confirm_seeds:
+        return None, None
+    first = search.config.seed + 1  # the search's own seed chose the best: it would speak for it
+    seeds = tuple(range(first, first + budget.confirm_seeds))
+    problems: list[str] = []
+    models: list[Artifact] = []
+
+    def score(label: str, overrides: dict[str, Any], seed: int) -> float | None:
+        config = with_overrides(search.config, {**overrides, "seed": seed})
+        progress.say(f"-- confirmation: {label}, seed {seed}")
+        try:
+            artifacts = run_pipeline(
+                config,
+                workspace,
+                search.objective.targets,
+                progress=progress,
+                run_name=f"confirmation: {label}, seed {seed}",
+                parent_run=tracker.run_id,
+            )
+            if overrides:
+                models.append(artifacts["precise"])
+            return search.objective.value(artifacts)
+        except PistoSegError as error:
+            problems.append(f"{label}, seed {seed}: {error}")
+            progress.say(f"failed: {error}")
+            return None
+
+    pairs = [_pair(best, seed, score) for seed in seeds]
+    confirmation = Confirmation(
+        seeds, tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs), tuple(problems)
+    )
+    journal.update(confirmation=confirmation.to_json())
+    if not confirmation.holds or not models:
+        return confirmation, None
+    version = tracker.register(models[0], {"pistoseg.search": search.name})
+    if version is not None and tracker.client is not None:
+        from pistoseg.registry import set_alias
+
+        tracker.guard(set_alias, tracker.client, search.config.tracking.model, version)
+    return confirmation, version
+
+
+def _pair(
+    best: TrialRecord, seed: int, score: Callable[[str, dict[str, Any], int], float | None]
+) -> tuple[float | None, float | None]:
+    """Both settings on one seed."""
+    return score(f"trial {best.number}", best.overrides, seed), score("own setting", {}, seed)

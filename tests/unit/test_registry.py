@@ -1,0 +1,120 @@
+"""The registry of a workspace's own database, with versions that no training had to make."""
+
+import json
+
+import pytest
+
+from pistoseg import storage
+from pistoseg.artifacts import Workspace
+from pistoseg.cli import main
+from pistoseg.config import TrackingConfig, load_config
+from pistoseg.errors import PistoSegError
+from pistoseg.registry import Registry, lineage, set_alias
+from pistoseg.tracking import Tracker, connect
+
+KEYS = ("aaaa", "bbbb", "cccc")
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """Three versions of the model `tissue`, each with a bundle, its inputs and its scores."""
+    place = Workspace(str(tmp_path_factory.mktemp("models")))
+    client = connect(TrackingConfig(), place)
+    client.create_registered_model("tissue")
+    patches = place.commit("patches", "p0", version=1, settings={}, inputs={}, summary={}, seconds=1)
+    for number, key in enumerate(KEYS):
+        folder = place.folder("precise", key)
+        for name in ("model.json", "model.safetensors"):
+            storage.write_bytes(storage.join(folder, "bundle", name), f"{name} of {key}".encode())
+        made = place.commit("precise", key, version=1, settings={}, inputs={"patches": patches}, summary={}, seconds=2)
+        summary = {"metrics": {"miou": 0.5 + number / 10}, "pictures": ["predictions.png"]}
+        place.commit("evaluation", key, version=1, settings={}, inputs={"model": made}, summary=summary, seconds=1)
+        tags = {"pistoseg.bundle": made.path("bundle"), "pistoseg.fingerprint": key}
+        client.create_model_version("tissue", source=made.path("bundle"), tags=tags)
+    return place
+
+
+@pytest.fixture
+def registry(workspace):
+    return Registry(TrackingConfig(), workspace)
+
+
+def test_a_promotion_keeps_the_champion_before_as_previous(registry, workspace):
+    assert registry.promote("tissue", "1") is None
+    assert registry.promote("tissue", "3") == "1"
+    assert registry.find("tissue@champion").version == "3"
+    assert registry.find("models:/tissue@previous").version == "1"
+    assert registry.promote("tissue", "3") is None  # again: nothing moves
+    assert registry.find("tissue@previous").version == "1"
+    assert registry.promote("tissue", "2", "candidate") is None
+    assert registry.find("tissue@champion").version == "3"
+    assert set_alias(connect(TrackingConfig(), workspace), "tissue", "1") == "3"
+    assert {version.version: version.aliases for version in registry.versions("tissue")} == {
+        "1": ("champion",),
+        "2": ("candidate",),
+        "3": ("previous",),
+    }
+
+
+@pytest.mark.parametrize(("model", "version"), [("tissue", "2"), ("new", "1")])
+def test_a_registered_model_gets_its_tags_also_when_it_is_there_already(workspace, model, version):
+    config = load_config("demo", overrides=[f"tracking.model={model}"])
+    with Tracker.start(config, workspace) as tracker:
+        assert tracker.register(workspace.find("precise", "bbbb"), {"pistoseg.search": "mine"}) == version
+        status = tracker.client.get_run(tracker.run_id).info.status
+    found = Registry(config.tracking, workspace).find(f"{model}/{version}")
+    assert found.tags["pistoseg.search"] == "mine"
+    assert found.tags["pistoseg.fingerprint"] == "bbbb"
+    assert found.bundle == workspace.find("precise", "bbbb").path("bundle")
+    assert status == "RUNNING"
+
+
+def test_a_model_is_found_by_name_version_or_alias(registry):
+    assert registry.newest("tissue").version == "3"
+    assert registry.newest("tissue/2").version == "2"
+    for wrong in ("nothing", "tissue@nobody", "tissue/9"):
+        with pytest.raises(PistoSegError, match="is not in the registry"):
+            registry.newest(wrong)
+
+
+def test_lineage_leads_from_the_bundle_to_the_images(registry):
+    found = lineage(registry.newest("tissue").bundle)
+    assert [(item["stage"], item["fingerprint"]) for item in found] == [("precise", "cccc"), ("patches", "p0")]
+    assert lineage("/nowhere/precise/x/bundle") == []
+
+
+def test_an_exported_bundle_is_the_versions_and_overwrites_no_other(registry, tmp_path, workspace, capsys):
+    assert main(["models", "export", "tissue/2", "--out", str(tmp_path), "--workspace", workspace.root]) == 0
+    assert (tmp_path / "model.safetensors").read_text() == "model.safetensors of bbbb"
+    assert len(capsys.readouterr().out.split()) == 2
+    registry.export(registry.newest("tissue/2"), str(tmp_path))  # the same again
+    with pytest.raises(PistoSegError, match="holds another model"):
+        registry.export(registry.newest("tissue/1"), str(tmp_path))
+
+
+def test_a_bundle_that_is_gone_is_said_to_be(registry, tmp_path, workspace):
+    gone = registry.newest("tissue/1")
+    storage.remove_tree(gone.bundle)
+    with pytest.raises(PistoSegError, match="is not there"):
+        registry.export(gone, str(tmp_path / "out"))
+
+
+def test_the_terminal_shows_versions_scores_lineage_and_pictures(workspace, capsys):
+    assert main(["models", "list", "--workspace", workspace.root]) == 0
+    listed = capsys.readouterr().out
+    assert "0.7000" in listed
+    assert "champion" in listed or "0.5000" in listed
+    assert main(["models", "show", "tissue/3", "--workspace", workspace.root]) == 0
+    shown = capsys.readouterr().out
+    assert "miou: 0.7000" in shown
+    assert "precise/cccc, 2 s" in shown
+    assert "patches/p0" in shown
+    assert f"{workspace.root}/evaluation/cccc/predictions.png" in shown
+    assert main(["models", "promote", "tissue", "2", "--workspace", workspace.root]) == 0
+    assert "models:/tissue@champion is version 2" in capsys.readouterr().out
+
+
+def test_a_workspace_without_models_says_where_it_looked(tmp_path, capsys):
+    assert main(["models", "list", "--workspace", str(tmp_path)]) == 2
+    assert "mlflow.db is not there" in capsys.readouterr().err
+    assert not json.dumps(list(map(str, tmp_path.iterdir()))).count("mlflow")

@@ -1,0 +1,174 @@
+import random
+
+import pytest
+import yaml
+
+from pistoseg.config import load_config, presets
+from pistoseg.errors import PistoSegError
+from pistoseg.search.ablation import with_overrides
+from pistoseg.search.builtin import SPACES, load_space
+from pistoseg.search.objective import Objective
+from pistoseg.search.sharing import analyse
+from pistoseg.search.spaces import Space, grid_points, read_space
+
+MASKS = Objective("miou", masks=True, labels=False)
+
+
+def config_of(preset, *overrides):
+    return load_config(preset, overrides=("classifier.weights=null", "refiner.weights=null", *overrides))
+
+
+def space_file(tmp_path, parameters):
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump({"parameters": parameters}, sort_keys=False))
+    return str(file)
+
+
+@pytest.mark.parametrize("name", SPACES)
+@pytest.mark.parametrize("preset", presets())
+def test_every_point_of_a_space_is_a_valid_config_and_can_be_read_back_from_it(preset, name):
+    config = config_of(preset)
+    space, rng = load_space(name, config), random.Random(1)
+    for _ in range(40):
+        point = space.draw(rng)
+        assert space.point_of(with_overrides(config, space.overrides(point))) == point
+
+
+@pytest.mark.parametrize("name", SPACES)
+@pytest.mark.parametrize("preset", presets())
+def test_the_own_setting_is_a_point_of_every_space_that_ships(preset, name):
+    config = config_of(preset)
+    space = load_space(name, config)
+    point = space.point_of(config)
+    assert point is not None
+    assert with_overrides(config, space.overrides(point)) == config
+
+
+def test_mosaics_keep_their_size_and_alpha_stays_below_beta():
+    config = config_of("wsss4luad")
+    space, rng = load_space("synthesis", config), random.Random(2)
+    sizes, pairs = set(), set()
+    for _ in range(200):
+        synthesis = with_overrides(config, space.overrides(space.draw(rng))).synthesis
+        sizes.add((synthesis.n_h * synthesis.crop_height, synthesis.n_w * synthesis.crop_width))
+        pairs.add((synthesis.alpha, synthesis.beta))
+    assert sizes == {(224, 224)}
+    assert all(alpha < beta for alpha, beta in pairs)
+    assert len(pairs) > 20
+
+
+def test_class_weights_are_drawn_only_where_the_sampling_is_by_weight():
+    space, rng = load_space("synthesis", config_of("wsss4luad")), random.Random(3)
+    seen = set()
+    for _ in range(50):
+        point = space.draw(rng)
+        sampling = point["synthesis.class_sampling"]
+        weights = space.overrides(point)["synthesis.class_sampling"]
+        seen.add(sampling)
+        assert isinstance(weights, dict) == (sampling == "weights")
+        if sampling == "weights":
+            assert set(weights) == {"tumor", "stroma", "normal"}
+    assert seen == {"natural", "balanced", "weights"}
+
+
+def test_a_users_space_may_name_any_key_with_ranges_scales_and_conditions(tmp_path):
+    uri = space_file(
+        tmp_path,
+        {
+            "precise.optimizer": {"values": ["adamw", "sgd"]},
+            "precise.momentum": {"low": 0.5, "high": 0.99, "when": {"precise.optimizer": "sgd"}},
+            "precise.lr": {"low": 1e-5, "high": 1e-2, "scale": "log"},
+            "precise.batch_size": {"low": 4, "high": 8},
+        },
+    )
+    space, rng = read_space(uri, config_of("wsss4luad")), random.Random(0)
+    points = [space.draw(rng) for _ in range(300)]
+    assert space.name == "mine"
+    assert {point["precise.batch_size"] for point in points} == {4, 5, 6, 7, 8}
+    assert all(("precise.momentum" in point) == (point["precise.optimizer"] == "sgd") for point in points)
+    below = sum(point["precise.lr"] < 10**-3.5 for point in points) / len(points)
+    assert 0.4 < below < 0.6  # the middle of a logarithmic range
+
+
+@pytest.mark.parametrize(
+    ("parameters", "words"),
+    [
+        ({"precise.lrr": {"low": 0.1, "high": 0.2}}, "is no key"),
+        ({"precise.lr": {"low": 0.2, "high": 0.1}}, "low must be less than high"),
+        ({"precise.lr": {"low": 0, "high": 0.1, "scale": "log"}}, "logarithmic"),
+        ({"precise.lr": {"low": 0.1}}, "give low and high"),
+        ({"precise.lr": {"low": 0.1, "high": 0.2, "when": {"precise.optimizer": "sgd"}}}, "come before"),
+        (
+            {
+                "synthesis.alpha": {"low": 0.1, "high": 0.9},
+                "synthesis.beta": {"low": 0.2, "high": 0.8, "above": "synthesis.alpha"},
+            },
+            "must exceed synthesis.alpha",
+        ),
+    ],
+)
+def test_a_space_that_makes_no_sense_is_refused_with_its_field(tmp_path, parameters, words):
+    with pytest.raises(PistoSegError, match=words):
+        read_space(space_file(tmp_path, parameters), config_of("wsss4luad"))
+
+
+def test_points_that_the_config_refuses_stop_a_search_before_it_starts(tmp_path):
+    config = config_of("wsss4luad", "data.uri=nowhere")
+    space = read_space(space_file(tmp_path, {"precise.lr": {"low": 0.5, "high": 3.0}}), config)
+    with pytest.raises(PistoSegError, match="config refuses"):
+        analyse(space, config, MASKS)
+
+
+def test_what_trials_share_and_what_changes_nothing_is_found_by_fingerprints():
+    config = config_of("wsss4luad", "precise.masks=refined_cnn")
+    space, sharing = analyse(load_space("losses", config), config, MASKS)
+    assert len(space.parameters) == 4
+    assert set(sharing.varied) == {"refiner", "refined_masks", "precise", "evaluation"}
+    assert {"patches", "preliminary", "pseudo_masks", "classifier", "cams"} <= set(sharing.shared)
+    assert sharing.compared == ("precise",)
+    assert sharing.epochs(config) == config.precise.epochs
+
+    config = config_of("wsss4luad", "precise.masks=pseudo")
+    space, sharing = analyse(load_space("losses", config), config, MASKS)
+    assert [item.name for item in space.parameters] == ["precise.loss"]
+    assert sum("does not change the model" in note for note in space.notes) == 3
+    assert set(sharing.varied) == {"precise", "evaluation"}
+
+
+def test_mosaics_are_compared_by_both_segmentation_models():
+    config = config_of("wsss4luad", "precise.masks=pseudo")
+    _, sharing = analyse(load_space("synthesis", config), config, MASKS)
+    assert sharing.shared == ("patches", "validation")
+    assert sharing.compared == ("preliminary", "precise")
+
+
+def test_a_space_of_which_nothing_matters_is_refused(tmp_path):
+    config = config_of("wsss4luad", "precise.masks=synthesized")
+    space = read_space(space_file(tmp_path, {"refiner.lambda_cls": {"low": 0.1, "high": 1.0}}), config)
+    with pytest.raises(PistoSegError, match="none of its parameters changes the model"):
+        analyse(space, config, MASKS)
+
+
+def test_a_grid_has_every_combination_once_and_no_inactive_value(tmp_path):
+    uri = space_file(
+        tmp_path,
+        {
+            "precise.optimizer": {"values": ["adamw", "sgd"]},
+            "precise.momentum": {"low": 0.5, "high": 0.9, "when": {"precise.optimizer": "sgd"}},
+            "precise.lr": {"low": 0.001, "high": 0.1, "scale": "log"},
+        },
+    )
+    space = read_space(uri, config_of("wsss4luad"))
+    points = grid_points(space, 3, None, seed=0)
+    assert len(points) == len({str(sorted(point.items())) for point in points}) == 3 + 3 * 3
+    assert {point["precise.lr"] for point in points} == {0.001, 0.01, 0.1}
+    assert len(grid_points(space, 3, 5, seed=0)) == 5
+
+
+def test_a_space_without_a_parameter_loses_those_that_depend_on_it():
+    space = load_space("synthesis", config_of("wsss4luad"))
+    left = space.without({"synthesis.class_sampling": "a reason", "synthesis.alpha": "another"})
+    assert isinstance(left, Space)
+    names = {item.name for item in left.parameters}
+    assert "synthesis.beta" not in names
+    assert not any(name.startswith("synthesis.class_sampling") for name in names)

@@ -1,0 +1,372 @@
+import json
+import random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import yaml
+from scipy.stats import ttest_rel
+
+from pistoseg import storage
+from pistoseg.config import load_config
+from pistoseg.errors import PistoSegError
+from pistoseg.metrics import label_agreement
+from pistoseg.search.builtin import load_space
+from pistoseg.search.confirmation import Confirmation, paired_interval, rank_correlation
+from pistoseg.search.findings import best_yaml, pareto, report, trials_csv
+from pistoseg.search.journal import Journal, TrialRecord
+from pistoseg.search.objective import Objective
+from pistoseg.search.sharing import analyse
+from pistoseg.search.trial import Workers, explain
+
+IDENTITY = {"identity": {"space": 1}, "spent_s": 0.0}
+
+
+@pytest.fixture
+def config():
+    return load_config("demo", overrides=("precise.masks=synthesized", "precise.epochs=9"))
+
+
+@pytest.fixture
+def space(config):
+    return load_space("synthesis", config)
+
+
+def filled(folder, space, values, states=()):
+    """A journal with a finished trial per value, the first at no overrides; `states` replaces the last ones'."""
+    journal, rng = Journal.open(str(folder), IDENTITY), random.Random(0)
+    for number, value in enumerate(values):
+        point = space.draw(rng)
+        record = journal.start(point, space.overrides(point) if number else {})
+        record.state, record.value, record.seconds = "finished", value, 10.0 * (number + 1)
+        record.scores, record.curve = {"miou": value}, [(1, value / 2), (3, value)]
+        record.artifacts, record.computed = {"patches": "p", "precise": str(number)}, ["precise"]
+        journal.save(record)
+    for record, state in zip(list(journal.records.values())[-len(states) :] if states else [], states, strict=True):
+        record.state, record.value = state, None
+        journal.save(record)
+    return journal
+
+
+def test_a_journal_is_read_back_as_it_was_written(tmp_path, space):
+    journal = filled(tmp_path, space, [0.1, 0.4, 0.3, 0.2], ["pruned", "running"])
+    again = Journal.open(str(tmp_path), IDENTITY)
+    assert again.records == journal.records
+    assert [record.number for record in again.ended()] == [0, 1, 2]
+    assert [record.number for record in again.cut_off()] == [3]
+    assert again.best().number == 1
+    assert again.start({}, {}).number == 4
+
+
+def test_a_journal_of_another_search_is_refused(tmp_path, space):
+    filled(tmp_path, space, [0.1])
+    with pytest.raises(PistoSegError, match="other settings"):
+        Journal.open(str(tmp_path), {"identity": {"space": 2}})
+
+
+def test_a_damaged_journal_names_the_file(tmp_path, space):
+    filled(tmp_path, space, [0.1])
+    storage.write_bytes(str(tmp_path / "trials" / "00000.json"), b"{")
+    with pytest.raises(PistoSegError, match=r"00000\.json"):
+        Journal.open(str(tmp_path), IDENTITY)
+
+
+def test_an_epoch_that_is_reported_twice_counts_once():
+    record = TrialRecord(0, {}, {})
+    for epoch, value in ((1, 0.1), (3, 0.3), (1, 0.9), (2, 0.2)):
+        record.report(epoch, value)
+    assert record.curve == [(1, 0.1), (2, 0.2), (3, 0.3)]
+
+
+def test_the_interval_of_the_difference_is_that_of_the_paired_t_test():
+    best, own = [0.61, 0.64, 0.60, 0.66], [0.58, 0.60, 0.59, 0.60]
+    expected = ttest_rel(best, own).confidence_interval(0.95)
+    found = paired_interval([one - two for one, two in zip(best, own, strict=True)])
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+
+
+@pytest.mark.parametrize(
+    ("best", "own", "holds"),
+    [
+        ((0.60, 0.61, 0.62), (0.50, 0.51, 0.52), True),
+        ((0.60, 0.40, 0.62), (0.50, 0.51, 0.52), False),  # lucky on two seeds
+        ((0.60,), (0.50,), False),  # one seed proves nothing
+        ((0.60, None, 0.62), (0.50, 0.51, None), False),  # one pair is left
+        ((0.50, 0.51, 0.52), (0.60, 0.61, 0.62), False),
+    ],
+)
+def test_a_gain_holds_only_if_the_whole_interval_is_above_zero(best, own, holds):
+    assert Confirmation(tuple(range(len(best))), best, own).holds is holds
+
+
+def test_rank_correlation_is_spearmans_and_unknown_for_constants():
+    assert rank_correlation([1, 2, 3, 4], [10, 20, 30, 25]) == pytest.approx(0.8)
+    assert rank_correlation([1, 1, 1], [1, 2, 3]) is None
+    assert rank_correlation([1, 2], [1, 2]) is None
+
+
+def test_agreement_with_labels_is_the_iou_where_windows_have_one_tissue():
+    labels = np.array([[1, 0], [1, 0], [0, 1]])
+    areas = np.array([[0.8, 0.2], [1.0, 0.0], [0.5, 0.5]])
+    # class 0: 1.8 of 2 windows hit, 0.5 elsewhere; class 1: 0.5 of 1 hit, 0.2 elsewhere
+    assert label_agreement(labels, areas) == pytest.approx([1.8 / 2.5, 0.5 / 1.2])
+
+
+def test_agreement_with_labels_asks_nothing_of_how_tissues_share_a_window():
+    mixed, single = [1, 1, 0], [0, 0, 1]
+    even = label_agreement([mixed, single], [[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]])
+    uneven = label_agreement([mixed, single], [[0.9, 0.1, 0.0], [0.0, 0.0, 1.0]])
+    assert even == pytest.approx([1, 1, 1])
+    assert uneven == pytest.approx([1, 1, 1])
+    assert np.isnan(label_agreement([[1, 0]], [[1.0, 0.0]])[1])
+
+
+def test_the_places_of_a_trials_workers_are_freed_with_it_and_no_others(monkeypatch):
+    freed = []
+    monkeypatch.setattr("pistoseg.search.trial.remove_placement_group", freed.append)
+    workers = Workers()
+    for owner, group in (("1", "a"), ("2", "b"), ("1", "c")):
+        workers.hold(owner, group)
+    workers.release("1")
+    workers.release("1")
+    assert freed == ["a", "c"]
+
+
+def test_failures_are_explained_in_a_line():
+    assert explain(PistoSegError("the loss is nan", file="x", remedy="a smaller lr")).startswith("x: the loss is nan")
+    assert explain(RuntimeError("CUDA out of memory. Tried\nmore")) == "out of memory: more"
+    assert explain(ValueError("odd")) == "ValueError: odd"
+
+
+def outcome_of(journal, config, space, confirmation=None, timed=False):
+    objective = Objective("miou", masks=True, labels=False)
+    space, sharing = analyse(space, config, objective)
+    search = SimpleNamespace(name="mine", config=config, space=space, sharing=sharing, objective=objective, timed=timed)
+    return SimpleNamespace(search=search, journal=journal, confirmation=confirmation, version=None, shared={})
+
+
+def test_the_best_config_is_one_that_train_takes(tmp_path, config, space):
+    journal = filled(tmp_path, space, [0.1, 0.4, 0.3])
+    config = load_config("demo", overrides=["precise.masks=synthesized", "data.uri=/secret", "tracking.uri=http://me"])
+    text = best_yaml(outcome_of(journal, config, space), journal.best())
+    storage.write_bytes(str(tmp_path / "best.yaml"), text.encode())
+    read = load_config(file=str(tmp_path / "best.yaml"))
+    assert space.point_of(read) == journal.best().point
+    assert read.precise == config.precise
+    assert (read.data.uri, read.tracking.uri) == (None, None)
+    assert yaml.safe_load(text)["synthesis"]["rotate"] == journal.best().point["synthesis.rotate"]
+
+
+def test_trials_and_report_say_what_became_of_each(tmp_path, config, space):
+    journal = filled(tmp_path, space, [0.1, 0.4, 0.3, 0.2], ["pruned", "failed"])
+    journal.records[3].reason = "the loss is nan"
+    confirmation = Confirmation((1, 2, 3), (0.4, 0.41, 0.42), (0.1, 0.12, 0.1))
+    outcome = outcome_of(journal, config, space, confirmation)
+    lines = trials_csv(outcome).splitlines()
+    assert [line.split(",")[:2] for line in lines[1:]] == [
+        ["0", "finished"],
+        ["1", "finished"],
+        ["2", "pruned"],
+        ["3", "failed"],
+    ]
+    text = report(outcome, ["history.png"])
+    assert "4 trials: 2 finished, 1 stopped early, 1 failed." in text
+    assert "Best: trial 1, 0.4000" in text
+    assert "It holds" in text
+    assert "failed: the loss is nan" in text
+    assert "| patches | 1 | 4 |" in text
+    assert "| precise | 4 | 4 |" in text
+    assert "![history](history.png)" in text
+
+
+def test_the_front_holds_what_nothing_beats_in_score_and_time():
+    rows = [(0.5, 30.0), (0.4, 10.0), (0.45, 40.0), (0.4, 20.0), (0.6, 90.0)]
+    records = [TrialRecord(number, {}, {}, "finished", value, seconds) for number, (value, seconds) in enumerate(rows)]
+    assert [record.number for record in pareto(records)] == [1, 0, 4]
+
+
+class _Sampling:
+    """What needs Ray's and Optuna's classes, imported when the first of these tests runs."""
+
+    def __init__(self):
+        from pistoseg.search import sampling
+
+        self.__dict__.update(vars(sampling))
+
+
+@pytest.fixture(scope="module")
+def sampling():
+    pytest.importorskip("optuna")
+    return _Sampling()
+
+
+def run_trial(searcher, name, value=None, epochs=1, **result):
+    """Let a searcher's next trial finish with a value, or be stopped without one."""
+    found = searcher.suggest(name)
+    if found == searcher.FINISHED:
+        return found
+    record = searcher.journal.records[found["number"]]
+    if value is not None:
+        searcher.on_trial_result(name, {"objective": value, "epoch": epochs})
+        record.state, record.value = "finished", value
+        result = {"objective": value, "finished": True, "seconds": 1.0, **result}
+    else:
+        record.state = "pruned"
+    searcher.journal.save(record)
+    searcher.on_trial_complete(name, result)
+    return found
+
+
+@pytest.mark.parametrize("algorithm", ["tpe", "random", "grid"])
+def test_a_search_begins_with_the_own_setting_repeats_none_and_ends_by_itself(
+    tmp_path, config, space, sampling, algorithm
+):
+    journal = Journal.open(str(tmp_path), IDENTITY)
+    searcher = sampling.PointSearcher(space, journal, algorithm, 0, 12, space.point_of(config))
+    found = [run_trial(searcher, f"t{number}", 0.1 * number) for number in range(13)]
+    assert found[0] == {"number": 0, "overrides": "{}"}
+    assert found[-1] == searcher.FINISHED
+    settings = {json.dumps(space.overrides(record.point), sort_keys=True) for record in journal.records.values()}
+    assert len(settings) == len(journal.records) == 12
+
+
+@pytest.mark.parametrize("algorithm", ["tpe", "random", "grid"])
+def test_a_search_goes_on_with_what_was_cut_off_and_repeats_nothing_that_ended(
+    tmp_path, config, space, sampling, algorithm
+):
+    journal = Journal.open(str(tmp_path), IDENTITY)
+    first = sampling.PointSearcher(space, journal, algorithm, 0, 8, space.point_of(config))
+    for number in range(4):
+        run_trial(first, f"a{number}", 0.1)
+    cut = first.suggest("a4")
+    journal = Journal.open(str(tmp_path), IDENTITY)
+    second = sampling.PointSearcher(space, journal, algorithm, 0, 8, space.point_of(config))
+    found = [run_trial(second, f"b{number}", 0.2) for number in range(5)]
+    assert found[0] == cut
+    assert [item["number"] for item in found[:4]] == [4, 5, 6, 7]
+    assert found[4] == second.FINISHED
+    assert len({record.key for record in journal.records.values()}) == 8
+
+
+def test_tpe_knows_the_trials_of_earlier_runs(tmp_path, config, space, sampling):
+    journal = filled(tmp_path, space, [0.1, 0.4, 0.3, 0.2, 0.2], ["pruned", "failed"])
+    searcher = sampling.PointSearcher(space, journal, "tpe", 0, None, space.point_of(config))
+    states = [trial.state.name for trial in searcher._study.trials]
+    assert states == ["COMPLETE", "COMPLETE", "COMPLETE", "PRUNED", "FAIL"]
+    assert searcher._study.best_value == 0.4
+    assert searcher._study.best_params == sampling.encode(space, journal.best().point)
+
+
+def test_optuna_is_given_a_point_and_draws_that_same_point(config, space, sampling):
+    import optuna
+
+    rng = random.Random(5)
+    for _ in range(30):
+        point = space.draw(rng)
+        study = optuna.create_study()
+        study.enqueue_trial(sampling.encode(space, point))
+        drawn = sampling.suggest(space, study.ask())
+        assert drawn.keys() == point.keys()
+        for name, value in point.items():
+            assert drawn[name] == (pytest.approx(value, rel=1e-3) if isinstance(value, float) else value)
+
+
+def test_a_stopped_trial_is_pruned_for_optuna_and_time_is_a_second_value(tmp_path, config, space, sampling):
+    journal = Journal.open(str(tmp_path), IDENTITY)
+    searcher = sampling.PointSearcher(space, journal, "tpe", 0, None, space.point_of(config), timed=True)
+    run_trial(searcher, "a", 0.3)
+    run_trial(searcher, "b")
+    run_trial(searcher, "c", problem="nan")
+    trials = searcher._study.trials
+    assert [trial.state.name for trial in trials] == ["COMPLETE", "PRUNED", "FAIL"]
+    assert trials[0].values == [0.3, 1.0]
+
+
+def trial_of(number):
+    return SimpleNamespace(trial_id=f"id{number}", config={"number": number})
+
+
+def test_bad_trials_are_stopped_at_the_rungs_but_never_the_own_setting(sampling):
+    scheduler = sampling.Halving(9, grace=1, factor=3, past=[])
+    decisions = {}
+    for number, value in ((1, 0.5), (2, 0.2), (3, 0.6), (0, 0.1)):
+        trial = trial_of(number)
+        scheduler.on_trial_add(None, trial)
+        decisions[number] = scheduler.on_trial_result(None, trial, {"epoch": 1, "objective": value})
+    assert decisions == {1: "CONTINUE", 2: "STOP", 3: "CONTINUE", 0: "CONTINUE"}
+    assert scheduler.stopped == {"id2"}
+
+
+def test_rungs_remember_the_curves_of_earlier_runs(sampling):
+    past = [TrialRecord(1, {}, {}, "finished", 0.5, curve=[(1, 0.5), (3, 0.7)])]
+    for curves, decision in ((past, "STOP"), ([], "CONTINUE")):
+        scheduler, trial = sampling.Halving(9, grace=1, factor=3, past=curves), trial_of(2)
+        scheduler.on_trial_add(None, trial)
+        assert scheduler.on_trial_result(None, trial, {"epoch": 1, "objective": 0.4}) == decision
+
+
+def test_a_trial_that_came_to_its_result_is_not_stopped_by_it(sampling):
+    scheduler = sampling.Halving(4, grace=1, factor=2, past=[TrialRecord(1, {}, {}, "finished", curve=[(1, 0.9)])])
+    trial = trial_of(2)
+    scheduler.on_trial_add(None, trial)
+    assert scheduler.on_trial_result(None, trial, {"epoch": 5, "objective": 0.1, "finished": True}) == "CONTINUE"
+    assert scheduler.stopped == set()
+
+
+@pytest.mark.parametrize(("gain", "holds"), [(0.1, True), (0.0, False)])
+def test_the_best_model_is_the_champion_only_if_it_holds_on_fresh_seeds(
+    tmp_path, config, space, monkeypatch, gain, holds
+):
+    from pistoseg.artifacts import Workspace
+    from pistoseg.search import study
+    from pistoseg.tracking import StageRun
+
+    journal = filled(tmp_path, space, [0.1, 0.4, 0.3])
+    best = journal.best().overrides
+    seen, promoted = [], []
+
+    def run_pipeline(varied, workspace, targets, **options):
+        won = space.overrides(journal.best().point) == space.overrides(space.point_of(varied))
+        seen.append((won, varied.seed))
+        miou = 0.5 + 0.01 * (varied.seed % 2) * (1 if won else 2) + gain * won
+        precise = SimpleNamespace(fingerprint=f"model {varied.seed}")
+        return {"evaluation": SimpleNamespace(summary={"metrics": {"miou": miou}}), "precise": precise}
+
+    tracker = SimpleNamespace(
+        run_id="parent",
+        client="client",
+        guard=lambda call, *arguments: call(*arguments),
+        register=lambda artifact, tags: artifact.fingerprint,
+        run=StageRun,
+    )
+    monkeypatch.setattr(study, "run_pipeline", run_pipeline)
+    monkeypatch.setattr("pistoseg.registry.set_alias", lambda *arguments: promoted.append(arguments))
+    outcome = outcome_of(journal, config, space)
+    confirmation, version = study._confirm(
+        outcome.search,
+        Workspace(str(tmp_path)),
+        study.Budget(3),
+        journal,
+        tracker,
+        SimpleNamespace(say=lambda text: None),
+    )
+    assert best
+    assert confirmation.holds is holds
+    assert sorted(seen) == [(False, 1), (False, 2), (False, 3), (True, 1), (True, 2), (True, 3)]  # not the search's 0
+    assert promoted == ([("client", config.tracking.model, "model 1")] if holds else [])
+    assert version == ("model 1" if holds else None)
+    assert journal.settings["confirmation"]["holds"] is holds
+
+
+def test_pictures_and_importance_are_drawn_of_spaces_with_conditions(tmp_path, config, space):
+    pytest.importorskip("optuna")
+    from pistoseg.search import pictures
+
+    journal = filled(tmp_path, space, [0.1, 0.4, 0.3, 0.2, 0.25, 0.5], ["pruned"])
+    outcome = outcome_of(journal, config, space)
+    drawn = pictures.draw(outcome)
+    assert set(drawn) >= {"history.png", "curves.png", "slices.png", "parallel.png", "importance.png"}
+    assert all(content.startswith(b"\x89PNG") for content in drawn.values())
+    values = pictures.importance(outcome)
+    assert sum(values.values()) == pytest.approx(1)
+    assert list(values.values()) == sorted(values.values(), reverse=True)
