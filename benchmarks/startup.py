@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from benchmarks import harness
@@ -63,6 +64,8 @@ def _stages(options: Options, report: Report) -> None:
         report.add("stage_fixed_over_ray", stage / bare, most=None if options.tiny else OVER_RAY)
         if options.tiny:
             return
+        report.add("stage_fixed_cheap_s", _alternate(partial(_stage, keep_workers=False), _nothing, repeats)[0])
+        report.note("a cheap stage (training images, validation images) runs in processes that Ray has at hand")
         training, bare = _alternate(_training, _bare_training, 1)
         report.add("training_fixed_s", training)
         report.add("training_fixed_ray_s", bare)
@@ -81,7 +84,11 @@ class Nothing:
         """Do nothing."""
 
 
-def _stage() -> None:
+def _nothing() -> None:
+    pass
+
+
+def _stage(keep_workers: bool = True) -> None:
     from rich.console import Console
 
     from pistoseg.progress import Progress
@@ -96,6 +103,7 @@ def _stage() -> None:
             actors=2,
             resources={"num_cpus": 0.5},
             progress=Progress(Console(quiet=True)),
+            keep_workers=keep_workers,
         )
 
 

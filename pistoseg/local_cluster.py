@@ -83,6 +83,8 @@ class S3Server:
         self._command += [f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}"]
         self._command += ["-master.volumeSizeLimitMB=256", "-volume.max=100"]
         self._command += ["-s3.port.iceberg=0", "-s3.port.lance=0"]  # fixed ports, taken where another one runs
+        if setpriv := shutil.which("setpriv"):  # a SIGKILL of this process ends it too, as it ends Ray's
+            self._command = [setpriv, "--pdeathsig", "KILL", *self._command]
         try:
             self.start()
         except BaseException:

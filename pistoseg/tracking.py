@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,9 @@ HTTP_LIMITS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "20", "MLFLOW_HTTP_REQUEST_MAX_RET
 """MLflow's own limits let a run wait for minutes for each call to a server that is away."""
 MAX_PARAM = 500
 """Longest parameter value, in characters, that is sent."""
+_defaults: list[str | None] = []
+"""What was MLflow's default server, then those that `default_server`'s callers want; the last is the default."""
+_defaults_lock = threading.Lock()
 
 
 def tracking_uri(config: TrackingConfig, workspace: Workspace) -> str:
@@ -48,15 +52,25 @@ def default_server(uri: str) -> Iterator[None]:
     """Make a server MLflow's default for a while: its model registry knows no other way.
 
     MLflow keeps the default in the environment, where the next workspace of this process would take it for the user's.
+    Threads, such as a search's trials, may overlap in it: the last to leave puts back what was there.
     """
     import mlflow
 
-    before = os.environ.get("MLFLOW_TRACKING_URI")
-    mlflow.set_tracking_uri(uri)
+    with _defaults_lock:
+        if not _defaults:
+            _defaults.append(os.environ.get("MLFLOW_TRACKING_URI"))
+        _defaults.append(uri)
+        mlflow.set_tracking_uri(uri)
     try:
         yield
     finally:
-        mlflow.set_tracking_uri(before)
+        with _defaults_lock:
+            _defaults.reverse()
+            _defaults.remove(uri)
+            _defaults.reverse()
+            mlflow.set_tracking_uri(_defaults[-1])
+            if len(_defaults) == 1:
+                _defaults.clear()
 
 
 class _Guard:
@@ -326,7 +340,13 @@ def connect(config: TrackingConfig, workspace: Workspace) -> Outbox:
 
     uri = tracking_uri(config, workspace)
     if uri.startswith("sqlite:"):
-        _local_folder(workspace).mkdir(parents=True, exist_ok=True)
+        folder = _local_folder(workspace)
+        if not storage.is_local(workspace.root) and not folder.exists():
+            print(
+                f"MLflow's runs are kept in {folder} on this machine, which goes with a job's folder: "
+                "set MLFLOW_TRACKING_URI, or tracking.uri, to a server to keep them"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
         _quiet_migrations()
     return Outbox(MlflowClient(uri), workspace.root, _register)
 

@@ -151,10 +151,10 @@ def cpu_pool(config: ComputeConfig) -> int:
 
 
 def node_threads() -> int:
-    """Threads for the one network process of a CPU node."""
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    on_a_node = -(-_pipelines // len(nodes))
-    return max(1, int(min(node["Resources"].get("CPU", 1) for node in nodes)) // on_a_node)
+    """Threads for the one network process of a CPU node; a head without CPUs runs none."""
+    cpus = [count for node in ray.nodes() if node["Alive"] and (count := node["Resources"].get("CPU", 0)) >= 1]
+    on_a_node = -(-_pipelines // max(1, len(cpus)))
+    return max(1, int(min(cpus, default=1)) // on_a_node)
 
 
 def network_pool(config: ComputeConfig) -> tuple[int, dict[str, float]]:
@@ -189,6 +189,7 @@ def run_shards(
     resources: dict[str, float],
     progress: Progress,
     weight: Callable[[Any], int] = len,
+    keep_workers: bool = True,
 ) -> None:
     """Process shards in parallel; each leaves `part-<number>.parquet` in a folder, which marks it as done.
 
@@ -197,10 +198,12 @@ def run_shards(
         arguments: of the class.
         shards: JSON values, the same in every run of the same artifact.
         folder: where the parts go; those that are there are kept.
-        actors: size of the actor pool.
+        actors: that work at the same time.
         resources: of each actor, as Ray names them.
         progress: told the weight of the finished shards.
         weight: images (or mosaics) in a shard.
+        keep_workers: False for a class that costs nothing to make: each shard gets an instance of its own, in one of
+            the processes that Ray keeps at hand, and the stage does not wait for new ones to start.
     Raises:
         PistoSegError: what the workers raised, all together, after the other shards are done.
     """
@@ -215,11 +218,12 @@ def run_shards(
     progress.update(done, total)
     if not rows:
         return
-    results = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-        _ShardActor,
-        fn_constructor_args=(worker, arguments, folder),
-        compute=ray.data.ActorPoolStrategy(size=min(actors, len(rows))),
-        **resources,
+    items, size = ray.data.from_items(rows, override_num_blocks=len(rows)), min(actors, len(rows))
+    setup = (worker, arguments, folder)
+    results = (
+        items.map(_ShardActor, fn_constructor_args=setup, compute=ray.data.ActorPoolStrategy(size=size), **resources)
+        if keep_workers
+        else items.map(_shard_task, fn_args=setup, compute=ray.data.TaskPoolStrategy(size), **resources)
     )
     problems: dict[str, None] = {}  # in the order of their coming, each once
     for row in results.iter_rows():
@@ -248,6 +252,10 @@ class _ShardActor:
         shard, part = json.loads(row["shard"]), storage.join(self.folder, part_name(number))
         problem = self.broken or _problem_of(lambda: self.worker(number, shard, part))
         return {"number": number, "problem": problem}
+
+
+def _shard_task(row: dict[str, Any], worker: type, arguments: dict[str, Any], folder: str) -> dict[str, Any]:
+    return _ShardActor(worker, arguments, folder)(row)
 
 
 def _problem_of(action: Callable[[], None]) -> str:

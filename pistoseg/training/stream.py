@@ -66,7 +66,7 @@ def sample_dataset(
     Args:
         source: of the samples.
         first_epoch: where the stream begins.
-        epochs: where it ends.
+        epochs: where it ends; at `first_epoch` for a training killed behind its last checkpoint: no sample is left.
         per_epoch: samples in an epoch.
         actors: that make samples.
         workers: that the samples are split between.
@@ -82,7 +82,7 @@ def sample_dataset(
     # A row is a range of samples. `from_items` makes its blocks here; `from_arrow` would start tasks that want a CPU
     # each, which wait for ever when a restarted training holds all of them already.
     rows = [{"start": start, "stop": min(start + per_block, epochs * per_epoch)} for start in starts]
-    return ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+    return ray.data.from_items(rows, override_num_blocks=max(1, len(rows))).map_batches(
         _SampleActor,
         # Enough for every actor to work and every worker to have a block in hand and one waiting.
         fn_constructor_kwargs={

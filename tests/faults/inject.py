@@ -6,7 +6,7 @@
 
 Everything is started here: three Ray nodes, an S3 server, a synthetic cohort and slides in it; nothing else on the
 machine is touched. A run that a fault ends is started again with the same command, as its user would. The last column
-compares mosaics, pseudo-masks or slide masks with those of an undisturbed run, byte for byte.
+compares mosaics, pseudo-masks, trials or slide masks with those of an undisturbed run, byte for byte.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
+import json
 import os
 import shlex
 import signal
@@ -48,7 +49,7 @@ FAULTS = {
     "mlflow": "the tracking server refuses connections",
     "disk": "the driver's disk is full (a tmpfs of 1 MB as its TMPDIR)",
 }
-STAGES = ("synthesis", "preliminary", "pseudo_masks", "segmentation")
+STAGES = ("synthesis", "preliminary", "pseudo_masks", "search", "segmentation")
 PIPELINE = """
 import sys
 from pistoseg.artifacts import Workspace
@@ -65,15 +66,17 @@ except PistoSegError as error:
     sys.exit(f"pistoseg: {error}")
 """
 SAYS = {"synthesis": "Making mosaics ...", "preliminary": "Training the preliminary model ...",
-        "pseudo_masks": "Making pseudo-masks ...", "segmentation": "Segmenting "}  # fmt: skip
+        "pseudo_masks": "Making pseudo-masks ...", "search": "trial 0: ", "segmentation": "Segmenting "}  # fmt: skip
 WORKERS = {"synthesis": b"_ShardActor", "preliminary": b"RayTrainWorker", "pseudo_masks": b"_ShardActor",
-           "segmentation": b"SlideWorker"}  # fmt: skip
+           "search": b"RayTrainWorker", "segmentation": b"SlideWorker"}  # fmt: skip
 RESULTS = {
     "synthesis": "runs/synthesis/*/mosaics/*.parquet",
     "preliminary": "runs/pseudo_masks/*/masks/*.parquet",
     "pseudo_masks": "runs/pseudo_masks/*/masks/*.parquet",
+    "search": "runs/search/faults/trials/*.json",
     "segmentation": "slides/slides/*/mask.tif",
 }
+SPACE = {"parameters": {"precise.lr": {"values": [1e-3, 1e-4]}, "precise.lr_decay": {"values": [0.9, 0.5]}}}
 
 
 @dataclass
@@ -119,6 +122,11 @@ class Bench:
             ]
             options = ["--mpp", "1", "--symmetries", "2", "--device", "cpu", "--workspace", str(self.folder / name)]
             return [sys.executable, "-m", "pistoseg", *verb, *options]
+        if stage == "search":
+            verb = ["search", "--space", str(self.folder / "space.yaml"), "--config", str(self.folder / "search.yaml")]
+            options = ["--data", f"s3://{BUCKET}/data/cohort", "--workspace", f"{place}/runs", "--name", "faults"]
+            options += ["--algorithm", "grid", "--pruning", "none", "--confirm-seeds", "0", "--parallel", "1"]
+            return [sys.executable, "-m", "pistoseg", *verb, *options]
         config, target = str(self.folder / "tiny.yaml"), "synthesis" if stage == "synthesis" else "pseudo_masks"
         return [sys.executable, "-c", PIPELINE, config, f"s3://{BUCKET}/data/cohort", f"{place}/runs", target]
 
@@ -129,6 +137,9 @@ class Bench:
             data = files.cat_file(item)
             if item.endswith(".parquet"):
                 data = repr(pq.read_table(io.BytesIO(data)).to_pylist()).encode()
+            elif item.endswith(".json"):
+                trial = json.loads(data)
+                data = repr([trial[key] for key in ("overrides", "state", "value", "artifacts")]).encode()
             found[item.split(f"/{name}/", 1)[1]] = hashlib.sha256(data).hexdigest()
         return found
 
@@ -175,6 +186,13 @@ def prepare(bench: Bench, stages: list[str]) -> None:
         "compute": {"device": "cpu"},
     }
     (bench.folder / "tiny.yaml").write_text(yaml.safe_dump(settings))
+    own = {
+        "synthesis": settings["synthesis"] | {"mode": "streamed"},
+        "precise": NETWORK | {"epochs": 2, "patch_size": 64},
+    }
+    own["precise"] |= {"masks": "synthesized"}
+    (bench.folder / "search.yaml").write_text(yaml.safe_dump(settings | own))
+    (bench.folder / "space.yaml").write_text(yaml.safe_dump(SPACE))
     bench.s3.make_bucket(BUCKET)
     files = bench.files()
     cohort = bench.folder / "cohort"
@@ -196,7 +214,7 @@ def prepare(bench: Bench, stages: list[str]) -> None:
     bench.bundle = f"s3://{BUCKET}/data/bundle"
     longest = [stage for stage in ("pseudo_masks", "preliminary", "synthesis") if stage in stages][:1]
     with RayNodes(3, 2, 200 << 20, bench.s3.environment()) as nodes:
-        for stage in [*longest, *(["segmentation"] if "segmentation" in stages else [])]:
+        for stage in [*longest, *(name for name in ("search", "segmentation") if name in stages)]:
             run(bench, nodes, stage, "undisturbed")
     bench.wanted = {stage: bench.results(stage, "undisturbed") for stage in stages}
 

@@ -9,8 +9,11 @@ import yaml
 
 from pistoseg.config import ComputeConfig
 from pistoseg.phantom import write_cohort
+from pistoseg.pipeline import BY_NAME
 
 SIZE = 64
+TRAIN_STAGES = [name for name in BY_NAME if name != "label_scores"]
+"""What `pistoseg train` may run; the scores by labels are a search's."""
 NETWORK = {
     "architecture": "unet",
     "encoder": "tu-mobilenetv3_small_050",

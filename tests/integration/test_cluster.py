@@ -13,12 +13,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from conftest import NETWORK, TINY
+from conftest import NETWORK, TINY, TRAIN_STAGES
 
 from pistoseg.errors import PistoSegError
 from pistoseg.local_cluster import BUCKET, weed
 from pistoseg.phantom import write_slide
-from pistoseg.pipeline import BY_NAME
 
 pytestmark = pytest.mark.timeout(1500)  # three nodes on a machine that is busy with something else
 RUNS = ("three", "one")
@@ -154,7 +153,7 @@ def finished(cluster, cohort, tmp_path_factory):
 def test_a_submitted_training_runs_on_three_nodes_from_bucket_to_bucket(finished):
     files, said, _ = finished
     manifests = files.glob(f"{BUCKET}/three/runs/*/*/manifest.json")
-    needed = set(BY_NAME) - {"classifier", "subcategories", "cams", "refiner", "refined_masks"}
+    needed = set(TRAIN_STAGES) - {"classifier", "subcategories", "cams", "refiner", "refined_masks"}
     assert {name.split("/")[-3] for name in manifests} == needed
     assert "Scoring the precise model: done" in said
     assert not [name for name in files.find(f"{BUCKET}/three/runs") if "/ray_train/" in name]

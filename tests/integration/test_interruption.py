@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import NETWORK, TINY, committed, contents
+from conftest import NETWORK, TINY, TRAIN_STAGES, committed, contents
 
-from pistoseg.pipeline import BY_NAME
 from pistoseg.training.trainer import RUN, SNAPSHOT, _last_history
 
 COUNT = 5000
@@ -139,7 +138,9 @@ def test_what_was_finished_is_never_touched_again(story, moment):
 
 def test_the_end_is_that_of_a_run_that_was_never_killed(story):
     needless = {"pseudo_masks", "classifier", "subcategories", "cams", "refiner", "refined_masks"}
-    assert set(story.finished["end"]) == set(BY_NAME) - needless, "a model on mosaics needs no masks of real images"
-    for stage in BY_NAME:
+    assert set(story.finished["end"]) == set(TRAIN_STAGES) - needless, (
+        "a model on mosaics needs no masks of real images"
+    )
+    for stage in TRAIN_STAGES:
         assert len(list(story.workspace.glob(f"{stage}/*"))) == (stage not in needless), "resumed, not begun anew"
     assert list(story.workspace.glob(f"*/*/{RUN}")) == []

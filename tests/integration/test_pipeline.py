@@ -5,14 +5,13 @@ import time
 
 import numpy as np
 import pytest
-from conftest import SIZE, committed, contents
+from conftest import SIZE, TRAIN_STAGES, committed, contents
 from PIL import Image
 
 import pistoseg
 from pistoseg import storage
 from pistoseg.cli import main
 from pistoseg.patches.decode import decode_ids, decode_png
-from pistoseg.pipeline import BY_NAME
 
 EVERY_STAGE = ("precise.masks=refined_cnn", "cams.method=sc_cam", "cams.subcategories=2")
 
@@ -55,7 +54,7 @@ def summary(folder):
 
 
 def test_every_stage_leaves_one_finished_artifact(artifacts):
-    assert set(artifacts) == set(BY_NAME)
+    assert set(artifacts) == set(TRAIN_STAGES)
     assert summary(artifacts["patches"])["images"] == 40
     assert summary(artifacts["patches"])["rejected"] == 0
     assert summary(artifacts["validation"])["images"] == 4
@@ -162,7 +161,7 @@ def test_a_run_with_a_child_for_every_stage_is_tracked(client, artifacts):
     parents = [run for run in runs(client) if "mlflow.parentRunId" not in run.data.tags]
     first = parents[0]
     children = [run for run in runs(client) if run.data.tags.get("mlflow.parentRunId") == first.info.run_id]
-    assert [run.data.tags["pistoseg.stage"] for run in children] == list(BY_NAME)
+    assert [run.data.tags["pistoseg.stage"] for run in children] == TRAIN_STAGES
     assert {run.info.status for run in (first, *children)} == {"FINISHED"}
     report = json.loads((artifacts["evaluation"] / "metrics.json").read_text())
     assert first.data.metrics["miou"] == pytest.approx(report["miou"])
@@ -256,7 +255,7 @@ def test_the_same_command_again_computes_nothing(workspace, artifacts, client, c
     assert {stage: contents(folder) for stage, folder in artifacts.items()} == before
     assert committed(workspace) == artifacts
     last = next(run for run in reversed(runs(client)) if "mlflow.parentRunId" not in run.data.tags)
-    reused = {stage: last.data.tags.get(f"pistoseg.reused.{stage}") for stage in BY_NAME}
+    reused = {stage: last.data.tags.get(f"pistoseg.reused.{stage}") for stage in TRAIN_STAGES}
     assert reused == {stage: folder.name for stage, folder in artifacts.items()}
     assert not [run for run in runs(client) if run.data.tags.get("mlflow.parentRunId") == last.info.run_id]
     assert "miou" in last.data.metrics
@@ -267,7 +266,7 @@ def test_a_changed_learning_rate_retrains_only_the_model_that_it_belongs_to(work
     before = {stage: contents(folder) for stage, folder in artifacts.items()}
     assert train(workspace, cohort, tiny, "precise.lr=0.002", "precise.epochs=1") == 0
     assert {stage: contents(folder) for stage, folder in artifacts.items()} == before
-    folders = {stage: sorted(item.name for item in (workspace / stage).iterdir()) for stage in BY_NAME}
+    folders = {stage: sorted(item.name for item in (workspace / stage).iterdir()) for stage in TRAIN_STAGES}
     twice = {stage for stage, keys in folders.items() if len(keys) == 2}
     assert twice == {"precise", "evaluation"}
     assert len(client.search_model_versions("name='pistoseg'")) == 2

@@ -110,6 +110,10 @@ def test_two_processes_share_every_epoch_and_see_each_sample_once(tmp_path):
     assert trained.epoch == 1
     assert all(torch.isfinite(value).all() for value in trained.state.values())
 
+    again, rows = run(tmp_path, workers=2)  # as after a kill between the last checkpoint and the bundle
+    assert (again.history, rows, seen(tmp_path)) == (trained.history, [], by_rank)
+    assert all(torch.equal(again.state[name], value) for name, value in trained.state.items())
+
 
 def test_a_loss_that_is_no_number_ends_with_its_place_and_its_batch(tmp_path):
     with pytest.raises(PistoSegError, match=r"the loss is nan in epoch 2, step 2") as caught:

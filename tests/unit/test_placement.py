@@ -55,6 +55,13 @@ def test_what_the_cluster_has_is_taken(nodes):
     check("compute.train_workers=4", "compute.device=cuda", "compute.workers=16")
 
 
+def test_a_head_without_cpus_takes_no_threads_from_the_other_nodes(nodes):
+    nodes({}, {"CPU": 8}, {"CPU": 16})
+    assert cluster.node_threads() == 8
+    nodes({"CPU": 0}, {"CPU": 0, "GPU": 1})
+    assert cluster.node_threads() == 1
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
