@@ -19,6 +19,8 @@ from pistoseg.progress import Progress
 
 ANSWER_S = 10.0
 CGROUP = "/sys/fs/cgroup"
+MOST_STARTING = 16
+"""Worker processes that a local Ray starts at a time."""
 OBJECT_STORE_BYTES = 4 << 30
 """Largest object store of a local Ray; shared memory is taken only as it is used."""
 
@@ -34,6 +36,10 @@ def connected(config: ComputeConfig) -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Ray Data's own pools make the core worker warn about their constructor arguments on every start (ray#53727).
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    # On few CPUs the actors of a training are more than Ray expects at once, and it says so on the terminal.
+    os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(max(MOST_STARTING, available_cpus())))
+    # Ray Train looks every 2 s whether a training has ended.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     address = config.address or os.environ.get("RAY_ADDRESS")
     local: dict[str, Any] = (
         {}

@@ -32,17 +32,18 @@ def augment(batch: dict[str, Tensor], config: AugmentationConfig, seed: int) -> 
     generator = torch.Generator().manual_seed(seed)
     images = batch["image"]
     matrix = _geometry(images, config, generator)
+    grid = _grid(matrix, images.shape[1:3])
     changed = dict(batch)
     for name in {"mask", "regions"} & batch.keys():
-        changed[name] = _warp_ids(batch[name], matrix)
+        changed[name] = _warp_ids(batch[name], grid)
     if "maps" in batch:
-        changed["maps"] = _warp(batch["maps"].float(), matrix)
-    images = _warp(images.permute(0, 3, 1, 2).float(), matrix).permute(0, 2, 3, 1)
+        changed["maps"] = _warp(batch["maps"].float(), _grid(matrix, batch["maps"].shape[2:]))
+    images = _warp(images.permute(0, 3, 1, 2).float(), grid)
     if config.stain:
         images = _stain(images, config.stain, generator)
     if config.brightness:
         images = _brightness(images, config.brightness, generator)
-    changed["image"] = images.round().clamp(0, 255).to(torch.uint8)
+    changed["image"] = images.round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
     return changed
 
 
@@ -77,31 +78,37 @@ def _geometry(images: Tensor, config: AugmentationConfig, generator: torch.Gener
     ).to(images.device)
 
 
-def _warp(maps: Tensor, matrix: Tensor) -> Tensor:
+def _grid(matrix: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Where the pixels of a changed map of that height and width come from, (N, h, w, 2) from -1 to 1."""
+    return F.affine_grid(matrix, [len(matrix), 1, *size], align_corners=False)
+
+
+def _warp(maps: Tensor, grid: Tensor) -> Tensor:
     """Sample (N, C, h, w) float bilinearly, mirrored outside."""
-    grid = F.affine_grid(matrix, list(maps.shape), align_corners=False)
     return F.grid_sample(maps, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 
 
-def _warp_ids(ids: Tensor, matrix: Tensor) -> Tensor:
+def _warp_ids(ids: Tensor, grid: Tensor) -> Tensor:
     """Sample (N, H, W) uint8 at the nearest pixels, `IGNORE_ID` outside."""
     # Ids are shifted so that the zero padding of grid_sample means "outside", which is ignored.
-    shifted = (ids.float() + 1)[:, None]
-    grid = F.affine_grid(matrix, list(shifted.shape), align_corners=False)
+    shifted = ids[:, None].float().add_(1)
     warped = F.grid_sample(shifted, grid, mode="nearest", padding_mode="zeros", align_corners=False)[:, 0]
-    warped = torch.where(warped == 0, torch.full_like(warped, float(IGNORE_ID)), warped - 1)
-    return warped.round().to(torch.uint8)
+    return warped.sub_(1).masked_fill_(warped < 0, IGNORE_ID).to(torch.uint8)
 
 
 def _stain(images: Tensor, sigma: float, generator: torch.Generator) -> Tensor:
-    """Scale and shift the amounts of the stains (Tellez et al. 2018)."""
+    """Scale and shift the stains of (N, 3, H, W) (Tellez et al. 2018): their amounts A become gain A + offset.
+
+    Done in one product a pixel: the density D = A S = -log((x + 1) / 256) becomes D S^-1 diag(gain) S + offset S.
+    """
     n = len(images)
-    stains = F.normalize(STAINS, dim=1).to(images.device)
-    gain = (1 + torch.randn(n, 1, 1, 3, generator=generator) * sigma * 3).clamp(0.5, 1.5).to(images.device)
-    offset = (torch.randn(n, 1, 1, 3, generator=generator) * sigma).to(images.device)
-    density = -torch.log((images + 1) / 256)
-    amounts = density @ torch.linalg.inv(stains)
-    return torch.exp(-((amounts * gain + offset) @ stains)) * 256 - 1
+    stains = F.normalize(STAINS, dim=1)
+    gain = (1 + torch.randn(n, 1, 3, generator=generator) * sigma * 3).clamp(0.5, 1.5)
+    offset = torch.randn(n, 1, 3, generator=generator) * sigma
+    mixed = ((torch.linalg.inv(stains) * gain) @ stains).mT
+    shift = -math.log(256) * mixed.sum(2, keepdim=True) - (offset @ stains).mT
+    changed = torch.baddbmm(shift.to(images.device), mixed.to(images.device), images.log1p().flatten(2))
+    return changed.exp_().mul_(256).sub_(1).view(images.shape)
 
 
 def _brightness(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
@@ -109,5 +116,5 @@ def _brightness(images: Tensor, strength: float, generator: torch.Generator) -> 
     contrast, brightness = (
         (1 + (2 * torch.rand(n, 1, 1, 1, generator=generator) - 1) * strength).to(images.device) for _ in range(2)
     )
-    mean = images.mean(dim=(1, 2), keepdim=True)
-    return ((images - mean) * contrast + mean) * brightness
+    mean = images.mean(dim=(2, 3), keepdim=True)
+    return torch.addcmul(mean * (1 - contrast) * brightness, images, contrast * brightness)

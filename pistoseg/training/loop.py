@@ -7,6 +7,7 @@ import math
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -52,8 +53,7 @@ class TrainingJob:
         batch_size: of one worker.
         folder: URI of the artifact; receives `failure.json` and the batch of a step that was not finite.
         threads: of a CPU worker.
-        monitor: actor that collects what the driver shows.
-        pace: `Pace` actor, told how many samples are used.
+        progress: `TrainingProgress` actor, told how far the training is.
         callbacks: those that are `WorkersCallback`s hear of the workers.
     """
 
@@ -65,31 +65,32 @@ class TrainingJob:
     batch_size: int
     folder: str
     threads: int
-    monitor: Any
-    pace: Any
+    progress: Any
     callbacks: tuple[Any, ...] = ()
 
 
 def train_worker(arguments: dict[str, Any]) -> None:
     """The train loop, given to Ray Train with `{"job": TrainingJob}`."""
     job: TrainingJob = arguments["job"]
-    training = _Training(job)
-    group = ray.util.get_current_placement_group()
-    if training.rank == 0 and group is not None:
-        for callback in job.callbacks:
-            if isinstance(callback, WorkersCallback):
-                callback.on_workers(group)
-    batches = iter(
+    stream = iter(
         ray.train.get_dataset_shard("train").iter_torch_batches(
             batch_size=job.batch_size,
             prefetch_batches=2,
             drop_last=True,
             # Copied to the GPU by the thread that prefetches, while the network is at the batch before.
-            pin_memory=training.device.type == "cuda",
+            pin_memory=ray.train.torch.get_device().type == "cuda",
         )
     )
-    # The stream's start-up is no waiting of the first epoch.
-    batches = chain(list(islice(batches, 1)), batches)
+    # The actors that make samples start while this process imports and builds its network.
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(list, islice(stream, 1))
+        training = _Training(job)
+        batches = chain(first.result(), stream)
+    group = ray.util.get_current_placement_group()
+    if training.rank == 0 and group is not None:
+        for callback in job.callbacks:
+            if isinstance(callback, WorkersCallback):
+                callback.on_workers(group)
     for epoch in range(training.epoch, job.config.epochs):
         if not training.run_epoch(epoch, batches):
             return
@@ -215,7 +216,7 @@ class _Training:
         if self.rank:
             ray.train.report(metrics)
             return
-        ray.get(self.job.monitor.epoch.remote(row))
+        ray.get(self.job.progress.epoch.remote(row))
         with tempfile.TemporaryDirectory() as folder:
             state = {
                 "kept": self._kept.state_dict(),
@@ -230,8 +231,8 @@ class _Training:
     def _say(self, epoch: int, step: int, loss: float) -> None:
         if self.rank == 0:
             done = epoch * self.job.steps + step
-            self.job.pace.set.remote(done * self.job.batch_size * self.world)
-            self.job.monitor.step.remote(done, f"epoch {epoch + 1}, loss {loss:.3f}")
+            used = done * self.job.batch_size * self.world
+            self.job.progress.step.remote(done, used, f"epoch {epoch + 1}, loss {loss:.3f}")
 
     def _fail(self, batch: dict[str, Tensor], epoch: int, step: int, loss: float) -> None:
         name = f"failed-batch-rank{self.rank}.safetensors"

@@ -6,7 +6,6 @@ epoch is fresh, a resumed training starts its stream at the right epoch, and the
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -57,7 +56,7 @@ def sample_dataset(
     per_epoch: int,
     actors: int,
     workers: int = 1,
-    pace: Any = None,
+    progress: Any = None,
 ) -> ray.data.Dataset:
     """The samples of epochs first_epoch..epochs-1, in order, for an equal number of samples per worker and epoch.
 
@@ -70,7 +69,7 @@ def sample_dataset(
         per_epoch: samples in an epoch.
         actors: that make samples.
         workers: that the samples are split between.
-        pace: handle of a `Pace` actor that holds the sample actors back; None: as fast as Ray lets them.
+        progress: `TrainingProgress` actor, which holds the sample actors back; None: as fast as Ray lets them.
     """
     height, width = source.size
     share = per_epoch // workers
@@ -89,7 +88,7 @@ def sample_dataset(
             "build": source.build,
             "shared": [source.shared],
             "columns": source.columns,
-            "pace": pace,
+            "progress": progress,
             "per_epoch": per_epoch,
             "ahead": (actors + 2 * workers) * per_block,
         },
@@ -100,49 +99,25 @@ def sample_dataset(
     )
 
 
-class Pace:
-    """How many samples the trainer has used; an asyncio actor on which sample actors wait.
-
-    A sample actor that is far enough ahead waits in its task. Were it to go on, Ray Data would hold the finished blocks
-    back at their memory limit, and its scheduler, which polls finished blocks that it may not take, would keep a whole
-    CPU busy: half of a two-core machine.
-    """
-
-    def __init__(self) -> None:
-        self.used = 0
-        self._moved = asyncio.Event()
-
-    async def set(self, used: int) -> None:
-        """Say how many samples, counted from epoch 0, are used."""
-        self.used = used
-        self._moved.set()
-        self._moved = asyncio.Event()
-
-    async def wait(self, used: int) -> None:
-        """Return once at least `used` samples are used."""
-        while self.used < used:
-            await self._moved.wait()
-
-
 class _SampleActor:
     def __init__(
         self,
         build: Callable[[Any], Samples],
         shared: list[ray.ObjectRef],
         columns: tuple[str, ...],
-        pace: Any,
+        progress: Any,
         per_epoch: int,
         ahead: int,
     ) -> None:
         import cv2
 
         cv2.setNumThreads(1)
-        self.columns, self.pace, self.per_epoch, self.ahead = columns, pace, per_epoch, ahead
+        self.columns, self.progress, self.per_epoch, self.ahead = columns, progress, per_epoch, ahead
         self.samples = build(ray.get(shared[0]))
 
     def __call__(self, batch: dict[str, NDArray[np.int64]]) -> dict[str, NDArray[Any]]:
-        if self.pace is not None:
-            ray.get(self.pace.wait.remote(int(batch["start"][0]) - self.ahead))
+        if self.progress is not None:
+            ray.get(self.progress.wait.remote(int(batch["start"][0]) - self.ahead))
         ranges = zip(batch["start"], batch["stop"], strict=True)
         numbers = np.concatenate([np.arange(start, stop) for start, stop in ranges])
         epochs, indices = np.divmod(numbers, self.per_epoch)

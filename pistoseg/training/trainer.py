@@ -19,7 +19,8 @@ from pistoseg import storage
 from pistoseg.config import ComputeConfig, TrainingConfig
 from pistoseg.errors import PistoSegError
 from pistoseg.training.loop import CHECKPOINT, FAILURE, TrainingJob, train_worker
-from pistoseg.training.stream import Pace, SampleSource, sample_dataset
+from pistoseg.training.progress import TrainingProgress
+from pistoseg.training.stream import SampleSource, sample_dataset
 from pistoseg.training.tasks import Task
 
 RUN = "ray_train"
@@ -41,24 +42,6 @@ class Trained:
     state: dict[str, torch.Tensor]
     epoch: int
     history: list[dict[str, float]]
-
-
-class _Monitor:
-    """Collects what training workers say, for the driver to fetch."""
-
-    def __init__(self) -> None:
-        self.done, self.note = 0, ""
-        self.rows: list[dict[str, float]] = []
-
-    def step(self, done: int, note: str) -> None:
-        self.done, self.note = done, note
-
-    def epoch(self, row: dict[str, float]) -> None:
-        self.rows.append(row)
-
-    def fetch(self) -> tuple[int, str, list[dict[str, float]]]:
-        rows, self.rows = self.rows, []
-        return self.done, self.note, rows
 
 
 def train(
@@ -104,7 +87,7 @@ def train(
     failure = storage.join(folder, FAILURE)
     if storage.exists(failure):
         storage.remove_file(failure)  # the user runs again on purpose: from the last good epoch
-    monitor, pace = (ray.remote(num_cpus=0)(actor).remote() for actor in (_Monitor, Pace))
+    progress = ray.remote(num_cpus=0)(TrainingProgress).remote()
     job = TrainingJob(
         config=config,
         network=ray.put(network),
@@ -114,8 +97,7 @@ def train(
         batch_size=per_worker,
         folder=folder,
         threads=threads,
-        monitor=monitor,
-        pace=pace,
+        progress=progress,
         callbacks=callbacks,
     )
     file_system, path = storage.arrow_filesystem(folder)
@@ -123,8 +105,8 @@ def train(
     def dataset() -> ray.data.Dataset:
         # Called at every (re)start of the workers, so that the stream begins with the epoch they resume at.
         first = len(_last_history(folder))
-        ray.get(pace.set.remote(first * samples))
-        return sample_dataset(source, first, config.epochs, samples, actors, compute.train_workers, pace)
+        ray.get(progress.set_used.remote(first * samples))
+        return sample_dataset(source, first, config.epochs, samples, actors, compute.train_workers, progress)
 
     by_score = config.keep == "best" and task.validates
     options = ray.data.ExecutionOptions(preserve_order=True)
@@ -149,13 +131,12 @@ def train(
         datasets={"train": dataset},
         dataset_config=ray.train.DataConfig(execution_options=options),
     )
-    with _Watch(monitor, steps * config.epochs, on_step, on_epoch):
+    with _Watch(progress, steps * config.epochs, on_step, on_epoch):
         try:
             result = trainer.fit()
         except ray.train.TrainingFailedError as error:
             raise _user_error(error) or error from None
-    for actor in (monitor, pace):
-        ray.kill(actor)
+    ray.kill(progress)
     if storage.exists(failure):
         reason = json.loads(storage.read_bytes(failure))
         raise PistoSegError(
@@ -210,16 +191,16 @@ def _last_history(folder: str) -> list[dict[str, float]]:
 
 
 class _Watch:
-    """Passes what the monitor collected to the driver's callbacks while the training runs."""
+    """Passes what the workers said to the driver's callbacks while the training runs."""
 
     def __init__(
         self,
-        monitor: Any,
+        progress: Any,
         total: int,
         on_step: Callable[[int, int, str], None],
         on_epoch: Callable[[dict[str, float]], None],
     ) -> None:
-        self.monitor, self.total, self.on_step, self.on_epoch = monitor, total, on_step, on_epoch
+        self.progress, self.total, self.on_step, self.on_epoch = progress, total, on_step, on_epoch
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -237,9 +218,9 @@ class _Watch:
 
     def _fetch(self) -> None:
         try:
-            done, note, rows = ray.get(self.monitor.fetch.remote(), timeout=30)
+            done, note, rows = ray.get(self.progress.fetch.remote(), timeout=30)
         except ray.exceptions.RayError:
-            return  # shown again at the next poll; a lost monitor costs the display, not the training
+            return  # shown again at the next poll; a lost actor costs the display, not the training
         self.on_step(done, self.total, note)
         for row in rows:
             self.on_epoch(row)

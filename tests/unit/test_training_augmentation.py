@@ -159,6 +159,22 @@ def test_stain_and_brightness_survive_black_and_white():
     assert changed[0].float().mean() < changed[1].float().mean()
 
 
+def test_the_amount_of_each_stain_is_scaled_and_shifted_by_itself():
+    images = np.random.default_rng(0).integers(90, 200, (4, 24, 24, 3), np.uint8)
+    masks = torch.zeros(4, 24, 24, dtype=torch.uint8)
+    changed, _ = both(torch.from_numpy(images), masks, config(stain=0.05), seed=3)
+    rows = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
+    to_amounts = np.linalg.inv(rows / np.linalg.norm(rows, axis=1, keepdims=True))
+    before, after = (-np.log((item.astype(float) + 1) / 256) @ to_amounts for item in (images, changed.numpy()))
+    for image in range(4):
+        for stain in range(3):
+            x, y = before[image, ..., stain].ravel(), after[image, ..., stain].ravel()
+            gain, offset = np.polyfit(x, y, 1)
+            assert 0.5 < gain < 1.5
+            assert np.abs(y - gain * x - offset).max() < 0.03, "of rounding to 8 bits"
+    assert np.abs(after - before).mean() > 0.01
+
+
 def test_regions_change_as_masks_do_and_labels_not_at_all():
     images, masks = coded()
     labels = torch.arange(24).reshape(6, 4).to(torch.uint8)

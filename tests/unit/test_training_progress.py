@@ -1,21 +1,21 @@
-"""The pace that keeps sample actors from running ahead of the trainer."""
+"""What keeps sample actors from running ahead of the trainer."""
 
 import asyncio
 
-from pistoseg.training.stream import Pace
+from pistoseg.training.progress import TrainingProgress
 
 
 def test_waits_until_enough_samples_are_used():
     async def scenario() -> list[str]:
-        pace, events = Pace(), []
+        progress, events = TrainingProgress(), []
 
         async def actor() -> None:
-            await pace.wait(16)
+            await progress.wait(16)
             events.append("made")
 
         waiting = asyncio.create_task(actor())
         for used in (8, 15, 16):
-            await pace.set(used)
+            await progress.set_used(used)
             await asyncio.sleep(0)
             await asyncio.sleep(0)
             events.append(f"used {used}")
@@ -27,9 +27,9 @@ def test_waits_until_enough_samples_are_used():
 
 def test_nothing_waits_for_samples_that_are_used_already():
     async def scenario() -> None:
-        pace = Pace()
-        await pace.wait(-40)  # the first blocks of a stream
-        await pace.set(100)  # a resumed training
-        await pace.wait(60)
+        progress = TrainingProgress()
+        await progress.wait(-40)  # the first blocks of a stream
+        await progress.set_used(100)  # a resumed training
+        await progress.wait(60)
 
     asyncio.run(asyncio.wait_for(scenario(), 5))
