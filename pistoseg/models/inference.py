@@ -327,6 +327,8 @@ class Predictor:
     def _symmetric(self, tiles: Tensor, softmax: bool, companions: Tensor | None = None) -> Tensor:
         """Maps (N, L, h, w) of normalised tiles (N, 3, h, w), averaged over the symmetries."""
         variants = SYMMETRIES[self.symmetries]
+        if self.bf16 and companions is None:
+            tiles = tiles.bfloat16()  # as autocast's first convolution would, but before they are turned
         if tiles.shape[2] != tiles.shape[3] and len(variants) > 1:
             groups = [[v for v in variants if v[0] % 2 == odd] for odd in (0, 1)]  # a quarter turn changes the shape
         else:

@@ -29,14 +29,23 @@ def cut_tile(image: NDArray[Pixel], origin: tuple[int, int], shape: tuple[int, i
 
 
 def turn(tiles: Tensor, quarters: int, flip: bool) -> Tensor:
-    """(N, C, h, w) turned by quarters, then flipped from left to right."""
-    turned = torch.rot90(tiles, quarters, (2, 3))
-    return turned.flip(3) if flip else turned
+    """(N, C, h, w) turned by quarters as `torch.rot90` does, then flipped from left to right; copied once at the most."""
+    turned = _flipped(tiles, quarters, flip)
+    return turned.mT if quarters % 2 else turned
 
 
 def turn_back(maps: Tensor, quarters: int, flip: bool) -> Tensor:
     """The inverse of `turn`."""
-    return torch.rot90(maps.flip(3) if flip else maps, -quarters, (2, 3))
+    return _flipped(maps.mT if quarters % 2 else maps, quarters, flip)
+
+
+def _flipped(maps: Tensor, quarters: int, flip: bool) -> Tensor:
+    # A turn by 1 or 3 quarters is a flip and a transposition, behind which left and right are up and down.
+    down, right = quarters in (2, 3), quarters in (1, 2)
+    if flip:
+        down, right = (not down, right) if quarters % 2 else (down, not right)
+    axes = [axis for axis, flips in ((2, down), (3, right)) if flips]
+    return maps.flip(axes) if axes else maps
 
 
 def zoomed(tiles: Tensor, scale: float) -> Tensor:
