@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
@@ -29,7 +28,7 @@ def cut_tile(image: NDArray[Pixel], origin: tuple[int, int], shape: tuple[int, i
 
 
 def turn(tiles: Tensor, quarters: int, flip: bool) -> Tensor:
-    """(N, C, h, w) turned by quarters as `torch.rot90` does, then flipped from left to right; copied once at the most."""
+    """(N, C, h, w) turned by quarters as `torch.rot90` does, then flipped from left to right, in at most one copy."""
     turned = _flipped(tiles, quarters, flip)
     return turned.mT if quarters % 2 else turned
 

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import socket
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -195,12 +196,14 @@ def run_shards(
     resources: dict[str, float],
     progress: Progress,
     weight: Callable[[Any], int] = len,
-    keep_workers: bool = True,
 ) -> None:
     """Process shards in parallel; each leaves `part-<number>.parquet` in a folder, which marks it as done.
 
+    Without a GPU the shards are Ray tasks: processes that Ray keeps at hand have the libraries loaded from stage to
+    stage. A GPU's memory is free only when its process ends, so there the shards go to actors.
+
     Args:
-        worker: class whose instances take (number, shard, part's URI) and write that part.
+        worker: class whose instances take (number, shard, part's URI) and write that part; a process makes one.
         arguments: of the class.
         shards: JSON values, the same in every run of the same artifact.
         folder: where the parts go; those that are there are kept.
@@ -208,8 +211,6 @@ def run_shards(
         resources: of each actor, as Ray names them.
         progress: told the weight of the finished shards.
         weight: images (or mosaics) in a shard.
-        keep_workers: False for a class that costs nothing to make: each shard gets an instance of its own, in one of
-            the processes that Ray keeps at hand, and the stage does not wait for new ones to start.
     Raises:
         PistoSegError: what the workers raised, all together, after the other shards are done.
     """
@@ -226,11 +227,12 @@ def run_shards(
         return
     items, size = ray.data.from_items(rows, override_num_blocks=len(rows)), min(actors, len(rows))
     setup = (worker, arguments, folder)
-    results = (
-        items.map(_ShardActor, fn_constructor_args=setup, compute=ray.data.ActorPoolStrategy(size=size), **resources)
-        if keep_workers
-        else items.map(_shard_task, fn_args=setup, compute=ray.data.TaskPoolStrategy(size), **resources)
-    )
+    if resources.get("num_gpus"):
+        pool = ray.data.ActorPoolStrategy(size=size)
+        results = items.map(_ShardWorker, fn_constructor_args=setup, compute=pool, **resources)
+    else:
+        tasks = ray.data.TaskPoolStrategy(size)
+        results = items.map(_shard, fn_args=(uuid.uuid4().hex, *setup), compute=tasks, **resources)
     problems: dict[str, None] = {}  # in the order of their coming, each once
     for row in results.iter_rows():
         if row["problem"]:
@@ -244,7 +246,7 @@ def run_shards(
         raise errors[0]
 
 
-class _ShardActor:
+class _ShardWorker:
     def __init__(self, worker: type, arguments: dict[str, Any], folder: str) -> None:
         self.worker: Any = None
         self.folder = folder
@@ -260,8 +262,16 @@ class _ShardActor:
         return {"number": number, "problem": problem}
 
 
-def _shard_task(row: dict[str, Any], worker: type, arguments: dict[str, Any], folder: str) -> dict[str, Any]:
-    return _ShardActor(worker, arguments, folder)(row)
+_at_hand: tuple[str, _ShardWorker] | None = None
+"""What this process built for the stage whose shard it did last."""
+
+
+def _shard(row: dict[str, Any], run: str, worker: type, arguments: dict[str, Any], folder: str) -> dict[str, Any]:
+    global _at_hand
+    if _at_hand is None or _at_hand[0] != run:
+        _at_hand = None  # its memory, before the next one needs some
+        _at_hand = run, _ShardWorker(worker, arguments, folder)
+    return _at_hand[1](row)
 
 
 def _problem_of(action: Callable[[], None]) -> str:

@@ -122,7 +122,6 @@ def _run(
         resources={"num_cpus": 1},
         progress=context.progress,
         weight=weight,
-        keep_workers=False,
     )
 
 

@@ -78,7 +78,6 @@ def collect(
         actors=actors,
         resources={"num_cpus": 1},
         progress=progress,
-        keep_workers=False,
     )
     missing = {"missing_images": listing.missing_images, "missing_masks": listing.missing_masks}
     for kind, names in missing.items():

@@ -67,7 +67,7 @@ except PistoSegError as error:
 """
 SAYS = {"synthesis": "Making mosaics ...", "preliminary": "Training the preliminary model ...",
         "pseudo_masks": "Making pseudo-masks ...", "search": "trial 0: ", "segmentation": "Segmenting "}  # fmt: skip
-WORKERS = {"synthesis": b"_ShardActor", "preliminary": b"RayTrainWorker", "pseudo_masks": b"_ShardActor",
+WORKERS = {"synthesis": b"Map(_shard)", "preliminary": b"RayTrainWorker", "pseudo_masks": b"Map(_shard)",
            "search": b"RayTrainWorker", "segmentation": b"SlideWorker"}  # fmt: skip
 RESULTS = {
     "synthesis": "runs/synthesis/*/mosaics/*.parquet",

@@ -56,7 +56,7 @@ def test_a_synthesis_whose_worker_is_killed_makes_the_same_mosaics(local_ray, co
     whole, broken = Workspace(str(tmp_path / "whole")), Workspace(str(tmp_path / "broken"))
     run_pipeline(config, whole, ("synthesis",))
     parts = tmp_path / "broken"
-    killer = Killer(b"_ShardActor", lambda: len(list(parts.glob("synthesis/*/mosaics/part-*.parquet"))) >= 2)
+    killer = Killer(b"Map(_shard)", lambda: len(list(parts.glob("synthesis/*/mosaics/part-*.parquet"))) >= 2)
     killer.start()
     run_pipeline(config, broken, ("synthesis",))
     killer.done.set()
