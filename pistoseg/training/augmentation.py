@@ -96,11 +96,13 @@ def _warp_ids(ids: Tensor, matrix: Tensor) -> Tensor:
 def _stain(images: Tensor, sigma: float, generator: torch.Generator) -> Tensor:
     """Scale and shift the amounts of the stains (Tellez et al. 2018)."""
     n = len(images)
-    stains = F.normalize(STAINS, dim=1).to(images.device)
+    # Inverted on the CPU: a solver on the GPU would have to be waited for.
+    stains = F.normalize(STAINS, dim=1)
+    unmix, stains = (matrix.to(images.device) for matrix in (torch.linalg.inv(stains), stains))
     gain = (1 + torch.randn(n, 1, 1, 3, generator=generator) * sigma * 3).clamp(0.5, 1.5).to(images.device)
     offset = (torch.randn(n, 1, 1, 3, generator=generator) * sigma).to(images.device)
     density = -torch.log((images + 1) / 256)
-    amounts = density @ torch.linalg.inv(stains)
+    amounts = density @ unmix
     return torch.exp(-((amounts * gain + offset) @ stains)) * 256 - 1
 
 
