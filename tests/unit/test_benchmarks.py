@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks import __main__ as all_benchmarks
 from benchmarks import growth, harness, inference, material, mosaics, slides, training
@@ -24,6 +25,16 @@ def test_a_benchmark_runs_at_a_tiny_size(module, options):
     assert report.figures
     assert all(np.isfinite(value) for value in report.figures.values())
     assert set(report.targets) <= set(report.figures)
+
+
+@pytest.mark.parametrize("name", training.CASES)
+def test_every_trained_network_takes_a_plain_step_and_ours(name, options):
+    case = training.CASES[name](options, 2, 64)
+    before = {key: value.clone() for key, value in case.network.state_dict().items()}
+    for make in (training.plain_step, training.step):
+        make(case, torch.device("cpu"))()
+    # Both train copies: variants must start from the same network.
+    assert all(torch.equal(value, before[key]) for key, value in case.network.state_dict().items())
 
 
 def test_mosaics_are_measured_without_ray(options):
