@@ -39,6 +39,8 @@ def connected(config: ComputeConfig) -> Iterator[None]:
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     # On few CPUs the actors of a training are more than Ray expects at once, and it says so on the terminal.
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(max(MOST_STARTING, available_cpus())))
+    # For `training.memory`; only a local Ray has this process's variables.
+    os.environ.setdefault("MALLOC_ARENA_MAX", "1")
     # Ray Train looks every 2 s whether a training has ended.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     address = config.address or os.environ.get("RAY_ADDRESS")

@@ -27,6 +27,7 @@ from pistoseg import storage
 from pistoseg.config import TrainingConfig
 from pistoseg.models.inference import resolve_precision
 from pistoseg.training.augmentation import augment
+from pistoseg.training.memory import keep_freed_memory
 from pistoseg.training.tasks import Task
 
 CHECKPOINT = "training.pt"
@@ -104,6 +105,7 @@ class _Training:
         self.device = ray.train.torch.get_device()
         if self.device.type == "cpu":
             torch.set_num_threads(job.threads)
+            keep_freed_memory()
         torch.manual_seed(job.seed)
         self.network: Any = ray.get(job.network)
         self.network.to(device=self.device, memory_format=torch.channels_last)
