@@ -38,11 +38,11 @@ def draw(outcome: Outcome) -> dict[str, bytes]:
     with _quiet():
         drawn["history.png"] = _png(lambda: plots.plot_optimization_history(study, target_name=title), title)
         if any(trial.intermediate_values for trial in study.trials):
-            drawn["curves.png"] = _png(lambda: plots.plot_intermediate_values(study), "objective by epoch")
+            drawn["curves.png"] = _png(lambda: _by_epoch(plots.plot_intermediate_values(study), title), "by epoch")
         drawn["slices.png"] = _png(lambda: plots.plot_slice(study, params=sorted(_varied(study)), target_name=title))
         if len(common) > 1:
             drawn["parallel.png"] = _png(
-                lambda: plots.plot_parallel_coordinate(study, params=common, target_name=title)
+                lambda: _without_grids(plots.plot_parallel_coordinate(study, params=common, target_name=title))
             )
         if importance(outcome):
             drawn["importance.png"] = _png(
@@ -103,6 +103,20 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Optuna calls its pictures experimental
         yield
+
+
+def _by_epoch(axes: Any, title: str) -> Any:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set(xlabel="epoch", ylabel=title)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return axes
+
+
+def _without_grids(axes: Any) -> Any:
+    for each in axes.figure.axes:  # one a parameter, whose grids would lie over each other
+        each.grid(False)
+    return axes
 
 
 def _png(plot: Callable[[], Any], title: str | None = None) -> bytes:

@@ -12,6 +12,7 @@ import pistoseg
 from pistoseg import storage
 from pistoseg.cli import main
 from pistoseg.patches.decode import decode_ids, decode_png
+from pistoseg.tracking import default_server
 
 EVERY_STAGE = ("precise.masks=refined_cnn", "cams.method=sc_cam", "cams.subcategories=2")
 
@@ -184,8 +185,8 @@ def test_the_precise_model_is_a_registered_version_with_a_signature(workspace, c
     version = client.search_model_versions("name='pistoseg'")[-1]
     assert version.tags["pistoseg.fingerprint"] == artifacts["precise"].name
     assert version.tags["pistoseg.bundle"] == str(artifacts["precise"] / "bundle")
-    mlflow.set_tracking_uri(f"sqlite:///{workspace / 'mlflow.db'}")
-    model = mlflow.pyfunc.load_model(f"models:/pistoseg/{version.version}")
+    with default_server(f"sqlite:///{workspace / 'mlflow.db'}"):
+        model = mlflow.pyfunc.load_model(f"models:/pistoseg/{version.version}")
     assert "uint8" in str(model.metadata.signature.inputs)
     file = sorted((cohort / "2.validation" / "img").iterdir())[0]
     image = np.asarray(Image.open(file))

@@ -12,6 +12,7 @@ from pistoseg.errors import PistoSegError
 from pistoseg.models import bundle, segmentation
 from pistoseg.models.mlflow_flavor import LOADER_MODULE, signature
 from pistoseg.models.segmentation import Normalization
+from pistoseg.tracking import default_server
 
 CLASSES = TissueClasses((TissueClass("tumor", (0, 64, 128)), TissueClass("strôma", (64, 128, 0))), 2, (255, 255, 255))
 
@@ -151,10 +152,16 @@ def test_bad_input_to_predict_is_an_error_that_names_it(model, folder, tmp_path)
         pistoseg.load(str(tmp_path / "unknown"), device="cpu").predict(picture(), mpp=0.5)
 
 
+@pytest.fixture
+def _database(tmp_path):
+    with default_server(f"sqlite:///{tmp_path / 'mlflow.db'}"):
+        yield
+
+
+@pytest.mark.usefixtures("_database")
 def test_mlflow_keeps_a_bundle_as_a_model_with_a_signature(folder, tmp_path):
     import mlflow
 
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path / 'mlflow.db'}")
     experiment = mlflow.create_experiment("bundles", artifact_location=(tmp_path / "artifacts").as_uri())
     with mlflow.start_run(experiment_id=experiment):
         logged = mlflow.pyfunc.log_model(
