@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+# Tests run more threads than there are cores; one that waits must not keep a core from the others.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _no_foreign_services():
