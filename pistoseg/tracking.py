@@ -274,19 +274,21 @@ class Tracker:
 
         Args:
             artifact: of the stage `precise`.
-            tags: of the version, also where the model is registered already.
+            tags: of the version beside its lineage, also where the model is registered already.
         Returns:
             Its version; None without a server, which is told later.
         """
         if self.client is None or self.run_id is None:
             return None
+        inputs = artifact.manifest["inputs"].items()
+        lineage = {f"pistoseg.input.{role}": f"{item['stage']}/{item['fingerprint']}" for role, item in inputs}
         version: str | None = self.guard(
             self.client.register,
             run_id=self._stage_runs.get("precise", self.run_id),
             name=self.config.tracking.model,
             uri=artifact.path("bundle"),
             fingerprint=artifact.fingerprint,
-            tags=dict(tags or {}),
+            tags=lineage | dict(tags or {}),
         )
         return version
 

@@ -185,6 +185,7 @@ def test_the_precise_model_is_a_registered_version_with_a_signature(workspace, c
     version = client.search_model_versions("name='pistoseg'")[-1]
     assert version.tags["pistoseg.fingerprint"] == artifacts["precise"].name
     assert version.tags["pistoseg.bundle"] == str(artifacts["precise"] / "bundle")
+    assert version.tags["pistoseg.input.patches"] == f"patches/{artifacts['patches'].name}"
     with default_server(f"sqlite:///{workspace / 'mlflow.db'}"):
         model = mlflow.pyfunc.load_model(f"models:/pistoseg/{version.version}")
     assert "uint8" in str(model.metadata.signature.inputs)

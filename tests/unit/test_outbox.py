@@ -236,7 +236,8 @@ def test_a_pipeline_whose_tracking_server_refuses_connections_is_told_later(tmp_
     with Tracker.start(load_config("demo"), workspace) as tracker:
         with tracker.stage("patches", "0" * 16, {"a": 1}, {}) as run:
             run.metrics({"images": 3.0})
-        tracker.finish({"precise": Artifact("precise", "f" * 16, str(tmp_path / "precise"), {"summary": {}})})
+        manifest = {"summary": {}, "inputs": {}}
+        tracker.finish({"precise": Artifact("precise", "f" * 16, str(tmp_path / "precise"), manifest)})
     printed = capsys.readouterr().out
     assert printed.count("can't be reached") == 1
     assert "hidden" not in printed
