@@ -12,8 +12,8 @@ def keep_freed_memory() -> None:
     """Let this process keep what it frees, where its C library is glibc.
 
     A step frees all activations, and glibc gives tensors of that size back to the kernel, which clears their pages
-    again for the next step: a tenth of a step's time. The process keeps its peak until it ends. Threads other than the
-    main one need `MALLOC_ARENA_MAX=1` in the environment as well, which a local Ray gets (`stages/cluster.py`).
+    again for the next step: hundreds of thousands of page faults. The process keeps its peak until it ends. Threads
+    other than the main one need `MALLOC_ARENA_MAX=1` in the environment as well, which a local Ray gets (`stages/cluster.py`).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
