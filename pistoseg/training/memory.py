@@ -13,7 +13,8 @@ def keep_freed_memory() -> None:
 
     A step frees all activations, and glibc gives tensors of that size back to the kernel, which clears their pages
     again for the next step: hundreds of thousands of page faults. The process keeps its peak until it ends. Threads
-    other than the main one need `MALLOC_ARENA_MAX=1` in the environment as well, which a local Ray gets (`stages/cluster.py`).
+    other than the main one need `MALLOC_ARENA_MAX=1` in the environment as well; `stages/cluster.py` sets it for a
+    local Ray.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
