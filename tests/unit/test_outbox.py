@@ -10,10 +10,10 @@ import requests
 
 from pistoseg import outbox, storage
 from pistoseg.artifacts import Artifact, Workspace
-from pistoseg.config import load_config
+from pistoseg.config import TrackingConfig, load_config
 from pistoseg.liveness import is_alive, process
 from pistoseg.outbox import Outbox
-from pistoseg.tracking import Tracker
+from pistoseg.tracking import Tracker, connect
 
 
 class Line:
@@ -246,3 +246,13 @@ def test_a_pipeline_whose_tracking_server_refuses_connections_is_told_later(tmp_
     assert calls[:5] == ["create_run", "log_batch", "create_run", "log_batch", "log_metric"]
     assert calls[5:] == ["set_terminated", "register", "set_terminated"]
     assert not [item for item in storage.list_files(str(tmp_path)) if b"hidden" in storage.read_bytes(item)]
+
+
+def test_a_remote_workspace_without_a_server_says_where_its_runs_are(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    for expected in (1, 0):  # once: then the folder is there
+        connect(TrackingConfig(), Workspace("memory://pistoseg-outbox/runs")).close()
+        assert capsys.readouterr().out.count("set MLFLOW_TRACKING_URI") == expected
+    connect(TrackingConfig(), Workspace(str(tmp_path / "local"))).close()
+    assert "MLFLOW_TRACKING_URI" not in capsys.readouterr().out
