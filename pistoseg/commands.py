@@ -132,10 +132,10 @@ def segment(
         dry_run: whether nothing is to be done.
         options: of `pistoseg.stages.slides.SlideRun`.
     """
-    from pistoseg.registry import bundle_uri
     from pistoseg.slides.network import SlideSettings
     from pistoseg.stages import slides as stage
     from pistoseg.tracking import batch_run
+    from pistoseg.tracking.registry import bundle_uri
 
     tracking, place = TrackingConfig(), Workspace(storage.absolute(workspace))
     uri = bundle_uri(model, tracking, place)

@@ -10,7 +10,7 @@ from rich.table import Table
 from pistoseg import storage
 from pistoseg.artifacts import Workspace
 from pistoseg.config import TrackingConfig
-from pistoseg.registry import CHAMPION, PREVIOUS, ModelVersion, Registry, lineage, scored_by
+from pistoseg.tracking.registry import CHAMPION, PREVIOUS, ModelVersion, Registry, lineage, scored_by
 
 WIDTH = 200
 """Columns where the output is no terminal: nothing is folded in a log."""

@@ -325,7 +325,7 @@ def _confirm(
         return confirmation, None
     version = tracker.register(models[0], {"pistoseg.search": search.name})
     if version is not None and tracker.client is not None:
-        from pistoseg.registry import set_alias
+        from pistoseg.tracking.registry import set_alias
 
         tracker.guard(set_alias, tracker.client, search.config.tracking.model, version)
     return confirmation, version

@@ -24,9 +24,9 @@ from pistoseg.config import TrackingConfig
 from pistoseg.errors import PistoSegError
 from pistoseg.models import bundle, segmentation
 from pistoseg.phantom import PHANTOM_CLASSES, write_slide
-from pistoseg.registry import bundle_uri
 from pistoseg.slides.reader import open_slide
 from pistoseg.slides.view import SlideView
+from pistoseg.tracking.registry import bundle_uri
 
 MPP = 2.0
 SIDE = 1536
@@ -74,7 +74,8 @@ def without_mpp(slide, target):
 def segment(model, slides, out, *options):
     workspace = Path(out).parent / "runs"
     command = ["segment", "--model", model, "--slides", str(slides), "--out", str(out), "--workspace", str(workspace)]
-    return cli.main([*command, "--device", "cpu", *options])
+    workers = [] if "--workers" in options else ["--workers", "1"]  # each starts a process that imports PyTorch
+    return cli.main([*command, "--device", "cpu", *workers, *options])
 
 
 def rows(out):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as all_benchmarks
-from benchmarks import growth, harness, inference, material, mosaics, slides, training
+from benchmarks import full_size, growth, harness, inference, material, mosaics, slides, training
 from benchmarks.plain_mosaics import PaperText, Published
 from pistoseg.training.samples import fresh_mosaics
 
@@ -35,6 +35,12 @@ def test_every_trained_network_takes_a_plain_step_and_ours(name, options):
         make(case, torch.device("cpu"))()
     # Both train copies: variants must start from the same network.
     assert all(torch.equal(value, before[key]) for key, value in case.network.state_dict().items())
+
+
+def test_a_network_is_trained_at_full_size_in_a_process_of_its_own(options):
+    seconds, idle, peak = full_size.measure("refiner", options)
+    assert seconds > 0
+    assert 0 < idle <= peak
 
 
 def test_mosaics_are_measured_without_ray(options):

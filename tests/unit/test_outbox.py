@@ -8,12 +8,12 @@ import sys
 import pytest
 import requests
 
-from pistoseg import outbox, storage
+from pistoseg import storage
 from pistoseg.artifacts import Artifact, Workspace
 from pistoseg.config import TrackingConfig, load_config
 from pistoseg.liveness import is_alive, process
-from pistoseg.outbox import Outbox
-from pistoseg.tracking import Tracker, connect
+from pistoseg.tracking import Tracker, connect, outbox
+from pistoseg.tracking.outbox import Outbox
 
 
 class Line:

@@ -9,8 +9,8 @@ from pistoseg.artifacts import Workspace
 from pistoseg.cli import main
 from pistoseg.config import TrackingConfig, load_config
 from pistoseg.errors import PistoSegError
-from pistoseg.registry import Registry, lineage, set_alias
 from pistoseg.tracking import Tracker, connect
+from pistoseg.tracking.registry import Registry, lineage, set_alias
 
 KEYS = ("aaaa", "bbbb", "cccc")
 

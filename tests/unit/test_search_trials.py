@@ -340,7 +340,7 @@ def test_the_best_model_is_the_champion_only_if_it_holds_on_fresh_seeds(
         run=StageRun,
     )
     monkeypatch.setattr(study, "run_pipeline", run_pipeline)
-    monkeypatch.setattr("pistoseg.registry.set_alias", lambda *arguments: promoted.append(arguments))
+    monkeypatch.setattr("pistoseg.tracking.registry.set_alias", lambda *arguments: promoted.append(arguments))
     outcome = outcome_of(journal, config, space)
     confirmation, version = study._confirm(
         outcome.search,

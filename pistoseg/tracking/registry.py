@@ -15,7 +15,7 @@ from pistoseg import storage
 from pistoseg.artifacts import MANIFEST, Artifact, Workspace
 from pistoseg.config import TrackingConfig
 from pistoseg.errors import PistoSegError
-from pistoseg.tracking import connect, default_server, tracking_uri
+from pistoseg.tracking.server import connect, default_server, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient

@@ -1,76 +1,31 @@
-"""MLflow: a run per pipeline or batch job, a child per stage, pictures, and the precise model as a registered version.
+"""A run per pipeline or batch job, a child per stage, pictures, and the precise model as a registered version.
 
 The pipelines of an ablation are children of the ablation's run; their models are compared, not registered.
 
 A pipeline's result never depends on MLflow: where it can't be reached the run says so once, goes on, and what the
-server misses is sent later (`pistoseg.outbox`).
+server misses is sent later (`pistoseg.tracking.outbox`).
 """
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import tempfile
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pistoseg
 from pistoseg import storage
 from pistoseg.artifacts import Artifact, Workspace
 from pistoseg.config import Config, TrackingConfig
-from pistoseg.outbox import Outbox
 from pistoseg.redaction import redact, redacted
+from pistoseg.tracking.outbox import Outbox
+from pistoseg.tracking.server import connect, default_server, experiment_id
 
-if TYPE_CHECKING:
-    from mlflow.tracking import MlflowClient
-
-HTTP_LIMITS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "20", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
-"""MLflow's own limits let a run wait for minutes for each call to a server that is away."""
 MAX_PARAM = 500
 """Longest parameter value, in characters, that is sent."""
-_defaults: list[str | None] = []
-"""What was MLflow's default server, then those that `default_server`'s callers want; the last is the default."""
-_defaults_lock = threading.Lock()
-
-
-def tracking_uri(config: TrackingConfig, workspace: Workspace) -> str:
-    """Where runs go: the config's server, MLFLOW_TRACKING_URI, or SQLite in the workspace."""
-    return config.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{_local_folder(workspace) / 'mlflow.db'}"
-
-
-def _local_folder(workspace: Workspace) -> Path:
-    # SQLite needs a local disk; a workspace in object storage gets its database where the command runs.
-    return storage.local_path(storage.absolute(workspace.root)) or Path.cwd() / "pistoseg-mlflow"
-
-
-@contextmanager
-def default_server(uri: str) -> Iterator[None]:
-    """Make a server MLflow's default for a while: its model registry knows no other way.
-
-    MLflow keeps the default in the environment, where the next workspace of this process would take it for the user's.
-    Threads, such as a search's trials, may overlap in it: the last to leave puts back what was there.
-    """
-    import mlflow
-
-    with _defaults_lock:
-        if not _defaults:
-            _defaults.append(os.environ.get("MLFLOW_TRACKING_URI"))
-        _defaults.append(uri)
-        mlflow.set_tracking_uri(uri)
-    try:
-        yield
-    finally:
-        with _defaults_lock:
-            _defaults.reverse()
-            _defaults.remove(uri)
-            _defaults.reverse()
-            mlflow.set_tracking_uri(_defaults[-1])
-            if len(_defaults) == 1:
-                _defaults.clear()
 
 
 class _Guard:
@@ -207,7 +162,7 @@ class Tracker:
 
     def _open(self) -> None:
         assert self.client is not None
-        self.experiment_id = _experiment(self.client, self.config.tracking, self.workspace)
+        self.experiment_id = experiment_id(self.client, self.config.tracking, self.workspace)
         if self.run_id:
             self.client.update_run(self.run_id, status="RUNNING")
             return
@@ -313,7 +268,7 @@ def batch_run(config: TrackingConfig, workspace: Workspace, name: str, params: M
     client, guard = connect(config, workspace), _Guard()
 
     def create() -> str:
-        experiment = _experiment(client, config, workspace)
+        experiment = experiment_id(client, config, workspace)
         run_id: str = client.create_run(experiment, tags=_tags(workspace), run_name=name).info.run_id
         client.log_params(run_id, _params(params))
         return run_id
@@ -332,37 +287,6 @@ def batch_run(config: TrackingConfig, workspace: Workspace, name: str, params: M
             if run_id:
                 guard(client.set_terminated, run_id, status)
             client.close()
-
-
-def connect(config: TrackingConfig, workspace: Workspace) -> Outbox:
-    """A client of the config's server, or of the workspace's database, which is made if it is not there."""
-    for key, limit in {"GIT_PYTHON_REFRESH": "quiet", **HTTP_LIMITS}.items():
-        os.environ.setdefault(key, limit)
-    from mlflow.tracking import MlflowClient
-
-    uri = tracking_uri(config, workspace)
-    if uri.startswith("sqlite:"):
-        folder = _local_folder(workspace)
-        if not storage.is_local(workspace.root) and not folder.exists():
-            print(
-                f"MLflow's runs are kept in {folder} on this machine, which goes with a job's folder: "
-                "set MLFLOW_TRACKING_URI, or tracking.uri, to a server to keep them"
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-        _quiet_migrations()
-    return Outbox(MlflowClient(uri), workspace.root, _register)
-
-
-def _register(client: MlflowClient, **arguments: Any) -> str:
-    from pistoseg.models.mlflow_flavor import register
-
-    return register(client, **arguments)
-
-
-def _experiment(client: Outbox, config: TrackingConfig, workspace: Workspace) -> str:
-    """Id of the config's experiment, which is made if it is not there."""
-    local = tracking_uri(config, workspace).startswith("sqlite:")
-    return client.experiment(config.experiment, (_local_folder(workspace) / "mlflow").as_uri() if local else None)
 
 
 def _tags(workspace: Workspace) -> dict[str, str]:
@@ -398,10 +322,3 @@ def _git_commit() -> str | None:
         return None
     call = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=False)
     return call.stdout.strip() or None
-
-
-def _quiet_migrations() -> None:
-    import logging
-
-    for name in ("alembic", "mlflow.store.db.utils"):
-        logging.getLogger(name).setLevel(logging.WARNING)

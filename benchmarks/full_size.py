@@ -1,0 +1,64 @@
+"""What the networks of the paper's presets take on a CPU: batches of 16 images of 224 px, UNet++ on EfficientNet-b0 and
+-b3, ResNet38d as CAM network and with the refiner's attention.
+
+Steps are those of `benchmarks.training`, augmentation included; each network has a process of its own, whose largest
+memory is therefore the network's. All four together take about 10 GB at most and a quarter of an hour on 2 cores, so
+that `make bench` leaves them out.
+
+    python -m benchmarks.full_size
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import statistics
+import time
+from concurrent.futures import ProcessPoolExecutor
+
+import torch
+
+from benchmarks import harness
+from benchmarks.harness import Options, Report
+from benchmarks.training import CASES, step
+from pistoseg.models.inference import resolve_precision
+
+BATCH = 16
+STEPS = 2
+
+
+def benchmark(options: Options) -> Report:
+    """Measure all four, one after the other."""
+    report = Report("full_size")
+    spawned = multiprocessing.get_context("spawn")
+    for name in CASES:
+        with ProcessPoolExecutor(1, mp_context=spawned) as process:
+            seconds, idle_mib, peak_mib = process.submit(measure, name, options).result()
+        report.add(f"{name}_per_s", options.size(BATCH, 2) / seconds)
+        report.add(f"{name}_step_s", seconds)
+        report.add(f"{name}_peak_mib", peak_mib)
+        report.add(f"{name}_peak_above_idle_mib", peak_mib - idle_mib)
+    report.note(f"{torch.get_num_threads()} threads, {resolve_precision('auto', torch.device('cpu'))}")
+    return report
+
+
+def measure(name: str, options: Options) -> tuple[float, float, float]:
+    """Train a network for a few steps; the first one, which allocates, is not timed.
+
+    Args:
+        name: key of `CASES`.
+        options: sizes.
+    Returns:
+        Seconds of a step (median), memory (MiB) of this process before the network was built and at most.
+    """
+    idle = harness.peak_mib()
+    run = step(CASES[name](options, options.size(BATCH, 2), options.size(224, 64)), torch.device("cpu"))
+    seconds = []
+    for _ in range(1 + options.size(STEPS, 1)):
+        began = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds[1:]), idle, harness.peak_mib()
+
+
+if __name__ == "__main__":
+    harness.main(benchmark, __doc__)
