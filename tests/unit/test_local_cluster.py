@@ -1,7 +1,12 @@
 """What `pistoseg cluster local` does before anything starts; the cluster itself is in tests/integration."""
 
 import os
+import shutil
 import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -36,6 +41,26 @@ def test_ports_are_free_and_so_are_those_of_their_other_protocol():
     for port in [*ports, *(port + 10_000 for port in ports)]:
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", port))
+
+
+@pytest.mark.skipif(not shutil.which("setpriv"), reason="needs setpriv of util-linux")
+def test_a_killed_command_takes_its_s3_server_with_it(tmp_path):
+    script = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from pistoseg.local_cluster import S3Server\n"
+        "with S3Server(Path(sys.argv[1])) as server:\n"
+        "    print(server.process.pid, flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True) as command:
+        server = Path("/proc") / command.stdout.readline().strip()
+        assert b"weed" in (server / "cmdline").read_bytes()
+        command.kill()
+    deadline = time.monotonic() + 30
+    while server.exists() and "(weed) Z" not in (server / "stat").read_text():
+        assert time.monotonic() < deadline, "SeaweedFS goes on"
+        time.sleep(0.1)
 
 
 def test_a_temporary_folder_too_long_for_sockets_is_refused_before_ray_starts(monkeypatch, tmp_path):
