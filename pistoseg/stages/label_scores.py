@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from pistoseg import metrics, storage
 from pistoseg.config import Config
+from pistoseg.errors import PistoSegError
 from pistoseg.models import bundle
 from pistoseg.patches.store import PatchSet
 from pistoseg.pipeline import StageContext
@@ -33,8 +34,15 @@ def run(context: StageContext) -> dict[str, Any]:
 
     `label_iou` is the mean of `metrics.label_agreement`; `label_map` the mean average precision with which a window's
     mean probability of a class ranks the windows that name it.
+
+    Raises:
+        PistoSegError: no image is held out.
     """
     config = context.config
+    if not config.data.label_holdout:
+        raise PistoSegError(
+            "0 holds no image out to score labels on", field="data.label_holdout", remedy="set it to 0.1"
+        )
     folder = held_out_folder(context.inputs["patches"].uri)
     positions = list(range(len(PatchSet.open(folder))))
     actors, resources = cluster.network_pool(config.compute)

@@ -16,6 +16,7 @@ from pistoseg.patches.decode import encode_png
 from pistoseg.patches.store import IMAGES_SCHEMA, WINDOWS_SCHEMA, PatchSet
 from pistoseg.pipeline import BY_NAME
 from pistoseg.search.objective import LABEL_HOLDOUT, choose
+from pistoseg.stages import label_scores
 from pistoseg.stages.label_scores import _Score
 from pistoseg.stages.patches import _parts
 from pistoseg.training.labelled_images import LabelledImages, window_areas
@@ -101,6 +102,11 @@ def test_a_model_is_scored_on_every_window_as_it_segments_it(tmp_path, model):
     assert rows[2]["areas"] == pytest.approx([(mask[:, : SIZE // 2] == c).mean() for c in range(3)])
     given = score.segmenter.probabilities(patches.image(2))[:, :, SIZE // 2 :]
     assert rows[3]["probabilities"] == pytest.approx(given.mean((1, 2)), rel=1e-4)
+
+
+def test_without_images_held_out_the_scores_name_the_setting():
+    with pytest.raises(PistoSegError, match=r"data\.label_holdout.*set it to 0\.1"):
+        label_scores.run(SimpleNamespace(config=load_config("demo")))
 
 
 def test_without_masks_a_training_is_validated_by_labels_and_workers_share_the_images(tmp_path, model):
