@@ -105,7 +105,7 @@ def test_a_model_is_scored_on_every_window_as_it_segments_it(tmp_path, model):
 
 
 def test_without_images_held_out_the_scores_name_the_setting():
-    with pytest.raises(PistoSegError, match=r"data\.label_holdout.*set 0\.1"):
+    with pytest.raises(PistoSegError, match=r"data\.label_holdout.*set it to 0\.1"):
         label_scores.run(SimpleNamespace(config=load_config("demo")))
 
 
