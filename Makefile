@@ -4,13 +4,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test bench lint format types lock clean
+.PHONY: demo test checks integration bench lint format types lock clean
 
 demo: $(STAMP)  ## the whole pipeline on a synthetic cohort: scores, the output tree, how to browse it
 	$(BIN)/pistoseg demo --workspace demo
 
-test: lint types  ## lint, format check, type check, tests
-	$(BIN)/pytest
+# Integration tests wait for Ray's processes a third of the time: the rest runs beside them.
+test: $(STAMP)  ## lint, format check, type check, tests
+	$(MAKE) --no-print-directory -j2 checks integration
+
+checks: lint types
+	$(BIN)/pytest --quiet tests/unit
+
+integration: $(STAMP)
+	$(BIN)/pytest tests/integration
 
 bench: $(STAMP)  ## speed beside what one would use instead: ONLY=mosaics,slides DATA=folder OUT=folder
 	$(BIN)/python -m benchmarks $(if $(ONLY),--only $(ONLY)) $(if $(DATA),--data $(DATA)) $(if $(OUT),--out $(OUT))
