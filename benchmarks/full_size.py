@@ -11,14 +11,12 @@ that `make bench` leaves them out.
 from __future__ import annotations
 
 import multiprocessing
-import statistics
-import time
 from concurrent.futures import ProcessPoolExecutor
 
 import torch
 
 from benchmarks import harness
-from benchmarks.harness import Options, Report
+from benchmarks.harness import Options, Report, Timing
 from benchmarks.training import CASES, step
 from pistoseg.models.inference import resolve_precision
 
@@ -32,32 +30,28 @@ def benchmark(options: Options) -> Report:
     spawned = multiprocessing.get_context("spawn")
     for name in CASES:
         with ProcessPoolExecutor(1, mp_context=spawned) as process:
-            seconds, idle_mib, peak_mib = process.submit(measure, name, options).result()
-        report.add(f"{name}_per_s", options.size(BATCH, 2) / seconds)
-        report.add(f"{name}_step_s", seconds)
+            timing, idle_mib, peak_mib = process.submit(measure, name, options).result()
+        report.add(f"{name}_per_s", timing.per_s(options.size(BATCH, 2)))
+        report.add(f"{name}_per_cpu_s", timing.per_cpu_s(options.size(BATCH, 2)))
         report.add(f"{name}_peak_mib", peak_mib)
         report.add(f"{name}_peak_above_idle_mib", peak_mib - idle_mib)
     report.note(f"{torch.get_num_threads()} threads, {resolve_precision('auto', torch.device('cpu'))}")
     return report
 
 
-def measure(name: str, options: Options) -> tuple[float, float, float]:
+def measure(name: str, options: Options) -> tuple[Timing, float, float]:
     """Train a network for a few steps; the first one, which allocates, is not timed.
 
     Args:
         name: key of `CASES`.
         options: sizes.
     Returns:
-        Seconds of a step (median), memory (MiB) of this process before the network was built and at most.
+        Seconds of the steps, memory (MiB) of this process before the network was built and at most.
     """
     idle = harness.peak_mib()
     run = step(CASES[name](options, options.size(BATCH, 2), options.size(224, 64)), torch.device("cpu"))
-    seconds = []
-    for _ in range(1 + options.size(STEPS, 1)):
-        began = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds[1:]), idle, harness.peak_mib()
+    timing = harness.interleaved({name: run}, options.size(STEPS, 1))[name]
+    return timing, idle, harness.peak_mib()
 
 
 if __name__ == "__main__":

@@ -8,27 +8,38 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from conftest import NETWORK, TINY, TRAIN_STAGES, contents
+from conftest import NETWORK, TINY, TRAIN_STAGES
 
-from pistoseg import commands
-from pistoseg.artifacts import Workspace
-from pistoseg.config import load_config
 from pistoseg.errors import PistoSegError
 from pistoseg.local_cluster import BUCKET, weed
 from pistoseg.phantom import write_slide
-from pistoseg.pipeline import run_pipeline
 
 pytestmark = pytest.mark.timeout(1500)  # three nodes on a machine that is busy with something else
+RUNS = ("three", "one")
 NODES = 3
 START_S = 400
 JOB_S = 500
 RAY = str(Path(sys.executable).with_name("ray"))
+ONE_NODE = """
+import sys
+from pistoseg import commands
+from pistoseg.artifacts import Workspace
+from pistoseg.config import ComputeConfig, load_config
+from pistoseg.pipeline import run_pipeline
+from pistoseg.stages import cluster
+config, data, bundle, slides, out = sys.argv[1:]
+cluster.available_cpus = lambda: 2
+with cluster.connected(ComputeConfig(device="cpu")):
+    settings = load_config(None, None, config, [f"data.uri={data}", "compute.workers=2"])
+    run_pipeline(settings, Workspace(out + "/runs"), ("pseudo_masks",))
+    options = {"mpp": 1.0, "stride": None, "symmetries": 1, "batch_size": None, "probabilities": False}
+    sys.exit(commands.segment(bundle, slides, out + "/slides", workspace=out, settings=options, device="cpu"))
+"""
 
 
 class Cluster:
@@ -86,8 +97,8 @@ def cluster(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def finished(local_ray, cluster, cohort, tmp_path_factory):
-    """A training and a segmentation that were submitted to three nodes, and the folder of the same from one node."""
+def finished(cluster, cohort, tmp_path_factory):
+    """A training and a segmentation that were submitted to three nodes, and the same from one node's Ray."""
     folder = tmp_path_factory.mktemp("job")
     settings = TINY | {
         "synthesis": TINY["synthesis"] | {"count": 600},
@@ -99,39 +110,33 @@ def finished(local_ray, cluster, cohort, tmp_path_factory):
     files = cluster.files()
     for file in cohort.rglob("*.png"):
         files.pipe_file(f"{BUCKET}/cohort/{file.relative_to(cohort)}", file.read_bytes())
-    slides = folder / "slides"
-    slides.mkdir()
     for number in range(3):
-        slide = slides / f"{number} [a].tif"
+        slide = folder / "slide.tif"
         write_slide(str(slide), str(folder / "mask.tif"), seed=number, size=(700, 600), mpp=1.0)
-        files.pipe_file(f"{BUCKET}/slides/{slide.name}", slide.read_bytes())
-    data = ["--data", f"s3://{BUCKET}/cohort", "--workspace", f"s3://{BUCKET}/three/runs"]
-    said = cluster.submit("train", "--config", "tiny.yaml", *data, cwd=folder)
+        files.pipe_file(f"{BUCKET}/slides/{number} [a].tif", slide.read_bytes())
+        slide.unlink()
+    data, slides = f"s3://{BUCKET}/cohort", f"s3://{BUCKET}/slides"
+    said = cluster.submit(
+        "train", "--config", "tiny.yaml", "--data", data, "--workspace", f"s3://{BUCKET}/three/runs", cwd=folder
+    )
     (model,) = files.glob(f"{BUCKET}/three/runs/precise/*/bundle")
-    options = ["--mpp", "1", "--symmetries", "1", "--device", "cpu", "--workspace", str(folder)]
-    out = ["--slides", f"s3://{BUCKET}/slides", "--out", f"s3://{BUCKET}/three/slides"]
-    with ThreadPoolExecutor(1) as pool:
-        job = pool.submit(cluster.submit, "segment", "--model", f"s3://{model}", *out, *options, cwd=folder)
-        one_node(folder, files, cohort, model)
-        job.result()
-    return files, said, folder / "one"
-
-
-def one_node(folder, files, cohort, model):
-    """The same in this process's Ray, from the local disk; the networks are those that the three nodes trained."""
-    one = folder / "one"
-    # Two trainings may differ in a last bit, and then the masks would.
-    for name in [*files.find(f"{BUCKET}/three/runs/preliminary"), *files.find(model)]:
-        target = one / name.split("/three/")[1]
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(files.cat_file(name))
-    trained = contents(one / "runs" / "preliminary")
-    settings = load_config(None, None, str(folder / "tiny.yaml"), [f"data.uri={json.dumps(str(cohort))}"])
-    run_pipeline(settings, Workspace(str(one / "runs")), ("pseudo_masks",))
-    assert contents(one / "runs" / "preliminary") == trained
-    settings = {"mpp": 1.0, "stride": None, "symmetries": 1, "batch_size": None, "probabilities": False}
-    model, slides, out = (str(place) for place in (one / model.split("/three/")[1], folder / "slides", one / "slides"))
-    assert commands.segment(model, slides, out, workspace=str(one), settings=settings, device="cpu") == 0
+    # The networks are trained once: two trainings may differ in a last bit, and then the masks would.
+    for name in files.find(f"{BUCKET}/three/runs/preliminary"):
+        files.pipe_file(name.replace("/three/", "/one/", 1), files.cat_file(name))
+    alone = {key: value for key, value in cluster.environment.items() if not key.startswith("RAY_")}
+    arguments = [str(folder / "tiny.yaml"), data, f"s3://{model}", slides, f"s3://{BUCKET}/one"]
+    log = folder / "one.log"
+    with log.open("w") as file:
+        command = [sys.executable, "-c", ONE_NODE, *arguments]
+        one = subprocess.Popen(command, env=alone, cwd=folder, stdout=subprocess.DEVNULL, stderr=file)
+    try:
+        options = ["--mpp", "1", "--symmetries", "1", "--device", "cpu", "--workspace", str(folder)]
+        out = f"s3://{BUCKET}/three/slides"
+        cluster.submit("segment", "--model", f"s3://{model}", "--slides", slides, "--out", out, *options, cwd=folder)
+        assert one.wait(JOB_S) == 0, log.read_text()[-4000:]
+    finally:
+        one.kill()
+    return files, said, log.read_text()
 
 
 def test_a_submitted_training_runs_on_three_nodes_from_bucket_to_bucket(finished):
@@ -155,21 +160,24 @@ def test_no_key_is_in_a_log_a_manifest_or_a_result(cluster, finished):
 
 
 def test_mosaics_and_pseudo_masks_are_those_of_one_node(finished):
-    files, _, one = finished
+    files, _, said_by_one = finished
+    assert "Training the preliminary model: up to date, reused" in said_by_one
     for stage, folder in (("synthesis", "mosaics"), ("pseudo_masks", "masks")):
-        three = sorted(files.glob(f"{BUCKET}/three/runs/{stage}/*/{folder}/*.parquet"))
-        parts = sorted(one.glob(f"runs/{stage}/*/{folder}/*.parquet"))
-        assert [name.split("/three/")[1] for name in three] == [str(part.relative_to(one)) for part in parts] != []
-        for name, part in zip(three, parts, strict=True):
-            assert pq.read_table(io.BytesIO(files.cat_file(name))).equals(pq.read_table(part)), f"{stage} differs"
+        three, one = (
+            sorted(files.glob(f"{BUCKET}/{run}/runs/{stage}/*/{folder}/*.parquet")) for run in ("three", "one")
+        )
+        assert [name.split("/three/")[1] for name in three] == [name.split("/one/")[1] for name in one] != []
+        for names in zip(three, one, strict=True):
+            tables = [pq.read_table(io.BytesIO(files.cat_file(name))) for name in names]
+            assert tables[0].equals(tables[1]), f"{stage} differs"
 
 
 def test_segmented_slides_are_those_of_one_node(finished):
-    files, _, one = finished
+    files, _, _ = finished
     for number in range(3):
         for name in ("mask.tif", "regions.geojson", "areas.json", "overview.png"):
-            place = f"slides/slides/{number} _a_/{name}"
-            assert files.cat_file(f"{BUCKET}/three/{place}") == (one / place).read_bytes(), name
+            three, one = (files.cat_file(f"{BUCKET}/{run}/slides/slides/{number} _a_/{name}") for run in RUNS)
+            assert three == one, name
     records = [
         json.loads(files.cat_file(name)) for name in files.find(f"{BUCKET}/three/slides") if "slide.json" in name
     ]
