@@ -80,7 +80,9 @@ class Cluster:
         return job.stdout
 
     def stop(self):
-        self.process.send_signal(signal.SIGINT)
+        # Where the tests run in the background, shells have told them and all that they start to ignore Ctrl-C.
+        ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        self.process.send_signal(signal.SIGTERM if ignored else signal.SIGINT)
         assert self.process.wait(timeout=120) == 0, self.log.read_text()[-3000:]
 
 
