@@ -2,8 +2,8 @@
 -b3, ResNet38d as CAM network and with the refiner's attention.
 
 Steps are those of `benchmarks.training`, augmentation included; each network has a process of its own, whose largest
-memory is therefore the network's. All four together take about 10 GB at most and a quarter of an hour on 2 cores, so
-that `make bench` leaves them out.
+memory is therefore the network's. On 2 cores without bf16 instructions they took up to 6 GB and 17 minutes together
+(bf16 emulated), so that `make bench` leaves them out.
 
     python -m benchmarks.full_size
 """

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pistoseg.models.inference import Predictor, window_weights
+from pistoseg.models.inference import Predictor, resolve_precision, window_weights
 from pistoseg.models.segmentation import Normalization
 from pistoseg.pixels import resize_image, tile_starts
 
@@ -236,6 +236,21 @@ def test_window_weights_are_positive_and_peak_in_the_middle():
     assert float(weights.min()) > 0
     assert float(weights[112, 64]) == pytest.approx(1)
     assert float(weights[0, 64]) == pytest.approx(np.exp(-0.5 * (111.5 / 28) ** 2 + 0.5 * (0.5 / 28) ** 2), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "precision"),
+    [
+        ({"avx512_f": True, "avx512_bf16": False, "amx_bf16": False}, "fp32"),
+        ({"avx512_f": True, "avx512_bf16": True, "amx_bf16": False}, "bf16"),
+        ({"avx512_bf16": False, "amx_bf16": True}, "bf16"),
+        ({}, "fp32"),
+    ],
+)
+def test_a_cpu_computes_in_bf16_only_where_it_has_instructions_for_it(monkeypatch, capabilities, precision):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert resolve_precision("auto", torch.device("cpu")) == precision
+    assert resolve_precision("bf16", torch.device("cpu")) == "bf16"
 
 
 @pytest.mark.parametrize(
