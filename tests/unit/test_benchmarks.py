@@ -37,7 +37,7 @@ def test_every_trained_network_takes_a_plain_step_and_ours(name, options):
     assert all(torch.equal(value, before[key]) for key, value in case.network.state_dict().items())
 
 
-def test_a_network_is_trained_at_full_size_in_a_process_of_its_own(options):
+def test_steps_are_timed_with_the_memory_of_their_process(options):
     timing, idle, peak = full_size.measure("refiner", options)
     assert timing.per_s(2) > 0
     assert 0 < idle <= peak
