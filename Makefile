@@ -4,20 +4,23 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test checks integration bench lint format types lock clean
+.PHONY: demo test checks integration processes bench lint format types lock clean
 
 demo: $(STAMP)  ## the whole pipeline on a synthetic cohort: scores, the output tree, how to browse it
 	$(BIN)/pistoseg demo --workspace demo
 
-# Integration tests wait for Ray's processes a third of the time: the rest runs beside them.
+# Integration tests wait for Ray's processes a third of the time, so that more than two of these keep two cores busy.
 test: $(STAMP)  ## lint, format check, type check, tests
-	$(MAKE) --no-print-directory -j2 checks integration
+	$(MAKE) --no-print-directory --jobs=3 checks integration processes
 
 checks: lint types
 	$(BIN)/pytest --quiet tests/unit
 
-integration: $(STAMP)
-	$(BIN)/pytest tests/integration
+integration: $(STAMP)  ## stages on a Ray of the tests' own
+	$(BIN)/pytest tests/integration -m "not processes"
+
+processes: $(STAMP)  ## commands, clusters, servers, and what kills them
+	$(BIN)/pytest tests/integration -m processes
 
 bench: $(STAMP)  ## speed beside what one would use instead: ONLY=mosaics,slides DATA=folder OUT=folder
 	$(BIN)/python -m benchmarks $(if $(ONLY),--only $(ONLY)) $(if $(DATA),--data $(DATA)) $(if $(OUT),--out $(OUT))

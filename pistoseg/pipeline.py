@@ -329,7 +329,6 @@ def run_pipeline(
         steps = plan(config, targets)
         _check_placement(config, workspace, steps, progress)
         for number, step in enumerate(steps, 1):
-            title = f"[{number}/{len(steps)}] {step.stage.title}"
             found = step.find(workspace)
             title, name, key = f"[{number}/{len(steps)}] {step.stage.title}", step.stage.name, step.fingerprint
             with progress.stage(title, found is not None, stage=name, fingerprint=key):

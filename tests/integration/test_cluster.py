@@ -19,7 +19,8 @@ from pistoseg.errors import PistoSegError
 from pistoseg.local_cluster import BUCKET, weed
 from pistoseg.phantom import write_slide
 
-pytestmark = pytest.mark.timeout(1500)  # three nodes on a machine that is busy with something else
+# Three nodes on a machine that is busy with something else.
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(1500)]
 RUNS = ("three", "one")
 NODES = 3
 START_S = 400

@@ -14,6 +14,7 @@ from conftest import NETWORK, TINY, TRAIN_STAGES, committed, contents
 from pistoseg.cli import main
 from pistoseg.training.trainer import RUN, SNAPSHOT, _last_history
 
+pytestmark = pytest.mark.processes
 COUNT = 5000
 EPOCHS = 8
 TIMEOUT_S = 240

@@ -8,6 +8,8 @@ import sys
 import pytest
 from conftest import committed
 
+pytestmark = pytest.mark.processes
+
 CLUSTER = """
 import socket
 import sys

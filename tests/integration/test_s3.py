@@ -24,6 +24,7 @@ from conftest import TINY
 from pistoseg import claims, doctor, object_store, storage
 from pistoseg.errors import PistoSegError
 
+pytestmark = pytest.mark.processes
 BUCKET = "pistoseg-test"
 START_S = 60
 

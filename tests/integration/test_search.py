@@ -13,7 +13,7 @@ from pistoseg.cli import main
 from pistoseg.config import TrackingConfig, load_config
 from pistoseg.tracking import tracking_uri
 
-pytestmark = pytest.mark.usefixtures("local_ray")
+pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("local_ray")]
 RATES = (1e-3, 1e-4)
 SPACE = {
     "parameters": {
