@@ -22,7 +22,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,8 +34,9 @@ from pistoseg.local_cluster import BUCKET, RayNodes, S3Server
 from pistoseg.models import bundle, segmentation
 from pistoseg.phantom import PHANTOM_CLASSES, write_cohort, write_slide
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "integration"))
+sys.path.extend([str(Path(__file__).parents[1] / "integration"), str(Path(__file__).parents[1])])
 from conftest import NETWORK, TINY  # the settings of the integration tests
+from processes import command_line, descendants, wait_for
 
 WAIT_S = 600
 DOWN_S = 60
@@ -247,7 +247,7 @@ def inject(bench: Bench, fault: str, stage: str) -> Row:
         process = start(bench, nodes, stage, name, log, **more)
         if fault == "disk":
             process = on_full_disk(bench, nodes, stage, name, log, process)
-        wait_for(lambda: SAYS[stage] in log.read_text() or process.poll() is not None)
+        wait_for(lambda: SAYS[stage] in log.read_text() or process.poll() is not None, WAIT_S)
         if process.poll() is None:
             strike(bench, fault, stage, process)
         happened = outcome(process, log)
@@ -270,7 +270,7 @@ def inject(bench: Bench, fault: str, stage: str) -> Row:
 def strike(bench: Bench, fault: str, stage: str, process: subprocess.Popen[bytes]) -> None:
     """Do it, once the stage's workers are there."""
     if fault in ("worker", "node"):
-        wait_for(lambda: bool(named(WORKERS[stage])) or process.poll() is not None)
+        wait_for(lambda: bool(named(WORKERS[stage])) or process.poll() is not None, WAIT_S)
         time.sleep(1)
     if fault == "worker":
         for pid in named(WORKERS[stage])[:1]:
@@ -325,34 +325,9 @@ def named(part: bytes) -> list[int]:
     return [pid for pid in descendants(os.getpid()) if part in command_line(pid)]
 
 
-def command_line(pid: int) -> bytes:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return b""
-
-
-def descendants(pid: int) -> list[int]:
-    children = []
-    for tasks in Path(f"/proc/{pid}/task").glob("*/children"):
-        try:
-            children += [int(child) for child in tasks.read_text().split()]
-        except OSError:
-            continue
-    return children + [item for child in children for item in descendants(child)]
-
-
 def kill(pid: int) -> None:
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        if time.monotonic() > deadline:
-            raise TimeoutError
-        time.sleep(0.1)
 
 
 if __name__ == "__main__":

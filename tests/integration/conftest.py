@@ -1,13 +1,17 @@
-"""A synthetic cohort of small images, settings that train in seconds, and one local Ray for all tests of a process."""
+"""Small synthetic images, settings that train in seconds, one local Ray for a process and an S3 server for a module."""
 
 import hashlib
 from pathlib import Path
 from unittest.mock import patch
 
+import fsspec
 import pytest
 import yaml
 
+from pistoseg import storage
 from pistoseg.config import ComputeConfig
+from pistoseg.errors import PistoSegError
+from pistoseg.local_cluster import BUCKET, S3Server, weed
 from pistoseg.phantom import write_cohort
 from pistoseg.pipeline import BY_NAME
 
@@ -73,6 +77,28 @@ def local_ray():
 
     with patch.object(cluster, "available_cpus", return_value=4), cluster.connected(ComputeConfig(device="cpu")):
         yield
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """A SeaweedFS that was started for a module; a skip where there is none."""
+    try:
+        weed()
+    except PistoSegError as error:
+        pytest.skip(str(error))
+    with S3Server(tmp_path_factory.mktemp("s3")) as server:
+        server.make_bucket(BUCKET)
+        yield server
+
+
+@pytest.fixture
+def s3(server, monkeypatch):
+    """This process as a client of `server`; the bucket's URI."""
+    for name, value in server.environment().items():
+        monkeypatch.setenv(name, value)
+    fsspec.filesystem("s3").clear_instance_cache()
+    yield f"s3://{BUCKET}"
+    storage.filesystem(f"s3://{BUCKET}")[0].clear_instance_cache()
 
 
 def contents(folder: Path) -> dict[str, tuple[int, str]]:

@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from test_interruption import descendants
+from processes import command_line, descendants
 
 from pistoseg import storage
 from pistoseg.artifacts import Workspace
@@ -32,13 +32,6 @@ class Killer(threading.Thread):
                         os.kill(pid, signal.SIGKILL)
                         self.killed = pid
                         return
-
-
-def command_line(pid):
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return b""
 
 
 @pytest.fixture

@@ -1,15 +1,14 @@
 """SIGKILL at the worst moments: what was finished stays, what was begun goes on."""
 
 import json
-import subprocess
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import NETWORK, TINY, TRAIN_STAGES, committed, contents
+from processes import kill_when
 
 from pistoseg.cli import main
 from pistoseg.training.trainer import RUN, SNAPSHOT, _last_history
@@ -17,7 +16,6 @@ from pistoseg.training.trainer import RUN, SNAPSHOT, _last_history
 pytestmark = pytest.mark.processes
 COUNT = 5000
 EPOCHS = 8
-TIMEOUT_S = 240
 
 
 @dataclass
@@ -59,46 +57,6 @@ def story(local_ray, tmp_path_factory, cohort):
     assert main(command[3:]) == 0
     story.finished["end"] = snapshot(story.workspace)
     return story
-
-
-def kill_when(command, folder, moment):
-    """Kill a command, and nothing but it, as soon as `moment()` holds; its workers have to end by themselves."""
-    with (folder / "log.txt").open("a") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-    try:
-        wait_for(lambda: moment() or process.poll() is not None, TIMEOUT_S)
-        assert process.poll() is None, f"ended before it could be killed:\n{(folder / 'log.txt').read_text()[-3000:]}"
-        family = descendants(process.pid)
-    finally:
-        process.kill()
-        process.wait()
-    wait_for(lambda: not any(works(pid) for pid in family), 60)
-
-
-def wait_for(condition, seconds):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            raise TimeoutError
-        time.sleep(0.02)
-
-
-def descendants(pid):
-    """Process ids of all children, their children, and so on."""
-    children = []
-    for tasks in Path(f"/proc/{pid}/task").glob("*/children"):
-        children += [int(child) for child in tasks.read_text().split()]
-    return children + [item for child in children for item in descendants(child)]
-
-
-def works(pid):
-    """Whether a process still runs; Ray's two agents, which hold no work, take another minute to notice."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        command = Path(f"/proc/{pid}/cmdline").read_bytes()
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state != "Z" and not command.startswith((b"ray::DashboardAgent", b"ray::RuntimeEnvAgent"))
 
 
 def snapshot(workspace):

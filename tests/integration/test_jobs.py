@@ -2,13 +2,16 @@
 
 import os
 import secrets
+import signal
 import subprocess
 import sys
 
 import pytest
 from conftest import committed
+from processes import command_line, descendants, wait_for
 
 pytestmark = pytest.mark.processes
+COUNT = 3000  # mosaics, enough that some are made and some are not when the driver is killed
 
 CLUSTER = """
 import socket
@@ -29,7 +32,7 @@ cluster.shutdown()
 
 @pytest.fixture(scope="module")
 def cluster():
-    """Address of the dashboard and the environment with the token."""
+    """Address of the dashboard, the environment with the token, and the process that everything is started by."""
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16), "RAY_USAGE_STATS_ENABLED": "0"}
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | token
     with subprocess.Popen(
@@ -37,7 +40,7 @@ def cluster():
     ) as process:
         url = process.stdout.readline().strip()
         assert url, "Ray did not start"
-        yield f"http://{url}", environment
+        yield f"http://{url}", environment, process.pid
         process.stdin.close()
         process.wait(120)
 
@@ -47,23 +50,41 @@ def pistoseg(environment, *arguments, cwd):
     return subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment, cwd=cwd, check=False)
 
 
-def test_a_verb_runs_as_a_job_with_a_token_and_again_for_nothing(cluster, cohort, tiny, tmp_path):
-    address, environment = cluster
+def test_a_job_whose_driver_is_killed_goes_on_when_it_is_submitted_again(cluster, cohort, tiny, tmp_path):
+    address, environment, head = cluster
     command = ["synthesize", "--config", str(tiny), "--data", str(cohort), "--workspace", "work", "--submit", address]
-    first = pistoseg(environment, *command, cwd=tmp_path)
-    assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
-    assert "submitted pistoseg-synthesize-" in first.stderr
-    assert "Making mosaics: done" in first.stdout
-    made = committed(tmp_path / "work")
-    assert sorted(made) == ["patches", "synthesis"]
-    assert environment["RAY_AUTH_TOKEN"] not in first.stdout + first.stderr
+    command += ["--set", f"synthesis.count={COUNT}"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "pistoseg", *command], env=environment, cwd=tmp_path, stdout=subprocess.PIPE, text=True
+    ) as first:
+        wait_for(lambda: len(parts(tmp_path)) >= 2 or first.poll() is not None)
+        (driver,) = (pid for pid in descendants(head) if b"-m\0pistoseg\0synthesize" in command_line(pid))
+        os.kill(driver, signal.SIGKILL)
+        first.communicate(timeout=300)
+    assert first.returncode == 128 + signal.SIGKILL
+    done = parts(tmp_path)
+    assert "synthesis" not in committed(tmp_path / "work")
+
     second = pistoseg(environment, *command, cwd=tmp_path)
-    assert second.returncode == 0
-    assert second.stdout.count("up to date, reused") == 2
+    assert second.returncode == 0, second.stdout[-3000:] + second.stderr[-3000:]
+    assert "submitted pistoseg-synthesize-" in second.stderr
+    assert "Making mosaics: done" in second.stdout
+    assert sorted(committed(tmp_path / "work")) == ["patches", "synthesis"]
+    assert {name: parts(tmp_path)[name] for name in done} == done, "what was made before is not made again"
+    assert environment["RAY_AUTH_TOKEN"] not in second.stdout + second.stderr
+
+    third = pistoseg(environment, *command, cwd=tmp_path)
+    assert third.returncode == 0
+    assert third.stdout.count("up to date, reused") == 2
+
+
+def parts(folder):
+    """Modification times of the mosaics' files by name."""
+    return {file.name: file.stat().st_mtime_ns for file in folder.glob("work/synthesis/*/mosaics/part-*.parquet")}
 
 
 def test_what_is_wrong_in_a_job_comes_back_with_its_exit_code(cluster, tmp_path):
-    address, environment = cluster
+    address, environment, _ = cluster
     command = ["train", "--preset", "demo", "--data", "nowhere", "--workspace", "work", "--submit", address]
     call = pistoseg(environment, *command, cwd=tmp_path)
     assert call.returncode == 2
@@ -71,7 +92,7 @@ def test_what_is_wrong_in_a_job_comes_back_with_its_exit_code(cluster, tmp_path)
 
 
 def test_a_wrong_token_is_refused_with_the_remedy(cluster, tmp_path):
-    address, environment = cluster
+    address, environment, _ = cluster
     other = environment | {"RAY_AUTH_TOKEN": secrets.token_hex(16)}
     command = ["train", "--preset", "demo", "--data", "/d", "--workspace", "/w", "--submit", address]
     call = pistoseg(other, *command, cwd=tmp_path)

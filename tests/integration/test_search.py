@@ -6,7 +6,7 @@ import sys
 import pytest
 import yaml
 from conftest import NETWORK, TINY
-from test_interruption import kill_when
+from processes import kill_when
 
 from pistoseg.artifacts import Workspace
 from pistoseg.cli import main

@@ -10,7 +10,6 @@ import numpy as np
 import openslide
 import pytest
 import tifffile
-from test_s3 import s3, server  # noqa: F401
 
 from pistoseg import storage
 from pistoseg.artifacts import Workspace
@@ -106,7 +105,7 @@ def test_windows_cut_within_the_stage_are_those_of_the_manifest(local_ray, slide
     np.testing.assert_array_equal(first.labels, second.labels)
 
 
-def test_slides_in_object_storage_are_cut_and_read_there(s3, slides, tmp_path, monkeypatch):  # noqa: F811
+def test_slides_in_object_storage_are_cut_and_read_there(s3, slides, tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_TMPDIR", tempfile.gettempdir())
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # where slides are kept

@@ -1,0 +1,59 @@
+"""Processes that tests start, watch and kill."""
+
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+TIMEOUT_S = 240
+
+
+def kill_when(command: list[str], folder: Path, moment: Callable[[], bool]) -> None:
+    """Kill a command, and nothing but it, as soon as `moment()` holds; its workers have to end by themselves."""
+    with (folder / "log.txt").open("a") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    try:
+        wait_for(lambda: moment() or process.poll() is not None)
+        assert process.poll() is None, f"ended before it could be killed:\n{(folder / 'log.txt').read_text()[-3000:]}"
+        family = descendants(process.pid)
+    finally:
+        process.kill()
+        process.wait()
+    wait_for(lambda: not any(works(pid) for pid in family))
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = TIMEOUT_S) -> None:
+    """Ask until it holds; `TimeoutError` where it does not."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        time.sleep(0.02)
+
+
+def descendants(pid: int) -> list[int]:
+    """Process ids of all children, their children, and so on."""
+    children = []
+    for tasks in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            children += [int(child) for child in tasks.read_text().split()]
+        except OSError:  # it has ended since
+            continue
+    return children + [item for child in children for item in descendants(child)]
+
+
+def command_line(pid: int) -> bytes:
+    """Its arguments, each with a NUL behind it; nothing where it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def works(pid: int) -> bool:
+    """Whether a process still runs; Ray's two agents, which hold no work, take another minute to notice."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z" and not command_line(pid).startswith((b"ray::DashboardAgent", b"ray::RuntimeEnvAgent"))
