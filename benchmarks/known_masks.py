@@ -23,9 +23,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pistoseg.config import load_config
+from pistoseg.patches.layouts import find_split
 
 LEAST_SHARE = 0.02
+"""Of a window, that makes a class one of its labels."""
 TABLE = "patches.csv"
+Window = tuple[int, int, int, list[int]]
+"""x, y, side (px), and a flag for each class."""
 
 
 def main() -> None:
@@ -33,46 +37,61 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="a data set with training and validation/{img,mask}")
     parser.add_argument("out", type=Path, help="folder to write; must not exist")
     parser.add_argument("--preset", required=True, help="whose classes the masks have")
-    parser.add_argument("--window", type=int, help="px; default: 112 where there is patches.csv, else 128")
+    parser.add_argument("--window", type=int, default=128, metavar="PX", help="side of the windows (default: 128)")
     options = parser.parse_args()
-    names = load_config(preset=options.preset).classes.tissue().names
-    write_known_masks(options.data, options.out, list(names), options.window)
+    added = write_known_masks(
+        options.data, options.out, len(load_config(preset=options.preset).classes.classes), options.window
+    )
+    print(f"{options.out}: {added} labelled windows of validation images added to the training images")
 
 
-def write_known_masks(data: Path, out: Path, names: list[str], window: int | None = None) -> int:
-    """Write the data set; returns how many windows of validation images were added.
+def write_known_masks(data: Path, out: Path, n_classes: int, size: int) -> int:
+    """Write the data set.
 
     Args:
-        data: with `training` and `validation/{img,mask}`.
+        data: with `training` and `validation/{img,mask}`; image and mask have the same name.
         out: does not exist.
-        names: of the classes, in the order of their ids.
-        window: side in px.
+        n_classes: L; ids from there on are no tissue.
+        size: side of the windows, px.
+    Returns:
+        How many windows of validation images were added.
     """
     shutil.copytree(data, out)
-    (out / "masks").mkdir()
-    table = out / "training" / TABLE
+    training, validation = (Path(find_split(str(out), split) or out) for split in ("training", "validation"))
+    masks = out / "masks"
+    masks.mkdir()
+    add = _add_rows if (training / TABLE).is_file() else _add_images
     added = 0
-    for file in sorted((data / "validation" / "img").iterdir()):
-        image, mask = Image.open(file), np.asarray(Image.open(data / "validation" / "mask" / f"{file.stem}.png"))
-        name = f"known_{file.stem}"
-        if table.is_file():
-            image.save(out / "training" / "images" / f"{name}.png")
-            Image.fromarray(mask).save(out / "masks" / f"{name}.png")
-            with table.open("a", newline="") as text:
-                for x, y, size, labels in windows(mask, len(names), window or 112):
-                    csv.writer(text).writerow([f"images/{name}.png", x, y, size, size, *labels])
-                    added += 1
-            continue
-        for x, y, size, labels in windows(mask, len(names), window or 128):
-            own = f"{name}-{y}-{x}-{labels}.png"
-            image.crop((x, y, x + size, y + size)).save(out / "training" / own)
-            Image.fromarray(mask[y : y + size, x : x + size]).save(out / "masks" / own)
-            added += 1
+    for file in sorted((validation / "img").iterdir()):
+        mask = np.asarray(Image.open(validation / "mask" / f"{file.stem}.png"))
+        found = list(windows(mask, n_classes, size))
+        add(training, masks, f"known_{file.stem}", Image.open(file), mask, found)
+        added += len(found)
     return added
 
 
-def windows(mask: NDArray[np.uint8], n_classes: int, size: int) -> Iterator[tuple[int, int, int, list[int]]]:
-    """x, y, side (px) and the labels of the windows that have tissue; they overlap by half.
+def _add_rows(
+    training: Path, masks: Path, name: str, image: Image.Image, mask: NDArray[np.uint8], found: list[Window]
+) -> None:
+    """The whole image and its mask, and rows of the table for its windows."""
+    image.save(training / "images" / f"{name}.png")
+    Image.fromarray(mask).save(masks / f"{name}.png")
+    with (training / TABLE).open("a", newline="") as table:
+        csv.writer(table).writerows([f"images/{name}.png", x, y, side, side, *labels] for x, y, side, labels in found)
+
+
+def _add_images(
+    training: Path, masks: Path, name: str, image: Image.Image, mask: NDArray[np.uint8], found: list[Window]
+) -> None:
+    """Every window and its mask as a file whose name has the labels."""
+    for x, y, side, labels in found:
+        own = f"{name}-{y}-{x}-{labels}.png"
+        image.crop((x, y, x + side, y + side)).save(training / own)
+        Image.fromarray(mask[y : y + side, x : x + side]).save(masks / own)
+
+
+def windows(mask: NDArray[np.uint8], n_classes: int, size: int) -> Iterator[Window]:
+    """The windows that have tissue; they overlap by half.
 
     Args:
         mask: (H, W) uint8 class ids.

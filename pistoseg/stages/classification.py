@@ -24,7 +24,7 @@ from pistoseg.patches.decode import encode_png
 from pistoseg.patches.store import PatchSet
 from pistoseg.pipeline import StageContext
 from pistoseg.stages import masks
-from pistoseg.stages.trained import train_stage
+from pistoseg.stages.trained import first_weights, train_stage
 from pistoseg.training.labelled import LabelledCrops, labelled_source
 from pistoseg.training.stream import SampleSource
 from pistoseg.training.tasks import ClassificationTask
@@ -59,9 +59,10 @@ def run(context: StageContext) -> dict[str, Any]:
     """
     settings = context.config.classifier
     patches = PatchSet.open(context.inputs["patches"].uri)
-    network = classifier.build(
-        settings.encoder, patches.labels.shape[1], settings.weights, settings.output_stride, settings.dropout
-    )
+    with first_weights(context.config.seed):
+        network = classifier.build(
+            settings.encoder, patches.labels.shape[1], settings.weights, settings.output_stride, settings.dropout
+        )
     if "initial" in context.inputs:
         start_from_preliminary(network, context)
     summary = train_on_labels(context, network, patches)

@@ -19,7 +19,7 @@ from pistoseg.patches.store import PatchSet
 from pistoseg.pipeline import StageContext
 from pistoseg.stages import masks as mask_files
 from pistoseg.stages.classification import crop_settings, start_from_preliminary
-from pistoseg.stages.trained import train_stage
+from pistoseg.stages.trained import first_weights, train_stage
 from pistoseg.training.labelled import LabelledCrops, labelled_source
 from pistoseg.training.stream import SampleSource
 from pistoseg.training.tasks import RefiningTask
@@ -30,15 +30,16 @@ def run(context: StageContext) -> dict[str, Any]:
     config, settings = context.config, context.config.refiner
     patches = PatchSet.open(context.inputs["patches"].uri)
     n_classes = patches.labels.shape[1]
-    network = refiner.build(
-        settings.encoder,
-        n_classes,
-        settings.weights,
-        settings.output_stride,
-        settings.attention_channels,
-        settings.normalize,
-        settings.feature_norm,
-    )
+    with first_weights(config.seed):
+        network = refiner.build(
+            settings.encoder,
+            n_classes,
+            settings.weights,
+            settings.output_stride,
+            settings.attention_channels,
+            settings.normalize,
+            settings.feature_norm,
+        )
     if "initial" in context.inputs:
         start_from_preliminary(network, context)
     # The maps keep the detail of the pseudo-masks until the network brings them to its own grid.

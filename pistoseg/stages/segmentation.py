@@ -16,7 +16,7 @@ from pistoseg.pipeline import StageContext
 from pistoseg.stages import masks
 from pistoseg.stages.patches import held_out_folder
 from pistoseg.stages.synthesis import mosaics
-from pistoseg.stages.trained import train_stage
+from pistoseg.stages.trained import first_weights, train_stage
 from pistoseg.training.labelled_images import LabelledImages
 from pistoseg.training.samples import MaskedCrops, StoredMosaics, crop_rows, fresh_mosaics, rare_class_weights
 from pistoseg.training.stream import SampleSource
@@ -39,9 +39,10 @@ def precise(context: StageContext) -> dict[str, Any]:
 def _run(context: StageContext, training: SegmentationConfig, source: SampleSource) -> dict[str, Any]:
     config = context.config
     classes = config.classes.tissue()
-    network = segmentation.build(
-        training.architecture, training.encoder, len(classes), training.weights, training.decoder_attention
-    )
+    with first_weights(config.seed):
+        network = segmentation.build(
+            training.architecture, training.encoder, len(classes), training.weights, training.decoder_attention
+        )
     if "initial" in context.inputs:
         network.load_state_dict(bundle.load(context.inputs["initial"].path("bundle"), "cpu").model.state_dict())
     has_validation = context.inputs["validation"].summary["images"] > 0

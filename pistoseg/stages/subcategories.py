@@ -16,6 +16,7 @@ from pistoseg.patches.store import PatchSet
 from pistoseg.pipeline import StageContext
 from pistoseg.stages import cluster, masks
 from pistoseg.stages.classification import crop_settings, train_on_labels
+from pistoseg.stages.trained import first_weights
 from pistoseg.training.labelled import LabelledCrops, labelled_source
 
 FEATURES = "features"
@@ -33,14 +34,15 @@ def run(context: StageContext) -> dict[str, Any]:
     features = _features(context, len(patches.labels))
     found = subcategories.cluster(features, patches.labels, settings.subcategories, config.seed)
     first = classifier.load(context.inputs["classifier"].path("model"), "cpu")
-    network = classifier.build(
-        config.classifier.encoder,
-        patches.labels.shape[1],
-        config.classifier.weights,  # what they keep fixed stays fixed; the values come from the classifier
-        config.classifier.output_stride,
-        config.classifier.dropout,
-        subcategories=settings.subcategories,
-    )
+    with first_weights(config.seed):
+        network = classifier.build(
+            config.classifier.encoder,
+            patches.labels.shape[1],
+            config.classifier.weights,  # what they keep fixed stays fixed; the values come from the classifier
+            config.classifier.output_stride,
+            config.classifier.dropout,
+            subcategories=settings.subcategories,
+        )
     network.normalization = first.normalization
     network.encoder.load_state_dict(first.encoder.state_dict())
     labels = np.concatenate([patches.labels, found], 1)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,14 @@ from pistoseg.training.trainer import remove_checkpoints, train
 
 Save = Callable[[dict[str, str], dict[str, float]], None]
 """Writes the trained network, given its lineage and the metrics of the epoch that is kept."""
+
+
+@contextmanager
+def first_weights(seed: int) -> Iterator[None]:
+    """Networks that are built inside start from weights that the seed decides; later draws are what they would be."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def train_stage(

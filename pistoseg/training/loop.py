@@ -49,7 +49,7 @@ class TrainingJob:
         config: training settings.
         network: the network at its start: a module with `normalization` and `encoder`.
         task: its loss and its validation.
-        seed: of augmentation.
+        seed: of augmentation and dropout.
         steps: optimizer steps in an epoch.
         batch_size: of one worker.
         folder: URI of the artifact; receives `failure.json` and the batch of a step that was not finite.
@@ -106,7 +106,6 @@ class _Training:
         if self.device.type == "cpu":
             torch.set_num_threads(job.threads)
             keep_freed_memory()
-        torch.manual_seed(job.seed)
         self.network: Any = ray.get(job.network)
         self.network.to(device=self.device, memory_format=torch.channels_last)
         self.model: nn.Module = ray.train.torch.prepare_model(
@@ -144,6 +143,7 @@ class _Training:
 
     def run_epoch(self, epoch: int, batches: Iterator[dict[str, Tensor]]) -> bool:
         """Train one epoch, validate, report; False when a loss was not finite."""
+        torch.manual_seed(self._seed(epoch))  # of dropout, so that an epoch after a crash draws what it would have
         self.model.train()
         started, waited, rows = time.monotonic(), 0.0, []
         lr = 0.0
@@ -178,7 +178,7 @@ class _Training:
 
     def _step(self, batch: dict[str, Tensor], epoch: int, step: int) -> dict[str, float]:
         """One optimizer step; `loss` and its terms, and `gradient_norm`. The weights stay where any is not finite."""
-        seed = int(np.random.SeedSequence((self.job.seed, epoch, step, self.rank)).generate_state(1)[0])
+        seed = self._seed(epoch, step)
         batch = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
         losses = self.task.losses(self._forward, augment(batch, self.config.augmentation, seed))
         self.optimizer.zero_grad(set_to_none=True)
@@ -200,6 +200,10 @@ class _Training:
             if self.average is not None:
                 self.average.update_parameters(self.network)
         return dict(zip(names, values.tolist(), strict=True))
+
+    def _seed(self, *address: int) -> int:
+        """What is drawn in an epoch, or in one of its steps, by this worker."""
+        return int(np.random.SeedSequence((self.job.seed, *address, self.rank)).generate_state(1)[0])
 
     def _forward(self, images: Tensor, *maps: Tensor) -> Any:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):

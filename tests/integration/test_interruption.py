@@ -1,6 +1,7 @@
 """SIGKILL at the worst moments: what was finished stays, what was begun goes on."""
 
 import json
+import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,10 @@ import yaml
 from conftest import NETWORK, TINY, TRAIN_STAGES, committed, contents
 from processes import kill_when
 
+from pistoseg.artifacts import Artifact, Workspace
 from pistoseg.cli import main
+from pistoseg.config import load_config
+from pistoseg.pipeline import run_pipeline
 from pistoseg.training.trainer import RUN, SNAPSHOT, _last_history
 
 pytestmark = pytest.mark.processes
@@ -20,12 +24,13 @@ EPOCHS = 8
 
 @dataclass
 class Story:
-    """What was in the workspace when each run was killed, and at the end."""
+    """What was in the workspace when each run was killed, and at the end; and the training of one that was never."""
 
     workspace: Path
     parts: dict[str, tuple[int, str]] = field(default_factory=dict)
     epochs: list[dict[str, float]] = field(default_factory=list)
     finished: dict[str, dict[str, dict[str, tuple[int, str]]]] = field(default_factory=dict)
+    whole: Artifact | None = None
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +61,12 @@ def story(local_ray, tmp_path_factory, cohort):
 
     assert main(command[3:]) == 0
     story.finished["end"] = snapshot(story.workspace)
+
+    other = folder / "never killed"
+    for stage in ("patches", "validation", "synthesis"):
+        shutil.copytree(story.workspace / stage, other / stage)
+    config = load_config(None, None, str(folder / "killed.yaml"), [f"data.uri={json.dumps(str(cohort))}"])
+    story.whole = run_pipeline(config, Workspace(str(other)), ("preliminary",))["preliminary"]
     return story
 
 
@@ -87,7 +98,15 @@ def test_what_was_finished_is_never_touched_again(story, moment):
     assert {stage: end[stage] for stage in story.finished[moment]} == story.finished[moment]
 
 
-def test_the_end_is_that_of_a_run_that_was_never_killed(story):
+def test_a_training_that_was_killed_ends_as_if_it_had_not_been(story):
+    (file,) = story.workspace.glob("preliminary/*/epochs.json")
+    killed, whole = (json.loads(Path(item).read_text()) for item in (file, story.whole.path("epochs.json")))
+    assert str(file.parent.name) == story.whole.fingerprint
+    # Not to the last bit: the killed run's commands train with fewer threads than the tests' own Ray.
+    assert [row["loss"] for row in killed] == pytest.approx([row["loss"] for row in whole], rel=1e-2)
+
+
+def test_the_end_has_what_a_run_that_was_never_killed_has(story):
     needless = {"pseudo_masks", "classifier", "subcategories", "cams", "refiner", "refined_masks"}
     assert set(story.finished["end"]) == set(TRAIN_STAGES) - needless, (
         "a model on mosaics needs no masks of real images"

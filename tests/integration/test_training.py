@@ -18,6 +18,7 @@ from pistoseg.config import AugmentationConfig, ComputeConfig, TrainingConfig
 from pistoseg.errors import PistoSegError
 from pistoseg.models import segmentation
 from pistoseg.models.segmentation import Normalization
+from pistoseg.stages.trained import first_weights
 from pistoseg.training.stream import SampleSource
 from pistoseg.training.tasks import SegmentationTask
 from pistoseg.training.trainer import _last_history, train
@@ -65,7 +66,9 @@ class Recording(Normalization):
 
 
 def run(folder, workers=1, spoil=(-1, -1), die_at=(-1, -1), **changes):
-    network = segmentation.build("unet", "tu-mobilenetv3_small_050", 2, None, None)
+    with first_weights(0):
+        network = segmentation.build("unet", "tu-mobilenetv3_small_050", 2, None, None)
+    folder.mkdir(exist_ok=True)
     network.normalization = Recording(folder=str(folder), spoil=spoil, die_at=die_at)
     settings = {"batch_size": 8, "samples_per_epoch": 24, "epochs": 2, "precision": "fp32", "augmentation": OFF}
     rows = []
@@ -126,8 +129,10 @@ def test_a_loss_that_is_no_number_ends_with_its_place_and_its_batch(tmp_path):
     assert [row["epoch"] for row in _last_history(str(tmp_path))] == [0]  # the next run goes on from here
 
 
-def test_a_killed_worker_is_replaced_and_ends_every_epoch(tmp_path):
+def test_a_killed_worker_is_replaced_and_ends_every_epoch_as_if_it_had_lived(tmp_path):
+    whole, _ = run(tmp_path / "whole")
     trained, _ = run(tmp_path, die_at=(1, 11))
+    assert all(torch.equal(value, whole.state[name]) for name, value in trained.state.items())
     assert [row["epoch"] for row in trained.history] == [0, 1]
     order = [tuple(batch[0]) for batch in seen(tmp_path)["rank0"]]
     epochs = [[(epoch, start) for start in (0, 8, 16)] for epoch in range(2)]

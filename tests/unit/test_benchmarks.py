@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
 
 from benchmarks import __main__ as all_benchmarks
-from benchmarks import full_size, growth, harness, inference, material, mosaics, slides, training
+from benchmarks import full_size, growth, harness, inference, known_masks, material, mosaics, slides, training
 from benchmarks.plain_mosaics import PaperText, Published
+from pistoseg.config import DataConfig
+from pistoseg.patches.layouts import scan_training
+from pistoseg.phantom import PHANTOM_CLASSES, write_cohort
 from pistoseg.training.samples import fresh_mosaics
 
 
@@ -97,3 +102,31 @@ def test_results_say_the_machine_and_several_are_put_together(options):
     assert content["machine"]["processor"]
     assert content["machine"]["versions"]["torch"]
     assert content["tiny"]
+
+
+@pytest.mark.parametrize("layout", ["names", "table"])
+def test_validation_images_become_training_images_with_known_masks(layout, tmp_path):
+    data, out = tmp_path / "data", tmp_path / "out"
+    write_cohort(str(data), training=4, validation=3, patch_size=64, validation_size=96)
+    before = len(scan_training(str(data / "1.training"), PHANTOM_CLASSES, DataConfig()).images)
+    if layout == "table":
+        (data / "1.training" / "images").mkdir()
+        for file in (data / "1.training").glob("*.png"):
+            file.rename(data / "1.training" / "images" / f"{file.stem}.png")
+        names = [file.name for file in (data / "1.training" / "images").iterdir()]
+        head = ",".join(["image,x,y,width,height", *PHANTOM_CLASSES.names])
+        rows = [f'"images/{name}",0,0,64,64,1,0,0,0,0' for name in names]
+        (data / "1.training" / "patches.csv").write_text("\n".join([head, *rows]) + "\n")
+
+    added = known_masks.write_known_masks(data, out, len(PHANTOM_CLASSES), 64)
+    listing = scan_training(str(out / "1.training"), PHANTOM_CLASSES, DataConfig())
+    known = [image for image in listing.images if "known_" in image.name]
+    assert len(listing.images) == before + len(known)
+    assert added == sum(len(image.windows) for image in known)
+    assert added >= 3
+    for image in known:
+        mask = cv2.imread(str(out / "masks" / f"{Path(image.name).stem}.png"), cv2.IMREAD_UNCHANGED)
+        for window in image.windows:
+            inside = mask if layout == "names" else mask[window.y :, window.x :][: window.height, : window.width]
+            present = [(inside == tissue).mean() >= known_masks.LEAST_SHARE for tissue in range(len(PHANTOM_CLASSES))]
+            assert list(window.labels) == present
