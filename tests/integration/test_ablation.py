@@ -8,7 +8,7 @@ from pistoseg.cli import main
 from pistoseg.search.tables import TABLES, Row, Table
 
 pytestmark = pytest.mark.usefixtures("local_ray")
-LABELS = ("fast", "slow", "huge crops")
+LABELS = ("rough", "exact", "huge crops")
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def again(tmp_path_factory):
 def outcome(workspace, again, cohort, tiny):
     """Exit codes of two runs of three rows, of which one has crops that no training image is large enough for."""
     huge = {"synthesis.crop_height": 512, "synthesis.crop_width": 512, "synthesis.n_h": 1, "synthesis.n_w": 1}
-    settings = ({"precise.lr": 1e-3}, {"precise.lr": 1e-4}, huge)
+    settings = ({"evaluation.bootstrap": 20}, {"evaluation.bootstrap": 40}, huge)
     rows = tuple(Row(label, overrides) for label, overrides in zip(LABELS, settings, strict=True))
     arguments = ["--config", str(tiny), "--data", str(cohort), "--workspace", str(workspace)]
     with pytest.MonkeyPatch.context() as patch:
@@ -60,11 +60,11 @@ def test_a_failed_row_sets_the_exit_code_and_has_its_reason_in_the_table(outcome
 def test_rows_share_their_upstream_artifacts(outcome, values, workspace):
     counts = {stage: len(list((workspace / stage).glob("*/manifest.json"))) for stage in ("patches", "synthesis")}
     assert counts == {"patches": 1, "synthesis": 1}
-    fast, slow, _ = (row["runs"][0] for row in values["rows"])
-    assert set(fast["computed"]) == {"synthesis", "precise", "evaluation"}
-    assert set(slow["computed"]) == {"precise", "evaluation"}
-    assert slow["artifacts"]["synthesis"] == fast["artifacts"]["synthesis"]
-    assert slow["artifacts"]["precise"] != fast["artifacts"]["precise"]
+    rough, exact, _ = (row["runs"][0] for row in values["rows"])
+    assert set(rough["computed"]) == {"synthesis", "precise", "evaluation"}
+    assert set(exact["computed"]) == {"evaluation"}
+    assert exact["artifacts"]["precise"] == rough["artifacts"]["precise"]
+    assert exact["artifacts"]["evaluation"] != rough["artifacts"]["evaluation"]
 
 
 def test_scores_are_those_of_the_evaluations(values, workspace):
@@ -83,8 +83,8 @@ def test_the_rows_are_children_of_the_ablations_run_which_has_the_table(values, 
     names = [f"{label}, seed 0" for label in LABELS]
     assert status == dict(zip(["images", *names], ["FINISHED"] * 3 + ["FAILED"], strict=True))
     mean = values["rows"][0]["mean"]["miou"]
-    assert parent.data.metrics["fast/miou"] == pytest.approx(mean)
-    assert second.data.metrics["fast/miou"] == pytest.approx(mean)
+    assert parent.data.metrics["rough/miou"] == pytest.approx(mean)
+    assert second.data.metrics["rough/miou"] == pytest.approx(mean)
     files = {item.path for item in client.list_artifacts(parent.info.run_id)}
     assert files == {"ablation.json", "ablation.csv", "ablation.md"}
     stages = {run.info.run_name for run in found if run.data.tags.get("mlflow.parentRunId") == children[1].info.run_id}

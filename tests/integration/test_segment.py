@@ -220,7 +220,7 @@ def test_one_worker_two_and_a_shared_slide_write_the_same_files(local_ray, model
         place = tmp_path / f"{number}.tif"
         write_slide(str(place), str(tmp_path / "mask"), seed=number, size=(4600, 300), mpp=1.0)
     outs = {}
-    for name, source, workers in (("one", "?.tif", "1"), ("two", "?.tif", "2"), ("shared", "0.tif", "3")):
+    for name, source, workers in (("one", "?.tif", "1"), ("two", "?.tif", "2"), ("shared", "0.tif", "2")):
         assert segment(model, tmp_path / source, tmp_path / name, "--workers", workers) == 0
         outs[name] = contents(tmp_path / name / "slides")
     same = ("mask.tif", "regions.geojson", "overview.png", "areas.json")
@@ -233,7 +233,7 @@ def test_one_worker_two_and_a_shared_slide_write_the_same_files(local_ray, model
                 outs["one"][f"{slide}/{file}"][1] for file in same
             ]
     record = json.loads((tmp_path / "shared" / "slides" / "0" / "slide.json").read_text())
-    assert record["workers"] == 3
+    assert record["workers"] == 2
     assert not list((tmp_path / "shared").rglob(".*"))
 
 
@@ -247,16 +247,14 @@ def test_only_what_was_made_from_the_same_is_kept(local_ray, model, slide, tmp_p
     assert "2 slides to do" in printed
     assert "tiles a second" in printed
     assert not out.exists()
-    assert segment(model, source, out, "--limit", "1") == 0
-    assert len(list((out / "slides").iterdir())) == 1
     assert segment(model, source, out) == 0
-    assert [row["status"] for row in rows(out).values()] == ["completed", "skipped"]
     before = contents(out / "slides")
     (out / "slides" / ".0.deadbeef.part").mkdir()  # as a killed worker leaves it
     changed = tifffile.imread(slide, key=0)[:, ::-1]
     options = {"resolution": (1e4, 1e4), "resolutionunit": "CENTIMETER", "photometric": "rgb", "metadata": None}
     tifffile.imwrite(tmp_path / "0.tif", changed, tile=(256, 256), **options)
     assert segment(model, source, out) == 0
+    assert [row["status"] for row in rows(out).values()] == ["completed", "skipped"]
     after = contents(out / "slides")
     assert {name for name in before if before[name][1] != after[name][1]} >= {"0/mask.tif", "0/slide.json"}
     assert {name: item for name, item in before.items() if name[0] == "1"} == {

@@ -113,10 +113,6 @@ def test_two_processes_share_every_epoch_and_see_each_sample_once(tmp_path):
     assert trained.epoch == 1
     assert all(torch.isfinite(value).all() for value in trained.state.values())
 
-    again, rows = run(tmp_path, workers=2)  # as after a kill between the last checkpoint and the bundle
-    assert (again.history, rows, seen(tmp_path)) == (trained.history, [], by_rank)
-    assert all(torch.equal(again.state[name], value) for name, value in trained.state.items())
-
 
 def test_a_loss_that_is_no_number_ends_with_its_place_and_its_batch(tmp_path):
     with pytest.raises(PistoSegError, match=r"the loss is nan in epoch 2, step 2") as caught:
@@ -139,3 +135,8 @@ def test_a_killed_worker_is_replaced_and_ends_every_epoch_as_if_it_had_lived(tmp
     assert order[:5] == epochs[0] + epochs[1][:2]  # the last of these is lost with the worker
     # Epoch 0 is repeated where its checkpoint was not registered yet when the worker died.
     assert order[5:] in (epochs[1], epochs[0] + epochs[1])
+
+    again, rows = run(tmp_path, die_at=(1, 11))  # as after a kill between the last checkpoint and the bundle
+    assert (again.history, rows) == (trained.history, [])
+    assert [tuple(batch[0]) for batch in seen(tmp_path)["rank0"]] == order
+    assert all(torch.equal(again.state[name], value) for name, value in trained.state.items())
