@@ -19,7 +19,7 @@ def kill_when(command: list[str], folder: Path, moment: Callable[[], bool]) -> N
     finally:
         process.kill()
         process.wait()
-    wait_for(lambda: not any(works(pid) for pid in family))
+    wait_for(lambda: not any(works(pid) for pid in family), 60)
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = TIMEOUT_S) -> None:
