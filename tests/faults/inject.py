@@ -248,8 +248,7 @@ def inject(bench: Bench, fault: str, stage: str) -> Row:
         if fault == "disk":
             process = on_full_disk(bench, nodes, stage, name, log, process)
         wait_for(lambda: SAYS[stage] in log.read_text() or process.poll() is not None, WAIT_S)
-        if process.poll() is None:
-            strike(bench, fault, stage, process)
+        missed = strike(bench, fault, stage, process)
         happened = outcome(process, log)
         for _ in range(2):
             if happened == "went on":
@@ -263,30 +262,48 @@ def inject(bench: Bench, fault: str, stage: str) -> Row:
     found = bench.results(stage, name)
     wanted = bench.wanted[stage]
     differs = [item for item in wanted if found.get(item) != wanted[item]]
-    result = "equal" if not differs else f"{len(differs)} of {len(wanted)} differ"
+    result = missed or ("equal" if not differs else f"{len(differs)} of {len(wanted)} differ")
     return Row(fault, stage, happened, result, time.monotonic() - began)
 
 
-def strike(bench: Bench, fault: str, stage: str, process: subprocess.Popen[bytes]) -> None:
-    """Do it, once the stage's workers are there."""
-    if fault in ("worker", "node"):
-        wait_for(lambda: bool(named(WORKERS[stage])) or process.poll() is not None, WAIT_S)
-        time.sleep(1)
-    if fault == "worker":
-        for pid in named(WORKERS[stage])[:1]:
-            os.kill(pid, signal.SIGKILL)
-    elif fault == "node":
-        victim = max(named(b"raylet/raylet"))  # the node that came last; the head came first
-        for pid in [*descendants(victim), victim]:
+def strike(bench: Bench, fault: str, stage: str, process: subprocess.Popen[bytes]) -> str:
+    """Do it in the middle of the stage; returns why that was not possible, or nothing."""
+
+    def ended() -> bool:
+        return process.poll() is not None
+
+    def victims() -> list[int]:
+        # A task of Ray has its name only while it runs. The first raylet is the head's: without it there is no cluster.
+        if fault == "worker":
+            return named(WORKERS[stage])[:1]
+        raylets = sorted(named(b"raylet/raylet"))[1:]
+        return [pid for pid in raylets if any(WORKERS[stage] in command_line(below) for below in descendants(pid))][:1]
+
+    def killed() -> bool:
+        found = victims()
+        for pid in (pid for victim in found for pid in [*descendants(victim), victim]):
             kill(pid)
-    elif fault == "driver":
+        return bool(found)
+
+    if fault in ("worker", "node"):
+        wait_for(lambda: bool(named(WORKERS[stage])) or ended(), WAIT_S)
+        time.sleep(1)
+        with suppress(TimeoutError):
+            wait_for(lambda: ended() or killed(), 60)
+            return "not broken: the stage had ended" if ended() else ""
+        return "not broken: no worker there"
+    if fault == "driver":
         time.sleep(2)
         process.kill()
-    elif fault == "s3":
+        return "" if process.wait() == -signal.SIGKILL else "not broken: the stage had ended"
+    if fault == "s3":
         time.sleep(1)
+        late = ended()
         bench.s3.stop()
         time.sleep(DOWN_S)
         bench.s3.start()
+        return "not broken: the stage had ended" if late else ""
+    return ""  # it was there from the start
 
 
 def on_full_disk(bench, nodes, stage, name, log, process):
