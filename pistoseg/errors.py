@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Iterator
+
 from pistoseg.redaction import redact
 
 
@@ -28,10 +31,59 @@ class PistoSegError(ValueError):
         where = "".join(f"{part}: " for part in (self.file, field) if part)
         super().__init__(f"{where}{self.reason}." + (f" Remedy: {self.remedy}." if remedy else ""))
 
+    def fields(self) -> dict[str, str | None]:
+        """Its arguments by name, for JSON."""
+        return {"reason": self.reason, "file": self.file, "field": self.field, "remedy": self.remedy}
+
     def __reduce__(self) -> tuple[object, ...]:
         # Ray pickles errors by their positional args; the fields would be lost.
-        return (_rebuild, (self.reason, self.file, self.field, self.remedy))
+        return (_rebuild, (type(self), self.reason, self.file, self.field, self.remedy))
 
 
-def _rebuild(reason: str, file: str | None, field: str | None, remedy: str | None) -> PistoSegError:
-    return PistoSegError(reason, file=file, field=field, remedy=remedy)
+class UnavailableError(PistoSegError):
+    """A disk that is full, a storage that is away or lets nobody in: no fault of an input, a setting or a trial.
+
+    Whoever lists bad inputs and goes on must not list this: the run has to end, and can go on later.
+    """
+
+
+def explained(error: BaseException | None, file: str | None = None) -> PistoSegError | None:
+    """What users are to read of an error: the `PistoSegError` below all that Ray and others wrapped around it.
+
+    Args:
+        error: that was raised, or None.
+        file: what was written, for an error of the disk that does not name it.
+
+    Returns:
+        That error, or the one that says that a disk is full; None where there is neither, and the traceback matters.
+    """
+    for found in _below(error):
+        if isinstance(found, PistoSegError):
+            return found
+        out_of_disk = type(found).__name__ == "OutOfDiskError"  # Ray's, whose object store can't spill
+        if out_of_disk or (isinstance(found, OSError) and found.errno in (errno.ENOSPC, errno.EDQUOT)):
+            return UnavailableError(
+                "no space is left on the disk",
+                file=file or getattr(found, "filename", None),
+                remedy="make room, or set TMPDIR to a larger disk (`pistoseg doctor` shows those of all nodes); the "
+                "same command goes on where this one stopped",
+            )
+    return None
+
+
+def _below(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and all that it came from, as Ray's tasks, Ray Train and Python keep them."""
+    if error is None:
+        return
+    yield error
+    for below in (*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None)):
+        yield from _below(below)
+    cause = getattr(error, "cause", None)
+    yield from _below(cause if isinstance(cause, BaseException) else None)
+    yield from _below(error.__cause__)
+
+
+def _rebuild(
+    kind: type[PistoSegError], reason: str, file: str | None, field: str | None, remedy: str | None
+) -> PistoSegError:
+    return kind(reason, file=file, field=field, remedy=remedy)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pistoseg.errors import PistoSegError
+from pistoseg.errors import PistoSegError, UnavailableError
 
 if TYPE_CHECKING:
     from pistoseg.config import StorageConfig
@@ -269,12 +269,13 @@ def explain(error: BaseException, uri: str) -> PistoSegError | None:
     elif code in REFUSED or isinstance(error, PermissionError):
         reason = f"{server} refuses access ({code or error})"
         remedy = "check the access key, and its rights to list, read and write there"
+        return PistoSegError(reason, file=uri, remedy=remedy)  # others may be readable
     elif code in TRANSIENT_CODES or names & TRANSIENT_ERRORS:
         reason = f"{server} does not answer ({code or type(error).__name__}), tried {RETRIES} times"
         remedy = "check AWS_ENDPOINT_URL and the network; the same command goes on where this one stopped"
     else:
         return None
-    return PistoSegError(reason, file=uri, remedy=remedy)
+    return UnavailableError(reason, file=uri, remedy=remedy)
 
 
 def _names(error: BaseException) -> set[str]:

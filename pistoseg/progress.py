@@ -70,8 +70,7 @@ def run_with_json_log(run: Callable[[], int]) -> int:
         with redirect_stdout(JsonLines(sys.stdout)) as lines, closing(lines):
             return run()
     except PistoSegError as error:
-        fields = {key: getattr(error, key) for key in ("reason", "file", "field", "remedy")}
-        json_line(sys.stderr, "error", level="error", **fields)
+        json_line(sys.stderr, "error", level="error", **error.fields())
         return 2
     finally:
         os.environ.pop(LOG_FORMAT)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from pistoseg import object_store
-from pistoseg.errors import PistoSegError
+from pistoseg.errors import PistoSegError, explained
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 def _explains(function: Callable[Concatenate[str, P], T]) -> Callable[Concatenate[str, P], T]:
-    """Make errors of object storage that the user can mend say how."""
+    """Make errors of object storage, and of a full disk, say what the user can do."""
 
     @functools.wraps(function)
     def call(uri: str, *arguments: P.args, **named: P.kwargs) -> T:
@@ -36,7 +36,7 @@ def _explains(function: Callable[Concatenate[str, P], T]) -> Callable[Concatenat
         except PistoSegError:
             raise
         except Exception as error:
-            problem = None if is_local(uri) else object_store.explain(error, uri)
+            problem = explained(error, uri) if is_local(uri) else object_store.explain(error, uri)
             if problem is None:
                 raise
             raise problem from error

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -232,7 +232,8 @@ def _rejected(source: SlideSource, windows: list[Window], error: PistoSegError) 
     """One for each window, or for the slide where its windows are not known."""
     reason = error.reason if error.file in (None, source.uri) else f"{error.file} {error.reason}"
     names = [_label(source, window) for window in windows] or [source.name]
-    return [Rejection(name, error.field or "slide", reason, error.remedy or "") for name in names]
+    first = replace(Rejection.of(error), field=error.field or "slide", reason=reason)
+    return [replace(first, name=name) for name in names]
 
 
 def _label(source: SlideSource, window: Window) -> str:

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from pistoseg import storage
 from pistoseg.config import Config
-from pistoseg.errors import PistoSegError
+from pistoseg.errors import PistoSegError, UnavailableError
 from pistoseg.patches.layouts import find_split
 from pistoseg.patches.manifest import is_manifest, scan_slides
 
@@ -75,6 +75,8 @@ def _slides_digest(uri: str, config: Config, etag: Callable[[str], str]) -> str:
     def version(file: str) -> str:
         try:
             return etag(file)
+        except UnavailableError:
+            raise
         except PistoSegError as error:  # its windows will be rejected; when it comes, they are read
             return error.reason
 

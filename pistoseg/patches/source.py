@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from pistoseg.errors import PistoSegError
+from pistoseg.errors import PistoSegError, UnavailableError
 
 WHOLE = -1
 """Width and height of a window that covers its image, whose size is not known before it is decoded."""
@@ -72,7 +72,9 @@ class Rejection:
 
     @classmethod
     def of(cls, error: PistoSegError, name: str | None = None) -> Rejection:
-        """From an error, under another name where given."""
+        """From an error, under another name where given; raises one that is no fault of the image."""
+        if isinstance(error, UnavailableError):
+            raise error
         return cls(name or error.file or "", error.field or "", error.reason, error.remedy or "")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 import time
@@ -16,7 +17,7 @@ from ray import tune
 from pistoseg import storage
 from pistoseg.artifacts import Artifact, Workspace
 from pistoseg.config import Config
-from pistoseg.errors import PistoSegError
+from pistoseg.errors import PistoSegError, UnavailableError
 from pistoseg.pipeline import run_pipeline
 from pistoseg.progress import Progress
 from pistoseg.search.ablation import with_overrides
@@ -27,7 +28,7 @@ from pistoseg.search.recording import Recorder
 from pistoseg.search.sampling import Algorithm, Halving, PointSearcher
 from pistoseg.search.sharing import Sharing
 from pistoseg.search.spaces import Space
-from pistoseg.search.trial import TrialJob, Workers, run_trial
+from pistoseg.search.trial import UNAVAILABLE, TrialJob, Workers, run_trial
 from pistoseg.stages import cluster
 from pistoseg.tracking import Tracker
 
@@ -212,7 +213,7 @@ def _run_trials(
         workers,
         parallel,
     )
-    before, started = journal.settings["spent_s"], time.monotonic()
+    before, started, ending = journal.settings["spent_s"], time.monotonic(), _Ending()
     try:
         with _tune_settings(), tempfile.TemporaryDirectory() as scratch:
             tune.Tuner(
@@ -226,13 +227,36 @@ def _run_trials(
                 ),
                 # Its own state is pickled; it stays in a folder of this run, and nobody reads it.
                 run_config=tune.RunConfig(
-                    name="trials", storage_path=scratch, verbose=0, callbacks=[_Clock(journal, before), recorder]
+                    name="trials",
+                    storage_path=scratch,
+                    verbose=0,
+                    callbacks=[_Clock(journal, before), recorder],
+                    stop=ending,
                 ),
             ).fit()
     finally:
         recorder.end_all()
         journal.update(spent_s=before + time.monotonic() - started)
         ray.kill(workers)
+    if ending.problem:
+        raise ending.problem
+
+
+class _Ending(tune.Stopper):
+    """Ends a search at the first trial that a full disk or a storage that is away cut off: the others would follow."""
+
+    def __init__(self) -> None:
+        self.problem: UnavailableError | None = None
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Look at a report; it ends by itself."""
+        if UNAVAILABLE in result:
+            self.problem = UnavailableError(**json.loads(result[UNAVAILABLE]))
+        return False
+
+    def stop_all(self) -> bool:
+        """Whether the search has to end."""
+        return self.problem is not None
 
 
 class _Clock(tune.Callback):
@@ -311,6 +335,8 @@ def _confirm(
             if overrides:
                 models.append(artifacts["precise"])
             return search.objective.value(artifacts)
+        except UnavailableError:
+            raise
         except PistoSegError as error:
             problems.append(f"{label}, seed {seed}: {error}")
             progress.say(f"failed: {error}")

@@ -16,7 +16,7 @@ from rich.console import Console
 from pistoseg import storage
 from pistoseg.artifacts import Artifact, Workspace
 from pistoseg.config import Config, TrackingConfig
-from pistoseg.errors import PistoSegError
+from pistoseg.errors import PistoSegError, UnavailableError, explained
 from pistoseg.hooks import Hooks
 from pistoseg.pipeline import Step, run_pipeline
 from pistoseg.progress import Progress
@@ -24,6 +24,9 @@ from pistoseg.search.ablation import with_overrides
 from pistoseg.search.objective import Objective
 from pistoseg.stages import cluster
 from pistoseg.training.loop import WorkersCallback
+
+UNAVAILABLE = "unavailable"
+"""Key of a report: why the trial can't go on now, as the fields of the error."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,11 @@ def run_trial(parameters: Mapping[str, Any], job: TrialJob) -> None:
     try:
         tune.report(_run(json.loads(parameters["overrides"]), int(parameters["number"]), job))
     except Exception as error:  # whatever ends a trial is its result; the search goes on
-        tune.report({"problem": explain(error)})
+        known = explained(error)
+        if isinstance(known, UnavailableError):  # it would end every other one, too
+            tune.report({UNAVAILABLE: json.dumps(known.fields())})
+        else:
+            tune.report({"problem": explain(error)})
 
 
 def _run(overrides: Mapping[str, Any], number: int, job: TrialJob) -> dict[str, Any]:

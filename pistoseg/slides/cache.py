@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pistoseg import storage
-from pistoseg.errors import PistoSegError
+from pistoseg import object_store, storage
+from pistoseg.errors import PistoSegError, explained
 from pistoseg.slides.files import etag, slide_files
 
 _POLL_S = 0.2
@@ -84,7 +84,8 @@ class SlideCache:
         except PistoSegError:
             raise
         except Exception as error:  # every storage has errors of its own
-            raise PistoSegError(
+            known = explained(error, str(self._folder)) or object_store.explain(error, uri)
+            raise known or PistoSegError(
                 f"cannot be fetched into {self._folder} ({error})",
                 file=uri,
                 remedy="check the connection, the credentials and the room on the disk",

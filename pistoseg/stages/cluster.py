@@ -15,7 +15,7 @@ import ray
 
 from pistoseg import object_store, storage
 from pistoseg.config import ComputeConfig
-from pistoseg.errors import PistoSegError
+from pistoseg.errors import PistoSegError, UnavailableError, explained
 from pistoseg.progress import Progress
 
 ANSWER_S = 10.0
@@ -28,10 +28,27 @@ OBJECT_STORE_BYTES = 4 << 30
 
 @contextmanager
 def connected(config: ComputeConfig) -> Iterator[None]:
-    """Connect to the cluster of the config or of RAY_ADDRESS, else start a local Ray for the block."""
+    """Connect to the cluster of the config or of RAY_ADDRESS, else start a local Ray for the block.
+
+    Raises:
+        PistoSegError: when there is no such cluster, and in place of an error of the block that comes from one, or from
+            a full disk, on whatever node.
+    """
     if ray.is_initialized():
         yield
         return
+    try:
+        with _started(config):
+            yield
+    except Exception as error:
+        known = explained(error)
+        if known is None or known is error:
+            raise
+        raise known from error
+
+
+@contextmanager
+def _started(config: ComputeConfig) -> Iterator[None]:
     # A run must not look for newer versions of Ray or ask who its user is.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -214,7 +231,8 @@ def run_shards(
         progress: told the weight of the finished shards.
         weight: images (or mosaics) in a shard.
     Raises:
-        PistoSegError: what the workers raised, all together, after the other shards are done.
+        UnavailableError: the first that a worker raised, at once.
+        PistoSegError: what else the workers raised, all together, after the other shards are done.
     """
     finished = {storage.name(item) for item in storage.list_dir(folder)}
     total = sum(map(weight, shards))
@@ -237,6 +255,8 @@ def run_shards(
         results = items.map(_shard, fn_args=(uuid.uuid4().hex, *setup), compute=tasks, **resources)
     problems: dict[str, None] = {}  # in the order of their coming, each once
     for row in results.iter_rows():
+        if row["away"]:  # the other shards would end the same way
+            raise UnavailableError(**json.loads(row["problem"]))
         if row["problem"]:
             problems[row["problem"]] = None
         done += weight(shards[int(row["number"])])
@@ -260,8 +280,8 @@ class _ShardWorker:
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         number = int(row["number"])
         shard, part = json.loads(row["shard"]), storage.join(self.folder, part_name(number))
-        problem = self.broken or _problem_of(lambda: self.worker(number, shard, part))
-        return {"number": number, "problem": problem}
+        problem, away = self.broken if self.broken[0] else _problem_of(lambda: self.worker(number, shard, part))
+        return {"number": number, "problem": problem, "away": away}
 
 
 _at_hand: tuple[str, _ShardWorker] | None = None
@@ -276,16 +296,20 @@ def _shard(row: dict[str, Any], run: str, worker: type, arguments: dict[str, Any
     return _at_hand[1](row)
 
 
-def _problem_of(action: Callable[[], None]) -> str:
-    """The fields of the `PistoSegError` that an action raised, as JSON; empty when it raised none.
+def _problem_of(action: Callable[[], None]) -> tuple[str, bool]:
+    """The fields of the `PistoSegError` that an action raised, as JSON, and whether it is an `UnavailableError`.
 
-    Ray Data would wrap the error, and the user get a traceback instead of what is wrong with the input.
+    Empty when it raised none. Ray Data would wrap the error and forget what it came from, so that the user would get a
+    traceback instead of what is wrong with the input.
     """
     try:
         action()
-    except PistoSegError as error:
-        return json.dumps({key: getattr(error, key) for key in ("reason", "file", "field", "remedy")})
-    return ""
+    except Exception as error:
+        known = explained(error)
+        if known is None:
+            raise
+        return json.dumps(known.fields()), isinstance(known, UnavailableError)
+    return "", False
 
 
 def _fetched(value: Any) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 import ray
 
 from pistoseg import storage
-from pistoseg.errors import PistoSegError
+from pistoseg.errors import PistoSegError, explained
 from pistoseg.models import bundle
 from pistoseg.slides import results
 from pistoseg.slides.grid import TilePlan
@@ -234,10 +234,10 @@ class SlideWorker:
             made_from = self.network.made_from(entry)
         except Exception:  # it is not even there
             made_from = {}
-        known = isinstance(error, PistoSegError)
+        known = explained(error)
         record = start_record(entry, made_from, task.attempts, clock.started) | {
             "status": "failed",
-            "reason": str(error) if known else f"{type(error).__name__}: {error}",
+            "reason": str(known or f"{type(error).__name__}: {error}"),
             "traceback": "".join(traceback.format_exception(error)),
             "seconds": clock.total(),
             "model": self.network.model,

@@ -231,7 +231,8 @@ class _Training:
                 "optimizer": self.optimizer.state_dict(),
                 "history": json.dumps(self.history),
             }
-            torch.save(state, Path(folder) / CHECKPOINT)
+            with (Path(folder) / CHECKPOINT).open("wb") as file:  # PyTorch's own files hide that a disk is full
+                torch.save(state, file)
             ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
     def _say(self, epoch: int, step: int, loss: float) -> None:

@@ -17,7 +17,7 @@ from ray.train.torch import TorchTrainer
 
 from pistoseg import storage
 from pistoseg.config import ComputeConfig, TrainingConfig
-from pistoseg.errors import PistoSegError
+from pistoseg.errors import PistoSegError, explained
 from pistoseg.training.loop import CHECKPOINT, FAILURE, TrainingJob, train_worker
 from pistoseg.training.progress import TrainingProgress
 from pistoseg.training.stream import SampleSource, sample_dataset
@@ -135,7 +135,7 @@ def train(
         try:
             result = trainer.fit()
         except ray.train.TrainingFailedError as error:
-            raise _user_error(error) or error from None
+            raise explained(error) or error from None
     ray.kill(progress)
     if storage.exists(failure):
         reason = json.loads(storage.read_bytes(failure))
@@ -158,15 +158,6 @@ def worker_resources(threads: int, gpus: bool) -> dict[str, float]:
     if gpus:
         return {"CPU": 1, "GPU": 1}
     return {"CPU": threads - 1 if threads > 1 else 0.5}
-
-
-def _user_error(error: BaseException | None) -> PistoSegError | None:
-    """The `PistoSegError` that a training worker or a sample actor raised, below what Ray wrapped around it."""
-    if error is None or isinstance(error, PistoSegError):
-        return error
-    below = [*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None)]
-    below += [getattr(error, "cause", None), error.__cause__]
-    return next((found for found in map(_user_error, below) if found is not None), None)
 
 
 def remove_checkpoints(folder: str) -> None:

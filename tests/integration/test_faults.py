@@ -1,8 +1,12 @@
-"""A worker process that dies in the middle of its work changes nothing; the dearer faults are in tests/faults."""
+"""A worker that dies and a disk that is full, in the middle of a run; the dearer faults are in tests/faults."""
 
 import json
 import os
+import re
+import shlex
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -40,6 +44,12 @@ def config(cohort, tiny):
     return load_config(None, None, str(tiny), [*overrides, "tracking.enabled=false"])
 
 
+def unshared(script):
+    """A shell script with mounts of its own."""
+    command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
 def mosaics(workspace):
     (folder,) = Path(workspace.root).glob("synthesis/*/mosaics")
     return storage.read_parquet(str(folder)).sort_by("index")
@@ -56,3 +66,25 @@ def test_a_synthesis_whose_worker_is_killed_makes_the_same_mosaics(local_ray, co
     assert killer.killed, "the worker was to be killed in the middle"
     assert mosaics(broken).equals(mosaics(whole))
     assert mosaics(broken)["index"].to_pylist() == list(range(COUNT))
+
+
+@pytest.mark.processes
+def test_a_run_whose_disk_is_full_says_so_and_goes_on_when_there_is_room(tiny, cohort, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if unshared(f"mount -t tmpfs -o size=1m tmpfs {shlex.quote(str(disk))}").returncode:
+        pytest.skip("this system lets nobody mount a disk of their own")
+    options = ["--config", str(tiny), "--data", str(cohort), "--workspace", str(disk / "runs")]
+    options += ["--set", f"synthesis.count={COUNT}", "--set", "tracking.enabled=false"]
+    run = shlex.join([sys.executable, "-m", "pistoseg", "synthesize", *options])
+    parts = f"{shlex.quote(str(disk))}/runs/synthesis/*/mosaics/part-*"
+    done = unshared(
+        f"mount -t tmpfs -o size=5m tmpfs {shlex.quote(str(disk))} && {run}; echo exit $?; sha1sum {parts};"
+        f"mount -o remount,size=500m {shlex.quote(str(disk))} && {run}; echo exit $?; sha1sum {parts}"
+    )
+    assert re.findall(r"^exit (\d)$", done.stdout, re.M) == ["2", "0"], done.stdout + done.stderr
+    assert "no space is left on the disk. Remedy: make room" in done.stderr
+    assert "Traceback" not in done.stderr
+    first, second = (set(re.findall(r"^[0-9a-f]{40} .*$", text, re.M)) for text in done.stdout.split("exit")[1:])
+    assert first, "some mosaics were to be there when the disk was full"
+    assert first < second, "what was there was to be kept"

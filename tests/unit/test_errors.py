@@ -1,0 +1,109 @@
+import errno
+import pickle
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+
+from pistoseg import object_store, storage
+from pistoseg.config import ComputeConfig, load_config
+from pistoseg.errors import PistoSegError, UnavailableError, explained
+from pistoseg.patches.layouts import scan_training
+from pistoseg.patches.source import Rejection
+from pistoseg.patches.store import ingest
+from pistoseg.phantom import write_cohort
+from pistoseg.search.trial import UNAVAILABLE, run_trial
+from pistoseg.stages import cluster
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+class WrappedError(Exception):
+    """As Ray's errors keep what they came from."""
+
+    def __init__(self, **below):
+        super().__init__("wrapped")
+        self.__dict__.update(below)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FULL,
+        WrappedError(cause=FULL),
+        WrappedError(worker_failures={0: WrappedError(cause=FULL)}),
+        WrappedError(controller_failure=WrappedError(cause=FULL)),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+    ],
+)
+def test_a_full_disk_is_found_below_what_was_wrapped_around_it(error):
+    found = explained(error, "/data/runs")
+    assert isinstance(found, UnavailableError)
+    assert str(found).startswith("/data/runs: no space is left on the disk. Remedy: make room")
+
+
+def test_the_file_that_the_system_names_is_told():
+    assert explained(OSError(errno.ENOSPC, "No space left on device", "/tmp/x")).file == "/tmp/x"
+
+
+def test_what_is_no_fault_of_the_disk_keeps_its_traceback():
+    for error in (None, OSError(errno.EIO, "Input/output error"), ValueError("a bug"), WrappedError(cause="a text")):
+        assert explained(error) is None
+
+
+def test_an_error_for_users_is_found_as_it_is():
+    known = PistoSegError("is wrong")
+    assert explained(WrappedError(worker_failures={1: WrappedError(cause=known)})) is known
+
+
+def test_an_error_keeps_its_kind_and_fields_on_its_way_between_processes():
+    error = UnavailableError("is away", file="s3://b", field="f", remedy="wait")
+    back = pickle.loads(pickle.dumps(error))
+    assert (type(back), back.fields()) == (UnavailableError, error.fields())
+
+
+def test_a_run_whose_disk_is_full_says_so(monkeypatch):
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(cluster, "_started", lambda config: nullcontext())
+    with pytest.raises(UnavailableError, match="no space"), cluster.connected(ComputeConfig()):
+        raise WrappedError(cause=FULL)
+    with pytest.raises(WrappedError), cluster.connected(ComputeConfig()):
+        raise WrappedError(cause=ValueError("a bug"))
+
+
+def test_a_full_disk_names_the_file_that_was_to_be_written(tmp_path, monkeypatch):
+    def write(*_):
+        raise FULL
+
+    monkeypatch.setattr(storage, "_part", write)
+    with pytest.raises(UnavailableError, match=r"x\.bin: no space"):
+        storage.write_bytes(str(tmp_path / "x.bin"), b"x")
+
+
+def test_images_of_a_storage_that_is_away_are_not_rejected(tmp_path, monkeypatch):
+    """Otherwise a run during an outage would train on fewer images, and keep that for ever."""
+    config = load_config("demo")
+    write_cohort(str(tmp_path), training=5, validation=0, patch_size=64)
+    source = scan_training(str(tmp_path / "1.training"), config.classes.tissue(), config.data).images[0]
+
+    def away(*_, **__):
+        raise object_store.explain(type("EndpointConnectionError", (Exception,), {})("away"), "s3://b/x.png")
+
+    assert ingest(source, config.data, config.scale)[0]
+    monkeypatch.setattr(storage, "read_bytes", away)
+    with pytest.raises(UnavailableError, match="does not answer"):
+        ingest(source, config.data, config.scale)
+    assert Rejection.of(PistoSegError("is no image"), "x").reason == "is no image"
+
+
+def test_a_trial_that_a_full_disk_ends_is_no_failed_trial(monkeypatch):
+    reports = []
+    monkeypatch.setattr("pistoseg.search.trial.tune.report", reports.append)
+    for error in (WrappedError(cause=FULL), ValueError("a bug")):
+
+        def fail(*_, error=error):
+            raise error
+
+        monkeypatch.setattr("pistoseg.search.trial._run", fail)
+        run_trial({"overrides": "{}", "number": 0}, SimpleNamespace())
+    assert [list(report) for report in reports] == [[UNAVAILABLE], ["problem"]]
