@@ -16,13 +16,13 @@ import hashlib
 import io
 import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,6 +40,9 @@ from processes import command_line, descendants, wait_for
 
 WAIT_S = 600
 DOWN_S = 60
+DISK_MB, FILLER = 400, "filler"
+MOUNTS = "PISTOSEG_FAULTS_MOUNTS"
+"""Set where this process may mount disks: in a namespace of its own."""
 FAULTS = {
     "worker": "a worker process gets SIGKILL",
     "node": "a node's raylet and workers get SIGKILL",
@@ -47,7 +50,7 @@ FAULTS = {
     "store": "the object store holds 80 MB",
     "s3": f"the S3 server is away for {DOWN_S} s",
     "mlflow": "the tracking server refuses connections",
-    "disk": "the driver's disk is full (a tmpfs of 1 MB as its TMPDIR)",
+    "disk": "the disk of TMPDIR, of the driver and all nodes, gets full",
 }
 STAGES = ("synthesis", "preliminary", "pseudo_masks", "search", "segmentation")
 PIPELINE = """
@@ -96,6 +99,7 @@ class Bench:
 
     folder: Path
     s3: S3Server
+    disk: Path
     wanted: dict[str, dict[str, str]] = field(default_factory=dict)
     bundle: str = ""
 
@@ -107,6 +111,10 @@ class Bench:
         return s3fs.S3FileSystem(
             **keys, endpoint_url=self.s3.endpoint, use_listings_cache=False, skip_instance_cache=True
         )
+
+    def nodes(self, store: int = 200 << 20) -> RayNodes:
+        """Three of them, with so many bytes in the object store of each."""
+        return RayNodes(3, 2, store, self.s3.environment() | {"TMPDIR": str(self.disk)})
 
     def command(self, stage: str, name: str) -> list[str]:
         place = f"s3://{BUCKET}/{name}"
@@ -156,9 +164,17 @@ def main() -> int:
     parser.add_argument("--stage", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--out", metavar="FILE", help="also write the table there")
     options = parser.parse_args()
+    mounted = "disk" in options.fault
+    if mounted and MOUNTS not in os.environ:
+        command = ["unshare", "--user", "--map-root-user", "--mount", sys.executable, *sys.argv]
+        os.execvpe(command[0], command, os.environ | {MOUNTS: "1"})
     rows: list[Row] = []
-    with tempfile.TemporaryDirectory(prefix="pistoseg-faults-") as name, S3Server(Path(name) / "s3") as s3:
-        bench = Bench(Path(name), s3)
+    with (
+        tempfile.TemporaryDirectory(prefix="pistoseg-faults-") as name,
+        small_disk(Path(name) / "disk", mounted) as disk,
+        S3Server(Path(name) / "s3") as s3,
+    ):
+        bench = Bench(Path(name), s3, disk)
         prepare(bench, options.stage)
         for fault in options.fault:
             for stage in options.stage:
@@ -213,7 +229,7 @@ def prepare(bench: Bench, stages: list[str]) -> None:
         files.pipe_file(f"{BUCKET}/data/bundle/{file.name}", file.read_bytes())
     bench.bundle = f"s3://{BUCKET}/data/bundle"
     longest = [stage for stage in ("pseudo_masks", "preliminary", "synthesis") if stage in stages][:1]
-    with RayNodes(3, 2, 200 << 20, bench.s3.environment()) as nodes:
+    with bench.nodes() as nodes:
         for stage in [*longest, *(name for name in ("search", "segmentation") if name in stages)]:
             run(bench, nodes, stage, "undisturbed")
     bench.wanted = {stage: bench.results(stage, "undisturbed") for stage in stages}
@@ -241,15 +257,13 @@ def inject(bench: Bench, fault: str, stage: str) -> Row:
     if stage == "pseudo_masks":  # drawn by the network of the undisturbed run
         for before in ("patches", "validation", "synthesis", "preliminary"):
             bench.copy(f"undisturbed/runs/{before}", f"{name}/runs/{before}")
-    store = 80 << 20 if fault == "store" else 200 << 20
     more = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"} if fault == "mlflow" else {}
-    with RayNodes(3, 2, store, bench.s3.environment()) as nodes:
+    with bench.nodes(*[80 << 20] if fault == "store" else []) as nodes:
         process = start(bench, nodes, stage, name, log, **more)
-        if fault == "disk":
-            process = on_full_disk(bench, nodes, stage, name, log, process)
         wait_for(lambda: SAYS[stage] in log.read_text() or process.poll() is not None, WAIT_S)
         missed = strike(bench, fault, stage, process)
         happened = outcome(process, log)
+        (bench.disk / FILLER).unlink(missing_ok=True)  # somebody makes room
         for _ in range(2):
             if happened == "went on":
                 break
@@ -303,24 +317,30 @@ def strike(bench: Bench, fault: str, stage: str, process: subprocess.Popen[bytes
         time.sleep(DOWN_S)
         bench.s3.start()
         return "not broken: the stage had ended" if late else ""
+    if fault == "disk":
+        full(bench.disk)
+        return "not broken: the stage had ended" if ended() else ""
     return ""  # it was there from the start
 
 
-def on_full_disk(bench, nodes, stage, name, log, process):
-    """The same run in a mount namespace whose temporary folder is full."""
-    process.kill()
-    process.wait()
-    log.write_text("")
-    full = bench.folder / "full"
-    full.mkdir(exist_ok=True)
-    command = shlex.join(bench.command(stage, name))
-    mount = f"mount -t tmpfs -o size=1m tmpfs {full} && export TMPDIR={full} && exec {command}"
-    environment = os.environ | nodes.environment() | {"MLFLOW_TRACKING_URI": f"sqlite:///{bench.folder / 'mlflow.db'}"}
-    with log.open("ab") as file:
-        return subprocess.Popen(
-            ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount],
-            env=environment, stdout=file, stderr=file, cwd=bench.folder,
-        )  # fmt: skip
+def full(disk: Path) -> None:
+    """Write until nothing more fits."""
+    with (disk / FILLER).open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(1 << 20))
+
+
+@contextmanager
+def small_disk(folder: Path, mounted: bool) -> Iterator[Path]:
+    """A folder for what the runs keep for a moment; on a disk of its own where that is to be filled."""
+    folder.mkdir()
+    if mounted:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_MB}m", "tmpfs", str(folder)], check=True)
+    try:
+        yield folder
+    finally:
+        if mounted:
+            subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def outcome(process: subprocess.Popen[bytes], log: Path) -> str:
