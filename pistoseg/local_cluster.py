@@ -182,6 +182,9 @@ class RayNodes:
         }
         # A folder a node: in a shared one, every node that unpacks a job's working directory replaces the others'.
         folders = [str(self._folder / str(number)) for number in range(self.nodes)]
+        # Ray notes the cluster's address there, and expects that another Ray has made the folder before.
+        temporary = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+        Path(temporary, "ray").mkdir(parents=True, exist_ok=True)
         try:
             self._cluster = Cluster()
             self._cluster.add_node(

@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -44,9 +45,14 @@ with cluster.connected(ComputeConfig(device="cpu")):
 
 
 class Cluster:
-    """`pistoseg cluster local`, and a client of it."""
+    """`pistoseg cluster local`, and a client of it.
 
-    def __init__(self, folder):
+    Args:
+        folder: of its bucket, log and variables.
+        temporary: an empty one with a short name, as on a machine where no Ray has run yet.
+    """
+
+    def __init__(self, folder, temporary):
         self.folder, self.env_file = folder, folder / "env.sh"
         command = [sys.executable, "-m", "pistoseg", "cluster", "local", "--nodes", str(NODES)]
         self.log = folder / "cluster.log"
@@ -55,6 +61,7 @@ class Cluster:
                 [*command, "--folder", str(folder / "buckets"), "--env-file", str(self.env_file)],
                 stdout=log,
                 stderr=log,
+                env=os.environ | {"TMPDIR": temporary},
             )
         deadline = time.monotonic() + START_S
         while not self.env_file.exists():
@@ -93,9 +100,10 @@ def cluster(tmp_path_factory):
         weed()
     except PistoSegError as error:
         pytest.skip(str(error))
-    cluster = Cluster(tmp_path_factory.mktemp("cluster"))
-    yield cluster
-    cluster.stop()
+    with tempfile.TemporaryDirectory(prefix="p-", dir="/tmp", ignore_cleanup_errors=True) as temporary:
+        cluster = Cluster(tmp_path_factory.mktemp("cluster"), temporary)
+        yield cluster
+        cluster.stop()
     assert not cluster.env_file.exists(), "the keys go with the cluster"
 
 
