@@ -29,6 +29,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import torch
 import yaml
+from fsspec.implementations.local import LocalFileSystem
 
 from pistoseg.local_cluster import BUCKET, RayNodes, S3Server
 from pistoseg.models import bundle, segmentation
@@ -50,7 +51,7 @@ FAULTS = {
     "store": "the object store holds 80 MB",
     "s3": f"the S3 server is away for {DOWN_S} s",
     "mlflow": "the tracking server refuses connections",
-    "disk": "the disk of TMPDIR, of the driver and all nodes, gets full",
+    "disk": "the disk of workspace and results gets full",
 }
 STAGES = ("synthesis", "preliminary", "pseudo_masks", "search", "segmentation")
 PIPELINE = """
@@ -59,7 +60,8 @@ from pistoseg.artifacts import Workspace
 from pistoseg.config import load_config
 from pistoseg.errors import PistoSegError
 from pistoseg.pipeline import run_pipeline
-from pistoseg.stages import cluster
+from pistoseg.stages import cluster, masks
+masks.SHARD_PIXELS = 1 << 16  # otherwise so few images are one shard, on one node
 config, data, workspace, target = sys.argv[1:]
 settings = load_config(None, None, config, [f"data.uri={data}"])
 try:
@@ -103,7 +105,12 @@ class Bench:
     wanted: dict[str, dict[str, str]] = field(default_factory=dict)
     bundle: str = ""
 
+    def place(self, name: str) -> str:
+        """Where a run leaves what it makes: in the bucket, or on the small disk where that is to be filled."""
+        return str(self.disk / name) if name.startswith("disk-") else f"s3://{BUCKET}/{name}"
+
     def files(self):
+        """The bucket's file system."""
         import s3fs
 
         given = self.s3.environment()
@@ -112,12 +119,16 @@ class Bench:
             **keys, endpoint_url=self.s3.endpoint, use_listings_cache=False, skip_instance_cache=True
         )
 
+    def system(self, place: str):
+        """That of a place: the bucket's, or the machine's own."""
+        return self.files() if place.startswith("s3:") else LocalFileSystem(auto_mkdir=True)
+
     def nodes(self, store: int = 200 << 20) -> RayNodes:
         """Three of them, with so many bytes in the object store of each."""
-        return RayNodes(3, 2, store, self.s3.environment() | {"TMPDIR": str(self.disk)})
+        return RayNodes(3, 2, store, self.s3.environment())
 
     def command(self, stage: str, name: str) -> list[str]:
-        place = f"s3://{BUCKET}/{name}"
+        place = self.place(name)
         if stage == "segmentation":
             verb = [
                 "segment",
@@ -140,8 +151,9 @@ class Bench:
 
     def results(self, stage: str, name: str) -> dict[str, str]:
         """Hash of every result's content by name."""
-        files, found = self.files(), {}
-        for item in files.glob(f"{BUCKET}/{name}/{RESULTS[stage]}"):
+        place, found = self.place(name), {}
+        files = self.system(place)
+        for item in files.glob(f"{place}/{RESULTS[stage]}"):
             data = files.cat_file(item)
             if item.endswith(".parquet"):
                 data = repr(pq.read_table(io.BytesIO(data)).to_pylist()).encode()
@@ -151,11 +163,12 @@ class Bench:
             found[item.split(f"/{name}/", 1)[1]] = hashlib.sha256(data).hexdigest()
         return found
 
-    def copy(self, source: str, target: str) -> None:
-        """Artifacts of a run for another one."""
-        files = self.files()
-        for item in files.find(f"{BUCKET}/{source}"):
-            files.pipe_file(item.replace(f"{BUCKET}/{source}", f"{BUCKET}/{target}", 1), files.cat_file(item))
+    def copy(self, stage: str, name: str) -> None:
+        """A stage's artifacts of the undisturbed run, for another one."""
+        source, files = f"{BUCKET}/undisturbed/runs/{stage}", self.files()
+        for item in files.find(source):
+            target = f"{self.place(name)}/runs/{stage}{item.removeprefix(source)}"
+            self.system(target).pipe_file(target, files.cat_file(item))
 
 
 def main() -> int:
@@ -256,7 +269,7 @@ def inject(bench: Bench, fault: str, stage: str) -> Row:
     log = bench.folder / f"{name}.log"
     if stage == "pseudo_masks":  # drawn by the network of the undisturbed run
         for before in ("patches", "validation", "synthesis", "preliminary"):
-            bench.copy(f"undisturbed/runs/{before}", f"{name}/runs/{before}")
+            bench.copy(before, name)
     more = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"} if fault == "mlflow" else {}
     with bench.nodes(*[80 << 20] if fault == "store" else []) as nodes:
         process = start(bench, nodes, stage, name, log, **more)
