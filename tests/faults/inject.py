@@ -166,7 +166,10 @@ class Bench:
     def copy(self, stage: str, name: str) -> None:
         """A stage's artifacts of the undisturbed run, for another one."""
         source, files = f"{BUCKET}/undisturbed/runs/{stage}", self.files()
-        for item in files.find(source):
+        found = files.find(source)
+        for item in found:
+            if any(other.startswith(f"{item}/") for other in found):
+                continue  # SeaweedFS lists folders, too
             target = f"{self.place(name)}/runs/{stage}{item.removeprefix(source)}"
             self.system(target).pipe_file(target, files.cat_file(item))
 
