@@ -1,6 +1,9 @@
 """Processes that tests start, watch and kill."""
 
+import os
+import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +23,23 @@ def kill_when(command: list[str], folder: Path, moment: Callable[[], bool]) -> N
         process.kill()
         process.wait()
     wait_for(lambda: not any(works(pid) for pid in family), 60)
+
+
+class Killer(threading.Thread):
+    """Kills the first worker process of a name that it sees once a moment has come."""
+
+    def __init__(self, name, moment):
+        super().__init__(daemon=True)
+        self.name_, self.moment, self.killed, self.done = name, moment, 0, threading.Event()
+
+    def run(self):
+        while not self.done.wait(0.02):
+            if self.moment():
+                for pid in descendants(os.getpid()):
+                    if self.name_ in command_line(pid):
+                        os.kill(pid, signal.SIGKILL)
+                        self.killed = pid
+                        return
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = TIMEOUT_S) -> None:

@@ -185,7 +185,9 @@ class ComputeConfig(Section):
     workers: int = Field(0, ge=0, description="Actors that make mosaics and read images; 0: from the cluster's CPUs.")
     train_workers: Positive = Field(1, description="Data-parallel training workers (GPUs, or CPU processes).")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the networks run.")
-    max_failures: int = Field(2, ge=0, description="Restarts of a training whose worker died.")
+    max_failures: int = Field(
+        2, ge=0, description="Restarts of a training, or of a trial of a search, whose process died."
+    )
     wait_for_nodes: int = Field(
         0, ge=0, description="How long to wait for nodes that an autoscaler has yet to start (s); 0: there is none."
     )

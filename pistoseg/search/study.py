@@ -231,6 +231,8 @@ def _run_trials(
                     storage_path=scratch,
                     verbose=0,
                     callbacks=[_Clock(journal, before), recorder],
+                    # What a trial raises is its result: one that fails here has lost its process, or its node.
+                    failure_config=tune.FailureConfig(max_failures=search.config.compute.max_failures),
                     stop=ending,
                 ),
             ).fit()

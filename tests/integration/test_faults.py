@@ -1,17 +1,14 @@
 """A worker that dies and a disk that is full, in the middle of a run; the dearer faults are in tests/faults."""
 
 import json
-import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
-from processes import command_line, descendants
+from processes import Killer
 
 from pistoseg import storage
 from pistoseg.artifacts import Workspace
@@ -19,23 +16,6 @@ from pistoseg.config import load_config
 from pistoseg.pipeline import run_pipeline
 
 COUNT = 3000
-
-
-class Killer(threading.Thread):
-    """Kills the first worker process of a name that it sees once a moment has come."""
-
-    def __init__(self, name, moment):
-        super().__init__(daemon=True)
-        self.name_, self.moment, self.killed, self.done = name, moment, 0, threading.Event()
-
-    def run(self):
-        while not self.done.wait(0.02):
-            if self.moment():
-                for pid in descendants(os.getpid()):
-                    if self.name_ in command_line(pid):
-                        os.kill(pid, signal.SIGKILL)
-                        self.killed = pid
-                        return
 
 
 @pytest.fixture

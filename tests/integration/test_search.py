@@ -6,7 +6,7 @@ import sys
 import pytest
 import yaml
 from conftest import NETWORK, TINY
-from processes import kill_when
+from processes import Killer, kill_when
 
 from pistoseg.artifacts import Workspace
 from pistoseg.cli import main
@@ -59,9 +59,14 @@ def cut_off(workspace, command, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def outcome(cut_off, command, workspace):
-    """Exit code of the second run, which has two trials at a time, and what was there before it."""
+    """Exit code of the second run, of whose two trials at a time one loses its process, and what was there before."""
     before = {file: file.stat().st_mtime_ns for file in workspace.glob("*/*/manifest.json")}
-    return main([*command, "--parallel", "2"]), before
+    killer = Killer(b"ray::ImplicitFunc", lambda: True)
+    killer.start()
+    code = main([*command, "--parallel", "2"])
+    killer.done.set()
+    assert killer.killed, "a trial's process was to be killed"
+    return code, before
 
 
 @pytest.fixture(scope="module")
