@@ -135,7 +135,7 @@ def train(
         try:
             result = trainer.fit()
         except ray.train.TrainingFailedError as error:
-            raise explained(error) or error from None
+            raise explained(error, folder) or error from None
     ray.kill(progress)
     if storage.exists(failure):
         reason = json.loads(storage.read_bytes(failure))

@@ -373,7 +373,7 @@ def outcome(process: subprocess.Popen[bytes], log: Path) -> str:
     if code == -signal.SIGKILL:
         return "ended"
     last = [text for text in log.read_text().splitlines() if text.strip()][-1]
-    return f"exit {code}: {last[:160]}".replace("|", "/")
+    return f"exit {code}: {last.replace(f'{log.parent}/', '')[:240]}".replace("|", "/")
 
 
 def named(part: bytes) -> list[int]:
