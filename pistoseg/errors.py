@@ -57,7 +57,7 @@ def explained(error: BaseException | None, file: str | None = None) -> PistoSegE
     Returns:
         That error, or the one that says that a disk is full; None where there is neither, and the traceback matters.
     """
-    for found in _below(error):
+    for found in below(error):
         if isinstance(found, PistoSegError):
             return found
         out_of_disk = type(found).__name__ == "OutOfDiskError"  # Ray's, whose object store can't spill
@@ -71,16 +71,16 @@ def explained(error: BaseException | None, file: str | None = None) -> PistoSegE
     return None
 
 
-def _below(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and all that it came from, as Ray's tasks, Ray Train and Python keep them."""
+def below(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and all that it came from, as Ray's tasks, Ray Train and Python keep them."""
     if error is None:
         return
     yield error
-    for below in (*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None)):
-        yield from _below(below)
+    for other in (*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None)):
+        yield from below(other)
     cause = getattr(error, "cause", None)
-    yield from _below(cause if isinstance(cause, BaseException) else None)
-    yield from _below(error.__cause__)
+    yield from below(cause if isinstance(cause, BaseException) else None)
+    yield from below(error.__cause__)
 
 
 def _rebuild(

@@ -96,8 +96,14 @@ class Recorder(Callback):
             record.state = "pruned"
         self._close(record)
 
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """The trial's process or node was lost; it starts again."""
+        record = self._record(trial)
+        ray.get(self.workers.release.remote(str(record.number)))
+        self.progress.say(f"trial {record.number}: its process was lost, it starts again")
+
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """The trial's process died."""
+        """The trial's process died once too often."""
         record = self._record(trial)
         error = trial.get_error()
         record.state, record.reason = "failed", explain(error) if error else "its process died"

@@ -15,6 +15,7 @@ import ray
 from ray import tune
 
 from pistoseg import storage
+from pistoseg.actors import start_here
 from pistoseg.artifacts import Artifact, Workspace
 from pistoseg.config import Config
 from pistoseg.errors import PistoSegError, UnavailableError
@@ -196,7 +197,7 @@ def _run_trials(
         return
     parallel = _parallel(search.config, budget.parallel, progress)
     scheduler = _scheduler(search, journal)
-    workers: Any = ray.remote(num_cpus=0)(Workers).remote()
+    workers = start_here(Workers)
     recorder = Recorder(journal, tracker, search.objective, workers, scheduler, shared, progress, workspace)
     own = search.space.point_of(search.config)
     if own is None:

@@ -16,7 +16,7 @@ from rich.console import Console
 from pistoseg import storage
 from pistoseg.artifacts import Artifact, Workspace
 from pistoseg.config import Config, TrackingConfig
-from pistoseg.errors import PistoSegError, UnavailableError, explained
+from pistoseg.errors import PistoSegError, UnavailableError, below, explained
 from pistoseg.hooks import Hooks
 from pistoseg.pipeline import Step, run_pipeline
 from pistoseg.progress import Progress
@@ -27,6 +27,13 @@ from pistoseg.training.loop import WorkersCallback
 
 UNAVAILABLE = "unavailable"
 """Key of a report: why the trial can't go on now, as the fields of the error."""
+LOST = (
+    ray.exceptions.NodeDiedError,
+    ray.exceptions.ObjectLostError,
+    ray.exceptions.RayActorError,
+    ray.exceptions.WorkerCrashedError,
+)
+"""What Ray raises where processes or nodes went away."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +151,8 @@ def run_trial(parameters: Mapping[str, Any], job: TrialJob) -> None:
         known = explained(error)
         if isinstance(known, UnavailableError):  # it would end every other one, too
             tune.report({UNAVAILABLE: json.dumps(known.fields())})
+        elif any(isinstance(item, LOST) for item in below(error)):
+            raise  # no result: Tune starts it again
         else:
             tune.report({"problem": explain(error)})
 

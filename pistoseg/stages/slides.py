@@ -17,6 +17,7 @@ import ray
 import torch
 
 from pistoseg import storage
+from pistoseg.actors import start_here
 from pistoseg.config import ComputeConfig
 from pistoseg.errors import PistoSegError
 from pistoseg.models import bundle
@@ -212,7 +213,7 @@ def _records(run: SlideRun, found: Plan, compute: ComputeConfig, progress: Progr
     """Records of the slides as they are done."""
     actors, resources, readers = _pool(run, compute)
     tasks = _tasks(found.todo, actors, share=not run.settings.probabilities)
-    board: Any = ray.remote(num_cpus=0)(Board).remote()
+    board = start_here(Board)
     actors = min(actors, len(tasks))
     together = 2 if len(tasks) > actors else 1  # the next slide is fetched while the network is at one
     arguments = (

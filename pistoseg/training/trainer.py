@@ -16,6 +16,7 @@ import torch
 from ray.train.torch import TorchTrainer
 
 from pistoseg import storage
+from pistoseg.actors import start_here
 from pistoseg.config import ComputeConfig, TrainingConfig
 from pistoseg.errors import PistoSegError, explained
 from pistoseg.training.loop import CHECKPOINT, FAILURE, TrainingJob, train_worker
@@ -87,7 +88,7 @@ def train(
     failure = storage.join(folder, FAILURE)
     if storage.exists(failure):
         storage.remove_file(failure)  # the user runs again on purpose: from the last good epoch
-    progress = ray.remote(num_cpus=0)(TrainingProgress).remote()
+    progress = start_here(TrainingProgress)
     job = TrainingJob(
         config=config,
         network=ray.put(network),
