@@ -22,6 +22,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from pistoseg import storage
+from pistoseg.errors import UnavailableError
 from pistoseg.liveness import is_alive, process
 from pistoseg.redaction import redact
 
@@ -379,7 +380,7 @@ def _write(folder: str, message: _Message) -> None:
 
 def _remove(folder: str, number: int) -> None:
     for ending in ("json", "data"):
-        with suppress(OSError):  # never written, or the workspace is away: a message sent twice does no harm
+        with suppress(OSError, UnavailableError):  # never written, or the workspace is away: a message sent twice does no harm
             storage.remove_file(storage.join(folder, f"{number:06d}.{ending}"))
 
 

@@ -20,6 +20,7 @@ import pistoseg
 from pistoseg import storage
 from pistoseg.artifacts import Artifact, Workspace
 from pistoseg.config import Config, TrackingConfig
+from pistoseg.errors import UnavailableError
 from pistoseg.redaction import redact, redacted
 from pistoseg.tracking.outbox import Outbox
 from pistoseg.tracking.server import connect, default_server, experiment_id
@@ -43,7 +44,7 @@ class _Guard:
 
         try:
             return call(*arguments, **named)
-        except (MlflowException, RequestException, SQLAlchemyError, OSError) as error:
+        except (MlflowException, RequestException, SQLAlchemyError, OSError, UnavailableError) as error:
             self.broken = True
             print(redact(f"MLflow can't be written, this run goes on without it: {str(error).splitlines()[0]}"))
             return None

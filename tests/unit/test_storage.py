@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from pistoseg import storage
-from pistoseg.errors import PistoSegError
+from pistoseg.errors import PistoSegError, UnavailableError
 
 ODD_NAMES = [
     "x-[1, 0, 0].png",
@@ -139,7 +139,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_rubbish(tmp_path, monkeyp
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(*((os, "fsync", full) if failing == "fsync" else (type(tmp_path), "replace", full)))
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(UnavailableError, match="no space is left"):
         storage.write_bytes(uri, b"new and longer")
     monkeypatch.undo()
     assert storage.read_bytes(uri) == b"old"
