@@ -380,7 +380,8 @@ def _write(folder: str, message: _Message) -> None:
 
 def _remove(folder: str, number: int) -> None:
     for ending in ("json", "data"):
-        with suppress(OSError, UnavailableError):  # never written, or the workspace is away: a message sent twice does no harm
+        # Never written, or the workspace is away: a message that is sent twice does no harm.
+        with suppress(OSError, UnavailableError):
             storage.remove_file(storage.join(folder, f"{number:06d}.{ending}"))
 
 
