@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-TIMEOUT_S = 240
+TIMEOUT_S = 480
 
 
 def kill_when(command: list[str], folder: Path, moment: Callable[[], bool]) -> None:
