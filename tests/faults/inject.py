@@ -1,6 +1,6 @@
 """Breaks what breaks on clusters, in the middle of each stage, and prints what came of it.
 
-    python tests/faults/inject.py                                    every fault in every stage: an hour and a half on two cores
+    python tests/faults/inject.py                          every fault in every stage: an hour and a half on two cores
     python tests/faults/inject.py --fault worker node --stage synthesis
     python tests/faults/inject.py --out faults.md
 
