@@ -28,11 +28,11 @@ def kill_when(command: list[str], folder: Path, moment: Callable[[], bool]) -> N
 class Killer(threading.Thread):
     """Kills the first worker process of a name that it sees once a moment has come."""
 
-    def __init__(self, name, moment):
+    def __init__(self, name: bytes, moment: Callable[[], bool]) -> None:
         super().__init__(daemon=True)
         self.name_, self.moment, self.killed, self.done = name, moment, 0, threading.Event()
 
-    def run(self):
+    def run(self) -> None:
         while not self.done.wait(0.02):
             if self.moment():
                 for pid in descendants(os.getpid()):

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from pistoseg import storage
 from pistoseg.classes import TissueClasses
-from pistoseg.errors import PistoSegError
+from pistoseg.errors import PistoSegError, UnavailableError
 from pistoseg.patches import decode
 from pistoseg.patches.digest import validation_folder
 from pistoseg.patches.layouts import scan_evaluation
@@ -95,6 +95,8 @@ class _Read:
         for pair in shard:
             try:
                 rows.append(self._read(pair))
+            except UnavailableError:
+                raise
             except PistoSegError as error:
                 problems.append(str(error))
         if problems:

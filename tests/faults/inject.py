@@ -351,7 +351,7 @@ def full(disk: Path) -> None:
 
 @contextmanager
 def small_disk(folder: Path, mounted: bool) -> Iterator[Path]:
-    """A folder for what the runs keep for a moment; on a disk of its own where that is to be filled."""
+    """A folder for workspaces and results; a small disk of its own where that is to be filled."""
     folder.mkdir()
     if mounted:
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_MB}m", "tmpfs", str(folder)], check=True)

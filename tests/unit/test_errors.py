@@ -4,6 +4,7 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
+import ray
 
 from pistoseg import object_store, storage
 from pistoseg.config import ComputeConfig, load_config
@@ -107,3 +108,15 @@ def test_a_trial_that_a_full_disk_ends_is_no_failed_trial(monkeypatch):
         monkeypatch.setattr("pistoseg.search.trial._run", fail)
         run_trial({"overrides": "{}", "number": 0}, SimpleNamespace())
     assert [list(report) for report in reports] == [[UNAVAILABLE], ["problem"]]
+
+
+def test_a_trial_that_loses_its_workers_is_left_to_be_started_again(monkeypatch):
+    def fail(*_):
+        raise WrappedError(worker_failures={0: ray.exceptions.RayActorError()})
+
+    reports = []
+    monkeypatch.setattr("pistoseg.search.trial.tune.report", reports.append)
+    monkeypatch.setattr("pistoseg.search.trial._run", fail)
+    with pytest.raises(WrappedError):
+        run_trial({"overrides": "{}", "number": 0}, SimpleNamespace())
+    assert reports == []
