@@ -56,17 +56,18 @@ class StubWorker:
         import numpy as np
 
         from pistoseg.outputs.areas import slide_areas
+        from pistoseg.outputs.summary import versions
         from pistoseg.phantom import PHANTOM_CLASSES
 
         self.board = arguments[-1]
         counts = np.zeros(256, np.int64)
         counts[:5] = 1_000_000
         self.areas = slide_areas(counts, 2.0, PHANTOM_CLASSES)
+        self.versions = versions()
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         import ray
 
-        from pistoseg.outputs.summary import versions
         from pistoseg.slides.job import start_record
         from pistoseg.stages.slide_worker import SlideTask
 
@@ -77,7 +78,7 @@ class StubWorker:
         self.board.tiles.remote(slide_id, 0, 1000)
         record = start_record(task.entry, {"etag": "0" * 32}, 1, "2026-01-01T00:00:00Z")
         facts = {"mpp": 0.25, "mpp_source": "openslide", "width": 100_000, "height": 80_000, "tiles": 1000}
-        record |= facts | {"status": "completed", "reason": "", "seconds": 1.0, "versions": versions()}
+        record |= facts | {"status": "completed", "reason": "", "seconds": 1.0, "versions": self.versions}
         ray.get(self.board.end.remote(slide_id))
         return {"slide_id": slide_id, "record": json.dumps(record | {"areas": self.areas})}
 

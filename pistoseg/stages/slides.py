@@ -238,7 +238,7 @@ def _records(run: SlideRun, found: Plan, compute: ComputeConfig, progress: Progr
         **resources,
     )
     with _watched(board, len(found.todo), progress.update):
-        for row in dataset.iter_rows():
+        for row in cluster.arriving_rows(dataset):
             if row["record"]:
                 yield json.loads(row["record"])
     ray.kill(board)
