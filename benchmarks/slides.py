@@ -1,7 +1,7 @@
 """A slide: reading alone, the network alone, both together, a collection through Ray, and the loop a user would write.
 
-TIAToolbox 2.1.3 wants numpy < 2.4.4 and torch < 2.13 and does not install beside this project's; the plain loop stands
-in for it: OpenSlide, a read for every tile, fp32, one tile after the other into sums of the whole slide.
+The loop is plain: OpenSlide, a read for every tile, fp32, one tile after the other into sums of the whole slide. Where
+TIATOOLBOX_PYTHON names a Python that has TIAToolbox, that is measured too; `tiatoolbox_slide.py` says how to make one.
 
     python -m benchmarks.slides --data DATA
 """
@@ -9,8 +9,10 @@ in for it: OpenSlide, a read for every tile, fp32, one tile after the other into
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import statistics
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from benchmarks import harness, material
 from benchmarks.harness import Options, Report
@@ -31,6 +34,7 @@ from pistoseg.slides.source import SlideEntry
 from pistoseg.slides.stitching import MaskFile
 
 SHARE_OF_SLOWER, OUTPUT_SHARE = 0.9, 0.1
+TOOLBOX = "TIATOOLBOX_PYTHON"
 
 
 def benchmark(options: Options) -> Report:
@@ -52,6 +56,7 @@ def benchmark(options: Options) -> Report:
         report.add(
             "slide_write_share", seconds["write"] / record["seconds"], most=None if options.tiny else OUTPUT_SHARE
         )
+        _tiatoolbox(network, model, path, folder, report)
         if not options.tiny:
             _collection(model, path, folder, report)
     report.note(f"{record['tiles']} tiles of {side} px, step {side // 2} px, {record['device']}, {record['precision']}")
@@ -131,6 +136,45 @@ class PlainLoop:
         if self.opened is None:
             return self.view.read(x, y, self.tile, self.tile)
         return np.array(self.opened.read_region((x, y), 0, (self.tile, self.tile)).convert("RGB"))
+
+
+def _tiatoolbox(network: SlideNetwork, model: str, path: Path, folder: Path, report: Report) -> None:
+    """A slide from file to results beside TIAToolbox: same network, tiles and step, no tile left out, two runs each."""
+    python = os.environ.get(TOOLBOX)
+    if not python:
+        report.note(f"not compared with TIAToolbox: {TOOLBOX} names no Python that has it")
+        return
+    cache, everything = SlideCache(str(folder / "cache"), 1 << 30), folder / "everything.png"
+    with network.prepared(SlideEntry("slide", str(path)), cache) as slide:
+        Image.new("L", (slide.view.width, slide.view.height), 255).save(everything)
+    entry = SlideEntry("every-tile", str(path), tissue_mask=str(everything))
+    asked = {
+        "bundle": model,
+        "slide": str(path),
+        "tile": network.predictor.tile,
+        "stride": network.predictor.stride,
+        "batch_size": network.predictor.batch_size,
+        "threads": torch.get_num_threads(),
+        "repeats": 2,
+    }
+    ours = [segment_slide(network, entry, str(folder / "first"), cache=cache).record]
+    found = {}
+    for workers in (0, os.cpu_count() or 1):  # reading in the process itself, and in one process a core
+        command = [
+            python,
+            str(Path(__file__).with_name("tiatoolbox_slide.py")),
+            json.dumps(asked | {"workers": workers}),
+        ]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        found[workers] = json.loads(done.stdout.splitlines()[-1])
+        report.add(f"tiatoolbox_{workers}_workers_s", statistics.mean(found[workers]["seconds"]))
+    ours.append(segment_slide(network, entry, str(folder / "second"), cache=cache).record)
+    seconds = statistics.mean(record["seconds"] for record in ours)
+    report.add("segment_slide_s", seconds)
+    report.add("segment_slide_tiles", ours[0]["tiles"])
+    report.add("tiatoolbox_tiles", found[0]["tiles"])
+    fastest = min(statistics.mean(item["seconds"]) for item in found.values())
+    report.add("segment_slide_times_tiatoolbox", fastest / seconds)
 
 
 def _collection(model: str, path: Path, folder: Path, report: Report) -> None:

@@ -7,6 +7,7 @@ import json
 import shutil
 import tempfile
 import threading
+import time
 import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ from pistoseg.stages.slide_images import node_cache
 
 MAX_BEGUN = 2
 """How often a slide is begun in one run: one that kills its worker twice is given up."""
+TELL_S = 1.0
+"""How often a worker tells the board of its tiles."""
 PARTS = ".parts"
 """Folder of the output for shares of slides that several workers map; empty when they are done."""
 
@@ -58,12 +61,16 @@ class SlideTask:
 
 
 class Board:
-    """An actor that collects what the workers say, for the driver to show and for workers of one slide to meet."""
+    """An actor that collects what the workers say, for the driver to show and for workers of one slide to meet.
+
+    What it keeps of a slide's progress goes when the slide ends, so that `fetch` looks only at the slides in work.
+    """
 
     def __init__(self) -> None:
         self._begun: dict[tuple[str, int], int] = {}
         self._planned: dict[str, int] = {}
-        self._tiles: dict[tuple[str, int], int] = {}
+        self._tiles: dict[str, dict[int, int]] = {}
+        self._tiles_of_ended = 0
         self._works: dict[str, dict[int, dict[str, Any]]] = {}
         self._given_up: set[str] = set()
         self._ended: set[str] = set()
@@ -72,16 +79,21 @@ class Board:
         """How often this share of a slide was begun, this time included."""
         key = (slide_id, part)
         self._begun[key] = self._begun.get(key, 0) + 1
-        self._tiles[key] = 0
+        self._tiles.get(slide_id, {}).pop(part, None)  # of a worker that died at it
         return self._begun[key]
 
     def plan(self, slide_id: str, tiles: int) -> None:
         """Tiles of a whole slide."""
-        self._planned[slide_id] = tiles
+        if slide_id not in self._ended:
+            self._planned[slide_id] = tiles
 
     def tiles(self, slide_id: str, part: int, count: int) -> None:
         """That many more tiles are done."""
-        self._tiles[slide_id, part] += count
+        if slide_id in self._ended:  # a share of a slide whose other share failed
+            self._tiles_of_ended += count
+            return
+        parts = self._tiles.setdefault(slide_id, {})
+        parts[part] = parts.get(part, 0) + count
 
     def share_done(self, slide_id: str, part: int, parts: int, work: dict[str, Any]) -> list[dict[str, Any]] | None:
         """A share of a slide is there; what all shares took when it is the last one, otherwise None."""
@@ -102,15 +114,40 @@ class Board:
     def end(self, slide_id: str) -> None:
         """A slide is completed or failed."""
         self._ended.add(slide_id)
+        self._planned.pop(slide_id, None)
+        self._works.pop(slide_id, None)
+        self._tiles_of_ended += sum(self._tiles.pop(slide_id, {}).values())
 
     def fetch(self) -> tuple[float, int]:
         """Slides done, those in work in part, and tiles done."""
-        done = float(len(self._ended))
-        for slide_id, planned in self._planned.items():
-            if slide_id not in self._ended and planned:
-                tiles = sum(count for (other, _), count in self._tiles.items() if other == slide_id)
-                done += min(0.99, tiles / planned)
-        return done, sum(self._tiles.values())
+        tiles = {slide_id: sum(parts.values()) for slide_id, parts in self._tiles.items()}
+        shares = (tiles.get(slide_id, 0) / planned for slide_id, planned in self._planned.items() if planned)
+        return len(self._ended) + sum(min(0.99, share) for share in shares), self._tiles_of_ended + sum(tiles.values())
+
+
+class TileCount:
+    """Finished tiles of a slide on their way to the board, in few messages: one actor hears of all workers.
+
+    Args:
+        board: the actor.
+        slide_id: the slide.
+        part: which share of it.
+    """
+
+    def __init__(self, board: Any, slide_id: str, part: int) -> None:
+        self.board, self.slide_id, self.part = board, slide_id, part
+        self.count, self.sent = 0, time.monotonic()
+
+    def __call__(self, count: int) -> None:
+        """That many more are done."""
+        self.count += count
+        if time.monotonic() - self.sent >= TELL_S:
+            self.send()
+
+    def send(self) -> None:
+        """Tell the board what it has not heard of."""
+        self.board.tiles.remote(self.slide_id, self.part, self.count)
+        self.count, self.sent = 0, time.monotonic()
 
 
 class SlideWorker:
@@ -167,7 +204,7 @@ class SlideWorker:
         return {"slide_id": slide_id, "record": json.dumps(record) if record else ""}
 
     def _whole(self, task: SlideTask) -> dict[str, Any]:
-        entry = task.entry
+        entry, tiles = task.entry, TileCount(self.board, task.entry.slide_id, 0)
         result = segment_slide(
             self.network,
             entry,
@@ -175,9 +212,10 @@ class SlideWorker:
             cache=node_cache(entry.uri, self.cache_gb),
             attempts=task.attempts,
             lock=self.lock,
-            on_plan=lambda tiles: self.board.plan.remote(entry.slide_id, tiles),
-            on_tiles=lambda count: self.board.tiles.remote(entry.slide_id, 0, count),
+            on_plan=lambda planned: self.board.plan.remote(entry.slide_id, planned),
+            on_tiles=tiles,
         )
+        tiles.send()
         return {**result.record, "areas": result.areas}
 
     def _share(self, task: SlideTask, clock: Clock) -> dict[str, Any] | None:
@@ -195,12 +233,9 @@ class SlideWorker:
                 if bands:
                     first, bottom = slide.plan.bands[bands.start].y, slide.plan.bands[bands.stop - 1].final
                     mask = MaskFile(Path(folder) / "mask", bottom - first, slide.view.width, first)
-                    work = self.network.map(
-                        slide,
-                        mask,
-                        bands=bands,
-                        on_tiles=lambda count: board.tiles.remote(entry.slide_id, task.part, count),
-                    )
+                    tiles = TileCount(board, entry.slide_id, task.part)
+                    work = self.network.map(slide, mask, bands=bands, on_tiles=tiles)
+                    tiles.send()
                     mask.close()
                     _store(Path(folder) / "mask", self._share_uri(task, task.part))
             clock.lap("network")

@@ -32,6 +32,16 @@ def test_a_benchmark_runs_at_a_tiny_size(module, options):
     assert set(report.targets) <= set(report.figures)
 
 
+def test_slides_are_compared_with_tiatoolbox_where_a_python_has_it(options, tmp_path, monkeypatch):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho \'{"tiles": 9, "seconds": [2.0, 4.0]}\'\n')
+    python.chmod(0o755)
+    monkeypatch.setenv(slides.TOOLBOX, str(python))
+    figures = slides.benchmark(options).figures
+    assert figures["tiatoolbox_0_workers_s"] == 3.0
+    assert figures["segment_slide_times_tiatoolbox"] == pytest.approx(3.0 / figures["segment_slide_s"], rel=0.01)
+
+
 @pytest.mark.parametrize("name", training.CASES)
 def test_every_trained_network_takes_a_plain_step_and_ours(name, options):
     case = training.CASES[name](options, 2, 64)
