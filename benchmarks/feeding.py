@@ -17,11 +17,12 @@ import torch
 from benchmarks import harness, material
 from benchmarks.harness import Options, Report
 from benchmarks.mosaics import source_of
-from benchmarks.training import step
+from benchmarks.training import Case, step
 from pistoseg.config import AugmentationConfig, ComputeConfig, TrainingConfig
 from pistoseg.models import segmentation
 from pistoseg.models.segmentation import SegmentationNetwork
 from pistoseg.training.samples import fresh_mosaics
+from pistoseg.training.tasks import SegmentationTask
 
 SHARE_OF_BARE, WAITING = 0.95, 0.02
 NODE_PER_S, NODE_CORES = 2000.0, 16
@@ -52,9 +53,10 @@ def benchmark(options: Options) -> Report:
             keep="last",
             augmentation=AugmentationConfig(),
         )
-        before = _bare(shared, config, options)
-        rows = _through_ray(source, config, options, item.config.classes.tissue())
-        after = _bare(shared, config, options)
+        task = SegmentationTask(item.config.classes.tissue(), "bce", None)
+        before = _bare(shared, task, config, options)
+        rows = _through_ray(source, task, config, options)
+        after = _bare(shared, task, config, options)
     # The first epoch also warms the network up, as the bare loop did before it was timed.
     ours = [row["images_per_s"] for row in rows[1:]]
     report.add("loop_through_ray_per_s", statistics.median(ours))
@@ -71,7 +73,7 @@ def _sized(config: Any, options: Options) -> Any:
     return config.model_copy(update={"synthesis": config.synthesis.model_copy(update={"n_h": 2, "n_w": 2})})
 
 
-def _network(options: Options, classes: int = 3) -> SegmentationNetwork:
+def _network(options: Options, classes: int) -> SegmentationNetwork:
     """The fastest of the presets' networks: the hardest one to feed."""
     encoder = "tu-mobilenetv3_small_050" if options.tiny else "tu-tf_efficientnet_lite0"
     torch.manual_seed(0)
@@ -91,7 +93,7 @@ def _stream(source: Any, actors: int, options: Options) -> float:
     return seen / (time.perf_counter() - began)
 
 
-def _bare(shared: dict[str, Any], config: TrainingConfig, options: Options) -> float:
+def _bare(shared: dict[str, Any], task: SegmentationTask, config: TrainingConfig, options: Options) -> float:
     """Images in a second of the same steps on batches that are in memory."""
     from pistoseg.models.inference import resolve_device
     from pistoseg.stages import cluster
@@ -101,8 +103,8 @@ def _bare(shared: dict[str, Any], config: TrainingConfig, options: Options) -> f
     synthesizer = fresh_mosaics(shared)
     pairs = [synthesizer.sample(0, index) for index in range(config.batch_size)]
     images, masks = (torch.from_numpy(np.stack(items)) for items in zip(*pairs, strict=True))
-    network = _network(options, len(shared["class_names"]))
-    run = step(network, {"image": images, "mask": masks}, resolve_device("auto"))
+    network = _network(options, len(task.classes))
+    run = step(Case(network, task, {"image": images, "mask": masks}), resolve_device("auto"))
     steps = (config.samples_per_epoch or config.batch_size) // config.batch_size
     for _ in range(options.size(2, 1)):
         run()
@@ -114,19 +116,20 @@ def _bare(shared: dict[str, Any], config: TrainingConfig, options: Options) -> f
     return steps * config.batch_size / took
 
 
-def _through_ray(source: Any, config: TrainingConfig, options: Options, classes: Any) -> list[dict[str, float]]:
+def _through_ray(
+    source: Any, task: SegmentationTask, config: TrainingConfig, options: Options
+) -> list[dict[str, float]]:
     """The epochs of a training as `pistoseg train` runs it, without validation."""
     from pistoseg.stages import cluster
-    from pistoseg.training.tasks import SegmentationTask
     from pistoseg.training.trainer import train
 
     resources = cluster.training_resources(ComputeConfig(device="auto"))
     resources["threads"] = options.size(resources["threads"], 1)
     with tempfile.TemporaryDirectory() as folder:
         trained = train(
-            _network(options, len(classes)),
+            _network(options, len(task.classes)),
             source,
-            SegmentationTask(classes, "bce", None),
+            task,
             config,
             ComputeConfig(device="auto"),
             folder=folder,

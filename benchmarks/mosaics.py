@@ -1,5 +1,8 @@
 """Mosaics of 224 px: one process without a file, a pool of actors, and what storing them costs.
 
+The published generator is the measure: on the machine on which the targets were set it made 3.7 and 69 a second, so
+that 400 and 36 times as many are 1,500 and 2,500 there.
+
 python -m benchmarks.mosaics --data DATA
 """
 
@@ -28,7 +31,7 @@ from pistoseg.patches.decode import decode_ids, decode_png, encode_mask, encode_
 from pistoseg.synthesis import Synthesizer
 from pistoseg.training.samples import fresh_mosaics, mosaic_source
 
-TARGETS = {"mosaic_7x32": 1500.0, "mosaic_2x112": 2500.0}
+TIMES_PUBLISHED = {"mosaic_7x32": 400.0, "mosaic_2x112": 36.0}
 POOL_LINEAR = 0.9
 
 
@@ -63,11 +66,13 @@ def _one_process(item: Material, options: Options, report: Report) -> None:
         )
     counts = {"": count, "_text": few, "_published": fewest, "_copy": count}
     for name, timing in timings.items():
-        least = TARGETS[item.name] if not name else None
-        report.add(f"{item.name}{name}_per_s", timing.per_s(counts[name]), least=least)
+        report.add(f"{item.name}{name}_per_s", timing.per_s(counts[name]))
     report.add(f"{item.name}_per_cpu_s", timings[""].per_cpu_s(count))
-    for name in ("_text", "_published"):
-        report.compare(f"{item.name}_times{name}", timings[""], timings[name], counts=count / counts[name])
+    least = TIMES_PUBLISHED[item.name] if options.data else None  # how long files take to decode depends on them
+    for name, target in (("_text", None), ("_published", least)):
+        report.compare(
+            f"{item.name}_times{name}", timings[""], timings[name], counts=count / counts[name], least=target
+        )
 
 
 def _times(count: int, call: Callable[[], Any]) -> None:
@@ -155,17 +160,15 @@ def _pool(item: Material, options: Options, report: Report) -> None:
         shared = ray.put(source_of(item))
         maker = ray.remote(num_cpus=0.5)(_Maker)
         actors: list[Any] = [maker.remote([shared]) for _ in range(cores)]
-        ray.get([actor.make.remote(0, 8) for actor in actors])
-        alone, together = [], []
+        ray.get([actor.make.remote(0, options.size(200, 4)) for actor in actors])
+        alone: list[float] = []
+        together: list[float] = []
         for number in range(options.size(7, 1)):
-            began = time.perf_counter()
-            ray.get(actors[0].make.remote(number + 1, count))
-            alone.append(time.perf_counter() - began)
-            began = time.perf_counter()
-            ray.get([actor.make.remote(number + 1, count) for actor in actors])
-            together.append(time.perf_counter() - began)
+            alone += ray.get([actors[0].make.remote(number + 1, count)])
+            together += ray.get([actor.make.remote(number + 1, count) for actor in actors])
         private = ray.get([actor.private_mib.remote() for actor in actors])
     report.add("pool_actors", cores)
+    # Each by its own time: who is done first would take the next ones, and not wait for the others.
     report.add(f"{item.name}_pool_per_s", cores * count / statistics.median(together))
     report.add("pool_share_of_linear", statistics.median(alone) / statistics.median(together), least=POOL_LINEAR)
     report.add("pool_shared_bank_mib", item.bank().pixels.nbytes / 2**20)
@@ -183,10 +186,12 @@ class _Maker:
         self.before = harness.private_mib()
         self.synthesizer = fresh_mosaics(ray.get(shared[0]))
 
-    def make(self, epoch: int, count: int) -> None:
-        """Make that many."""
+    def make(self, epoch: int, count: int) -> float:
+        """Make that many; the seconds that it took."""
+        began = time.perf_counter()
         for index in range(count):
             self.synthesizer.sample(epoch, index)
+        return time.perf_counter() - began
 
     def private_mib(self) -> tuple[float, float]:
         """Memory that is this process's alone, before it had the bank and now."""

@@ -30,6 +30,7 @@ from pistoseg.models import bundle
 from pistoseg.slides.cache import SlideCache
 from pistoseg.slides.job import segment_slide
 from pistoseg.slides.network import Prepared, SlideNetwork, SlideSettings
+from pistoseg.slides.reader import open_slide
 from pistoseg.slides.source import SlideEntry
 from pistoseg.slides.stitching import MaskFile
 
@@ -43,7 +44,9 @@ def benchmark(options: Options) -> Report:
     side, encoder = (64, "tu-mobilenetv3_small_050") if options.tiny else (224, "tu-tf_efficientnet_lite0")
     with material.slide(options) as path, tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        model = material.save_bundle(folder, options, architecture="unet", encoder=encoder, patch_size=side)
+        with open_slide(str(path)) as opened:
+            image = opened.read_region(0, 0, min(opened.width, 2048), min(opened.height, 2048))
+        model = material.save_bundle(folder, image, options, architecture="unet", encoder=encoder, patch_size=side)
         network = SlideNetwork(bundle.load(model), SlideSettings())
         cache = SlideCache(str(folder / "cache"), 1 << 30)
         entry = SlideEntry("slide", str(path))

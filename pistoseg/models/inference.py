@@ -222,14 +222,14 @@ class Predictor:
         Returns:
             (N, L, h, w) float32 on the device.
         """
-        total: Tensor | float = 0.0
+        total: Tensor | None = None
         with self._inference():
             pixels = self.normalization(tiles, self.device)
             for scale in self.scales:
-                maps = self._symmetric(zoomed(pixels, scale), softmax=True)
-                total = unzoomed(maps, pixels.shape[2:], scale) + total
-        assert isinstance(total, Tensor)
-        return total / len(self.scales)
+                maps = unzoomed(self._symmetric(zoomed(pixels, scale), softmax=True), pixels.shape[2:], scale)
+                total = maps if total is None else maps + total
+            assert total is not None
+            return total if len(self.scales) == 1 else total / len(self.scales)
 
     def tile_weights(self) -> Tensor:
         """Weight of a tile's pixels where tiles overlap, (tile, tile) float32 on the device."""

@@ -211,7 +211,7 @@ def _say(record: Mapping[str, Any], progress: Progress) -> None:
 
 def _records(run: SlideRun, found: Plan, compute: ComputeConfig, progress: Progress) -> Iterator[dict[str, Any]]:
     """Records of the slides as they are done."""
-    actors, resources, readers = _pool(run, compute)
+    actors, resources, threads, readers = _pool(run, compute)
     tasks = _tasks(found.todo, actors, share=not run.settings.probabilities)
     board = start_here(Board)
     actors = min(actors, len(tasks))
@@ -221,7 +221,7 @@ def _records(run: SlideRun, found: Plan, compute: ComputeConfig, progress: Progr
         run.settings,
         run.out,
         run.device,
-        max(1, int(resources["num_cpus"])),
+        threads,
         readers,
         run.cache_gb,
         board,
@@ -244,8 +244,8 @@ def _records(run: SlideRun, found: Plan, compute: ComputeConfig, progress: Progr
     ray.kill(board)
 
 
-def _pool(run: SlideRun, compute: ComputeConfig) -> tuple[int, dict[str, float], int]:
-    """Actors, what each gets of a node, and its threads that read."""
+def _pool(run: SlideRun, compute: ComputeConfig) -> tuple[int, dict[str, float], int, int]:
+    """Actors, what each gets of a node, threads of its network on a CPU, and its threads that read."""
     networks, resources = cluster.network_pool(compute)
     actors = run.workers or networks
     per_network = -(-actors // networks)  # more workers than networks share a GPU, or a node's CPUs
@@ -257,7 +257,8 @@ def _pool(run: SlideRun, compute: ComputeConfig) -> tuple[int, dict[str, float],
         whole, part = divmod(resources["num_cpus"], per_network)
         share = {"num_cpus": whole or part / per_network}  # more networks than CPUs would wait for one for ever
         on_node = per_network
-    return actors, share, max(1, min(8, cpus // on_node))
+    # Ray keeps a CPU of a node free, which its networks need not do: what else runs there is mostly idle.
+    return actors, share, max(1, cpus // per_network), max(1, min(8, cpus // on_node))
 
 
 def _tasks(todo: Sequence[tuple[SlideEntry, int]], actors: int, share: bool) -> list[SlideTask]:
