@@ -22,8 +22,8 @@ integration: $(STAMP)  ## stages on a Ray of the tests' own
 processes: $(STAMP)  ## commands, clusters, servers, and what kills them
 	$(BIN)/pytest tests/integration -m processes
 
-bench: $(STAMP)  ## speed beside what one would use instead: ONLY=mosaics,slides DATA=folder OUT=folder
-	$(BIN)/python -m benchmarks $(if $(ONLY),--only $(ONLY)) $(if $(DATA),--data $(DATA)) $(if $(OUT),--out $(OUT))
+bench: $(STAMP)  ## speed beside what one would use instead: ONLY=mosaics,slides DATA=folder MODEL=bundle OUT=folder
+	$(BIN)/python -m benchmarks $(if $(ONLY),--only $(ONLY)) $(if $(DATA),--data $(DATA)) $(if $(MODEL),--model $(MODEL)) $(if $(OUT),--out $(OUT))
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

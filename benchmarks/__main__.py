@@ -23,6 +23,7 @@ def main() -> int:
     if unknown:
         parser.error(f"there is no benchmark {', '.join(unknown)}; use {', '.join(NAMES)}")
     forwarded = [item for item in ("--data", str(options.data)) if options.data] + ["--out", str(options.out)]
+    forwarded += ["--model", options.model] if options.model else []
     forwarded += ["--tiny"] if options.tiny else []
     failed = [
         name for name in names if subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *forwarded]).returncode

@@ -49,7 +49,7 @@ def benchmark(options: Options) -> Report:
         config = TrainingConfig(
             epochs=3,
             batch_size=options.size(8, 4),
-            samples_per_epoch=options.size(64, 8),
+            samples_per_epoch=options.size(128, 8),
             keep="last",
             augmentation=AugmentationConfig(),
         )

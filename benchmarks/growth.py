@@ -252,6 +252,8 @@ def _write(rows: list[dict[str, float | str]], out: Path) -> None:
             else:
                 axis.set_ylim(0, 1.1 * max(values))
             axis.set_xscale("log")
+            axis.set_xticks(sizes, [f"{size:,.0f}" for size in sizes])
+            axis.minorticks_off()
             axis.set_xlabel(curve.label)
             axis.set_ylabel(unit)
             axis.legend()

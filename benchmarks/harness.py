@@ -28,11 +28,13 @@ class Options:
         data: folder with the published data sets (`wsss4luad-mini`, `glas`, `slides`); None: the phantom.
         out: folder of JSON, CSV and plots.
         tiny: whether it shall only show that it runs, at sizes whose figures mean nothing.
+        model: URI of a trained bundle for `slides`; None: random weights.
     """
 
     data: Path | None
     out: Path
     tiny: bool = False
+    model: str | None = None
 
     def size(self, normal: int, tiny: int) -> int:
         """A size that `tiny` makes small."""
@@ -157,6 +159,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(description=description)
     options.add_argument("--data", type=Path, metavar="DIR", help="folder with wsss4luad-mini, glas and slides")
     options.add_argument("--out", type=Path, default=Path(RESULTS), metavar="DIR", help="default: %(default)s")
+    options.add_argument("--model", metavar="BUNDLE", help="trained bundle for slides; default: random weights")
     options.add_argument("--tiny", action="store_true", help="only see whether it runs; its figures mean nothing")
     return options
 
@@ -165,7 +168,7 @@ def options_of(arguments: argparse.Namespace) -> Options:
     """What was asked for on the command line."""
     if arguments.data is not None and not arguments.data.is_dir():
         sys.exit(f"{arguments.data} is no folder")
-    return Options(arguments.data, arguments.out, arguments.tiny)
+    return Options(arguments.data, arguments.out, arguments.tiny, arguments.model)
 
 
 def main(benchmark: Benchmark, description: str | None) -> None:

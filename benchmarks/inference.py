@@ -56,7 +56,7 @@ def benchmark(options: Options) -> Report:
         def ours(predictor: Predictor = predictor) -> None:
             predictor.logits_many(images)
 
-        timings = harness.interleaved({"ours": ours, "network": alone}, options.size(7, 1))
+        timings = harness.interleaved({"ours": ours, "network": alone}, options.size(15, 1))
         for variant, timing in timings.items():
             report.add(f"{name}_{variant}_per_s", timing.per_s(forwards))
         report.compare(f"{name}_share_of_network", timings["ours"], timings["network"], least=SHARE_OF_NETWORK)

@@ -13,7 +13,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
-from torch.nn import functional as F
 
 from benchmarks.harness import Options
 from pistoseg.config import Config, load_config
@@ -23,9 +22,6 @@ from pistoseg.patches.layouts import scan_training
 from pistoseg.patches.store import IMAGES_SCHEMA, WINDOWS_SCHEMA, PatchSet, ingest
 from pistoseg.phantom import PHANTOM_CLASSES, write_cohort, write_slide
 from pistoseg.synthesis import TissueBank
-
-BLUR = 65
-"""Side (px) of the square over which brightness is averaged: the size of what a taught network tells apart."""
 
 
 @dataclass(frozen=True)
@@ -114,29 +110,10 @@ def slide(options: Options) -> Iterator[Path]:
         yield path
 
 
-def save_bundle(
-    folder: Path, image: NDArray[np.uint8], options: Options, *, architecture: str, encoder: str, patch_size: int
-) -> str:
-    """A bundle whose network tells parts of an image (h, w, 3) apart by their brightness.
-
-    It is trained for a few steps, as the maps of random weights are noise, and to outline noise takes many times as
-    long as to outline what a model sees.
-    """
+def save_bundle(folder: Path, options: Options, *, architecture: str, encoder: str, patch_size: int) -> str:
+    """A bundle with random weights, whose speed is that of trained ones; what it sees is noise."""
     torch.manual_seed(0)
     network = segmentation.build(architecture, encoder, len(PHANTOM_CLASSES), None, None)
-    pixels = torch.from_numpy(image)
-    blurred = F.avg_pool2d(pixels.float().mean(2)[None], BLUR, 1, BLUR // 2, count_include_pad=False)[0]
-    shares = torch.linspace(0, 1, len(PHANTOM_CLASSES) + 1)[1:-1]
-    target = torch.bucketize(blurred, torch.quantile(blurred.flatten()[::101], shares))
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
-    for _ in range(options.size(60, 1)):
-        corners = [[int(torch.randint(side - patch_size + 1, ())) for side in target.shape] for _ in range(4)]
-        places = [np.s_[y : y + patch_size, x : x + patch_size] for y, x in corners]
-        logits = network(network.normalization(torch.stack([pixels[place] for place in places])))
-        loss = F.cross_entropy(logits, torch.stack([target[place] for place in places]))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
     uri = str(folder / "bundle")
     bundle.save(
         uri,

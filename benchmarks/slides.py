@@ -44,10 +44,12 @@ def benchmark(options: Options) -> Report:
     side, encoder = (64, "tu-mobilenetv3_small_050") if options.tiny else (224, "tu-tf_efficientnet_lite0")
     with material.slide(options) as path, tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        with open_slide(str(path)) as opened:
-            image = opened.read_region(0, 0, min(opened.width, 2048), min(opened.height, 2048))
-        model = material.save_bundle(folder, image, options, architecture="unet", encoder=encoder, patch_size=side)
-        network = SlideNetwork(bundle.load(model), SlideSettings())
+        with open_slide(path) as opened:
+            settings = SlideSettings(mpp=opened.mpp_x)
+        model = options.model or material.save_bundle(
+            folder, options, architecture="unet", encoder=encoder, patch_size=side
+        )
+        network = SlideNetwork(bundle.load(model), settings)
         cache = SlideCache(str(folder / "cache"), 1 << 30)
         entry = SlideEntry("slide", str(path))
         with network.prepared(entry, cache) as slide:
@@ -56,13 +58,14 @@ def benchmark(options: Options) -> Report:
         seconds = record["seconds_of"]
         for name in ("prepare", "network", "write"):
             report.add(f"slide_{name}_s", seconds[name])
-        report.add(
-            "slide_write_share", seconds["write"] / record["seconds"], most=None if options.tiny else OUTPUT_SHARE
-        )
+        limit = OUTPUT_SHARE if options.model else None  # to outline the noise of random weights takes far longer
+        report.add("slide_write_share", seconds["write"] / record["seconds"], most=limit)
         _tiatoolbox(network, model, path, folder, report)
         if not options.tiny:
-            _collection(model, path, folder, report)
-    report.note(f"{record['tiles']} tiles of {side} px, step {side // 2} px, {record['device']}, {record['precision']}")
+            _collection(model, settings, path, folder, report)
+    predictor, weights = network.predictor, "trained" if options.model else "random"
+    report.note(f"{record['tiles']} tiles of {predictor.tile} px, step {predictor.stride} px, {weights} weights")
+    report.note(f"on {record['device']}, {record['precision']}")
     return report
 
 
@@ -180,7 +183,7 @@ def _tiatoolbox(network: SlideNetwork, model: str, path: Path, folder: Path, rep
     report.add("segment_slide_times_tiatoolbox", fastest / seconds)
 
 
-def _collection(model: str, path: Path, folder: Path, report: Report) -> None:
+def _collection(model: str, settings: SlideSettings, path: Path, folder: Path, report: Report) -> None:
     """Tiles in a second of each further slide of a collection, beside the network alone with the same threads."""
     from rich.console import Console
 
@@ -193,14 +196,14 @@ def _collection(model: str, path: Path, folder: Path, report: Report) -> None:
     copies.mkdir()
     took = {}
     with cluster.connected(ComputeConfig(device="auto")):
-        _, resources = cluster.network_pool(ComputeConfig(device="auto"))
+        network_threads = cluster.node_threads()
         # What any run costs is in both; without the first slide what is left is that of the others.
         for count in (1, 3):
             for number in range(count):
                 target = copies / f"{number}{path.suffix}"
                 if not target.exists():
                     shutil.copy(path, target)
-            run = slides.SlideRun(model, str(copies), str(folder / f"out-{count}"), SlideSettings())
+            run = slides.SlideRun(model, str(copies), str(folder / f"out-{count}"), settings)
             found = slides.plan(run)
             began = time.perf_counter()
             slides.segment(run, found, Progress(Console(quiet=True)), StageRun())
@@ -208,9 +211,9 @@ def _collection(model: str, path: Path, folder: Path, report: Report) -> None:
     record = json.loads((folder / "out-1" / "slides" / "0" / "slide.json").read_text())
     tiles = 2 * record["tiles"]
     threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, int(resources["num_cpus"])))
+    torch.set_num_threads(network_threads)
     rates = []
-    predictor = SlideNetwork(bundle.load(model), SlideSettings()).predictor
+    predictor = SlideNetwork(bundle.load(model), settings).predictor
     batch = torch.randint(0, 256, (predictor.batch_size, predictor.tile, predictor.tile, 3), dtype=torch.uint8)
     predictor.tile_probabilities(batch)
     for _ in range(8):
