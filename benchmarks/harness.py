@@ -28,7 +28,7 @@ class Options:
         data: folder with the published data sets (`wsss4luad-mini`, `glas`, `slides`); None: the phantom.
         out: folder of JSON, CSV and plots.
         tiny: whether it shall only show that it runs, at sizes whose figures mean nothing.
-        model: URI of a trained bundle for `slides`; None: random weights.
+        model: folder of a trained bundle for `slides`; None: random weights.
     """
 
     data: Path | None
