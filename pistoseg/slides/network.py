@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from pistoseg.classes import TissueClasses
 from pistoseg.errors import PistoSegError
+from pistoseg.memory import keep_freed_memory
 from pistoseg.models.inference import Predictor
 from pistoseg.outputs.areas import count_classes, slide_areas
 from pistoseg.outputs.mask_pyramid import write_mask
@@ -174,15 +175,16 @@ class SlideNetwork:
             probabilities: where these are written, of a whole slide only.
             on_tiles: told how many tiles were just done.
         """
-        if probabilities is None:
-            return self.stitcher.run(slide.view, slide.plan, slide.tissue, mask, bands=bands, on_tiles=on_tiles)
-        writer = ProbabilityWriter(
-            probabilities, len(self.classes), slide.view.height, slide.view.width, self.mpp, self.classes
-        )
-        sink = _WithProbabilities(mask, writer, len(self.classes))
-        work = self.stitcher.run(slide.view, slide.plan, slide.tissue, sink, probabilities=True, on_tiles=on_tiles)
-        writer.close()
-        return work
+        with keep_freed_memory():
+            if probabilities is None:
+                return self.stitcher.run(slide.view, slide.plan, slide.tissue, mask, bands=bands, on_tiles=on_tiles)
+            writer = ProbabilityWriter(
+                probabilities, len(self.classes), slide.view.height, slide.view.width, self.mpp, self.classes
+            )
+            sink = _WithProbabilities(mask, writer, len(self.classes))
+            work = self.stitcher.run(slide.view, slide.plan, slide.tissue, sink, probabilities=True, on_tiles=on_tiles)
+            writer.close()
+            return work
 
     def write(self, slide: Prepared, mask: MaskFile, folder: Path) -> tuple[dict[str, Any], RegionsReport]:
         """Write mask.tif, regions.geojson, areas.json and overview.png of a mapped slide into a local folder.

@@ -23,10 +23,7 @@ def run(context: StageContext) -> dict[str, Any]:
 
 
 class _Activate:
-    def __init__(self, config: Config, patches: str, model: str, threads: int) -> None:
-        import torch
-
-        torch.set_num_threads(threads)
+    def __init__(self, config: Config, patches: str, model: str) -> None:
         self.settings = settings = config.cams
         network = classifier.load(model, masks.device_of(config))
         method = "cam" if settings.method == "sc_cam" else settings.method

@@ -9,7 +9,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import ray
-import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -144,8 +143,7 @@ def train_on_labels(
 
 
 class _Judge:
-    def __init__(self, config: Config, patches: str, model: str, threads: int) -> None:
-        torch.set_num_threads(threads)
+    def __init__(self, config: Config, patches: str, model: str) -> None:
         settings = config.classifier
         network = classifier.load(model, masks.device_of(config))
         self.predictor = Predictor(

@@ -16,6 +16,7 @@ import ray
 from pistoseg import object_store, storage
 from pistoseg.config import ComputeConfig
 from pistoseg.errors import PistoSegError, UnavailableError, explained
+from pistoseg.memory import keep_freed_memory
 from pistoseg.progress import Progress
 
 ANSWER_S = 10.0
@@ -56,7 +57,7 @@ def _started(config: ComputeConfig) -> Iterator[None]:
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     # On few CPUs the actors of a training are more than Ray expects at once, and it says so on the terminal.
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(max(MOST_STARTING, available_cpus())))
-    # For `training.memory`; only a local Ray has this process's variables.
+    # For `memory.keep_freed_memory`; only a local Ray has this process's variables.
     os.environ.setdefault("MALLOC_ARENA_MAX", "1")
     # Ray Train looks every 2 s whether a training has ended.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
@@ -215,6 +216,7 @@ def run_shards(
     resources: dict[str, float],
     progress: Progress,
     weight: Callable[[Any], int] = len,
+    threads: int | None = None,
 ) -> None:
     """Process shards in parallel; each leaves `part-<number>.parquet` in a folder, which marks it as done.
 
@@ -230,6 +232,7 @@ def run_shards(
         resources: of each actor, as Ray names them.
         progress: told the weight of the finished shards.
         weight: images (or mosaics) in a shard.
+        threads: PyTorch's, for a worker that holds a network; None: it holds none.
     Raises:
         UnavailableError: the first that a worker raised, at once.
         PistoSegError: what else the workers raised, all together, after the other shards are done.
@@ -246,7 +249,7 @@ def run_shards(
     if not rows:
         return
     items, size = ray.data.from_items(rows, override_num_blocks=len(rows)), min(actors, len(rows))
-    setup = (worker, arguments, folder)
+    setup = (worker, arguments, folder, threads)
     if resources.get("num_gpus"):
         pool = ray.data.ActorPoolStrategy(size=size)
         results = items.map(_ShardWorker, fn_constructor_args=setup, compute=pool, **resources)
@@ -268,6 +271,29 @@ def run_shards(
         raise errors[0]
 
 
+def run_networks(
+    worker: type,
+    arguments: dict[str, Any],
+    shards: list[Any],
+    folder: str,
+    *,
+    config: ComputeConfig,
+    progress: Progress,
+) -> None:
+    """`run_shards` with a network in every worker, which gets a GPU, or the threads of a node."""
+    actors, resources = network_pool(config)
+    run_shards(
+        worker,
+        arguments,
+        shards,
+        folder,
+        actors=actors,
+        resources=resources,
+        progress=progress,
+        threads=node_threads(),
+    )
+
+
 def arriving_rows(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
     """Rows of a dataset in the order in which they are done.
 
@@ -280,18 +306,23 @@ def arriving_rows(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
 
 
 class _ShardWorker:
-    def __init__(self, worker: type, arguments: dict[str, Any], folder: str) -> None:
+    def __init__(self, worker: type, arguments: dict[str, Any], folder: str, threads: int | None) -> None:
         self.worker: Any = None
-        self.folder = folder
+        self.folder, self.threads = folder, threads
         self.broken = _problem_of(lambda: self._build(worker, arguments))
 
     def _build(self, worker: type, arguments: dict[str, Any]) -> None:
+        if self.threads:
+            import torch
+
+            torch.set_num_threads(self.threads)
         self.worker = worker(**{key: _fetched(value) for key, value in arguments.items()})
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         number = int(row["number"])
         shard, part = json.loads(row["shard"]), storage.join(self.folder, part_name(number))
-        problem, away = self.broken if self.broken[0] else _problem_of(lambda: self.worker(number, shard, part))
+        with keep_freed_memory() if self.threads else nullcontext():
+            problem, away = self.broken if self.broken[0] else _problem_of(lambda: self.worker(number, shard, part))
         return {"number": number, "problem": problem, "away": away}
 
 
@@ -299,11 +330,11 @@ _at_hand: tuple[str, _ShardWorker] | None = None
 """What this process built for the stage whose shard it did last."""
 
 
-def _shard(row: dict[str, Any], run: str, worker: type, arguments: dict[str, Any], folder: str) -> dict[str, Any]:
+def _shard(row: dict[str, Any], run: str, *setup: Any) -> dict[str, Any]:
     global _at_hand
     if _at_hand is None or _at_hand[0] != run:
         _at_hand = None  # its memory, before the next one needs some
-        _at_hand = run, _ShardWorker(worker, arguments, folder)
+        _at_hand = run, _ShardWorker(*setup)
     return _at_hand[1](row)
 
 

@@ -132,20 +132,17 @@ def evaluate(
     count = len(MaskedImages.open(images))
     positions = list(range(count))
     shards = [positions[start : start + SHARD_IMAGES] for start in range(0, count, SHARD_IMAGES)]
-    actors, resources = cluster.network_pool(ComputeConfig.model_validate({"device": device}))
-    cluster.run_shards(
+    cluster.run_networks(
         _Score,
         {
             "model": model,
             "images": images,
             "protocol": config.resolved() | {"batch_size": config.batch_size},
             "device": device,
-            "threads": cluster.node_threads(),
         },
         shards,
         storage.join(folder, "parts"),
-        actors=actors,
-        resources=resources,
+        config=ComputeConfig.model_validate({"device": device}),
         progress=progress,
     )
     table = storage.read_parquet(storage.join(folder, "parts"))
@@ -168,10 +165,7 @@ def evaluate(
 
 
 class _Score:
-    def __init__(self, model: str, images: str, protocol: dict[str, Any], device: str, threads: int) -> None:
-        import torch
-
-        torch.set_num_threads(threads)
+    def __init__(self, model: str, images: str, protocol: dict[str, Any], device: str) -> None:
         loaded = bundle.load(model, None if device == "auto" else device)
         info = loaded.info | {"evaluation": protocol}
         self.segmenter = bundle.Segmenter(loaded.model, info, loaded.classes, loaded.device)

@@ -45,15 +45,12 @@ def run(context: StageContext) -> dict[str, Any]:
         )
     folder = held_out_folder(context.inputs["patches"].uri)
     positions = list(range(len(PatchSet.open(folder))))
-    actors, resources = cluster.network_pool(config.compute)
-    cluster.run_shards(
+    cluster.run_networks(
         _Score,
-        {"config": config, "model": context.inputs["model"].path("bundle"), "images": folder}
-        | {"threads": cluster.node_threads()},
+        {"config": config, "model": context.inputs["model"].path("bundle"), "images": folder},
         [positions[start : start + SHARD_IMAGES] for start in range(0, len(positions), SHARD_IMAGES)],
         context.path("windows"),
-        actors=actors,
-        resources=resources,
+        config=config.compute,
         progress=context.progress,
     )
     table = storage.read_parquet(context.path("windows"))
@@ -73,10 +70,7 @@ def run(context: StageContext) -> dict[str, Any]:
 
 
 class _Score:
-    def __init__(self, config: Config, model: str, images: str, threads: int) -> None:
-        import torch
-
-        torch.set_num_threads(threads)
+    def __init__(self, config: Config, model: str, images: str) -> None:
         device = config.compute.device
         loaded = bundle.load(model, None if device == "auto" else device)
         # One scale without symmetries, as the trainings validate: it ranks settings as well, and costs an eighth.

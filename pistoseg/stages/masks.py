@@ -47,24 +47,21 @@ def schema(kinds: Sequence[str] = ("",)) -> pa.Schema:
 
 
 def over_images(context: StageContext, worker: type, arguments: dict[str, Any], folder: str) -> None:
-    """Run a network over all training images; see `cluster.run_shards`.
+    """Run a network over all training images; see `cluster.run_networks`.
 
     Args:
         context: of the stage.
-        worker: built with `config`, `patches` (URI), `threads` and the given arguments; takes positions of images.
+        worker: built with `config`, `patches` (URI) and the given arguments; takes positions of images.
         arguments: further arguments of the worker.
         folder: where the parts go.
     """
     patches = context.inputs["patches"].uri
-    actors, resources = cluster.network_pool(context.config.compute)
-    common = {"config": context.config, "patches": patches, "threads": cluster.node_threads()}
-    cluster.run_shards(
+    cluster.run_networks(
         worker,
-        common | arguments,
+        {"config": context.config, "patches": patches} | arguments,
         image_shards(PatchSet.open(patches).table),
         folder,
-        actors=actors,
-        resources=resources,
+        config=context.config.compute,
         progress=context.progress,
     )
 

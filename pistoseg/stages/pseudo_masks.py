@@ -22,10 +22,7 @@ def run(context: StageContext) -> dict[str, Any]:
 
 
 class _Predict:
-    def __init__(self, config: Config, patches: str, model: str, threads: int) -> None:
-        import torch
-
-        torch.set_num_threads(threads)
+    def __init__(self, config: Config, patches: str, model: str) -> None:
         self.settings = settings = config.pseudo_masks
         self.predictor = bundle.load(model, masks.device_of(config)).predictor(
             tile=settings.patch_size,

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import ray
-import torch
 from numpy.typing import NDArray
 
 from pistoseg import storage
@@ -76,8 +75,7 @@ def masks(context: StageContext) -> dict[str, Any]:
 
 
 class _Refine:
-    def __init__(self, config: Config, patches: str, maps: list[pa.Table], model: str, threads: int) -> None:
-        torch.set_num_threads(threads)
+    def __init__(self, config: Config, patches: str, maps: list[pa.Table], model: str) -> None:
         self.settings = settings = config.refined_masks
         network = refiner.load(model, mask_files.device_of(config))
         self.predictor = Predictor(

@@ -51,19 +51,16 @@ def run(context: StageContext) -> dict[str, Any]:
 
 def _features(context: StageContext, count: int) -> np.ndarray:
     """The classifier's last feature map, pooled over every labelled window: (windows, C) float32."""
-    actors, resources = cluster.network_pool(context.config.compute)
-    cluster.run_shards(
+    cluster.run_networks(
         _Features,
         {
             "config": context.config,
             "patches": context.inputs["patches"].uri,
             "model": context.inputs["classifier"].path("model"),
-            "threads": cluster.node_threads(),
         },
         [list(range(start, min(start + SHARD_WINDOWS, count))) for start in range(0, count, SHARD_WINDOWS)],
         context.path(FEATURES),
-        actors=actors,
-        resources=resources,
+        config=context.config.compute,
         progress=context.progress,
     )
     table = storage.read_parquet(context.path(FEATURES))
@@ -73,8 +70,7 @@ def _features(context: StageContext, count: int) -> np.ndarray:
 
 
 class _Features:
-    def __init__(self, config: Config, patches: str, model: str, threads: int) -> None:
-        torch.set_num_threads(threads)
+    def __init__(self, config: Config, patches: str, model: str) -> None:
         self.network = classifier.load(model, masks.device_of(config))
         self.device = next(self.network.parameters()).device
         settings = crop_settings(config, config.classifier) | {"regions": 1}

@@ -25,9 +25,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pistoseg import storage
 from pistoseg.config import TrainingConfig
+from pistoseg.memory import keep_freed_memory
 from pistoseg.models.inference import resolve_precision
 from pistoseg.training.augmentation import augment
-from pistoseg.training.memory import keep_freed_memory
 from pistoseg.training.tasks import Task
 
 CHECKPOINT = "training.pt"
@@ -92,9 +92,10 @@ def train_worker(arguments: dict[str, Any]) -> None:
         for callback in job.callbacks:
             if isinstance(callback, WorkersCallback):
                 callback.on_workers(group)
-    for epoch in range(training.epoch, job.config.epochs):
-        if not training.run_epoch(epoch, batches):
-            return
+    with keep_freed_memory():
+        for epoch in range(training.epoch, job.config.epochs):
+            if not training.run_epoch(epoch, batches):
+                return
 
 
 class _Training:
@@ -105,7 +106,6 @@ class _Training:
         self.device = ray.train.torch.get_device()
         if self.device.type == "cpu":
             torch.set_num_threads(job.threads)
-            keep_freed_memory()
         self.network: Any = ray.get(job.network)
         self.network.to(device=self.device, memory_format=torch.channels_last)
         self.model: nn.Module = ray.train.torch.prepare_model(

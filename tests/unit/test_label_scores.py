@@ -94,7 +94,7 @@ def test_areas_are_shares_of_the_tissue_in_a_window(tmp_path):
 def test_a_model_is_scored_on_every_window_as_it_segments_it(tmp_path, model):
     patches = held_out(tmp_path / "held")
     config = load_config("demo", overrides=["evaluation.patch_size=64", "data.background=none"])
-    score = _Score(config, model, str(tmp_path / "held"), threads=1)
+    score = _Score(config, model, str(tmp_path / "held"))
     score(0, [0, 2], str(tmp_path / "part.parquet"))
     rows = storage.read_parquet(str(tmp_path / "part.parquet")).to_pylist()
     assert [row["labels"] for row in rows] == [[1, 0, 0], [0, 1, 0]] * 2
