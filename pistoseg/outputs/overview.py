@@ -93,7 +93,7 @@ def write_overview(
         draw.rectangle((corner[0] - 1, corner[1] - 1, corner[0] + size[0], corner[1] + size[1]), outline=FRAME)
     _scale_bar(draw, (MARGIN, top + size[1]), size[0], mpp / zoom)
     _legend(draw, (field[0] + 2 * MARGIN, top), classes, areas, note)
-    canvas.save(path, format="PNG", optimize=True)
+    canvas.save(path, format="PNG")
 
 
 def _painted(slide: NDArray[np.uint8], mask: NDArray[np.uint8], classes: TissueClasses) -> NDArray[np.uint8]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,12 +91,15 @@ class SlideNetwork:
         segmenter: the model.
         settings: of all slides.
         readers: threads that read ahead of the network.
+        writer: where the results of a slide are made; None: in the thread that asks for them.
     Raises:
         PistoSegError: the pixel size of the model is unknown, or a setting is out of range.
     """
 
-    def __init__(self, segmenter: Segmenter, settings: SlideSettings, readers: int = 2) -> None:
-        self.settings, self.classes = settings, segmenter.classes
+    def __init__(
+        self, segmenter: Segmenter, settings: SlideSettings, readers: int = 2, writer: Executor | None = None
+    ) -> None:
+        self.settings, self.classes, self.writer = settings, segmenter.classes, writer
         self.model = {"uri": segmenter.uri, "fingerprint": segmenter.fingerprint}
         mpp = settings.mpp or segmenter.info["scale"]["mpp"]
         if not mpp:
@@ -192,6 +196,11 @@ class SlideNetwork:
         Returns:
             Areas, and what was outlined.
         """
+        if self.writer:
+            return self.writer.submit(self._write, slide, mask, folder).result()
+        return self._write(slide, mask, folder)
+
+    def _write(self, slide: Prepared, mask: MaskFile, folder: Path) -> tuple[dict[str, Any], RegionsReport]:
         ids = cast("NDArray[np.uint8]", mask)  # which it is to all that read it by rows
         areas = slide_areas(count_classes(ids), self.mpp, self.classes)
         (folder / "areas.json").write_text(json.dumps(areas, indent=2) + "\n", encoding="utf-8")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import shutil
 import tempfile
 import threading
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -179,7 +182,8 @@ class SlideWorker:
 
         torch.set_num_threads(threads)
         segmenter = bundle.load(model, None if device == "auto" else device)
-        self.network = SlideNetwork(segmenter, settings, readers)
+        writer = ThreadPoolExecutor(1, initializer=give_way) if segmenter.device.type == "cpu" else None
+        self.network = SlideNetwork(segmenter, settings, readers, writer)
         self.out, self.cache_gb, self.board = out, cache_gb, board
         self.lock = threading.Lock()
 
@@ -284,6 +288,17 @@ class SlideWorker:
         except Exception as second:  # of the output: the summary at least says it
             record["reason"] += f" (and slide.json can't be written: {second})"
         return record
+
+
+def give_way() -> None:
+    """Let the calling thread run only where a CPU has nothing else to do, on Linux.
+
+    The threads of a network go in step: one that shares its CPU holds all of them up. A slide's results have the time
+    of the next slide to be written in; when the network waits for them, the CPUs are theirs.
+    """
+    if hasattr(os, "SCHED_IDLE"):
+        with suppress(OSError):  # a sandbox may forbid it
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 def share_of_bands(plan: TilePlan, part: int, parts: int) -> range:
