@@ -18,6 +18,7 @@ from pistoseg.classes import TissueClasses
 from pistoseg.config import ScaleConfig
 from pistoseg.errors import PistoSegError
 from pistoseg.models import files, inference, segmentation
+from pistoseg.models.folding import fold_batch_norms
 from pistoseg.models.inference import Predictor
 from pistoseg.models.segmentation import Normalization, SegmentationNetwork
 
@@ -137,7 +138,10 @@ class Segmenter:
         return fingerprint(self.uri)
 
     def predictor(self, **settings: Any) -> Predictor:
-        """A `Predictor` of this model; `settings` go before those of the bundle's evaluation protocol."""
+        """A `Predictor` of this model; `settings` go before those of the bundle's evaluation protocol.
+
+        All predictors compute with the weights that the model has when the first one is made.
+        """
         patch_size = self.info["patch_size"]
         evaluation = self.info.get("evaluation", {})
         protocol = {key: evaluation[key] for key in _PROTOCOL if evaluation.get(key) is not None}
@@ -145,7 +149,7 @@ class Segmenter:
         merged = defaults | protocol | settings
         if "tile" in settings and "stride" not in settings:
             merged["stride"] = max(1, settings["tile"] // 2)
-        return Predictor(self.model, self.model.normalization, **merged)
+        return Predictor(self._folded, self.model.normalization, **merged)
 
     def factor(self, mpp: float | None = None) -> float:
         """Network px per image px, for an image of `mpp` um per px (default: that of the training images)."""
@@ -211,6 +215,10 @@ class Segmenter:
             readers=readers,
             **settings,
         )
+
+    @cached_property
+    def _folded(self) -> torch.nn.Module:
+        return fold_batch_norms(self.model)
 
     def _predictor(self) -> Predictor:
         if self._default is None:
