@@ -30,6 +30,8 @@ source "${PISTOSEG_VENV:-.venv}/bin/activate"
 RAY_AUTH_TOKEN=$(python -c "import secrets; print(secrets.token_hex(32))")
 export RAY_AUTH_TOKEN RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
 export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=300
+# One heap for all threads, so that what a network on a CPU frees is used again (pistoseg/memory.py).
+export MALLOC_ARENA_MAX="${MALLOC_ARENA_MAX:-1}"
 
 # `--exclusive` matters: at the end Ray is stopped on every node, whoever started it there.
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)

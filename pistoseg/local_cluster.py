@@ -166,6 +166,7 @@ class RayNodes:
 
     def __enter__(self) -> RayNodes:
         os.environ.update(self._given)  # what the nodes inherit
+        os.environ.setdefault("MALLOC_ARENA_MAX", "1")  # for `memory.keep_freed_memory`
         self._folder = Path(tempfile.mkdtemp(prefix="pistoseg-"))
         if len(str(self._folder)) > LONGEST_FOLDER:
             self._folder.rmdir()
