@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,9 +204,11 @@ class SlideNetwork:
         ids = cast("NDArray[np.uint8]", mask)  # which it is to all that read it by rows
         areas = slide_areas(count_classes(ids), self.mpp, self.classes)
         (folder / "areas.json").write_text(json.dumps(areas, indent=2) + "\n", encoding="utf-8")
-        write_mask(folder / "mask.tif", ids, self.classes, self.mpp)
-        regions = self._outline(folder / "regions.geojson", slide, ids, areas)
-        _draw_overview(folder / "overview.png", slide, ids, self.classes, areas)
+        with ThreadPoolExecutor(1) as beside:
+            drawn = beside.submit(_draw_overview, folder / "overview.png", slide, ids, self.classes, areas)
+            write_mask(folder / "mask.tif", ids, self.classes, self.mpp)
+            regions = self._outline(folder / "regions.geojson", slide, ids, areas)
+            drawn.result()
         return areas, regions
 
     def _outline(self, path: Path, slide: Prepared, mask: NDArray[np.uint8], areas: Mapping[str, Any]) -> RegionsReport:

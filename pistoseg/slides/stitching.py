@@ -6,6 +6,7 @@ with the slide's height, and only the latter with its width.
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -65,7 +66,7 @@ class MaskFile:
     """A class mask in a raw file, read by rows: no more of it is in memory than what is being looked at.
 
     A memory map would count as memory of the process as it is read. Values are kept inverted, so that what is never
-    written reads as 255, not looked at, and takes no room on the disk.
+    written reads as 255, not looked at, and takes no room on the disk. Several threads may read.
 
     Args:
         path: local file; made if it is not there.
@@ -98,8 +99,8 @@ class MaskFile:
         """Rows as an array: (n, width) of a slice without steps, (width,) of a number."""
         single = not isinstance(rows, slice)
         start, stop = (int(rows), int(rows) + 1) if not isinstance(rows, slice) else rows.indices(self.shape[0])[:2]
-        self._file.seek(start * self.shape[1])
-        data = self._file.read(max(0, stop - start) * self.shape[1])
+        self._file.flush()
+        data = os.pread(self._file.fileno(), max(0, stop - start) * self.shape[1], start * self.shape[1])
         values = ~np.frombuffer(data, np.uint8).reshape(-1, self.shape[1])
         return values[0] if single else values
 
