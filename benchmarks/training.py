@@ -31,7 +31,8 @@ from pistoseg.training.tasks import ClassificationTask, RefiningTask, Segmentati
 
 TIMES_PLAIN = 4.0
 CPU_STEPS, GPU_STEPS = 2, 10
-"""Steps of a measured call: on a GPU one alone is over before a clock of the CPU can tell much."""
+"""Steps of a measured call: on a GPU one alone is over before a clock of the CPU can tell much, on a CPU the first one
+fetches the memory that the next one uses again."""
 CLASSES = 3
 CELLS = 32
 """Height and width of the grid on which pseudo-masks and CAMs are kept."""

@@ -56,7 +56,7 @@ def process(argument):
     return json.loads(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
 
 
-def test_freed_memory_is_used_again_by_a_thread_until_the_last_block_ends():
+def test_freed_memory_is_used_again_by_a_thread_as_long_as_a_block_is_open():
     kept, given_back = process("keep"), process("give back")
     assert kept["faults"] < given_back["faults"] / 4
     assert kept["faults_after_another"] < 2 * given_back["faults"] / 4
