@@ -22,7 +22,8 @@ def keep_freed_memory() -> Iterator[None]:
 
     A forward pass frees its activations one after the other, and glibc gives tensors of that size back to the kernel,
     which clears their pages again for the next ones: tens of thousands of page faults for a tile. Blocks may overlap;
-    each gives back what is free when it ends. Threads other than the main one need `MALLOC_ARENA_MAX=1` in the environment as well.
+    each gives back what is free when it ends. Threads other than the main one need `MALLOC_ARENA_MAX=1` in the
+    environment as well.
     """
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):
