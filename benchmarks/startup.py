@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from benchmarks import harness
@@ -172,17 +173,25 @@ def _bare_training() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         TorchTrainer(
-            _report,
+            _bare_loop,
             train_loop_config={},
             scaling_config=ray.train.ScalingConfig(num_workers=1, resources_per_worker={"CPU": 1}),
             run_config=ray.train.RunConfig(name="bare", storage_path=folder),
+            datasets={
+                "train": ray.data.from_items([{"number": 0}]).map(
+                    _Identity, compute=ray.data.ActorPoolStrategy(size=1), num_cpus=0.1
+                )
+            },
         ).fit()
 
 
-def _report(arguments: dict[str, Any]) -> None:
+def _bare_loop(arguments: dict[str, Any]) -> None:
     import ray.train
 
-    ray.train.report({"done": 1})
+    rows = list(ray.train.get_dataset_shard("train").iter_rows())
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "rows").write_text(str(rows))
+        ray.train.report({"done": 1}, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
 
 if __name__ == "__main__":

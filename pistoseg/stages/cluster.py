@@ -62,6 +62,9 @@ def _started(config: ComputeConfig) -> Iterator[None]:
     # Ray Train looks every 2 s whether a training has ended.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     address = config.address or os.environ.get("RAY_ADDRESS")
+    if not address:
+        # An actor that watches for cloud nodes about to be taken away; this machine is none.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     local: dict[str, Any] = (
         {}
         if address
