@@ -68,10 +68,11 @@ def _stages(options: Options, report: Report) -> None:
             "stage_fixed_actors_s", statistics.median(harness.interleaved({"pool": _bare_pool}, repeats)["pool"].wall)
         )
         report.note("a stage's shards are tasks, in processes that Ray has at hand; an actor pool starts its own")
-        training, bare = _alternate(_training, _bare_training, 1)
+        training, bare = _alternate(_training, _bare_training, 3)
         report.add("training_fixed_s", training)
         report.add("training_fixed_ray_s", bare)
-        report.note("a training also writes its checkpoint and starts an actor that makes samples")
+        report.add("training_fixed_over_ray", training / bare, most=OVER_RAY)
+        report.note("both trainings are fed by an actor and keep a checkpoint; the bare one has no network")
 
 
 def _alternate(first: Callable[[], None], second: Callable[[], None], repeats: int) -> tuple[float, float]:
