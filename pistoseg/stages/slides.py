@@ -28,8 +28,9 @@ from pistoseg.slides import results
 from pistoseg.slides.network import SlideNetwork, SlideSettings
 from pistoseg.slides.source import SlideEntry, list_slides
 from pistoseg.stages import cluster, placement
+from pistoseg.stages.slide_board import Board
 from pistoseg.stages.slide_images import node_cache
-from pistoseg.stages.slide_worker import PARTS, Board, SlideTask, SlideWorker
+from pistoseg.stages.slide_worker import PARTS, SlideTask, SlideWorker
 from pistoseg.tracking import StageRun
 
 LISTING_THREADS = 16

@@ -11,8 +11,9 @@ import torch
 from pistoseg.classes import TissueClasses
 from pistoseg.models import bundle, segmentation
 from pistoseg.slides.network import SlideSettings
-from pistoseg.stages import slide_worker
-from pistoseg.stages.slide_worker import Board, SlideWorker, TileCount
+from pistoseg.stages import slide_board
+from pistoseg.stages.slide_board import Board, TileCount
+from pistoseg.stages.slide_worker import SlideWorker
 
 
 def test_slides_in_work_count_in_part():
@@ -56,7 +57,7 @@ def test_the_last_share_hears_of_all():
 
 def test_tiles_reach_the_board_in_few_messages(monkeypatch):
     clock, sent = [0.0], []
-    monkeypatch.setattr(slide_worker.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(slide_board.time, "monotonic", lambda: clock[0])
     board = SimpleNamespace(tiles=SimpleNamespace(remote=lambda *message: sent.append(message)))
     count = TileCount(board, "a", 2)
     for _ in range(100):  # ten seconds
