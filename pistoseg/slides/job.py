@@ -6,7 +6,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,7 +76,6 @@ def segment_slide(
     *,
     cache: SlideCache,
     attempts: int = 1,
-    lock: AbstractContextManager[Any] | None = None,
     on_plan: Callable[[int], None] | None = None,
     on_tiles: Callable[[int], None] | None = None,
 ) -> SlideResult:
@@ -89,7 +87,6 @@ def segment_slide(
         out: URI of the run's output.
         cache: for slides in object storage.
         attempts: which try of this slide it is, for the record.
-        lock: held while the network runs, by whoever shares it.
         on_plan: told the number of tiles before the first one.
         on_tiles: told how many tiles were just done.
     Raises:
@@ -103,9 +100,7 @@ def segment_slide(
             on_plan(slide.plan.n_tiles)
         mask = MaskFile(scratch / "mask", slide.view.height, slide.view.width)
         zarr = folder / "probabilities.zarr" if network.settings.probabilities else None
-        with lock or nullcontext():
-            clock.lap("queue")
-            work = network.map(slide, mask, probabilities=zarr, on_tiles=on_tiles)
+        work = network.map(slide, mask, probabilities=zarr, on_begin=lambda: clock.lap("queue"), on_tiles=on_tiles)
         clock.lap("network")
         record = write_slide(network, slide, mask, folder, work, made_from, attempts, clock)
         mask.close()

@@ -91,15 +91,22 @@ class SlideNetwork:
         segmenter: the model.
         settings: of all slides.
         readers: threads that read ahead of the network.
+        mapper: where the network runs; None: in the thread that asks for it.
         writer: where the results of a slide are made; None: in the thread that asks for them.
     Raises:
         PistoSegError: the pixel size of the model is unknown, or a setting is out of range.
     """
 
     def __init__(
-        self, segmenter: Segmenter, settings: SlideSettings, readers: int = 2, writer: Executor | None = None
+        self,
+        segmenter: Segmenter,
+        settings: SlideSettings,
+        readers: int = 2,
+        mapper: Executor | None = None,
+        writer: Executor | None = None,
     ) -> None:
-        self.settings, self.classes, self.writer = settings, segmenter.classes, writer
+        self.settings, self.classes = settings, segmenter.classes
+        self.mapper, self.writer = mapper, writer
         self.model = {"uri": segmenter.uri, "fingerprint": segmenter.fingerprint}
         mpp = settings.mpp or segmenter.info["scale"]["mpp"]
         if not mpp:
@@ -168,6 +175,7 @@ class SlideNetwork:
         *,
         bands: range | None = None,
         probabilities: Path | None = None,
+        on_begin: Callable[[], None] | None = None,
         on_tiles: Callable[[int], None] | None = None,
     ) -> Work:
         """Run the network over a slide, or some bands of it.
@@ -177,8 +185,25 @@ class SlideNetwork:
             mask: takes the class ids of these rows.
             bands: which; all by default.
             probabilities: where these are written, of a whole slide only.
+            on_begin: called when the network has come to the slide.
             on_tiles: told how many tiles were just done.
         """
+
+        def run() -> Work:
+            if on_begin:
+                on_begin()
+            return self._map(slide, mask, bands, probabilities, on_tiles)
+
+        return self.mapper.submit(run).result() if self.mapper else run()
+
+    def _map(
+        self,
+        slide: Prepared,
+        mask: MaskFile,
+        bands: range | None,
+        probabilities: Path | None,
+        on_tiles: Callable[[int], None] | None,
+    ) -> Work:
         with keep_freed_memory():
             if probabilities is None:
                 return self.stitcher.run(slide.view, slide.plan, slide.tissue, mask, bands=bands, on_tiles=on_tiles)

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import tempfile
-import threading
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -88,12 +87,18 @@ class SlideWorker:
     ) -> None:
         import torch
 
-        torch.set_num_threads(threads)
-        segmenter = bundle.load(model, None if device == "auto" else device)
-        writer = ThreadPoolExecutor(1, initializer=give_way) if segmenter.device.type == "cpu" else None
-        self.network = SlideNetwork(segmenter, settings, readers, writer)
+        def load() -> SlideNetwork:
+            torch.set_num_threads(threads)
+            segmenter = bundle.load(model, None if device == "auto" else device)
+            writer = ThreadPoolExecutor(1, initializer=give_way) if segmenter.device.type == "cpu" else None
+            return SlideNetwork(segmenter, settings, readers, mapper, writer)
+
+        # Every thread that asks OpenMP for work gets a team of threads of its own. With more of them in a process than
+        # CPUs, a team no longer waits awake for its next work, and waking it up takes a seventh of a network's time. So
+        # one thread does all that a network does here, from its first forward pass, when it is loaded.
+        mapper = ThreadPoolExecutor(1)
+        self.network = mapper.submit(load).result()
         self.out, self.cache_gb, self.board = out, cache_gb, board
-        self.lock = threading.Lock()
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Segment the slide or share of a row; `record` is slide.json's, or empty while other shares are not done."""
@@ -123,7 +128,6 @@ class SlideWorker:
             self.out,
             cache=node_cache(entry.uri, self.cache_gb),
             attempts=task.attempts,
-            lock=self.lock,
             on_plan=lambda planned: self.board.plan.remote(entry.slide_id, planned),
             on_tiles=tiles,
         )
@@ -146,7 +150,9 @@ class SlideWorker:
                     first, bottom = slide.plan.bands[bands.start].y, slide.plan.bands[bands.stop - 1].final
                     mask = MaskFile(Path(folder) / "mask", bottom - first, slide.view.width, first)
                     tiles = TileCount(board, entry.slide_id, task.part)
-                    work = self.network.map(slide, mask, bands=bands, on_tiles=tiles)
+                    work = self.network.map(
+                        slide, mask, bands=bands, on_begin=lambda: clock.lap("queue"), on_tiles=tiles
+                    )
                     tiles.send()
                     mask.close()
                     _store(Path(folder) / "mask", self._share_uri(task, task.part))
