@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from types import SimpleNamespace
 
 import pytest
-import torch
 
-from pistoseg.classes import TissueClasses
-from pistoseg.models import bundle, segmentation
-from pistoseg.slides.network import SlideSettings
 from pistoseg.stages import slide_board
 from pistoseg.stages.slide_board import Board, TileCount
-from pistoseg.stages.slide_worker import SlideWorker
 
 
 def test_slides_in_work_count_in_part():
@@ -67,15 +61,3 @@ def test_tiles_reach_the_board_in_few_messages(monkeypatch):
     assert 9 <= len(sent) <= 11
     assert {message[:2] for message in sent} == {("a", 2)}
     assert sum(message[2] for message in sent) == 800
-
-
-@pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="only Linux has threads that give way")
-def test_on_a_cpu_results_are_written_by_a_thread_that_gives_way_to_the_network(tmp_path):
-    classes = TissueClasses.from_json({"classes": [{"name": "tumor", "color": [255, 0, 0]}]})
-    network = segmentation.build("fpn", "tu-mobilenetv3_small_050", 1, None)
-    bundle.save(str(tmp_path / "bundle"), network, classes=classes, patch_size=64)
-    threads = torch.get_num_threads()
-    model, out = str(tmp_path / "bundle"), str(tmp_path / "out")
-    worker = SlideWorker(model, SlideSettings(mpp=1.0), out, "cpu", threads, 1, None, board=None)
-    assert worker.network.writer.submit(os.sched_getscheduler, 0).result() == os.SCHED_IDLE
-    assert os.sched_getscheduler(0) != os.SCHED_IDLE

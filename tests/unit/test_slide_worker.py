@@ -1,0 +1,50 @@
+"""The actor that segments slides: which of its threads does what."""
+
+from __future__ import annotations
+
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from slide_files import texture, write_tiff
+
+from pistoseg.classes import TissueClasses
+from pistoseg.models import bundle, segmentation
+from pistoseg.slides.cache import SlideCache
+from pistoseg.slides.network import SlideSettings
+from pistoseg.slides.source import SlideEntry
+from pistoseg.slides.stitching import MaskFile
+from pistoseg.stages.slide_worker import SlideWorker
+
+
+@pytest.fixture
+def start(tmp_path):
+    classes = TissueClasses.from_json({"classes": [{"name": "tumor", "color": [255, 0, 0]}]})
+    network = segmentation.build("fpn", "tu-mobilenetv3_small_050", 1, None)
+    bundle.save(str(tmp_path / "bundle"), network, classes=classes, patch_size=64)
+    arguments = str(tmp_path / "bundle"), SlideSettings(mpp=1.0), str(tmp_path / "out"), "cpu"
+    return lambda: SlideWorker(*arguments, torch.get_num_threads(), 1, None, board=None)
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="only Linux has threads that give way")
+def test_on_a_cpu_results_are_written_by_a_thread_that_gives_way_to_the_network(start):
+    assert start().network.writer.submit(os.sched_getscheduler, 0).result() == os.SCHED_IDLE
+    assert os.sched_getscheduler(0) != os.SCHED_IDLE
+
+
+def test_one_thread_runs_all_that_the_network_does_whichever_asks_for_it(start, tmp_path):
+    write_tiff(tmp_path / "a.tif", texture(200, 200), mpp=(1.0, 1.0))
+    ran: set[int] = set()
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda *_: ran.add(threading.get_ident()))
+    try:
+        network = start().network
+        cache = SlideCache(str(tmp_path / "cache"), 1 << 20)
+        with network.prepared(SlideEntry("a", str(tmp_path / "a.tif")), cache) as slide, ThreadPoolExecutor(2) as pool:
+            masks = [MaskFile(tmp_path / f"{number}", slide.view.height, slide.view.width) for number in range(2)]
+            assert all(work.tiles for work in pool.map(lambda mask: network.map(slide, mask), masks))
+    finally:
+        hook.remove()
+    assert len(ran) == 1
+    assert threading.get_ident() not in ran
