@@ -34,6 +34,13 @@ def keep_freed_memory() -> Iterator[None]:
         yield
     finally:
         _count(libc, -1)
+        give_back()
+
+
+def give_back() -> None:
+    """Let the kernel have what is free in this process, also within such a block; does nothing without glibc."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
 
 

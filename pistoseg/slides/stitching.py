@@ -20,10 +20,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pistoseg.memory import give_back
 from pistoseg.models.inference import Predictor, likeliest
 from pistoseg.models.tiling import cut_tile
 from pistoseg.slides.grid import SUPER_TILE, Band, SuperTile, TilePlan
 from pistoseg.slides.view import SlideView
+
+GIVE_BACK_S = 60.0
+"""After how long, at the end of a band, the kernel gets what is free in the process. Sums are of many sizes, and where
+none fits into another's place a process grows: by 100 MB in five minutes. To fetch all again takes half a second."""
 
 
 @dataclass
@@ -154,6 +159,7 @@ class Stitcher:
         """
         bands = range(len(plan.bands)) if bands is None else bands
         work, began = Work(), time.monotonic()
+        given_back = began
         start = next((item.index for item in plan.bands if item.y + item.height > plan.bands[bands.start].y), 0)
         chosen = plan.bands[start : bands.stop]
         super_tiles = [list(plan.super_tiles(band)) for band in chosen]
@@ -166,6 +172,9 @@ class Stitcher:
                 self._band(band, items, carry, reads, plan, wanted, on_tiles)
                 if wanted:
                     sink.end_band(band.y, band.final)
+                if time.monotonic() - given_back > GIVE_BACK_S:
+                    give_back()
+                    given_back = time.monotonic()
             work.waiting_s = reads.waited_s
         work.tiles = sum(len(item.tiles) for items in super_tiles for item in items)
         work.seconds = time.monotonic() - began

@@ -14,7 +14,7 @@ PROCESS = """
 import json, resource, sys, threading
 from contextlib import nullcontext
 import numpy as np
-from pistoseg.memory import keep_freed_memory
+from pistoseg.memory import give_back, keep_freed_memory
 
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -40,6 +40,9 @@ def work():
         steps(5)
         found["faults_after_another"] = faults() - first
         found["held"] = resident() - before
+        give_back()
+        found["held_after_give_back"] = resident() - before
+        steps(1)
     found["left"] = resident() - before
 
 found = {}
@@ -61,4 +64,5 @@ def test_freed_memory_is_used_again_by_a_thread_as_long_as_a_block_is_open():
     assert kept["faults"] < given_back["faults"] / 4
     assert kept["faults_after_another"] < 2 * given_back["faults"] / 4
     assert kept["held"] > 80e6
+    assert kept["held_after_give_back"] < 20e6
     assert kept["left"] < 20e6
