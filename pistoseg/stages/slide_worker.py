@@ -94,8 +94,8 @@ class SlideWorker:
             return SlideNetwork(segmenter, settings, readers, mapper, writer)
 
         # Every thread that asks OpenMP for work gets a team of threads of its own. With more of them in a process than
-        # CPUs, a team no longer waits awake for its next work: it slept a tenth of the time. So one thread does all that
-        # a network does here, from its first forward pass, when it is loaded.
+        # CPUs, a team no longer waits awake for its next work: it slept a tenth of the time. So one thread does all
+        # that a network does here, from its first forward pass, when it is loaded.
         mapper = ThreadPoolExecutor(1)
         self.network = mapper.submit(load).result()
         self.out, self.cache_gb, self.board = out, cache_gb, board
