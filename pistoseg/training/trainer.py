@@ -112,7 +112,7 @@ def train(
     by_score = config.keep == "best" and task.validates
     data = ray.train.DataConfig(
         # A stream that is not split needs no process to split it. It is then scheduled by a thread of the worker,
-        # which hardly shows beside steps on a CPU, but takes Python's lock from the one that feeds a GPU.
+        # which hardly shows beside steps on a CPU, but would take Python's lock from the one that feeds a GPU.
         datasets_to_split=[] if compute.train_workers == 1 and not gpus else "all",
         execution_options=ray.data.ExecutionOptions(preserve_order=True),
     )
