@@ -50,7 +50,7 @@ _FOR_LOCAL_RAY = {
     "LOG_NAME_UPDATE_INTERVAL_S": "31536000",
 }
 """The same where Ray is started here, for its own processes to leave the CPUs to ours: beside a training all of them
-take 11 % of one, and 16 % without the last four."""
+take 12 % of one, and 16 % without the last four."""
 
 
 @contextmanager
