@@ -11,6 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -62,12 +63,17 @@ class Timing:
         return count / max(statistics.median(self.cpu), 1e-9)
 
 
-def interleaved(variants: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, Timing]:
+def interleaved(
+    variants: Mapping[str, Callable[[], Any]],
+    repeats: int,
+    around: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext(),
+) -> dict[str, Timing]:
     """Time variants in turn, so that whatever else the machine does hits all of them.
 
     Args:
         variants: calls by name; each is made once before, unmeasured.
         repeats: measured calls of each.
+        around: what a variant's turn is surrounded by, unmeasured.
     """
     timings = {name: Timing([], []) for name in variants}
     for call in variants.values():
@@ -75,10 +81,11 @@ def interleaved(variants: Mapping[str, Callable[[], Any]], repeats: int) -> dict
     for number in range(repeats):
         names = list(variants) if number % 2 == 0 else list(reversed(variants))
         for name in names:
-            wall, cpu = time.perf_counter(), time.process_time()
-            variants[name]()
-            timings[name].cpu.append(time.process_time() - cpu)
-            timings[name].wall.append(time.perf_counter() - wall)
+            with around(name):
+                wall, cpu = time.perf_counter(), time.process_time()
+                variants[name]()
+                timings[name].cpu.append(time.process_time() - cpu)
+                timings[name].wall.append(time.perf_counter() - wall)
     return timings
 
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,12 +27,12 @@ from pistoseg.models import classifier, refiner, segmentation
 from pistoseg.models.inference import resolve_device, resolve_precision
 from pistoseg.training.augmentation import augment
 from pistoseg.training.loop import build_optimizer
+from pistoseg.training.precision import autocast
 from pistoseg.training.tasks import ClassificationTask, RefiningTask, SegmentationTask, Task
 
 TIMES_PLAIN = 4.0
 CPU_STEPS, GPU_STEPS = 2, 10
-"""Steps of a measured call: on a GPU one alone is over before a clock of the CPU can tell much, on a CPU the first one
-fetches the memory that the next one uses again."""
+"""Steps of a measured call: on a GPU one alone is over before a clock of the CPU can tell much."""
 CLASSES = 3
 CELLS = 32
 """Height and width of the grid on which pseudo-masks and CAMs are kept."""
@@ -95,8 +95,15 @@ def measure(report: Report, name: str, options: Options, device: torch.device, c
             report.add(f"{name}_{variant}_peak_mib", mib)
         if variant == "ours_compiled":
             report.add(f"{name}_first_compiled_step_s", time.perf_counter() - began)
-    repeated = {key: _repeated(call, steps, keep=key != "plain") for key, call in calls.items()}
-    timings = harness.interleaved(repeated, options.size(5, 1))
+
+    @contextmanager
+    def turn(variant: str) -> Iterator[None]:
+        with keep_freed_memory() if variant != "plain" else nullcontext():  # for as long as a training, in ours
+            calls[variant]()  # which fetches its memory once
+            yield
+
+    repeated = {variant: _repeated(call, steps) for variant, call in calls.items()}
+    timings = harness.interleaved(repeated, options.size(5, 1), turn)
     for variant, timing in timings.items():
         report.add(f"{name}_{variant}_per_s", timing.per_s(batch_size * steps))
     exact = resolve_precision("auto", device) == "bf16" and not options.tiny and name == "preliminary"
@@ -119,11 +126,10 @@ def _first_call(make: Callable[[], Step], device: torch.device) -> tuple[Step, f
     return call, (torch.cuda.max_memory_allocated(device) - before) / 2**20
 
 
-def _repeated(call: Step, steps: int, keep: bool) -> Step:
+def _repeated(call: Step, steps: int) -> Step:
     def run() -> None:
-        with keep_freed_memory() if keep else nullcontext():  # as the project's loop does
-            for _ in range(steps):
-                call()
+        for _ in range(steps):
+            call()
 
     return run
 
@@ -211,7 +217,7 @@ def step(case: Case, device: torch.device, *, augmented: bool = True, compiled: 
     batch = {name: value.pin_memory() if device.type == "cuda" else value for name, value in case.batch.items()}
 
     def forward(images: Tensor, *maps: Tensor) -> Any:
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with autocast(device, bf16):
             return model(network.normalization(images), *maps)
 
     def run() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pistoseg.errors import PistoSegError
 from pistoseg.models import encoders
+from pistoseg.models.scse import ScSE
 
 ATTENTION_ARCHITECTURES = ("unet", "unetplusplus")
 """Architectures whose decoder takes scSE attention; the others have none."""
@@ -149,6 +150,10 @@ def build(
             field="encoder",
             remedy="set decoder_attention to null, or use a wider encoder or another architecture",
         )
+    if attention:
+        for module in network.modules():
+            if isinstance(module, smp.base.Attention):
+                module.attention = ScSE(module.attention)
     encoders.load_weights(network.encoder, encoder, weights)
     mean, std = encoders.normalization(encoder, weights)
     return SegmentationNetwork(network, Normalization(mean, std), architecture, encoder, attention, n_classes)

@@ -28,6 +28,7 @@ from pistoseg.config import TrainingConfig
 from pistoseg.memory import keep_freed_memory
 from pistoseg.models.inference import resolve_precision
 from pistoseg.training.augmentation import augment
+from pistoseg.training.precision import autocast
 from pistoseg.training.tasks import Task
 
 CHECKPOINT = "training.pt"
@@ -206,7 +207,7 @@ class _Training:
         return int(np.random.SeedSequence((self.job.seed, *address, self.rank)).generate_state(1)[0])
 
     def _forward(self, images: Tensor, *maps: Tensor) -> Any:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+        with autocast(self.device, self.bf16):
             return self.model(self.network.normalization(images), *maps)
 
     def _validate(self) -> dict[str, float]:
