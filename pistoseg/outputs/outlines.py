@@ -97,14 +97,14 @@ def connected(n: int, left: NDArray[np.int64], right: NDArray[np.int64]) -> tupl
 
 
 def absorb(regions: Regions, specks: NDArray[np.bool_], empty: int) -> NDArray[np.uint8]:
-    """A band without some of its regions: their px take the value beside them in their row, the left one if there is.
+    """A band's runs without some of its regions: these take the value beside them in their row, the left one if any.
 
     Args:
         regions: of the band.
         specks: (n,) bool, the regions to remove.
         empty: value of rows of which nothing is left.
     Returns:
-        (rows, width) uint8.
+        Values of the runs, uint8.
     """
     kept = ~specks[regions.region]
     number = np.arange(len(kept))
@@ -112,8 +112,7 @@ def absorb(regions: Regions, specks: NDArray[np.bool_], empty: int) -> NDArray[n
     left = np.maximum.accumulate(np.where(kept, number, 0))
     right = np.minimum.accumulate(np.where(kept, number, len(kept) - 1)[::-1])[::-1]
     has_left, has_right = (kept[side] & (rows[side] == rows) for side in (left, right))
-    values = np.where(has_left, regions.values[left], np.where(has_right, regions.values[right], np.uint8(empty)))
-    return np.repeat(values, regions.lengths).reshape(-1, regions.width)
+    return np.where(has_left, regions.values[left], np.where(has_right, regions.values[right], np.uint8(empty)))
 
 
 def trace(band: NDArray[np.uint8], regions: Regions) -> NDArray[np.object_]:

@@ -21,6 +21,8 @@ BAND_RUNS = 400_000
 MAX_AREA_ERROR = 0.005
 """Share by which simplification may change the area of a class, or FREE_PIXELS if that is more."""
 FREE_PIXELS = 10
+MAX_AREA_CHANGE, FREE_AREA = 0.005, 0.0001
+"""What giving small regions away may change of the area of a class: this share of it, and this share of all tissue."""
 DIGITS = 2
 """Decimals of coordinates, level-0 px."""
 
@@ -96,16 +98,19 @@ def write_regions(
     mask = mask if mask.size else np.zeros((0, 1), np.uint8)
     least = int(np.ceil(min_area / mpp**2))
     bands = _bands(mask, band_rows)
-    small = _small_regions(mask, bands, least) if least > 1 else None
+    shared = _shared_regions(mask, bands) if least > 1 else None
     tally = _Tally(len(classes))
     with path.open("w", encoding="utf-8") as file:
         features = _FeatureWriter(file, classes, ToLevel0(*to_level0), mpp)
         merger = _Merger(len(classes))
         for number, (top, bottom) in enumerate(bands):
             band = np.ascontiguousarray(mask[top:bottom])
-            if small is not None:
-                band = small.absorbed(number, band, classes.background_id, tally.dropped)
             regions = find_regions(band)
+            if shared is not None and (specks := shared.specks(number, regions, least)).any():
+                runs = specks[regions.region]
+                tally.dropped += _areas(regions.values[runs], regions.lengths[runs])
+                band = np.repeat(absorb(regions, specks, classes.background_id), regions.lengths).reshape(band.shape)
+                regions = find_regions(band)
             values = _region_values(regions)
             polygons = _simplified(trace(band, regions), values, regions.areas, tolerance / mpp, tally)
             for finished in merger.add(_shifted(polygons, top), values, regions):
@@ -122,6 +127,38 @@ def write_regions(
         )
         features.close(report)
     return report
+
+
+def keepable_area(mask: NDArray[np.uint8], classes: TissueClasses, mpp: float, min_area: float) -> float:
+    """The smallest area of regions that may be asked of `write_regions` without changing what classes cover.
+
+    Args:
+        mask: (h, w) uint8 class ids.
+        classes: of the mask.
+        mpp: micrometres per px of the mask.
+        min_area: that is wanted, um2.
+    Returns:
+        The first of min_area, its half, a quarter and so on with which each class keeps its area but for
+        MAX_AREA_CHANGE of it and FREE_AREA of all tissue; 0 where there is none of more than a px.
+    """
+    mask = mask if mask.size else np.zeros((0, 1), np.uint8)
+    wanted = [min_area]
+    while wanted[-1] > mpp**2:
+        wanted.append(wanted[-1] / 2)
+    bands = _bands(mask, None)
+    shared = _shared_regions(mask, bands)
+    exact = np.zeros(256, np.int64)
+    left = np.zeros((len(wanted) - 1, 256), np.int64)
+    for number, (top, bottom) in enumerate(bands):
+        regions = find_regions(np.ascontiguousarray(mask[top:bottom]))
+        exact += _areas(regions.values, regions.lengths)
+        for areas, area in zip(left, wanted, strict=False):
+            specks = shared.specks(number, regions, int(np.ceil(area / mpp**2)))
+            areas += _areas(absorb(regions, specks, classes.background_id), regions.lengths)
+    tissue = exact[: len(classes)]
+    allowed = MAX_AREA_CHANGE * tissue + FREE_AREA * tissue.sum()
+    fits = (np.abs(left[:, : len(classes)] - tissue) <= allowed).all(1)
+    return next((area for area, fit in zip(wanted, fits, strict=False) if fit), 0.0)
 
 
 def _named(counts: NDArray[np.int64], classes: TissueClasses) -> Iterator[tuple[str, int]]:
@@ -158,35 +195,26 @@ class _Tally:
 
 
 @dataclass(frozen=True)
-class _SmallRegions:
-    """Which regions are too small, known before the bands are outlined.
+class _SharedRegions:
+    """What bands share, known before they are outlined.
 
     Args:
-        least: px of a region that is kept.
-        small: whether the regions on the first or last row of a band are, one band after the other.
+        sizes: px of the regions on the first or last row of a band, one band after the other.
         first: where each band begins in it.
     """
 
-    least: int
-    small: NDArray[np.bool_]
+    sizes: NDArray[np.int64]
     first: list[int]
 
-    def absorbed(
-        self, number: int, band: NDArray[np.uint8], empty: int, dropped: NDArray[np.int64]
-    ) -> NDArray[np.uint8]:
-        """A band without its small regions, whose px are added to `dropped`."""
-        regions = find_regions(band)
-        specks = regions.areas < self.least
+    def specks(self, number: int, regions: Regions, least: int) -> NDArray[np.bool_]:
+        """Which regions of a band have fewer than `least` px in all."""
+        areas = regions.areas.copy()
         border = _border_regions(regions)
-        specks[border] = self.small[self.first[number] : self.first[number] + len(border)]
-        if not specks.any():
-            return band
-        runs = specks[regions.region]
-        dropped += np.bincount(regions.values[runs], regions.lengths[runs], 256).astype(np.int64)
-        return absorb(regions, specks, empty)
+        areas[border] = self.sizes[self.first[number] : self.first[number] + len(border)]
+        return areas < least
 
 
-def _small_regions(mask: NDArray[np.uint8], bands: list[tuple[int, int]], least: int) -> _SmallRegions:
+def _shared_regions(mask: NDArray[np.uint8], bands: list[tuple[int, int]]) -> _SharedRegions:
     """Measure the regions that several bands share."""
     areas, first, links = [], [], []
     above: Row | None = None
@@ -205,7 +233,12 @@ def _small_regions(mask: NDArray[np.uint8], bands: list[tuple[int, int]], least:
     pairs = np.concatenate(links) if links else np.empty((0, 2), np.int64)
     sizes = np.concatenate(areas) if areas else np.empty(0, np.int64)
     count, group = connected(nodes, pairs[:, 0], pairs[:, 1])
-    return _SmallRegions(least, np.bincount(group, sizes, count)[group] < least, first)
+    return _SharedRegions(np.bincount(group, sizes, count).astype(np.int64)[group], first)
+
+
+def _areas(values: NDArray[np.uint8], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Px of runs by value."""
+    return np.bincount(values, lengths, 256).astype(np.int64)
 
 
 def _border_regions(regions: Regions) -> NDArray[np.int64]:

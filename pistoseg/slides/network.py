@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from pistoseg.outputs.areas import count_classes, slide_areas
 from pistoseg.outputs.mask_pyramid import write_mask
 from pistoseg.outputs.overview import downsample_mask, write_overview
 from pistoseg.outputs.probabilities import ProbabilityWriter
-from pistoseg.outputs.regions import RegionsReport, ToLevel0, write_regions
+from pistoseg.outputs.regions import RegionsReport, ToLevel0, keepable_area, write_regions
 from pistoseg.slides import files, results
 from pistoseg.slides.cache import SlideCache
 from pistoseg.slides.grid import TilePlan
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
 OVERVIEW_PIXELS = 1800
 """Longer side of the picture from which the overview is drawn: twice what it shows."""
-MAX_AREA_CHANGE, FREE_AREA = 0.01, 0.0001
-"""What the outlines may change of the area of a class: this share of it, and this share of all tissue."""
 NO_TISSUE = "no tissue was found"
 
 
@@ -232,30 +230,21 @@ class SlideNetwork:
         with ThreadPoolExecutor(1) as beside:
             drawn = beside.submit(_draw_overview, folder / "overview.png", slide, ids, self.classes, areas)
             write_mask(folder / "mask.tif", ids, self.classes, self.mpp)
-            regions = self._outline(folder / "regions.geojson", slide, ids, areas)
+            regions = self._outline(folder / "regions.geojson", slide, ids)
             drawn.result()
         return areas, regions
 
-    def _outline(self, path: Path, slide: Prepared, mask: NDArray[np.uint8], areas: Mapping[str, Any]) -> RegionsReport:
-        """Write regions.geojson; where so many regions are small that areas would change, smaller ones are kept."""
+    def _outline(self, path: Path, slide: Prepared, mask: NDArray[np.uint8]) -> RegionsReport:
         x, y = regions_origin(slide.reader)
-        for share in (1.0, 0.25, 0.0):
-            report = write_regions(
-                path,
-                mask,
-                self.classes,
-                to_level0=ToLevel0(slide.view.scale_x, slide.view.scale_y, -x, -y),
-                mpp=self.mpp,
-                tolerance=self.settings.tolerance_um,
-                min_area=share * self.settings.min_area_um2,
-            )
-            changes = {
-                name: abs(report.area_um2[name] - part["um2"]) - MAX_AREA_CHANGE * part["um2"]
-                for name, part in areas["classes"].items()
-            }
-            if max(changes.values()) <= FREE_AREA * areas["tissue_um2"]:
-                break
-        return report
+        return write_regions(
+            path,
+            mask,
+            self.classes,
+            to_level0=ToLevel0(slide.view.scale_x, slide.view.scale_y, -x, -y),
+            mpp=self.mpp,
+            tolerance=self.settings.tolerance_um,
+            min_area=keepable_area(mask, self.classes, self.mpp, self.settings.min_area_um2),
+        )
 
 
 def regions_origin(reader: SlideReader) -> tuple[int, int]:

@@ -7,7 +7,8 @@ from scipy import ndimage
 
 from pistoseg.classes import TissueClass, TissueClasses
 from pistoseg.outputs import outlines
-from pistoseg.outputs.regions import ToLevel0, write_regions
+from pistoseg.outputs import regions as regions_module
+from pistoseg.outputs.regions import ToLevel0, keepable_area, write_regions
 
 CLASSES = TissueClasses(tuple(TissueClass(name, (10 * i, 200, 3)) for i, name in enumerate(("tumor", "stroma", "fat"))))
 SAME = ToLevel0(1.0, 1.0)
@@ -123,6 +124,35 @@ def test_small_regions_and_pinholes_go_to_their_neighbours_and_are_accounted_for
     assert found[0][1].area == 40 * 40 - 80
     assert report.dropped_um2 == {"tumor": 0.0, "stroma": 1.0, "fat": 0.8, "no tissue": 0.2}
     assert json.loads((tmp_path / "r.geojson").read_text())["pistoseg"]["dropped_um2"] == report.dropped_um2
+
+
+def specked(side):
+    """Tumor with specks of stroma, side x side px each, of which they are 1 % and more."""
+    mask = np.zeros((240, 240), np.uint8)
+    for y in range(10, 240, 20):
+        for x in range(10, 240, 20):
+            mask[y : y + side, x : x + side] = 1
+    return mask
+
+
+@pytest.mark.parametrize(("side", "expected"), [(2, 3.125), (3, 6.25), (5, 25.0), (10, 100.0)])
+@pytest.mark.parametrize("rows", [240, 13])
+def test_the_smallest_region_is_chosen_so_that_classes_keep_their_area(monkeypatch, tmp_path, side, expected, rows):
+    monkeypatch.setattr(regions_module, "BAND_PIXELS", 240 * rows)
+    assert keepable_area(specked(side), CLASSES, 1.0, 100.0) == expected
+    assert keepable_area(specked(side), CLASSES, 0.5, 25.0) == expected / 4
+    report, _ = write(tmp_path / "r.geojson", specked(side), min_area=expected)
+    assert report.area_um2["stroma"] == 144 * side**2
+
+
+def test_small_regions_are_given_away_where_they_do_not_matter_and_none_where_each_px_does():
+    mask = np.zeros((240, 240), np.uint8)
+    mask[10:110, 10:110] = 1
+    mask[200, 200] = mask[50, 50] = 2
+    assert keepable_area(mask, CLASSES, 1.0, 100.0) == 100.0  # two px are less than 0.01 % of the tissue
+    assert keepable_area(specked(1), CLASSES, 1.0, 100.0) == 0.0
+    assert keepable_area(np.zeros((0, 0), np.uint8), CLASSES, 1.0, 100.0) == 100.0
+    assert keepable_area(mask, CLASSES, 1.0, 0.0) == 0.0
 
 
 def test_features_are_what_qupath_reads_in_level0_px(tmp_path):
