@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,10 @@ def benchmark(options: Options) -> Report:
         report.add("slide_write_share", seconds["write"] / record["seconds"], most=limit)
         _tiatoolbox(network, model, path, folder, report)
         if not options.tiny:
-            _collection(model, settings, path, folder, report)
+            _collection("collection", model, settings, path, folder / "once", 3, report)
+            if bundle.load(model).predictor().symmetries > 1:  # which is what `segment` does unless told otherwise
+                own = replace(settings, symmetries=None)
+                _collection("collection_all_symmetries", model, own, path, folder / "all", 2, report)
     predictor, weights = network.predictor, "trained" if options.model else "random"
     report.note(f"{record['tiles']} tiles of {predictor.tile} px, step {predictor.stride} px, {weights} weights")
     report.note(f"on {record['device']}, {record['precision']}")
@@ -189,7 +193,9 @@ def _tiatoolbox(network: SlideNetwork, model: str, path: Path, folder: Path, rep
     report.add("segment_slide_times_tiatoolbox", fastest / seconds)
 
 
-def _collection(model: str, settings: SlideSettings, path: Path, folder: Path, report: Report) -> None:
+def _collection(
+    name: str, model: str, settings: SlideSettings, path: Path, folder: Path, most: int, report: Report
+) -> None:
     """Tiles in a second of each further slide of a collection, beside the network alone with the same threads."""
     from rich.console import Console
 
@@ -199,12 +205,12 @@ def _collection(model: str, settings: SlideSettings, path: Path, folder: Path, r
     from pistoseg.tracking import StageRun
 
     copies = folder / "slides"
-    copies.mkdir()
+    copies.mkdir(parents=True)
     took = {}
     with cluster.connected(ComputeConfig(device="auto")):
         network_threads = cluster.node_threads()
         # What any run costs is in both; without the first slide what is left is that of the others.
-        for count in (1, 3):
+        for count in (1, most):
             for number in range(count):
                 target = copies / f"{number}{path.suffix}"
                 if not target.exists():
@@ -215,7 +221,7 @@ def _collection(model: str, settings: SlideSettings, path: Path, folder: Path, r
             slides.segment(run, found, Progress(Console(quiet=True)), StageRun())
             took[count] = time.perf_counter() - began
     record = json.loads((folder / "out-1" / "slides" / "0" / "slide.json").read_text())
-    tiles = 2 * record["tiles"]
+    tiles = (most - 1) * record["tiles"]
     threads = torch.get_num_threads()
     torch.set_num_threads(network_threads)
     rates = []
@@ -228,11 +234,11 @@ def _collection(model: str, settings: SlideSettings, path: Path, folder: Path, r
             predictor.tile_probabilities(batch).cpu()
             rates.append(len(batch) / (time.perf_counter() - began))
     torch.set_num_threads(threads)
-    report.add("collection_tiles_per_s", tiles / (took[3] - took[1]))
-    report.add("collection_network_alone_tiles_per_s", statistics.median(rates))
-    share = tiles / (took[3] - took[1]) / statistics.median(rates)
-    report.add("collection_share_of_network", share, least=SHARE_OF_SLOWER)
-    report.add("collection_first_slide_s", took[1])
+    rate = tiles / (took[most] - took[1])
+    report.add(f"{name}_tiles_per_s", rate)
+    report.add(f"{name}_network_alone_tiles_per_s", statistics.median(rates))
+    report.add(f"{name}_share_of_network", rate / statistics.median(rates), least=SHARE_OF_SLOWER)
+    report.add(f"{name}_first_slide_s", took[1])
 
 
 if __name__ == "__main__":

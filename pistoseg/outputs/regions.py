@@ -200,7 +200,7 @@ class _SharedRegions:
 
     Args:
         sizes: px of the regions on the first or last row of a band, one band after the other.
-        first: where each band begins in it.
+        first: where each band begins in it; empty where a single band shares nothing.
     """
 
     sizes: NDArray[np.int64]
@@ -208,14 +208,18 @@ class _SharedRegions:
 
     def specks(self, number: int, regions: Regions, least: int) -> NDArray[np.bool_]:
         """Which regions of a band have fewer than `least` px in all."""
-        areas = regions.areas.copy()
-        border = _border_regions(regions)
-        areas[border] = self.sizes[self.first[number] : self.first[number] + len(border)]
+        areas = regions.areas
+        if self.first:
+            border = _border_regions(regions)
+            areas = areas.copy()
+            areas[border] = self.sizes[self.first[number] : self.first[number] + len(border)]
         return areas < least
 
 
 def _shared_regions(mask: NDArray[np.uint8], bands: list[tuple[int, int]]) -> _SharedRegions:
     """Measure the regions that several bands share."""
+    if len(bands) <= 1:
+        return _SharedRegions(np.empty(0, np.int64), [])
     areas, first, links = [], [], []
     above: Row | None = None
     nodes = 0
@@ -230,10 +234,9 @@ def _shared_regions(mask: NDArray[np.uint8], bands: list[tuple[int, int]]) -> _S
         areas.append(regions.areas[border])
         first.append(nodes)
         nodes += len(border)
-    pairs = np.concatenate(links) if links else np.empty((0, 2), np.int64)
-    sizes = np.concatenate(areas) if areas else np.empty(0, np.int64)
+    pairs = np.concatenate(links)
     count, group = connected(nodes, pairs[:, 0], pairs[:, 1])
-    return _SharedRegions(np.bincount(group, sizes, count).astype(np.int64)[group], first)
+    return _SharedRegions(np.bincount(group, np.concatenate(areas), count).astype(np.int64)[group], first)
 
 
 def _areas(values: NDArray[np.uint8], lengths: NDArray[np.int64]) -> NDArray[np.int64]:

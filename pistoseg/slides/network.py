@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -228,10 +228,13 @@ class SlideNetwork:
         areas = slide_areas(count_classes(ids), self.mpp, self.classes)
         (folder / "areas.json").write_text(json.dumps(areas, indent=2) + "\n", encoding="utf-8")
         with ThreadPoolExecutor(1) as beside:
-            drawn = beside.submit(_draw_overview, folder / "overview.png", slide, ids, self.classes, areas)
-            write_mask(folder / "mask.tif", ids, self.classes, self.mpp)
+            others: list[Future[Any]] = [
+                beside.submit(_draw_overview, folder / "overview.png", slide, ids, self.classes, areas),
+                beside.submit(write_mask, folder / "mask.tif", ids, self.classes, self.mpp),
+            ]
             regions = self._outline(folder / "regions.geojson", slide, ids)
-            drawn.result()
+            for other in others:
+                other.result()
         return areas, regions
 
     def _outline(self, path: Path, slide: Prepared, mask: NDArray[np.uint8]) -> RegionsReport:
