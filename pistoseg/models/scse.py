@@ -64,7 +64,7 @@ class _Scaled(torch.autograd.Function):
         n, height, width, channels = maps.shape
         gradient = gradient.contiguous()
         product = gradient * maps
-        # Of what sigmoid and relu were given.
+        # By what went into the sigmoids and into relu:
         dc = _sum(product, maps.new_ones(n, height, width)) * c * (1 - c)
         dhidden = (dc @ weight2) * (hidden > 0)
         dmeans = dhidden @ weight1

@@ -21,7 +21,7 @@ from pistoseg.outputs.areas import count_classes, slide_areas
 from pistoseg.outputs.mask_pyramid import write_mask
 from pistoseg.outputs.overview import downsample_mask, write_overview
 from pistoseg.outputs.probabilities import ProbabilityWriter
-from pistoseg.outputs.regions import RegionsReport, ToLevel0, keepable_area, write_regions
+from pistoseg.outputs.regions import RegionsReport, ToLevel0, negligible_area, write_regions
 from pistoseg.slides import files, results
 from pistoseg.slides.cache import SlideCache
 from pistoseg.slides.grid import TilePlan
@@ -246,7 +246,7 @@ class SlideNetwork:
             to_level0=ToLevel0(slide.view.scale_x, slide.view.scale_y, -x, -y),
             mpp=self.mpp,
             tolerance=self.settings.tolerance_um,
-            min_area=keepable_area(mask, self.classes, self.mpp, self.settings.min_area_um2),
+            min_area=negligible_area(mask, self.classes, self.mpp, self.settings.min_area_um2),
         )
 
 

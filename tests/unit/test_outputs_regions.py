@@ -8,7 +8,7 @@ from scipy import ndimage
 from pistoseg.classes import TissueClass, TissueClasses
 from pistoseg.outputs import outlines
 from pistoseg.outputs import regions as regions_module
-from pistoseg.outputs.regions import ToLevel0, keepable_area, write_regions
+from pistoseg.outputs.regions import ToLevel0, negligible_area, write_regions
 
 CLASSES = TissueClasses(tuple(TissueClass(name, (10 * i, 200, 3)) for i, name in enumerate(("tumor", "stroma", "fat"))))
 SAME = ToLevel0(1.0, 1.0)
@@ -139,8 +139,8 @@ def specked(side):
 @pytest.mark.parametrize("rows", [240, 13])
 def test_the_smallest_region_is_chosen_so_that_classes_keep_their_area(monkeypatch, tmp_path, side, expected, rows):
     monkeypatch.setattr(regions_module, "BAND_PIXELS", 240 * rows)
-    assert keepable_area(specked(side), CLASSES, 1.0, 100.0) == expected
-    assert keepable_area(specked(side), CLASSES, 0.5, 25.0) == expected / 4
+    assert negligible_area(specked(side), CLASSES, 1.0, 100.0) == expected
+    assert negligible_area(specked(side), CLASSES, 0.5, 25.0) == expected / 4
     report, _ = write(tmp_path / "r.geojson", specked(side), min_area=expected)
     assert report.area_um2["stroma"] == 144 * side**2
 
@@ -149,10 +149,10 @@ def test_small_regions_are_given_away_where_they_do_not_matter_and_none_where_ea
     mask = np.zeros((240, 240), np.uint8)
     mask[10:110, 10:110] = 1
     mask[200, 200] = mask[50, 50] = 2
-    assert keepable_area(mask, CLASSES, 1.0, 100.0) == 100.0  # two px are less than 0.01 % of the tissue
-    assert keepable_area(specked(1), CLASSES, 1.0, 100.0) == 0.0
-    assert keepable_area(np.zeros((0, 0), np.uint8), CLASSES, 1.0, 100.0) == 100.0
-    assert keepable_area(mask, CLASSES, 1.0, 0.0) == 0.0
+    assert negligible_area(mask, CLASSES, 1.0, 100.0) == 100.0  # two px are less than 0.01 % of the tissue
+    assert negligible_area(specked(1), CLASSES, 1.0, 100.0) == 0.0
+    assert negligible_area(np.zeros((0, 0), np.uint8), CLASSES, 1.0, 100.0) == 100.0
+    assert negligible_area(mask, CLASSES, 1.0, 0.0) == 0.0
 
 
 def test_features_are_what_qupath_reads_in_level0_px(tmp_path):
