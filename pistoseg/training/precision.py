@@ -29,8 +29,9 @@ def autocast(device: torch.device, bf16: bool) -> Iterator[None]:
 class _DepthwiseInFp32(TorchFunctionMode):
     """Keeps autocast from depthwise convolutions.
 
-    On CPUs their gradient takes oneDNN 4 to 10 times as long in bf16 as in fp32 (torch 2.14.1, AMX and AVX512-bf16),
-    a fifth of a step of UNet++ on efficientnet-b0, while their output is as fast in either.
+    On CPUs the gradient of those that are 5 x 5 or strided takes oneDNN 4 to 10 times as long in bf16 as in fp32, and
+    that of the others a fifth longer (torch 2.14.1, AMX): a fifth of a step of UNet++ on efficientnet-b0. Their output
+    is as fast in either.
     """
 
     def __torch_function__(
