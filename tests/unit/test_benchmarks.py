@@ -11,7 +11,18 @@ import pytest
 import torch
 
 from benchmarks import __main__ as all_benchmarks
-from benchmarks import full_size, growth, harness, inference, known_masks, material, mosaics, slides, training
+from benchmarks import (
+    full_size,
+    growth,
+    harness,
+    inference,
+    known_masks,
+    large_slides,
+    material,
+    mosaics,
+    slides,
+    training,
+)
 from benchmarks.plain_mosaics import PaperText, Published
 from pistoseg.config import DataConfig
 from pistoseg.patches.layouts import scan_training
@@ -61,6 +72,15 @@ def test_steps_are_timed_with_the_memory_of_their_process(options):
     timing, idle, peak = full_size.measure("refiner", options)
     assert timing.per_s(2) > 0
     assert 0 < idle <= peak
+
+
+def test_a_large_slide_is_measured_from_its_file_to_its_results(options, tmp_path):
+    path = large_slides._drawn(tmp_path, 512)
+    sizes = {"architecture": "unet", "encoder": "tu-mobilenetv3_small_050", "patch_size": 64}
+    record, peak = large_slides.measure(path, material.save_bundle(tmp_path, options, **sizes), tmp_path / "out")
+    assert record["tiles"] == 49
+    assert 0 < record["seconds_of"]["write"] < record["seconds"]
+    assert peak > 0
 
 
 def test_mosaics_are_measured_without_ray(options):
