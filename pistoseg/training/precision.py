@@ -38,14 +38,12 @@ class _DepthwiseInFp32(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is not torch.conv2d or not torch.is_autocast_enabled("cpu") or not _is_depthwise(*args, **kwargs):
+        # Keyword arguments for images or weights are left to autocast: right as well, if slower.
+        if func is not torch.conv2d or not torch.is_autocast_enabled("cpu") or len(args) < 2:
             return func(*args, **kwargs)
-        images, *others = args
+        images, weight, *others = args
+        if not (weight.shape[1] == 1 and images.shape[-3] > 1):  # of which each channel has kernels of its own
+            return func(*args, **kwargs)
         with torch.autocast("cpu", enabled=False):
-            maps = func(images.float(), *others, **kwargs)
+            maps = func(images.float(), weight, *others, **kwargs)
         return maps.to(torch.get_autocast_dtype("cpu"))
-
-
-def _is_depthwise(images: torch.Tensor, weight: torch.Tensor, *_: Any, **__: Any) -> bool:
-    """Whether each channel has kernels of its own."""
-    return weight.shape[1] == 1 and images.shape[-3] > 1

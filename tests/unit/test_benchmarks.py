@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
@@ -56,6 +58,17 @@ def test_slides_are_measured_and_compared_with_tiatoolbox_where_a_python_has_it(
     figures = measured(slides, options)
     assert figures["tiatoolbox_0_workers_s"] == 3.0
     assert figures["segment_slide_times_tiatoolbox"] == pytest.approx(3.0 / figures["segment_slide_s"], rel=0.01)
+
+
+def test_a_tiatoolbox_that_fails_is_told_and_costs_no_other_figure(options, tmp_path, monkeypatch):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexit 3\n")
+    python.chmod(0o755)
+    monkeypatch.setenv(slides.TOOLBOX, str(python))
+    report = slides.benchmark(options)
+    assert f"not compared with TIAToolbox: {python} ended with 3, see above" in report.notes
+    assert "slide_write_share" in report.figures
+    assert not any("tiatoolbox" in name for name in report.figures)
 
 
 @pytest.mark.parametrize("name", training.CASES)
@@ -114,6 +127,23 @@ def test_variants_are_timed_in_turn_and_as_often():
     timings = harness.interleaved({name: lambda name=name: calls.append(name) for name in "ab"}, 3)
     assert calls == list("ab" + "ab" + "ba" + "ab")
     assert all(len(timing.wall) == len(timing.cpu) == 3 for timing in timings.values())
+
+
+def test_what_surrounds_a_turn_is_not_timed(monkeypatch):
+    clock = [0.0]
+
+    def advance(seconds: float) -> None:
+        clock[0] += seconds
+
+    @contextmanager
+    def around(name: str) -> Iterator[None]:
+        advance(100)
+        yield
+        advance(100)
+
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: clock[0])
+    assert harness.interleaved({"a": lambda: advance(1)}, 2, around)["a"].wall == [1.0, 1.0]
+    assert clock == [403.0]
 
 
 def test_comparison_is_by_pairs_and_targets_are_judged():

@@ -47,6 +47,14 @@ def test_a_part_that_asks_for_fp32_gets_it():
         assert F.conv2d(torch.randn(1, 4, 5, 5), torch.randn(4, 1, 3, 3), groups=4).dtype == torch.float32
 
 
+def test_a_convolution_with_keyword_arguments_is_computed():
+    images, weight = torch.randn(1, 4, 5, 5), torch.randn(4, 1, 3, 3)
+    with autocast(CPU, True):
+        named = torch.conv2d(input=images, weight=weight, groups=4)
+        placed = torch.conv2d(images, weight, groups=4)
+    torch.testing.assert_close(named, placed, rtol=0.05, atol=0.05)
+
+
 def test_a_convolution_of_grey_images_is_not_depthwise():
     with autocast(CPU, True):
         output = F.conv2d(torch.ones(1, 1, 3, 3), torch.full((4, 1, 1, 1), 1.001))
