@@ -65,10 +65,10 @@ def benchmark(options: Options) -> Report:
         report.add("slide_write_share", seconds["write"] / record["seconds"], most=limit)
         _tiatoolbox(network, model, path, folder, report)
         if not options.tiny:
-            _collection("collection", model, settings, path, folder / "once", 3, report)
+            _collection("collection", model, settings, path, folder / "once", 3, 3, report)
             if bundle.load(model).predictor().symmetries > 1:  # which is what `segment` does unless told otherwise
                 own = replace(settings, symmetries=None)
-                _collection("collection_all_symmetries", model, own, path, folder / "all", 2, report)
+                _collection("collection_all_symmetries", model, own, path, folder / "all", 2, 1, report)
     predictor, weights = network.predictor, "trained" if options.model else "random"
     report.note(f"{record['tiles']} tiles of {predictor.tile} px, step {predictor.stride} px, {weights} weights")
     report.note(f"on {record['device']}, {record['precision']}")
@@ -194,9 +194,28 @@ def _tiatoolbox(network: SlideNetwork, model: str, path: Path, folder: Path, rep
 
 
 def _collection(
-    name: str, model: str, settings: SlideSettings, path: Path, folder: Path, most: int, report: Report
+    name: str, model: str, settings: SlideSettings, path: Path, folder: Path, most: int, rounds: int, report: Report
 ) -> None:
     """Tiles in a second of each further slide of a collection, beside the network alone with the same threads."""
+    alone, rates, shares, first = [_network_alone(model, settings)], [], [], []
+    for number in range(rounds):
+        took = _collection_seconds(model, settings, path, folder, (1, most), number)
+        record = json.loads((folder / f"out-{number}-1" / "slides" / "0" / "slide.json").read_text())
+        # What any run costs is in both; without the first slide what is left is that of the others.
+        rates.append((most - 1) * record["tiles"] / (took[most] - took[1]))
+        alone.append(_network_alone(model, settings))
+        shares.append(rates[-1] / statistics.mean(alone[-2:]))
+        first.append(took[1])
+    report.add(f"{name}_tiles_per_s", statistics.median(rates))
+    report.add(f"{name}_network_alone_tiles_per_s", statistics.median(alone))
+    report.add(f"{name}_share_of_network", statistics.median(shares), least=SHARE_OF_SLOWER)
+    report.add(f"{name}_first_slide_s", statistics.median(first))
+
+
+def _collection_seconds(
+    model: str, settings: SlideSettings, path: Path, folder: Path, counts: tuple[int, ...], number: int
+) -> dict[int, float]:
+    """Seconds for collections of so many copies of a slide, in a Ray that is started for them."""
     from rich.console import Console
 
     from pistoseg.config import ComputeConfig
@@ -204,29 +223,30 @@ def _collection(
     from pistoseg.stages import cluster, slides
     from pistoseg.tracking import StageRun
 
-    copies = folder / "slides"
-    copies.mkdir(parents=True)
     took = {}
     with cluster.connected(ComputeConfig(device="auto")):
-        network_threads = cluster.node_threads()
-        # What any run costs is in both; without the first slide what is left is that of the others.
-        for count in (1, most):
-            for number in range(count):
-                target = copies / f"{number}{path.suffix}"
-                if not target.exists():
-                    shutil.copy(path, target)
-            run = slides.SlideRun(model, str(copies), str(folder / f"out-{count}"), settings)
+        for count in counts:
+            copies = folder / f"slides-{count}"
+            copies.mkdir(parents=True, exist_ok=True)
+            for copy in range(count):
+                shutil.copy(path, copies / f"{copy}{path.suffix}")
+            run = slides.SlideRun(model, str(copies), str(folder / f"out-{number}-{count}"), settings)
             found = slides.plan(run)
             began = time.perf_counter()
             slides.segment(run, found, Progress(Console(quiet=True)), StageRun())
             took[count] = time.perf_counter() - began
-    record = json.loads((folder / "out-1" / "slides" / "0" / "slide.json").read_text())
-    tiles = (most - 1) * record["tiles"]
+    return took
+
+
+def _network_alone(model: str, settings: SlideSettings) -> float:
+    """Tiles in a second of the network with the threads that it has in a local Ray, without one around it."""
+    from pistoseg.stages import cluster
+
     threads = torch.get_num_threads()
-    torch.set_num_threads(network_threads)
-    rates = []
+    torch.set_num_threads(cluster.available_cpus())
     predictor = SlideNetwork(bundle.load(model), settings).predictor
     batch = torch.randint(0, 256, (predictor.batch_size, predictor.tile, predictor.tile, 3), dtype=torch.uint8)
+    rates = []
     with keep_freed_memory():
         predictor.tile_probabilities(batch)
         for _ in range(8):
@@ -234,11 +254,7 @@ def _collection(
             predictor.tile_probabilities(batch).cpu()
             rates.append(len(batch) / (time.perf_counter() - began))
     torch.set_num_threads(threads)
-    rate = tiles / (took[most] - took[1])
-    report.add(f"{name}_tiles_per_s", rate)
-    report.add(f"{name}_network_alone_tiles_per_s", statistics.median(rates))
-    report.add(f"{name}_share_of_network", rate / statistics.median(rates), least=SHARE_OF_SLOWER)
-    report.add(f"{name}_first_slide_s", took[1])
+    return statistics.median(rates)
 
 
 if __name__ == "__main__":

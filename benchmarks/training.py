@@ -33,6 +33,8 @@ from pistoseg.training.tasks import ClassificationTask, RefiningTask, Segmentati
 TIMES_PLAIN = 4.0
 CPU_STEPS, GPU_STEPS = 2, 10
 """Steps of a measured call: on a GPU one alone is over before a clock of the CPU can tell much."""
+SETTLING = 2
+"""Unmeasured steps before: in a training, the first two get its memory and the others have it."""
 CLASSES = 3
 CELLS = 32
 """Height and width of the grid on which pseudo-masks and CAMs are kept."""
@@ -99,7 +101,8 @@ def measure(report: Report, name: str, options: Options, device: torch.device, c
     @contextmanager
     def turn(variant: str) -> Iterator[None]:
         with keep_freed_memory() if variant != "plain" else nullcontext():  # for as long as a training, in ours
-            calls[variant]()  # which fetches its memory once
+            for _ in range(SETTLING):
+                calls[variant]()
             yield
 
     repeated = {variant: _repeated(call, steps) for variant, call in calls.items()}

@@ -18,6 +18,8 @@ PANEL = (900, 900)
 """Largest width and height of the slide and of the map, px."""
 SMALLEST = 420
 LARGEST_ZOOM = 8
+PNG_LEVEL = 3
+"""Of zlib: two thirds of the time of its default, and a hundredth larger."""
 MARGIN = 28
 LEGEND = 430
 LINE = 34
@@ -93,7 +95,7 @@ def write_overview(
         draw.rectangle((corner[0] - 1, corner[1] - 1, corner[0] + size[0], corner[1] + size[1]), outline=FRAME)
     _scale_bar(draw, (MARGIN, top + size[1]), size[0], mpp / zoom)
     _legend(draw, (field[0] + 2 * MARGIN, top), classes, areas, note)
-    canvas.save(path, format="PNG")
+    canvas.save(path, format="PNG", compress_level=PNG_LEVEL)
 
 
 def _painted(slide: NDArray[np.uint8], mask: NDArray[np.uint8], classes: TissueClasses) -> NDArray[np.uint8]:
