@@ -1,11 +1,16 @@
-"""Ray actors that a run must not lose before its driver."""
+"""What all processes have in common that Ray starts for a run, and those that a run must not lose before its driver."""
 
 from __future__ import annotations
 
+import atexit
+import signal
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+EXIT_S = 30
+"""How long the exit of a process may take."""
 
 
 def start_here(kind: type) -> Any:
@@ -19,3 +24,21 @@ def start_here(kind: type) -> Any:
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return ray.remote(num_cpus=0, scheduling_strategy=here)(kind).remote()
+
+
+def exit_in_time(seconds: int = EXIT_S) -> None:
+    """Have the kernel end this process if its exit takes longer; called in every process that holds much.
+
+    Now and then Ray's core worker waits for itself as it is taken apart (2.60.0: a message is left in its event loop
+    which, as the loop is destroyed, wants to post another one to it). Python has ended by then, so that nothing but the
+    kernel could end the process, and it keeps its memory, and a GPU's, for ever.
+
+    Args:
+        seconds: from the moment at which Python begins to end.
+    """
+    atexit.register(_set_alarm, seconds)
+
+
+def _set_alarm(seconds: int) -> None:
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(seconds)

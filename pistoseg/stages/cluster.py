@@ -14,6 +14,7 @@ from typing import Any
 import ray
 
 from pistoseg import object_store, storage
+from pistoseg.actors import exit_in_time
 from pistoseg.config import ComputeConfig
 from pistoseg.errors import PistoSegError, UnavailableError, explained
 from pistoseg.memory import keep_freed_memory
@@ -329,6 +330,7 @@ def arriving_rows(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
 
 class _ShardWorker:
     def __init__(self, worker: type, arguments: dict[str, Any], folder: str, threads: int | None) -> None:
+        exit_in_time()
         self.worker: Any = None
         self.folder, self.threads = folder, threads
         self.broken = _problem_of(lambda: self._build(worker, arguments))

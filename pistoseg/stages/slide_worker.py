@@ -17,6 +17,7 @@ from typing import Any
 import ray
 
 from pistoseg import storage
+from pistoseg.actors import exit_in_time
 from pistoseg.errors import PistoSegError, explained
 from pistoseg.models import bundle
 from pistoseg.slides import results
@@ -86,6 +87,8 @@ class SlideWorker:
         board: Any,
     ) -> None:
         import torch
+
+        exit_in_time()
 
         def load() -> SlideNetwork:
             torch.set_num_threads(threads)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pistoseg import storage
+from pistoseg.actors import exit_in_time
 from pistoseg.config import TrainingConfig
 from pistoseg.memory import keep_freed_memory
 from pistoseg.models.inference import resolve_precision
@@ -73,6 +74,7 @@ class TrainingJob:
 
 def train_worker(arguments: dict[str, Any]) -> None:
     """The train loop, given to Ray Train with `{"job": TrainingJob}`."""
+    exit_in_time()
     job: TrainingJob = arguments["job"]
     stream = iter(
         ray.train.get_dataset_shard("train").iter_torch_batches(

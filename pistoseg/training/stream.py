@@ -14,6 +14,8 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
+from pistoseg.actors import exit_in_time
+
 Sample = tuple[NDArray[Any], ...]
 
 SAMPLE_CPUS = 0.1
@@ -111,6 +113,7 @@ class _SampleActor:
     ) -> None:
         import cv2
 
+        exit_in_time()
         cv2.setNumThreads(1)
         self.columns, self.progress, self.per_epoch, self.ahead = columns, progress, per_epoch, ahead
         self.samples = build(ray.get(shared[0]))

@@ -1,0 +1,28 @@
+import signal
+import subprocess
+import sys
+
+import pytest
+
+HANGING = """
+import ctypes
+from pistoseg.actors import exit_in_time
+libc = ctypes.CDLL(None)
+libc.__cxa_atexit(libc.pause, None, None)  # after Python has ended, as in the destructor of a core worker of Ray
+{call}
+"""
+
+
+def test_a_process_whose_exit_hangs_is_ended():
+    ended = subprocess.run([sys.executable, "-c", HANGING.format(call="exit_in_time(1)")], timeout=60)
+    assert ended.returncode == -signal.SIGALRM
+
+
+def test_it_would_hang_without():
+    with pytest.raises(subprocess.TimeoutExpired):
+        subprocess.run([sys.executable, "-c", HANGING.format(call="")], timeout=5)
+
+
+def test_an_exit_in_time_is_left_alone():
+    code = "from pistoseg.actors import exit_in_time; exit_in_time(); raise SystemExit(3)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 3
