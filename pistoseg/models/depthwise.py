@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -48,13 +48,20 @@ def _is_depthwise(images: Tensor, weight: Tensor, *others: Any) -> bool:
     return 1 < groups == weight.shape[0] == images.shape[1]
 
 
+class _Options(NamedTuple):
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+
 class _Depthwise(torch.autograd.Function):
     """A convolution of (N, C, H, W) with (C, 1, kh, kw), in the precision of the images."""
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
         ctx.save_for_backward(images, weight)
-        ctx.options = options
+        ctx.options = _Options(*options)
         return F.conv2d(images, weight.to(images.dtype), None if bias is None else bias.to(images.dtype), *options)
 
     @staticmethod
@@ -63,24 +70,17 @@ class _Depthwise(torch.autograd.Function):
         images, weight = ctx.saved_tensors
         by_images = by_weight = by_bias = None
         if ctx.needs_input_grad[0]:
-            by_images = _by_images(images, weight, gradient, *ctx.options)
+            by_images = _by_images(images, weight, gradient, ctx.options)
         if ctx.needs_input_grad[1]:
-            by_weight = _by_weight(images, weight, gradient, *ctx.options)
+            by_weight = _by_weight(images, weight, gradient, ctx.options)
         if ctx.needs_input_grad[2]:
             by_bias = gradient.sum((0, 2, 3), dtype=weight.dtype)
         return by_images, by_weight, by_bias, None, None, None, None
 
 
-def _by_images(
-    images: Tensor,
-    weight: Tensor,
-    gradient: Tensor,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    groups: int,
-) -> Tensor:
+def _by_images(images: Tensor, weight: Tensor, gradient: Tensor, options: _Options) -> Tensor:
     """The gradient by the images, (N, C, H, W); of a strided convolution it is computed in the weights' precision."""
+    stride, padding, dilation, groups = options
     dtype = gradient.dtype if max(stride) == 1 else weight.dtype
     unseen = [  # rows and columns at the end that a stride does not reach
         images.shape[axis + 2]
@@ -96,19 +96,12 @@ def _by_images(
     return by_images.to(images.dtype)
 
 
-def _by_weight(
-    images: Tensor,
-    weight: Tensor,
-    gradient: Tensor,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    groups: int,
-) -> Tensor:
+def _by_weight(images: Tensor, weight: Tensor, gradient: Tensor, options: _Options) -> Tensor:
     """The gradient by the weights, (C, 1, kh, kw), a few columns of the kernels at a time.
 
     Columns x to x + 2 of a kernel see of the images what a kernel of three columns sees whose first is at x.
     """
+    stride, padding, dilation, groups = options
     width = weight.shape[3]
     if width <= WIDTH or dilation[1] != 1:
         whole = conv2d_weight(images, weight.shape, gradient, stride, padding, dilation, groups)
@@ -119,5 +112,6 @@ def _by_weight(
     for x in (*range(0, width - WIDTH, WIDTH), width - WIDTH):
         part = images[..., x : x + seen].contiguous(memory_format=torch.channels_last)
         shape = (*weight.shape[:3], WIDTH)
-        by_weight[..., x : x + WIDTH] = conv2d_weight(part, shape, gradient, stride, (padding[0], 0), dilation, groups)
+        columns = conv2d_weight(part, shape, gradient, stride, (padding[0], 0), dilation, groups)
+        by_weight[..., x : x + WIDTH] = columns
     return by_weight
