@@ -55,6 +55,21 @@ def write_ome(path: Path, image: np.ndarray, levels: int = 1, metadata: dict[str
     return path
 
 
+def write_svs(path: Path, image: np.ndarray, levels: int = 2, **options: Any) -> Path:
+    """An Aperio slide of 0.5 um: level 0, a thumbnail in strips, the other levels."""
+    options = {"tile": (128, 128), "compression": "jpeg", "photometric": "rgb"} | options
+    with tifffile.TiffWriter(path) as writer:
+        for level in range(levels):
+            size = f"{image.shape[1]}x{image.shape[0]} (128x128) JPEG/RGB Q=70"
+            description = f"Aperio Image Library v11.2.1\r\n{size}|AppMag = 20|MPP = 0.5"
+            writer.write(image, description=description, metadata=None, **options)
+            if not level:
+                small = np.ascontiguousarray(image[::8, ::8])
+                writer.write(small, description="Aperio Image Library v11.2.1", metadata=None, photometric="rgb")
+            image = halved(image)
+    return path
+
+
 def write_scn(
     path: Path, image: np.ndarray, collection: tuple[int, int], offset: tuple[int, int], mpp: float = 0.5
 ) -> Path:

@@ -1,8 +1,8 @@
 """Opening a slide of any kind, and reading pixels of its levels.
 
-OpenSlide reads every vendor's format and DICOM. TIFF and OME-TIFF of no vendor are read tile by tile from their pages:
-OpenSlide sees neither strips nor the pyramid of an OME-TIFF, takes four times the processor time for the others, and
-blurs their lower levels. PNG and JPEG are held in memory.
+OpenSlide reads every vendor's format and DICOM. TIFF and OME-TIFF of no vendor, and Aperio's, are read tile by tile from
+their pages: OpenSlide sees neither strips nor the pyramid of an OME-TIFF, takes several times the processor time for the
+others, and blurs their lower levels. PNG and JPEG are held in memory.
 """
 
 from __future__ import annotations
@@ -145,17 +145,21 @@ def open_slide(path: str | Path, mpp: float | None = None, name: str | None = No
     """
     file, name = str(path), name or str(path)
     magic = _magic(file, name)
-    from pistoseg.slides.vendor import OpenSlideReader, count_levels, detect_vendor
+    from pistoseg.slides.vendor import OpenSlideReader, describe, detect_vendor
 
     vendor = detect_vendor(file)
     if vendor is None and magic.startswith(_PICTURE_MAGIC) and extension(file) not in VENDORS:
         from pistoseg.slides.picture import PictureReader
 
         return PictureReader(file, mpp, name)
-    if magic.startswith(_TIFF_MAGIC) and vendor in (None, "generic-tiff"):
+    if magic.startswith(_TIFF_MAGIC) and vendor in (None, "generic-tiff", "aperio"):
         from pistoseg.slides import tiff
 
-        if vendor is None or tiff.count_levels(file, name) >= count_levels(file, name):
+        if vendor == "aperio":
+            slide = tiff.open_aperio(file, mpp, name, *describe(file, name))
+            if slide:
+                return slide
+        elif vendor is None or tiff.count_levels(file, name) >= len(describe(file, name)[0]):
             return tiff.TiffReader(file, mpp, name)
     if vendor is None:
         raise _unknown(file, name, magic)

@@ -25,10 +25,10 @@ def detect_vendor(path: str) -> str | None:
     return vendor
 
 
-def count_levels(path: str, name: str) -> int:
-    """Levels that OpenSlide sees in a file; errors call it `name`."""
+def describe(path: str, name: str) -> tuple[list[tuple[int, int]], dict[str, str]]:
+    """(width, height) of the levels that OpenSlide sees in a file, and its properties; errors call it `name`."""
     with _opened(path, name) as slide:
-        return int(slide.level_count)
+        return list(slide.level_dimensions), dict(slide.properties)
 
 
 class OpenSlideReader(SlideReader):

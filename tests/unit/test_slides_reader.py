@@ -11,7 +11,7 @@ import openslide
 import pytest
 import tifffile
 from PIL import Image
-from slide_files import halved, texture, write_ome, write_scn, write_tiff
+from slide_files import halved, texture, write_ome, write_scn, write_svs, write_tiff
 
 from pistoseg.errors import PistoSegError
 from pistoseg.slides import reader as reader_module
@@ -241,14 +241,62 @@ def test_bounds_are_those_that_openslide_gives(tmp_path: Path) -> None:
         assert (slide.read_region(0, 0, 200, 150) == 255).all()
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"photometric": "ycbcr", "subsampling": (2, 2)},
+        {"compression": "jpeg2000", "compressionargs": {"level": 80}},
+        {"compression": "lzw"},
+    ],
+)
+def test_aperio_slides_are_read_from_their_pages_with_the_pixels_that_openslide_gives(
+    tmp_path: Path, options: dict
+) -> None:
+    path = write_svs(tmp_path / "a.svs", texture(392, 524), **options)
+    if options.get("compression") == "jpeg2000":  # tifffile writes it under another number than Aperio
+        with tifffile.TiffFile(path, mode="r+") as tiff:
+            for number in (0, 2):
+                tiff.pages[number].tags["Compression"].overwrite(33005)
+    with open_slide(path) as slide, openslide_reader(path) as beside:
+        assert isinstance(slide, TiffReader)
+        assert slide.levels == beside.levels == [(524, 392, 1.0), (262, 196, 2.0)]
+        assert slide.properties == beside.properties
+        assert (slide.vendor, slide.mpp_x, slide.mpp_source) == ("aperio", 0.5, "vendor")
+        for level, size in enumerate(((524, 392), (262, 196))):
+            pixels = slide.read_region(0, 0, *size, level)
+            assert np.array_equal(pixels, beside.read_region(0, 0, *size, level))
+            assert pixels.std() > 10
+
+
+def test_openslide_reads_what_the_pages_of_an_aperio_slide_do_not_say(tmp_path: Path) -> None:
+    image = texture(392, 524)
+    colours = write_svs(tmp_path / "colours.svs", image, compression="jpeg2000", compressionargs={"level": 80})
+    sparse = write_svs(tmp_path / "sparse.svs", image)
+    with tifffile.TiffFile(colours, mode="r+") as tiff:
+        for number in (0, 2):
+            tiff.pages[number].tags["Compression"].overwrite(33003)  # JPEG 2000 of YCbCr
+    with tifffile.TiffFile(sparse, mode="r+") as tiff:  # a tile of a lower level, which OpenSlide makes of the others
+        tiff.pages[2].tags["TileByteCounts"].overwrite([0, *tiff.pages[2].databytecounts[1:]])
+    for path in (colours, sparse):
+        with open_slide(path) as slide:
+            assert isinstance(slide, OpenSlideReader)
+            assert slide.read_region(0, 0, 262, 196, level=1).std() > 10
+    with pytest.raises(PistoSegError, match="is no pixel size"):
+        open_slide(sparse, mpp=1e4)
+
+
 def test_real_slides_open_and_the_one_without_resolution_says_so(real_data: Path) -> None:
     with open_slide(real_data / "slides" / "cmu-1-small-region.svs") as slide:
         assert (slide.width, slide.height, slide.vendor) == (2220, 2967, "aperio")
         assert (slide.mpp_x, slide.mpp_y, slide.mpp_source) == (0.499, 0.499, "vendor")
         assert slide.read_region(0, 0, 300, 200).shape == (200, 300, 3)
+        with openslide_reader(real_data / "slides" / "cmu-1-small-region.svs") as beside:
+            assert np.array_equal(slide.read_region(0, 0, 2220, 2967), beside.read_region(0, 0, 2220, 2967))
     silent = real_data / "slides" / "tcga-cr-7395-01a-01-ts1.svs"
     with pytest.raises(PistoSegError, match=r"ts1.svs: mpp: .*column mpp of a manifest"):
         open_slide(silent)
     with open_slide(silent, mpp=0.5) as slide:
         assert (slide.mpp_x, slide.mpp_source) == (0.5, "manifest")
         assert [level.downsample for level in slide.levels] == [1, 2]
+        assert isinstance(slide, TiffReader)
