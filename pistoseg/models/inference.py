@@ -310,7 +310,7 @@ class Predictor:
         y, x = origin
         rows, columns = min(job.tile[0], height - y), min(job.tile[1], width - x)
         weights = self._window(job.tile)[:rows, :columns]
-        job.total[:, y : y + rows, x : x + columns] += value[:, :rows, :columns] * weights
+        job.total[:, y : y + rows, x : x + columns].addcmul_(value[:, :rows, :columns], weights)
         job.weight[y : y + rows, x : x + columns] += weights
 
     def _add_scale(self, job: _Job, softmax: bool) -> _Output:

@@ -238,13 +238,13 @@ class Stitcher:
         for start in range(0, len(item.tiles), together):
             chosen = item.tiles[start : start + together].tolist()
             tiles = [source[y - item.y : y - item.y + side, x - item.x : x - item.x + side] for x, y in chosen]
-            maps = self.predictor.tile_probabilities(torch.stack(tiles)) * weights
+            maps = self.predictor.tile_probabilities(torch.stack(tiles))
             for (x, y), value in zip(chosen, maps, strict=True):
                 rows, columns = min(side, plan.height - y), min(side, plan.width - x)
                 top, left = y - corner[0], x - corner[1]
-                place = sums[:, top : top + rows, left : left + columns]
-                place[:-1] += value[:, :rows, :columns]
-                place[-1] += weights[:rows, :columns]
+                place, weight = sums[:, top : top + rows, left : left + columns], weights[:rows, :columns]
+                place[:-1].addcmul_(value[:, :rows, :columns], weight)
+                place[-1] += weight
             if on_tiles:
                 on_tiles(len(chosen))
 
@@ -255,22 +255,21 @@ class _Canvas:
     def __init__(
         self, view: SlideView, tissue: NDArray[np.bool_], sink: Sink, background_id: int, probabilities: bool
     ) -> None:
-        self.shape, self.sink, self.background_id = (view.height, view.width), sink, background_id
+        self.shape, self.sink = (view.height, view.width), sink
         self.tissue, self.probabilities = tissue.astype(np.float32), probabilities
+        self.without_tissue, self.unseen = (torch.tensor(value, dtype=torch.uint8) for value in (background_id, 255))
 
     def draw(self, y: int, x: int, sums: Tensor) -> None:
         """Hand (L + 1, h, w) sums at view px (x, y) over to the sink."""
         scores, weight = sums[:-1], sums[-1]
-        ids: NDArray[np.uint8] = likeliest(scores).cpu().numpy()
-        seen = (weight > 0).cpu().numpy()
-        tissue = self._tissue(y, x, *ids.shape)
-        ids[~tissue] = self.background_id
-        ids[~seen] = 255
+        seen = weight > 0
+        tissue = torch.from_numpy(self._tissue(y, x, *weight.shape)).to(weight.device)
+        ids = torch.where(seen, torch.where(tissue, likeliest(scores), self.without_tissue), self.unseen)
         maps = None
         if self.probabilities:
-            shares = (scores / weight.clamp(min=1e-30) * 255).round().to(torch.uint8).cpu().numpy()
-            maps = shares * (tissue & seen)
-        self.sink.write(y, x, ids, maps)
+            shares = (scores / weight.clamp(min=1e-30) * 255).round().to(torch.uint8)
+            maps = (shares * (tissue & seen)).cpu().numpy()
+        self.sink.write(y, x, ids.cpu().numpy(), maps)
 
     def _tissue(self, y: int, x: int, height: int, width: int) -> NDArray[np.bool_]:
         """The tissue mask at the view's resolution, interpolated between its pixels' centres."""
