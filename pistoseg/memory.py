@@ -22,8 +22,8 @@ def keep_freed_memory() -> Iterator[None]:
 
     A forward pass frees its activations one after the other, and glibc gives tensors of that size back to the kernel,
     which clears their pages again for the next ones: tens of thousands of page faults for a tile. Blocks may overlap;
-    each gives back what is free when it ends. Threads other than the main one need `MALLOC_ARENA_MAX=1` in the
-    environment as well.
+    with the last of them that ends, the kernel gets what is free. Threads other than the main one need
+    `MALLOC_ARENA_MAX=1` in the environment as well.
     """
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):
@@ -33,8 +33,8 @@ def keep_freed_memory() -> Iterator[None]:
     try:
         yield
     finally:
-        _count(libc, -1)
-        give_back()
+        if not _count(libc, -1):
+            give_back()
 
 
 def give_back() -> None:
@@ -44,8 +44,8 @@ def give_back() -> None:
         libc.malloc_trim(0)
 
 
-def _count(libc: ctypes.CDLL, change: int) -> None:
-    """One block more or less: the first sets the C library, the last sets it back."""
+def _count(libc: ctypes.CDLL, change: int) -> int:
+    """One block more or less, and how many are open: the first sets the C library, the last sets it back."""
     global _keeping
     with _lock:
         before, _keeping = _keeping, _keeping + change
@@ -55,3 +55,4 @@ def _count(libc: ctypes.CDLL, change: int) -> None:
         elif not _keeping:
             for option, value in USUAL.items():
                 libc.mallopt(option, value)
+        return _keeping

@@ -27,9 +27,9 @@ from pistoseg.slides.grid import SUPER_TILE, Band, SuperTile, TilePlan
 from pistoseg.slides.view import SlideView
 
 GIVE_BACK_S = 60.0
-"""After how long, at the end of a band, the kernel gets what is free in the process. Sums are of many sizes, and where
-none fits into another's place a process grows: by 100 MB in five minutes. To fetch all again is 300,000 page faults for
-a network on tiles of 512 px."""
+"""After how long, at the end of a band of any slide, the kernel gets what is free in the process. Sums are of many sizes,
+and where none fits into another's place a process grows: by 100 MB in five minutes. To fetch all again is 300,000 page
+faults for a network on tiles of 512 px."""
 
 
 @dataclass
@@ -128,6 +128,7 @@ class Stitcher:
     def __init__(self, predictor: Predictor, n_classes: int, background_id: int, readers: int = 2) -> None:
         self.predictor, self.n_classes, self.background_id = predictor, n_classes, background_id
         self.readers = readers
+        self._given_back = time.monotonic()
 
     def run(
         self,
@@ -160,7 +161,6 @@ class Stitcher:
         """
         bands = range(len(plan.bands)) if bands is None else bands
         work, began = Work(), time.monotonic()
-        given_back = began
         start = next((item.index for item in plan.bands if item.y + item.height > plan.bands[bands.start].y), 0)
         chosen = plan.bands[start : bands.stop]
         super_tiles = [list(plan.super_tiles(band)) for band in chosen]
@@ -173,9 +173,9 @@ class Stitcher:
                 self._band(band, items, carry, reads, plan, wanted, on_tiles)
                 if wanted:
                     sink.end_band(band.y, band.final)
-                if time.monotonic() - given_back > GIVE_BACK_S:
+                if time.monotonic() - self._given_back > GIVE_BACK_S:
                     give_back()
-                    given_back = time.monotonic()
+                    self._given_back = time.monotonic()
             work.waiting_s = reads.waited_s
         work.tiles = sum(len(item.tiles) for items in super_tiles for item in items)
         work.seconds = time.monotonic() - began

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import traceback
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import ray
 from pistoseg import storage
 from pistoseg.actors import exit_in_time
 from pistoseg.errors import PistoSegError, explained
+from pistoseg.memory import keep_freed_memory
 from pistoseg.models import bundle
 from pistoseg.slides import results
 from pistoseg.slides.grid import TilePlan
@@ -89,6 +90,8 @@ class SlideWorker:
         import torch
 
         exit_in_time()
+        self._memory = ExitStack()
+        self._memory.enter_context(keep_freed_memory())  # of one slide for the next; the stitcher gives it back
 
         def load() -> SlideNetwork:
             torch.set_num_threads(threads)
