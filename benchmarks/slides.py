@@ -1,4 +1,5 @@
-"""A slide: reading alone, the network alone, both together, a collection through Ray, and the loop a user would write.
+"""A slide: reading alone, as OpenSlide does and as we do, the network alone, both together, a collection through Ray,
+and the loop a user would write.
 
 The loop is plain: OpenSlide, a read for every tile, fp32, one tile after the other into sums of the whole slide. Where
 TIATOOLBOX_PYTHON names a Python that has TIAToolbox, that is measured too; `tiatoolbox_slide.py` says how to make one.
@@ -32,9 +33,11 @@ from pistoseg.models import bundle
 from pistoseg.slides.cache import SlideCache
 from pistoseg.slides.job import segment_slide
 from pistoseg.slides.network import Prepared, SlideNetwork, SlideSettings
-from pistoseg.slides.reader import open_slide
+from pistoseg.slides.reader import SlideReader, open_slide
 from pistoseg.slides.source import SlideEntry
 from pistoseg.slides.stitching import MaskFile
+from pistoseg.slides.vendor import OpenSlideReader
+from pistoseg.slides.view import SlideView
 
 SHARE_OF_SLOWER, OUTPUT_SHARE = 0.9, 0.1
 TOOLBOX = "TIATOOLBOX_PYTHON"
@@ -55,7 +58,7 @@ def benchmark(options: Options) -> Report:
         cache = SlideCache(str(folder / "cache"), 1 << 30)
         entry = SlideEntry("slide", str(path))
         with network.prepared(entry, cache) as slide:
-            _parts(network, slide, folder, options, report)
+            _parts(network, slide, cache, folder, options, report)
         for name in ("first", "second"):  # the first slide of a process also imports what writes results
             record = segment_slide(network, entry, str(folder / name), cache=cache).record
         seconds = record["seconds_of"]
@@ -75,20 +78,27 @@ def benchmark(options: Options) -> Report:
     return report
 
 
-def _parts(network: SlideNetwork, slide: Prepared, folder: Path, options: Options, report: Report) -> None:
-    """Reading, network, both, and the plain loop, in turn."""
+def _parts(
+    network: SlideNetwork, slide: Prepared, cache: SlideCache, folder: Path, options: Options, report: Report
+) -> None:
+    """Reading, network, both, and the plain loop, in turn; what reads opens the slide anew and has nothing decoded."""
     plan, predictor = slide.plan, network.predictor
     super_tiles = [item for band in plan.bands for item in plan.super_tiles(band)]
     corners = [corner for item in super_tiles for corner in item.tiles.tolist()]
     few = min(len(corners), options.size(48, 4))
-    tile = predictor.tile
+    path, tile = slide.entry.uri, predictor.tile
     pixels = slide.view.read(*corners[0], tile, tile)
     batch = torch.from_numpy(np.stack([pixels] * predictor.batch_size))
     mask = MaskFile(folder / "mask", slide.view.height, slide.view.width)
 
-    def read() -> None:
-        with ThreadPoolExecutor(network.stitcher.readers) as pool:
-            list(pool.map(lambda item: slide.view.read(item.x, item.y, item.width, item.height), super_tiles))
+    def read(reader: SlideReader) -> None:
+        with reader, ThreadPoolExecutor(network.stitcher.readers) as pool:
+            view = SlideView(reader, network.mpp)
+            list(pool.map(lambda item: view.read(item.x, item.y, item.width, item.height), super_tiles))
+
+    def together() -> None:
+        with network.prepared(slide.entry, cache) as opened:
+            network.map(opened, mask)
 
     def alone() -> None:
         with keep_freed_memory():
@@ -97,17 +107,19 @@ def _parts(network: SlideNetwork, slide: Prepared, folder: Path, options: Option
 
     plain = PlainLoop(network, slide)
     calls: dict[str, Callable[[], Any]] = {
-        "read": read,
+        "read": lambda: read(open_slide(path)),
+        "read_openslide": lambda: read(OpenSlideReader(path, None, path)),
         "network": alone,
-        "together": lambda: network.map(slide, mask),
+        "together": together,
         "plain_loop": lambda: plain.run(corners[:few]),
     }
-    counts = {"read": len(corners), "together": len(corners), "plain_loop": few}
+    counts = {"plain_loop": few} | dict.fromkeys(("read", "read_openslide", "together"), len(corners))
     counts["network"] = -(-few // len(batch)) * len(batch)
     timings = harness.interleaved(calls, options.size(3, 1))
     rates = {name: timing.per_s(counts[name]) for name, timing in timings.items()}
     for name, rate in rates.items():
         report.add(f"tiles_{name}_per_s", rate)
+    report.compare("read_times_openslide", timings["read"], timings["read_openslide"])
     slower = min(rates["read"], rates["network"])
     report.add("together_share_of_slower", rates["together"] / slower, least=None if options.tiny else SHARE_OF_SLOWER)
     each = counts["together"] / counts["plain_loop"]

@@ -1,8 +1,8 @@
 """Opening a slide of any kind, and reading pixels of its levels.
 
-OpenSlide reads every vendor's format and DICOM. TIFF and OME-TIFF of no vendor, and Aperio's, are read tile by tile from
-their pages: OpenSlide sees neither strips nor the pyramid of an OME-TIFF, takes several times the processor time for the
-others, and blurs their lower levels. PNG and JPEG are held in memory.
+OpenSlide reads every vendor's format and DICOM. TIFF and OME-TIFF of no vendor, and Aperio's, are read tile by tile
+from their pages: OpenSlide sees neither strips nor the pyramid of an OME-TIFF, takes several times the processor time
+for the others, and blurs their lower levels. PNG and JPEG are held in memory.
 """
 
 from __future__ import annotations

@@ -27,9 +27,9 @@ from pistoseg.slides.grid import SUPER_TILE, Band, SuperTile, TilePlan
 from pistoseg.slides.view import SlideView
 
 GIVE_BACK_S = 60.0
-"""After how long, at the end of a band of any slide, the kernel gets what is free in the process. Sums are of many sizes,
-and where none fits into another's place a process grows: by 100 MB in five minutes. To fetch all again is 300,000 page
-faults for a network on tiles of 512 px."""
+"""After how long, at the end of a band of any slide, the kernel gets what is free in the process. Sums are of many
+sizes, and where none fits into another's place a process grows: by 100 MB in five minutes. To fetch all again is
+300,000 page faults for a network on tiles of 512 px."""
 
 
 @dataclass

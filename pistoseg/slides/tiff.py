@@ -1,4 +1,4 @@
-"""TIFF, OME-TIFF and Aperio's TIFF read from their pages, tile by tile or strip by strip; no level is loaded as a whole."""
+"""TIFF, OME-TIFF and Aperio's SVS read from their pages, tile by tile or strip by strip; no level is loaded whole."""
 
 from __future__ import annotations
 
