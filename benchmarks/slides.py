@@ -12,13 +12,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +41,11 @@ from pistoseg.slides.source import SlideEntry
 from pistoseg.slides.stitching import MaskFile
 from pistoseg.slides.vendor import OpenSlideReader
 from pistoseg.slides.view import SlideView
+from pistoseg.stages.slides import SlideRun
 
 SHARE_OF_SLOWER, OUTPUT_SHARE = 0.9, 0.1
+RUNNING_S, ALONE_BATCHES = 6.0, 4
+"""How long a batch goes on before it is stopped again, and what the network does alone meanwhile."""
 TOOLBOX = "TIATOOLBOX_PYTHON"
 
 
@@ -68,10 +74,10 @@ def benchmark(options: Options) -> Report:
         report.add("slide_write_share", seconds["write"] / record["seconds"], most=limit)
         _tiatoolbox(network, model, path, folder, report)
         if not options.tiny:
-            _collection("collection", model, settings, path, folder / "once", 3, 3, report)
+            _collection("collection", model, settings, path, folder / "once", 10, report)
             if bundle.load(model).predictor().symmetries > 1:  # which is what `segment` does unless told otherwise
                 own = replace(settings, symmetries=None)
-                _collection("collection_all_symmetries", model, own, path, folder / "all", 2, 1, report)
+                _collection("collection_all_symmetries", model, own, path, folder / "all", 3, report)
     predictor, weights = network.predictor, "trained" if options.model else "random"
     report.note(f"{record['tiles']} tiles of {predictor.tile} px, step {predictor.stride} px, {weights} weights")
     report.note(f"on {record['device']}, {record['precision']}")
@@ -206,28 +212,48 @@ def _tiatoolbox(network: SlideNetwork, model: str, path: Path, folder: Path, rep
 
 
 def _collection(
-    name: str, model: str, settings: SlideSettings, path: Path, folder: Path, most: int, rounds: int, report: Report
+    name: str, model: str, settings: SlideSettings, path: Path, folder: Path, copies: int, report: Report
 ) -> None:
-    """Tiles in a second of each further slide of a collection, beside the network alone with the same threads."""
-    alone, rates, shares, first = [_network_alone(model, settings)], [], [], []
-    for number in range(rounds):
-        took = _collection_seconds(model, settings, path, folder, (1, most), number)
-        record = json.loads((folder / f"out-{number}-1" / "slides" / "0" / "slide.json").read_text())
-        # What any run costs is in both; without the first slide what is left is that of the others.
-        rates.append((most - 1) * record["tiles"] / (took[most] - took[1]))
-        alone.append(_network_alone(model, settings))
-        shares.append(rates[-1] / statistics.mean(alone[-2:]))
-        first.append(took[1])
-    report.add(f"{name}_tiles_per_s", statistics.median(rates))
-    report.add(f"{name}_network_alone_tiles_per_s", statistics.median(alone))
-    report.add(f"{name}_share_of_network", statistics.median(shares), least=SHARE_OF_SLOWER)
-    report.add(f"{name}_first_slide_s", statistics.median(first))
+    """A batch of copies of a slide through Ray, stopped every few seconds to measure the network alone.
+
+    So both have the same machine, whatever else it does. What counts is the time from the end of the first slide to
+    that of the last but one: no start, and always a slide under the network while another one is written.
+    """
+    slides, out = folder / "slides", folder / "out"
+    slides.mkdir(parents=True)
+    for copy in range(copies):
+        shutil.copy(path, slides / f"{copy}{path.suffix}")
+    alone = _network_alone(model, settings)
+    batch = get_context("spawn").Process(target=_segment, args=(SlideRun(model, str(slides), str(out), settings),))
+    began = time.time()
+    batch.start()
+    pauses: list[tuple[float, float]] = []
+    rates: list[float] = []
+    while batch.is_alive() and len(ends := _ends(out)) < copies - 1:
+        if not ends:
+            time.sleep(0.1)
+            continue
+        with _stopped(batch.pid or 0):
+            pause = time.time()
+            rates.append(alone())
+            pauses.append((pause, time.time()))
+        time.sleep(RUNNING_S)
+    batch.join()
+    if batch.exitcode:
+        raise RuntimeError(f"the batch ended with {batch.exitcode}, see above")
+    ends = _ends(out)
+    first, last = ends[0], ends[-2]
+    running = last - first - sum(min(stop, last) - start for start, stop in pauses if start < last)
+    tiles = json.loads((out / "slides" / "0" / "slide.json").read_text())["tiles"]
+    rate, network = (copies - 2) * tiles / running, statistics.mean(rates)
+    report.add(f"{name}_tiles_per_s", rate)
+    report.add(f"{name}_network_alone_tiles_per_s", network)
+    report.add(f"{name}_share_of_network", rate / network, least=SHARE_OF_SLOWER)
+    report.add(f"{name}_first_slide_s", first - began)
 
 
-def _collection_seconds(
-    model: str, settings: SlideSettings, path: Path, folder: Path, counts: tuple[int, ...], number: int
-) -> dict[int, float]:
-    """Seconds for collections of so many copies of a slide, in a Ray that is started for them."""
+def _segment(run: SlideRun) -> None:
+    """What `pistoseg segment` does, without MLflow, in a Ray of its own."""
     from rich.console import Console
 
     from pistoseg.config import ComputeConfig
@@ -235,38 +261,57 @@ def _collection_seconds(
     from pistoseg.stages import cluster, slides
     from pistoseg.tracking import StageRun
 
-    took = {}
     with cluster.connected(ComputeConfig(device="auto")):
-        for count in counts:
-            copies = folder / f"slides-{count}"
-            copies.mkdir(parents=True, exist_ok=True)
-            for copy in range(count):
-                shutil.copy(path, copies / f"{copy}{path.suffix}")
-            run = slides.SlideRun(model, str(copies), str(folder / f"out-{number}-{count}"), settings)
-            found = slides.plan(run)
-            began = time.perf_counter()
-            slides.segment(run, found, Progress(Console(quiet=True)), StageRun())
-            took[count] = time.perf_counter() - began
-    return took
+        slides.segment(run, slides.plan(run), Progress(Console(quiet=True)), StageRun())
 
 
-def _network_alone(model: str, settings: SlideSettings) -> float:
-    """Tiles in a second of the network with the threads that it has in a local Ray, without one around it."""
+def _ends(out: Path) -> list[float]:
+    """When slides were done, in order (s since the epoch)."""
+    return sorted(record.stat().st_mtime for record in out.glob("slides/*/slide.json"))
+
+
+@contextmanager
+def _stopped(pid: int) -> Iterator[None]:
+    """A process and all that it started stand still for the block."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    chosen = [pid]
+    for process in chosen:  # which grows as it is gone through
+        chosen += [child for child, parent in parents.items() if parent == process]
+    try:
+        for process in chosen:
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGSTOP)
+        yield
+    finally:
+        for process in chosen:
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGCONT)
+
+
+def _network_alone(model: str, settings: SlideSettings) -> Callable[[], float]:
+    """What measures tiles in a second of the network with the threads that it has in a local Ray."""
     from pistoseg.stages import cluster
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(cluster.available_cpus())
     predictor = SlideNetwork(bundle.load(model), settings).predictor
-    batch = torch.randint(0, 256, (predictor.batch_size, predictor.tile, predictor.tile, 3), dtype=torch.uint8)
-    rates = []
-    with keep_freed_memory():
-        predictor.tile_probabilities(batch)
-        for _ in range(8):
+    count = max(1, predictor.batch_size // predictor.symmetries)
+    tiles = torch.randint(0, 256, (count, predictor.tile, predictor.tile, 3), dtype=torch.uint8)
+
+    def measure() -> float:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(cluster.available_cpus())
+        with keep_freed_memory():
+            predictor.tile_probabilities(tiles)  # fetches the memory
             began = time.perf_counter()
-            predictor.tile_probabilities(batch).cpu()
-            rates.append(len(batch) / (time.perf_counter() - began))
-    torch.set_num_threads(threads)
-    return statistics.median(rates)
+            for _ in range(ALONE_BATCHES):
+                predictor.tile_probabilities(tiles).cpu()
+            rate = ALONE_BATCHES * count / (time.perf_counter() - began)
+        torch.set_num_threads(threads)
+        return rate
+
+    return measure
 
 
 if __name__ == "__main__":
