@@ -41,7 +41,7 @@ def count_levels(path: str, name: str) -> int:
 def open_aperio(
     path: str, mpp: float | None, name: str, sizes: list[tuple[int, int]], properties: Mapping[str, str]
 ) -> TiffReader | None:
-    """A slide of Aperio's (SVS) read from its pages, in a seventh of OpenSlide's processor time, or half of it for
+    """A slide of Aperio's (SVS) read from its pages, in a quarter of OpenSlide's processor time, or half of it for
     JPEG 2000, and with the same pixels; None where OpenSlide knows more of it than its pages say.
 
     Args:
