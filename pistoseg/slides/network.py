@@ -301,7 +301,7 @@ def _draw_overview(
 ) -> None:
     reader = slide.reader
     longer, finest = max(reader.width * reader.mpp_x, reader.height * reader.mpp_y), max(reader.mpp_x, reader.mpp_y)
-    # Whole numbers of px become one: their mean takes a fifth of the time of parts of px.
+    # Whole numbers of px become one: their mean is much quicker than that of parts of px.
     small = SlideView(reader, finest * math.ceil(longer / finest / OVERVIEW_PIXELS))
     factor = max(1.0, min(mask.shape[0] / small.height, mask.shape[1] / small.width))
     write_overview(
