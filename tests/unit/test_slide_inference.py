@@ -1,6 +1,7 @@
 """The network over a slide: what comes out does not depend on how it was cut, and memory not on the slide."""
 
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -230,6 +231,20 @@ def test_reads_run_ahead_of_the_network_but_not_far(slide, monkeypatch):
     mapped(view, Slow(), super_tile=SMALL, stride=SMALL, readers=2)  # a tile a read
     assert len(started) == 30
     assert 2 <= max(most) <= 5
+
+
+def test_freed_memory_is_given_back_once_a_minute_over_slides_and_not_with_each_of_them(slide, monkeypatch):
+    _, view = slide
+    now, given_back = [1000.0], []
+    monkeypatch.setattr("pistoseg.slides.stitching.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("pistoseg.slides.stitching.give_back", lambda: given_back.append(now[0]))
+    stitcher = Stitcher(predictor(Blurred()), 3, BACKGROUND)
+    tissue = np.ones((8, 8), bool)
+    plan = TilePlan(view.width, view.height, TILE, 112, tissue)
+    for seconds in (0, 50, 50, 50):
+        now[0] += seconds
+        stitcher.run(view, plan, tissue, Pieces(view.height, view.width))
+    assert given_back == [1100.0]
 
 
 def test_a_part_that_cannot_be_read_is_the_error_of_the_slide(slide, monkeypatch):
