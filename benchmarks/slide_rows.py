@@ -3,7 +3,7 @@
     python -m benchmarks.slide_rows                              1,000 and 10,000 slides, then 100,000
     python -m benchmarks.slide_rows --rows 1000 --out rows.json
 
-Listing, planning, Ray Data's plan, the workers' rows, the summary: everything is what a real run does, but each worker
+Listing, planning, the pool of workers, their records, the summary: everything is what a real run does, but each worker
 returns the record of a finished slide at once. Each size runs in a process of its own, whose peak memory and CPU time
 (`cpu_s`, the driver's alone) are measured; the other times are the clock's.
 """
@@ -53,34 +53,33 @@ class StubWorker:
     """Takes the place of `SlideWorker`: the record of a slide that took no time."""
 
     def __init__(self, *arguments: Any) -> None:
+        pass
+
+    def load(self) -> None:
+        """Make what all records have."""
         import numpy as np
 
         from pistoseg.outputs.areas import slide_areas
         from pistoseg.outputs.summary import versions
         from pistoseg.phantom import PHANTOM_CLASSES
 
-        self.board = arguments[-1]
         counts = np.zeros(256, np.int64)
         counts[:5] = 1_000_000
         self.areas = slide_areas(counts, 2.0, PHANTOM_CLASSES)
         self.versions = versions()
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        import ray
-
+    def segment(self, task: Any) -> dict[str, Any]:
+        """The record."""
         from pistoseg.slides.job import start_record
-        from pistoseg.stages.slide_worker import SlideTask
 
-        task = SlideTask.from_json(row["task"])
-        slide_id = task.entry.slide_id
-        ray.get(self.board.begin.remote(slide_id, task.part))
-        self.board.plan.remote(slide_id, 1000)
-        self.board.tiles.remote(slide_id, 0, 1000)
         record = start_record(task.entry, {"etag": "0" * 32}, 1, "2026-01-01T00:00:00Z")
         facts = {"mpp": 0.25, "mpp_source": "openslide", "width": 100_000, "height": 80_000, "tiles": 1000}
         record |= facts | {"status": "completed", "reason": "", "seconds": 1.0, "versions": self.versions}
-        ray.get(self.board.end.remote(slide_id))
-        return {"slide_id": slide_id, "record": json.dumps(record | {"areas": self.areas})}
+        return record | {"areas": self.areas}
+
+    def progress(self) -> dict[Any, tuple[int, int]]:
+        """Nothing is ever in work."""
+        return {}
 
 
 def measure(rows: int) -> dict[str, float]:

@@ -170,15 +170,20 @@ def start_record(entry: SlideEntry, made_from: Mapping[str, str], attempts: int,
 class Clock:
     """Seconds of the parts of a job.
 
+    Args:
+        before: what others took for earlier parts of it.
+
     Attributes:
         started: UTC, ISO 8601.
         laps: seconds by part.
     """
 
-    def __init__(self) -> None:
-        self.started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        self.laps: dict[str, float] = {}
-        self._began = self._last = time.monotonic()
+    def __init__(self, before: Mapping[str, float] | None = None) -> None:
+        self.laps = {name: round(seconds, 2) for name, seconds in (before or {}).items()}
+        earlier = sum(self.laps.values())
+        self.started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() - earlier))
+        self._last = time.monotonic()
+        self._began = self._last - earlier
 
     def lap(self, name: str) -> None:
         """A part ends."""

@@ -32,7 +32,7 @@ sizes, and where none fits into another's place a process grows: by 100 MB in fi
 300,000 page faults for a network on tiles of 512 px."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Work:
     """What a stitching took.
 
@@ -160,7 +160,7 @@ class Stitcher:
             PistoSegError: a part of the slide cannot be read.
         """
         bands = range(len(plan.bands)) if bands is None else bands
-        work, began = Work(), time.monotonic()
+        began = time.monotonic()
         start = next((item.index for item in plan.bands if item.y + item.height > plan.bands[bands.start].y), 0)
         chosen = plan.bands[start : bands.stop]
         super_tiles = [list(plan.super_tiles(band)) for band in chosen]
@@ -176,10 +176,8 @@ class Stitcher:
                 if time.monotonic() - self._given_back > GIVE_BACK_S:
                     give_back()
                     self._given_back = time.monotonic()
-            work.waiting_s = reads.waited_s
-        work.tiles = sum(len(item.tiles) for items in super_tiles for item in items)
-        work.seconds = time.monotonic() - began
-        return work
+        tiles = sum(len(item.tiles) for items in super_tiles for item in items)
+        return Work(tiles, time.monotonic() - began, reads.waited_s)
 
     def _band(
         self,

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import gzip
-import json
 import os
 import shutil
 import tempfile
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import astuple, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import ray
 
 from pistoseg import storage
 from pistoseg.actors import exit_in_time
-from pistoseg.errors import PistoSegError, explained
+from pistoseg.errors import explained
 from pistoseg.memory import keep_freed_memory
 from pistoseg.models import bundle
 from pistoseg.slides import results
@@ -27,11 +27,10 @@ from pistoseg.slides.job import Clock, segment_slide, start_record, write_slide
 from pistoseg.slides.network import SlideNetwork, SlideSettings
 from pistoseg.slides.source import SlideEntry
 from pistoseg.slides.stitching import MaskFile, Work
-from pistoseg.stages.slide_board import TileCount
 from pistoseg.stages.slide_images import node_cache
 
-MAX_BEGUN = 2
-"""How often a slide is begun in one run: one that kills its worker twice is given up."""
+ASKED = "asked"
+"""Ray's name for the threads that answer while slides are in work."""
 PARTS = ".parts"
 """Folder of the output for shares of slides that several workers map; empty when they are done."""
 
@@ -44,22 +43,14 @@ class SlideTask:
         entry: the slide.
         attempts: which try of the slide it is.
         part, parts: which share of how many.
+        works: of all shares, which are there and are to be put together.
     """
 
     entry: SlideEntry
     attempts: int = 1
     part: int = 0
     parts: int = 1
-
-    def to_json(self) -> str:
-        """As it travels in a dataset."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> SlideTask:
-        """The inverse of `to_json`."""
-        value = json.loads(text)
-        return cls(**value | {"entry": SlideEntry(**value["entry"])})
+    works: tuple[Work, ...] = ()
 
 
 class SlideWorker:
@@ -73,8 +64,9 @@ class SlideWorker:
         threads: of the network on a CPU.
         readers: threads that read ahead.
         cache_gb: size of the node's cache of slides; None: half of what the disk has left.
-        board: the actor.
     """
+
+    network: SlideNetwork
 
     def __init__(
         self,
@@ -85,129 +77,156 @@ class SlideWorker:
         threads: int,
         readers: int,
         cache_gb: float | None,
-        board: Any,
     ) -> None:
+        exit_in_time()
+        self.model, self.settings, self.out, self.device = model, settings, out, device
+        self.threads, self.readers, self.cache_gb = threads, readers, cache_gb
+        self._memory = ExitStack()
+        self._at: dict[SlideTask, tuple[int, int]] = {}
+
+    def load(self) -> None:
+        """Load the model, before anything else.
+
+        Raises:
+            PistoSegError: it can't be.
+        """
         import torch
 
-        exit_in_time()
-        self._memory = ExitStack()
         self._memory.enter_context(keep_freed_memory())  # of one slide for the next; the stitcher gives it back
 
         def load() -> SlideNetwork:
-            torch.set_num_threads(threads)
-            segmenter = bundle.load(model, None if device == "auto" else device)
+            torch.set_num_threads(self.threads)
+            segmenter = bundle.load(self.model, None if self.device == "auto" else self.device)
             writer = ThreadPoolExecutor(1, initializer=give_way) if segmenter.device.type == "cpu" else None
-            return SlideNetwork(segmenter, settings, readers, mapper, writer)
+            return SlideNetwork(segmenter, self.settings, self.readers, mapper, writer)
 
         # Every thread that asks OpenMP for work gets a team of threads of its own. With more of them in a process than
         # CPUs, a team no longer waits awake for its next work: it slept a tenth of the time. So one thread does all
         # that a network does here, from its first forward pass, when it is loaded.
         mapper = ThreadPoolExecutor(1)
         self.network = mapper.submit(load).result()
-        self.out, self.cache_gb, self.board = out, cache_gb, board
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Segment the slide or share of a row; `record` is slide.json's, or empty while other shares are not done."""
-        task = SlideTask.from_json(row["task"])
-        slide_id = task.entry.slide_id
-        clock = Clock()
+    def segment(self, task: SlideTask) -> dict[str, Any] | Work:
+        """Do a task; what is wrong with a whole slide is a record too, whatever it is.
+
+        Returns:
+            What slide.json says, and `areas`; of a share what it took.
+
+        Raises:
+            Exception: what is wrong with a share, or with shares that are put together.
+        """
         try:
-            begun = ray.get(self.board.begin.remote(slide_id, task.part))
-            if begun > MAX_BEGUN:
-                raise PistoSegError(
-                    f"the worker process died {MAX_BEGUN} times at it or at the slide beside it",
-                    file=task.entry.uri,
-                    remedy="give the workers more memory, or a smaller --batch-size",
-                )
-            record = self._whole(task) if task.parts == 1 else self._share(task, clock)
-        except Exception as error:  # a bad slide is a row, whatever is wrong with it; the others go on
-            record = self._failed(task, error, clock)
-        if record:
-            ray.get(self.board.end.remote(slide_id))
-        return {"slide_id": slide_id, "record": json.dumps(record) if record else ""}
+            if task.works:
+                return self._join(task)
+            return self._whole(task) if task.parts == 1 else self._share(task)
+        finally:
+            self._at.pop(task, None)
+
+    @ray.method(concurrency_group=ASKED)
+    def progress(self) -> dict[SlideTask, tuple[int, int]]:
+        """Of the tasks in work: tiles of the whole slide, and how many of them this one has done."""
+        return dict(self._at)
+
+    def _plan(self, task: SlideTask, tiles: int) -> None:
+        self._at[task] = tiles, 0
+
+    def _count(self, task: SlideTask, tiles: int) -> None:
+        planned, done = self._at[task]
+        self._at[task] = planned, done + tiles
 
     def _whole(self, task: SlideTask) -> dict[str, Any]:
-        entry, tiles = task.entry, TileCount(self.board, task.entry.slide_id, 0)
-        result = segment_slide(
-            self.network,
-            entry,
-            self.out,
-            cache=node_cache(entry.uri, self.cache_gb),
-            attempts=task.attempts,
-            on_plan=lambda planned: self.board.plan.remote(entry.slide_id, planned),
-            on_tiles=tiles,
-        )
-        tiles.send()
+        entry, clock = task.entry, Clock()
+        try:
+            result = segment_slide(
+                self.network,
+                entry,
+                self.out,
+                cache=node_cache(entry.uri, self.cache_gb),
+                attempts=task.attempts,
+                on_plan=partial(self._plan, task),
+                on_tiles=partial(self._count, task),
+            )
+        except Exception as error:  # whatever is wrong with it, the others go on
+            return write_failure(self.network, self.out, task, error, clock)
         return {**result.record, "areas": result.areas}
 
-    def _share(self, task: SlideTask, clock: Clock) -> dict[str, Any] | None:
-        """Map some bands of a slide; whoever maps the last ones puts them together and writes the results."""
-        entry, board = task.entry, self.board
-        if ray.get(board.given_up.remote(entry.slide_id)):
-            return None
-        made_from = self.network.made_from(entry)
+    def _share(self, task: SlideTask) -> Work:
+        """Map some bands of a slide."""
+        entry = task.entry
         with self.network.prepared(entry, node_cache(entry.uri, self.cache_gb)) as slide:
-            clock.lap("prepare")
-            board.plan.remote(entry.slide_id, slide.plan.n_tiles)
+            self._plan(task, slide.plan.n_tiles)
             bands = share_of_bands(slide.plan, task.part, task.parts)
-            work = Work()
+            if not bands:
+                return Work()
+            first, bottom = slide.plan.bands[bands.start].y, slide.plan.bands[bands.stop - 1].final
             with tempfile.TemporaryDirectory(prefix="pistoseg-share-") as folder:
-                if bands:
-                    first, bottom = slide.plan.bands[bands.start].y, slide.plan.bands[bands.stop - 1].final
-                    mask = MaskFile(Path(folder) / "mask", bottom - first, slide.view.width, first)
-                    tiles = TileCount(board, entry.slide_id, task.part)
-                    work = self.network.map(
-                        slide, mask, bands=bands, on_begin=lambda: clock.lap("queue"), on_tiles=tiles
-                    )
-                    tiles.send()
-                    mask.close()
-                    _store(Path(folder) / "mask", self._share_uri(task, task.part))
-            clock.lap("network")
-            works = ray.get(board.share_done.remote(entry.slide_id, task.part, task.parts, asdict(work)))
-            if works is None:
-                return None
-            with results.published(results.slide_folder(self.out, entry.slide_id)) as (folder_, scratch):
-                for part in range(task.parts):
-                    if share_of_bands(slide.plan, part, task.parts):
-                        _append(self._share_uri(task, part), scratch / "mask")
-                whole = MaskFile(scratch / "mask", slide.view.height, slide.view.width)
-                took = Work(
-                    *(sum(item[key] for item in works) for key in ("tiles", "seconds", "waiting_s")),
-                )
-                record = write_slide(
-                    self.network, slide, whole, folder_, took, made_from, task.attempts, clock, workers=task.parts
-                )
-                whole.close()
+                mask = MaskFile(Path(folder) / "mask", bottom - first, slide.view.width, first)
+                work = self.network.map(slide, mask, bands=bands, on_tiles=partial(self._count, task))
+                mask.close()
+                _store(Path(folder) / "mask", self._share_uri(task, task.part))
+        return work
+
+    def _join(self, task: SlideTask) -> dict[str, Any]:
+        """Put the shares of a slide together and write its results."""
+        entry, works = task.entry, task.works
+        clock = Clock({"network": max(work.seconds for work in works)})
+        made_from, folder = self.network.made_from(entry), results.slide_folder(self.out, entry.slide_id)
+        with (
+            results.published(folder) as (target, scratch),
+            self.network.prepared(entry, node_cache(entry.uri, self.cache_gb)) as slide,
+        ):
+            clock.lap("prepare")
+            for part in range(task.parts):
+                if share_of_bands(slide.plan, part, task.parts):
+                    _append(self._share_uri(task, part), scratch / "mask")
+            mask = MaskFile(scratch / "mask", slide.view.height, slide.view.width)
+            took = Work(*(sum(values) for values in zip(*map(astuple, works), strict=True)))
+            record = write_slide(
+                self.network, slide, mask, target, took, made_from, task.attempts, clock, workers=task.parts
+            )
+            mask.close()
         storage.remove_tree(storage.join(self.out, PARTS, entry.slide_id))
         return record
 
     def _share_uri(self, task: SlideTask, part: int) -> str:
         return storage.join(self.out, PARTS, task.entry.slide_id, f"{part}-of-{task.parts}.gz")
 
-    def _failed(self, task: SlideTask, error: Exception, clock: Clock) -> dict[str, Any] | None:
-        """The record of a slide that could not be segmented; what an earlier run made of it goes."""
-        entry = task.entry
-        if not ray.get(self.board.give_up.remote(entry.slide_id)):
-            return None
-        try:
-            made_from = self.network.made_from(entry)
-        except Exception:  # it is not even there
-            made_from = {}
-        known = explained(error)
-        record = start_record(entry, made_from, task.attempts, clock.started) | {
-            "status": "failed",
-            "reason": str(known or f"{type(error).__name__}: {error}"),
-            "traceback": "".join(traceback.format_exception(error)),
-            "seconds": clock.total(),
-            "model": self.network.model,
-            "settings": self.network.decisive,
-        }
-        try:
-            with results.published(results.slide_folder(self.out, entry.slide_id)) as (folder, _):
-                results.write_record(folder, record)
-        except Exception as second:  # of the output: the summary at least says it
-            record["reason"] += f" (and slide.json can't be written: {second})"
-        return record
+
+def write_failure(
+    network: SlideNetwork, out: str, task: SlideTask, error: Exception, clock: Clock | None = None
+) -> dict[str, Any]:
+    """Write slide.json of a slide that could not be segmented, in place of what an earlier run made of it.
+
+    Args:
+        network: of the run.
+        out: URI of the output.
+        task: the slide, or any share of it.
+        error: why.
+        clock: of the try.
+
+    Returns:
+        What slide.json says.
+    """
+    entry, clock = task.entry, clock or Clock()
+    try:
+        made_from = network.made_from(entry)
+    except Exception:  # it is not even there
+        made_from = {}
+    known = explained(error)
+    record = start_record(entry, made_from, task.attempts, clock.started) | {
+        "status": "failed",
+        "reason": str(known or f"{type(error).__name__}: {error}"),
+        "traceback": "".join(traceback.format_exception(error)),
+        "seconds": clock.total(),
+        "model": network.model,
+        "settings": network.decisive,
+    }
+    try:
+        with results.published(results.slide_folder(out, entry.slide_id)) as (folder, _):
+            results.write_record(folder, record)
+    except Exception as second:  # of the output: the summary at least says it
+        record["reason"] += f" (and slide.json can't be written: {second})"
+    return record
 
 
 def give_way() -> None:

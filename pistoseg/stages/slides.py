@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ import ray
 import torch
 
 from pistoseg import storage
-from pistoseg.actors import start_here
 from pistoseg.config import ComputeConfig
 from pistoseg.errors import PistoSegError
 from pistoseg.models import bundle
@@ -27,14 +25,15 @@ from pistoseg.redaction import redact
 from pistoseg.slides import results
 from pistoseg.slides.network import SlideNetwork, SlideSettings
 from pistoseg.slides.source import SlideEntry, list_slides
+from pistoseg.slides.stitching import Work
 from pistoseg.stages import cluster, placement
-from pistoseg.stages.slide_board import Board
 from pistoseg.stages.slide_images import node_cache
-from pistoseg.stages.slide_worker import PARTS, SlideTask, SlideWorker
+from pistoseg.stages.slide_pool import SlidePool
+from pistoseg.stages.slide_progress import SlideProgress
+from pistoseg.stages.slide_worker import ASKED, PARTS, SlideTask, SlideWorker, write_failure
 from pistoseg.tracking import StageRun
 
 LISTING_THREADS = 16
-POLL_S = 0.5
 SAMPLE = 16
 """Slides that a dry run opens; the others are assumed to be like them."""
 SHEET = 24
@@ -181,9 +180,10 @@ def segment(run: SlideRun, found: Plan, progress: Progress, tracked: StageRun) -
         compute = ComputeConfig.model_validate({"device": run.device})
         with cluster.connected(compute), progress.stage(f"Segmenting {len(found.todo)} slides"):
             placement.check_shared(run.out, {"--model": run.model, "--slides": run.slides})
-            for record in _records(run, found, compute, progress):
-                _say(record, progress)
-                rows.append(_row(_entry_of(record), record, record["status"]))
+            with closing(_records(run, found, compute, progress)) as records:
+                for record in records:
+                    _say(record, progress)
+                    rows.append(_row(_entry_of(record), record, record["status"]))
         storage.remove_tree(storage.join(run.out, PARTS))
     seconds = time.monotonic() - began
     worked = sum(row.status != "skipped" for row in rows)
@@ -210,39 +210,39 @@ def _say(record: Mapping[str, Any], progress: Progress) -> None:
     progress.event("slide", text, slide_id=record["slide_id"], **fields)
 
 
-def _records(run: SlideRun, found: Plan, compute: ComputeConfig, progress: Progress) -> Iterator[dict[str, Any]]:
+def _records(run: SlideRun, found: Plan, compute: ComputeConfig, progress: Progress) -> Generator[dict[str, Any]]:
     """Records of the slides as they are done."""
     actors, resources, threads, readers = _pool(run, compute)
     tasks = _tasks(found.todo, actors, share=not run.settings.probabilities)
-    board = start_here(Board)
     actors = min(actors, len(tasks))
     together = 2 if len(tasks) > actors else 1  # the next slide is fetched while the network is at one
-    arguments = (
-        run.model,
-        run.settings,
-        run.out,
-        run.device,
-        threads,
-        readers,
-        run.cache_gb,
-        board,
-    )
-    dataset = ray.data.from_items([{"task": task.to_json()} for task in tasks], override_num_blocks=len(tasks)).map(
-        SlideWorker,
-        fn_constructor_args=arguments,
-        compute=ray.data.ActorPoolStrategy(
-            size=actors,
-            max_tasks_in_flight_per_actor=together,
-            max_concurrent_calls_per_actor=together,
-            enable_true_multi_threading=True,
-        ),
-        **resources,
-    )
-    with _watched(board, len(found.todo), progress.update):
-        for row in cluster.arriving_rows(dataset):
-            if row["record"]:
-                yield json.loads(row["record"])
-    ray.kill(board)
+    arguments = (run.model, run.settings, run.out, run.device, threads, readers, run.cache_gb)
+    actor = ray.remote(concurrency_groups={ASKED: 1})(SlideWorker).options(max_concurrency=together, **resources)
+    pool = SlidePool(lambda: actor.remote(*arguments), actors, together, tasks)
+    so_far = SlideProgress(len(found.todo), progress.update)
+    shares: dict[str, list[Work]] = {}
+    failed: set[str] = set()  # of shared slides
+
+    def tell(task: SlideTask, planned: int, done: int) -> None:
+        so_far.see(task.entry.slide_id, task.part, planned, done)
+
+    for task, result in pool.results(tell):
+        slide_id = task.entry.slide_id
+        if slide_id in failed:
+            continue  # by another share
+        if isinstance(result, Work):
+            works = shares.setdefault(slide_id, [])
+            works.append(result)
+            if len(works) == task.parts:
+                pool.add_first(replace(task, part=0, works=tuple(shares.pop(slide_id))))
+            continue
+        if isinstance(result, Exception):
+            result = write_failure(found.network, run.out, task, result)
+            if task.parts > 1:
+                failed.add(slide_id)
+                pool.drop(slide_id)
+        so_far.end(slide_id, result.get("tiles"))
+        yield result
 
 
 def _pool(run: SlideRun, compute: ComputeConfig) -> tuple[int, dict[str, float], int, int]:
@@ -266,28 +266,6 @@ def _tasks(todo: Sequence[tuple[SlideEntry, int]], actors: int, share: bool) -> 
     """A task a slide; where there are fewer slides than actors, several actors share each of them."""
     parts = max(1, actors // len(todo)) if share else 1
     return [SlideTask(entry, attempts, part, parts) for entry, attempts in todo for part in range(parts)]
-
-
-@contextmanager
-def _watched(board: Any, total: int, show: Callable[[float, float, str], None]) -> Iterator[None]:
-    """Show what the board knows while the block runs."""
-    stop, began = threading.Event(), time.monotonic()
-
-    def watch() -> None:
-        while not stop.wait(POLL_S):
-            try:
-                done, tiles = ray.get(board.fetch.remote(), timeout=30)
-            except ray.exceptions.RayError:
-                continue  # shown again at the next poll
-            show(done, total, f"{tiles:,} tiles, {tiles / (time.monotonic() - began):.1f} a second")
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
 
 
 def _with_areas(

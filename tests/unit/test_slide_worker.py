@@ -25,7 +25,13 @@ def start(tmp_path):
     network = segmentation.build("fpn", "tu-mobilenetv3_small_050", 1, None)
     bundle.save(str(tmp_path / "bundle"), network, classes=classes, patch_size=64)
     arguments = str(tmp_path / "bundle"), SlideSettings(mpp=1.0), str(tmp_path / "out"), "cpu"
-    return lambda: SlideWorker(*arguments, torch.get_num_threads(), 1, None, board=None)
+
+    def started() -> SlideWorker:
+        worker = SlideWorker(*arguments, torch.get_num_threads(), 1, None)
+        worker.load()
+        return worker
+
+    return started
 
 
 @pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="only Linux has threads that give way")
