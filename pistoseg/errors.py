@@ -75,11 +75,12 @@ def below(error: BaseException | None) -> Iterator[BaseException]:
     """Yield an error and all that it came from, as Ray's tasks, Ray Train and Python keep them."""
     if error is None:
         return
+    cause = getattr(error, "cause", None)
+    # First, as Ray's error of a task is one of the same class, whose text is the traceback.
+    yield from below(cause if isinstance(cause, BaseException) else None)
     yield error
     for other in (*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None)):
         yield from below(other)
-    cause = getattr(error, "cause", None)
-    yield from below(cause if isinstance(cause, BaseException) else None)
     yield from below(error.__cause__)
 
 

@@ -123,6 +123,8 @@ class SlidePool:
         except RayTaskError:
             raise
         except RayError as error:
+            if isinstance(error, RayActorError) and error.actor_init_failed:
+                raise
             self._failed_starts += 1
             if self._failed_starts == MAX_FAILED_STARTS:
                 raise PistoSegError(

@@ -237,6 +237,17 @@ def test_one_worker_two_and_a_shared_slide_write_the_same_files(local_ray, model
     assert not list((tmp_path / "shared").rglob(".*"))
 
 
+def test_a_shared_slide_that_can_not_be_read_fails_once(local_ray, model, slide, tmp_path):
+    (tmp_path / "a.tif").write_bytes(slide.read_bytes()[:5000])
+    assert segment(model, tmp_path / "a.tif", tmp_path / "out", "--workers", "2") == 3
+    assert list(rows(tmp_path / "out")) == ["a"]
+    record = json.loads((tmp_path / "out" / "slides" / "a" / "slide.json").read_text())
+    assert (record["status"], record["attempts"]) == ("failed", 1)
+    assert record["reason"].startswith(str(tmp_path / "a.tif"))
+    assert "in _share" in record["traceback"]
+    assert not list((tmp_path / "out").rglob(".*"))
+
+
 def test_only_what_was_made_from_the_same_is_kept(local_ray, model, slide, tmp_path, capsys):
     for number in range(2):
         shutil.copy(slide, tmp_path / f"{number}.tif")

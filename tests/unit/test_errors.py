@@ -57,6 +57,13 @@ def test_an_error_for_users_is_found_as_it_is():
     assert explained(WrappedError(worker_failures={1: WrappedError(cause=known)})) is known
 
 
+def test_what_a_task_of_ray_raised_is_told_without_its_traceback():
+    error = PistoSegError("is bad", file="a.svs")
+    wrapped = ray.exceptions.RayTaskError("segment", "Traceback ...", error).as_instanceof_cause()
+    assert isinstance(wrapped, PistoSegError)
+    assert explained(wrapped) is error
+
+
 def test_an_error_keeps_its_kind_and_fields_on_its_way_between_processes():
     error = UnavailableError("is away", file="s3://b", field="f", remedy="wait")
     back = pickle.loads(pickle.dumps(error))
