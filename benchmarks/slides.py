@@ -244,8 +244,10 @@ def _collection(
     ends = _ends(out)
     first, last = ends[0], ends[-2]
     running = last - first - sum(min(stop, last) - start for start, stop in pauses if start < last)
-    tiles = json.loads((out / "slides" / "0" / "slide.json").read_text())["tiles"]
-    rate, network = (copies - 2) * tiles / running, statistics.mean(rates)
+    record = json.loads((out / "slides" / "0" / "slide.json").read_text())
+    if record["status"] != "completed":
+        raise RuntimeError(f"the batch's slides failed: {record['reason']}")
+    rate, network = (copies - 2) * record["tiles"] / running, statistics.mean(rates)
     report.add(f"{name}_tiles_per_s", rate)
     report.add(f"{name}_network_alone_tiles_per_s", network)
     report.add(f"{name}_share_of_network", rate / network, least=SHARE_OF_SLOWER)
