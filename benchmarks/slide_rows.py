@@ -2,10 +2,11 @@
 
     python -m benchmarks.slide_rows                              1,000 and 10,000 slides, then 100,000
     python -m benchmarks.slide_rows --rows 1000 --out rows.json
+    python -m benchmarks.slide_rows --rows 40 --workers 20 --seconds 30     20 workers that are asked how far they are
 
 Listing, planning, the pool of workers, their records, the summary: everything is what a real run does, but each worker
-returns the record of a finished slide at once. Each size runs in a process of its own, whose peak memory and CPU time
-(`cpu_s`, the driver's alone) are measured; the other times are the clock's.
+returns the record of a finished slide at once, or after `--seconds`. Each size runs in a process of its own, whose peak
+memory and CPU time (`cpu_s`, the driver's alone) are measured; the other times are the clock's.
 """
 
 from __future__ import annotations
@@ -22,22 +23,25 @@ from pathlib import Path
 from typing import Any
 
 COLUMNS = ("rows", "plan_s", "first_row_s", "rows_s", "rows_per_s", "summary_s", "cpu_s", "peak_mb", "kb_per_row")
-ACTORS = 2
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[1_000, 10_000, 100_000], metavar="N")
     parser.add_argument("--out", metavar="FILE", help="the same as JSON")
+    parser.add_argument("--workers", type=int, default=2, metavar="N")
+    parser.add_argument("--seconds", type=float, default=0.0, metavar="S", help="that a slide takes")
     parser.add_argument("--measure", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        print(json.dumps(measure(options.measure)))
+        StubWorker.seconds = options.seconds  # which travels to Ray with the class
+        print(json.dumps(measure(options.measure, options.workers)))
         return 0
     found: list[dict[str, float]] = []
     print("  ".join(f"{name:>11}" for name in COLUMNS))
     for rows in options.rows:
         command = [sys.executable, "-m", "benchmarks.slide_rows", "--measure", str(rows)]
+        command += ["--workers", str(options.workers), "--seconds", str(options.seconds)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         row = json.loads(done.stdout.splitlines()[-1])
         small = found[0] if found else None
@@ -50,10 +54,12 @@ def main() -> int:
 
 
 class StubWorker:
-    """Takes the place of `SlideWorker`: the record of a slide that took no time."""
+    """Takes the place of `SlideWorker`: the record of a slide, out of nothing."""
+
+    seconds = 0.0
 
     def __init__(self, *arguments: Any) -> None:
-        pass
+        self.at: dict[Any, tuple[int, int]] = {}
 
     def load(self) -> None:
         """Make what all records have."""
@@ -72,17 +78,20 @@ class StubWorker:
         """The record."""
         from pistoseg.slides.job import start_record
 
+        self.at[task] = 1000, 500
+        time.sleep(self.seconds)
+        del self.at[task]
         record = start_record(task.entry, {"etag": "0" * 32}, 1, "2026-01-01T00:00:00Z")
         facts = {"mpp": 0.25, "mpp_source": "openslide", "width": 100_000, "height": 80_000, "tiles": 1000}
         record |= facts | {"status": "completed", "reason": "", "seconds": 1.0, "versions": self.versions}
         return record | {"areas": self.areas}
 
     def progress(self) -> dict[Any, tuple[int, int]]:
-        """Nothing is ever in work."""
-        return {}
+        """All are half done."""
+        return dict(self.at)
 
 
-def measure(rows: int) -> dict[str, float]:
+def measure(rows: int, workers: int) -> dict[str, float]:
     """One run in this process."""
     import torch
 
@@ -108,7 +117,7 @@ def measure(rows: int) -> dict[str, float]:
         for number in range(rows):
             (folder / "slides" / f"{number:06d}.svs").touch()
         run = stage.SlideRun(
-            model, str(folder / "slides"), str(folder / "out"), SlideSettings(), workers=ACTORS, device="cpu"
+            model, str(folder / "slides"), str(folder / "out"), SlideSettings(), workers=workers, device="cpu"
         )
         with cluster.connected(ComputeConfig(device="cpu")):
             started, worked = time.monotonic(), time.process_time()

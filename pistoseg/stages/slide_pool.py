@@ -79,7 +79,8 @@ class SlidePool:
             while self._todo or self._suspects or self._running:
                 self._hand_out()
                 waiting = [*self._starting, *self._running, *self._asked]
-                for reference in ray.wait(waiting, timeout=ASK_S)[0]:
+                ray.wait(waiting, timeout=ASK_S)  # for the first one; then all that are there
+                for reference in ray.wait(waiting, num_returns=len(waiting), timeout=0)[0]:
                     yield from self._take(reference, tell)
                 self._ask()
         finally:
