@@ -162,16 +162,13 @@ class SlidePool:
             self._deaths[task] += not preempted
             if self._deaths[task] < MAX_DEATHS:
                 self._suspects.append(task)
-            else:
-                yield (
-                    task,
-                    PistoSegError(
-                        f"the worker process died {MAX_DEATHS} times at it",
-                        file=task.entry.uri,
-                        remedy="give the workers more memory, or a smaller --batch-size",
-                    ),
-                )
-            return
+                return
+            result = PistoSegError(
+                f"the worker process died {MAX_DEATHS} times at it",
+                file=task.entry.uri,
+                remedy="give the workers more memory, or a smaller --batch-size",
+            )
+            result.__cause__ = error  # in which Ray says what it knows of the end
         if worker in self._loads:
             self._loads[worker].remove(task)
         yield task, result

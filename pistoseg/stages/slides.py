@@ -217,7 +217,11 @@ def _records(run: SlideRun, found: Plan, compute: ComputeConfig, progress: Progr
     actors = min(actors, len(tasks))
     together = 2 if len(tasks) > actors else 1  # the next slide is fetched while the network is at one
     arguments = (run.model, run.settings, run.out, run.device, threads, readers, run.cache_gb)
-    actor = ray.remote(concurrency_groups={ASKED: 1})(SlideWorker).options(max_concurrency=together, **resources)
+    actor = ray.remote(concurrency_groups={ASKED: 1})(SlideWorker).options(
+        max_concurrency=together,
+        scheduling_strategy="SPREAD",  # each node has its own disk, and its own way to the bucket
+        **resources,
+    )
     pool = SlidePool(lambda: actor.remote(*arguments), actors, together, tasks)
     so_far = SlideProgress(len(found.todo), progress.update)
     shares: dict[str, list[Work]] = {}

@@ -73,7 +73,9 @@ def run(pool, tell=lambda *_: None):
 
 def test_only_the_slide_that_kills_its_worker_is_given_up(tmp_path):
     found = run(pool_of(tmp_path, ["a", "kills", "slow", "b", "once", "c"]))
-    assert str(found.pop("kills")).startswith("kills.svs: the worker process died 2 times at it.")
+    killed = found.pop("kills")
+    assert str(killed).startswith("kills.svs: the worker process died 2 times at it.")
+    assert isinstance(killed.__cause__, ray.exceptions.ActorDiedError)
     assert set(found) == {"a", "slow", "b", "once", "c"}
     assert all(isinstance(result, int) for result in found.values())
     times = Counter({name: len(processes) for name, processes in begun(tmp_path).items()})
