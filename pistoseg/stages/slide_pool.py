@@ -98,8 +98,7 @@ class SlidePool:
                 self._give(worker, (self._todo or self._suspects).popleft())
         idle = len(self._starting) + sum(not at for at in self._loads.values())
         for worker, at in self._loads.items():
-            alone = any(self._deaths[task] for task in at)
-            while at and not alone and len(at) < self._together and len(self._todo) > idle:
+            while at and len(at) < self._together and len(self._todo) > idle:
                 self._give(worker, self._todo.popleft())
 
     def _give(self, worker: Any, task: SlideTask) -> None:
