@@ -65,7 +65,8 @@ class SlidePool:
         """Do all tasks, and those that are added meanwhile.
 
         Args:
-            tell: told of tasks in work: tiles that they have, and how many of these are done.
+            tell: told of tasks in work: tiles of the slide, and how many are done by this task; of one whose worker
+                died, 0 and 0.
 
         Yields:
             Tasks as they end, each with what its worker returned; or raised, or an error that says that workers died.
@@ -114,7 +115,7 @@ class SlidePool:
         elif reference in self._asked:
             self._take_progress(reference, tell)
         else:
-            yield from self._take_result(reference)
+            yield from self._take_result(reference, tell)
 
     def _take_start(self, reference: ray.ObjectRef) -> None:
         worker = self._starting.pop(reference)
@@ -146,7 +147,9 @@ class SlidePool:
             if task in found:
                 tell(task, *found[task])
 
-    def _take_result(self, reference: ray.ObjectRef) -> Iterator[tuple[SlideTask, Any]]:
+    def _take_result(
+        self, reference: ray.ObjectRef, tell: Callable[[SlideTask, int, int], None]
+    ) -> Iterator[tuple[SlideTask, Any]]:
         worker, task = self._running.pop(reference)
         try:
             result = ray.get(reference)
@@ -159,6 +162,7 @@ class SlidePool:
                 self._add_worker()
             preempted = isinstance(error, RayActorError) and error.preempted
             self._deaths[task] += not preempted
+            tell(task, 0, 0)
             if self._deaths[task] < MAX_DEATHS:
                 self._suspects.append(task)
                 return

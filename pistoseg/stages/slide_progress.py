@@ -12,7 +12,7 @@ SHOW_S = 0.5
 class SlideProgress:
     """Counts slides and tiles, those of slides in work included.
 
-    What it keeps of a slide goes when the slide ends, so that it looks only at the slides in work.
+    What it keeps of a slide's tiles goes when the slide ends, so that it looks only at the slides in work.
 
     Args:
         total: slides.
@@ -22,11 +22,13 @@ class SlideProgress:
     def __init__(self, total: int, show: Callable[[float, float, str], None]) -> None:
         self._total, self._show = total, show
         self._parts: dict[str, dict[int, tuple[int, int]]] = {}
-        self._ended, self._tiles_of_ended = 0, 0
+        self._ended, self._tiles_of_ended = set[str](), 0
         self._began = self._shown = time.monotonic()
 
     def see(self, slide_id: str, part: int, planned: int, tiles: int) -> None:
         """A share of a slide, or all of it, has done that many tiles of those planned for the whole slide."""
+        if slide_id in self._ended:
+            return  # another share of it has failed
         self._parts.setdefault(slide_id, {})[part] = planned, tiles
         if time.monotonic() - self._shown >= SHOW_S:
             self._report()
@@ -40,12 +42,12 @@ class SlideProgress:
         """
         seen = self._parts.pop(slide_id, {})
         self._tiles_of_ended += sum(done for _, done in seen.values()) if tiles is None else tiles
-        self._ended += 1
+        self._ended.add(slide_id)
         self._report()
 
     def so_far(self) -> tuple[float, int]:
         """Slides done, those in work in part, and tiles done."""
-        slides, tiles = float(self._ended), self._tiles_of_ended
+        slides, tiles = float(len(self._ended)), self._tiles_of_ended
         for parts in self._parts.values():
             planned, done = max(planned for planned, _ in parts.values()), sum(done for _, done in parts.values())
             slides += min(0.99, done / planned) if planned else 0.0

@@ -39,6 +39,8 @@ def worker_class():
             (self.folder / f"{name}.{time.monotonic_ns()}").write_text(str(os.getpid()))
             if name.startswith("slow"):
                 time.sleep(2.5)
+            while name.startswith("both") and len(list(self.folder.glob("both*"))) < 2:
+                time.sleep(0.05)
             if name == "kills" or (name == "once" and len(list(self.folder.glob("once.*"))) == 1):
                 time.sleep(0.5)  # until whoever is beside it has begun
                 os._exit(1)
@@ -72,7 +74,11 @@ def run(pool, tell=lambda *_: None):
 
 
 def test_only_the_slide_that_kills_its_worker_is_given_up(tmp_path):
-    found = run(pool_of(tmp_path, ["a", "kills", "slow", "b", "once", "c"]))
+    told = []
+    found = run(pool_of(tmp_path, ["a", "kills", "slow", "b", "once", "c"]), lambda *what: told.append(what))
+    lost = Counter(task.entry.slide_id for task, *tiles in told if tiles == [0, 0])
+    assert lost["kills"] == 2
+    assert lost["once"] == 1
     killed = found.pop("kills")
     assert str(killed).startswith("kills.svs: the worker process died 2 times at it.")
     assert isinstance(killed.__cause__, ray.exceptions.ActorDiedError)
@@ -103,8 +109,8 @@ def test_workers_that_die_as_they_start_end_the_run(tmp_path):
 
 
 def test_a_worker_takes_no_second_slide_that_another_one_could_begin(tmp_path):
-    found = run(pool_of(tmp_path, ["slow 0", "slow 1"], size=2))
-    assert found["slow 0"] != found["slow 1"]
+    found = run(pool_of(tmp_path, ["both 0", "both 1"], size=2))
+    assert found["both 0"] != found["both 1"]
 
 
 def test_workers_are_asked_how_far_they_are(tmp_path, monkeypatch):

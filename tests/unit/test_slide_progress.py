@@ -41,6 +41,13 @@ def test_a_share_that_is_begun_again_counts_anew(progress):
     assert progress.so_far() == (0, 0)
 
 
+def test_a_slide_that_ended_stays_ended_whatever_its_other_shares_say(progress):
+    progress.see("a", 0, 100, 7)
+    progress.end("a")
+    progress.see("a", 1, 100, 50)
+    assert progress.so_far() == (1, 7)
+
+
 def test_every_end_is_shown_and_what_lies_between_from_time_to_time(monkeypatch, shown):
     clock = [0.0]
     monkeypatch.setattr(slide_progress.time, "monotonic", lambda: clock[0])
