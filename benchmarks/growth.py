@@ -113,7 +113,7 @@ def images(size: int) -> Callable[[], object]:
     from pistoseg.config import ScaleConfig
     from pistoseg.patches.store import IMAGES_SCHEMA, WINDOWS_SCHEMA, PatchSet, image_row, window_row
     from pistoseg.stages.masks import image_shards
-    from pistoseg.synthesis.sampling import ImageSampler, address_rng
+    from pistoseg.synthesis.sampling import Addresses, ImageSampler, Numbers
     from pistoseg.training.samples import EpochOrder, crop_rows, rare_class_weights
 
     row = image_row(0, "patch.png", np.zeros((8, 8, 3), np.uint8), ScaleConfig())
@@ -134,7 +134,7 @@ def images(size: int) -> Callable[[], object]:
         shards = image_shards(patches.table)
         order = EpochOrder(crop_rows(np.full(size, 64), 8, rare_class_weights(labels)), 0)
         sampler = ImageSampler(labels.argmax(1).astype(np.uint8), ["a", "b", "c"], "balanced")
-        return len(shards), order.row(0, size // 2), sampler.draw(address_rng(0, 0, 0), 100)
+        return len(shards), order.row(0, size // 2), sampler.draw(Numbers(Addresses(0), 0, range(1)), 100)
 
     return run
 

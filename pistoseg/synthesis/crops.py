@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from pistoseg.errors import PistoSegError
 from pistoseg.synthesis.bank import TissueBank
-from pistoseg.synthesis.sampling import ImageSampler
+from pistoseg.synthesis.sampling import ImageSampler, Numbers
 
 _WIDE = 64
 """From this width (px) on, crops are copied one by one and only as far as they are seen; narrower ones, of which there
@@ -83,13 +83,13 @@ class CropSource:
         self._places = bank.shapes.astype(np.int64) - (height - 1, width - 1)  # (n, 2): possible top left corners
         self._row = np.arange(height)[:, None]
 
-    def draw(self, rng: np.random.Generator, n: int) -> Crops:
-        """Draw n crops."""
-        images = self._sampler.draw(rng, n)
-        starts = self._place(rng, images)
+    def draw(self, numbers: Numbers, counts: NDArray[np.int64]) -> Crops:
+        """Draw crops, as many for each of the samples as `counts` (n,) says, in the order of the samples."""
+        images = self._sampler.draw(numbers, counts)
+        starts = self._place(numbers, counts, images)
         if self._rejected is not None:
-            self._redraw(rng, images, starts)
-        return Crops(images, starts, self._strides[images])
+            self._redraw(numbers, counts, images, starts)
+        return Crops(images, starts, self._strides.take(images))
 
     def splice(self, crops: Crops, seen: tuple[int, int, int, int] | None = None) -> NDArray[np.uint8]:
         """Splice a grid of crops in raster order.
@@ -118,18 +118,21 @@ class CropSource:
                 part[y + first : y + last, x + begin : x + end] = crop
         return part.view(np.uint8).reshape(height, width, 4)
 
-    def _place(self, rng: np.random.Generator, images: NDArray[np.int64]) -> NDArray[np.int64]:
-        # `take` costs half of what indexing does, and redraws are many calls with few numbers.
-        corners = (rng.random((len(images), 2)) * self._places.take(images, 0)).astype(np.int64)
+    def _place(self, numbers: Numbers, counts: NDArray[np.int64], images: NDArray[np.int64]) -> NDArray[np.int64]:
+        corners = (numbers.take(2 * counts).reshape(-1, 2) * self._places.take(images, 0)).astype(np.int64)
         return self._offsets.take(images) + corners[:, 0] * self._strides.take(images) + corners[:, 1]
 
-    def _redraw(self, rng: np.random.Generator, images: NDArray[np.int64], starts: NDArray[np.int64]) -> None:
+    def _redraw(
+        self, numbers: Numbers, counts: NDArray[np.int64], images: NDArray[np.int64], starts: NDArray[np.int64]
+    ) -> None:
         assert self._rejected is not None
+        samples = np.repeat(np.arange(len(counts)), counts)
         bad = self._rejected.take(starts).nonzero()[0]
         for _ in range(self._max_redraws):
             if not len(bad):
                 return
-            substitutes = self._sampler.redraw(rng, images.take(bad))
+            counts = np.bincount(samples.take(bad), minlength=len(counts))
+            substitutes = self._sampler.redraw(numbers, counts, images.take(bad))
             images[bad] = substitutes
-            starts[bad] = places = self._place(rng, substitutes)
+            starts[bad] = places = self._place(numbers, counts, substitutes)
             bad = bad[self._rejected.take(places)]

@@ -37,6 +37,7 @@ class Addresses:
     def __init__(self, seed: int) -> None:
         self._rng = address_rng(seed, 0, 0)
         self._state = self._rng.bit_generator.state  # of a generator that has drawn nothing
+        self.usual = 64  # numbers that a sample takes, as far as is known
 
     def rng(self, epoch: int, index: int) -> np.random.Generator:
         """The random numbers of `address_rng(seed, epoch, index)`, good until the next call."""
@@ -44,6 +45,55 @@ class Addresses:
         counter[2], counter[3] = index & _WORD, epoch & _WORD
         self._rng.bit_generator.state = self._state
         return self._rng
+
+
+class Numbers:
+    """Random numbers of some samples, taken for all of them at once.
+
+    A sample has a stream of its own, that of `address_rng`, so that it gets the same numbers whatever others it is
+    drawn with.
+
+    Args:
+        addresses: of the seed.
+        epoch: of the samples.
+        indices: their numbers in it.
+    """
+
+    def __init__(self, addresses: Addresses, epoch: int, indices: range) -> None:
+        self._addresses, self._epoch, self._indices = addresses, epoch, indices
+        self._taken = np.zeros(len(indices), np.int64)
+        self._draw(addresses.usual)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def take(self, counts: int | NDArray[np.int64]) -> NDArray[np.float64]:
+        """Numbers in [0, 1), uniform, that were not taken before.
+
+        Args:
+            counts: how many a sample gets: (n,), or one number for all of them.
+        Returns:
+            (sum of counts,) in the order of the samples.
+        """
+        counts = np.broadcast_to(counts, len(self))
+        ends = self._taken + counts
+        if ends.max(initial=0) > self._drawn.shape[1]:
+            self._addresses.usual = 5 * int(ends.max()) // 4
+            self._draw(self._addresses.usual)
+        rows = np.arange(len(self)) * self._drawn.shape[1] + self._taken
+        self._taken = ends
+        return self._drawn.ravel().take(spans(rows, counts))
+
+    def _draw(self, each: int) -> None:
+        self._drawn = np.empty((len(self), each))
+        for row, index in zip(self._drawn, self._indices, strict=True):
+            self._addresses.rng(self._epoch, index).random(out=row)
+
+
+def spans(starts: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """starts[i], starts[i] + 1, ..., counts[i] of them, for one i after the other: (sum of counts,)."""
+    before = np.cumsum(counts) - counts
+    return np.arange(counts.sum()) + np.repeat(starts - before, counts)
 
 
 class ImageSampler:
@@ -81,24 +131,26 @@ class ImageSampler:
                 "classes, or give it weight 0 in synthesis.class_sampling",
             )
 
-    def draw(self, rng: np.random.Generator, n: int) -> NDArray[np.int64]:
-        """Draw n image numbers, (n,) int64."""
+    def draw(self, numbers: Numbers, counts: int | NDArray[np.int64]) -> NDArray[np.int64]:
+        """Draw image numbers, (sum of counts,) int64, as many for each of the samples as `counts` says."""
         if self.natural:
-            return (rng.random(n) * self._n).astype(np.int64)
-        return self._within(rng, np.searchsorted(self._edges, rng.random(n), side="right"))
+            return (numbers.take(counts) * self._n).astype(np.int64)
+        return self._within(numbers, counts, np.searchsorted(self._edges, numbers.take(counts), side="right"))
 
-    def redraw(self, rng: np.random.Generator, images: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Draw a substitute for each image.
+    def redraw(self, numbers: Numbers, counts: NDArray[np.int64], images: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Draw a substitute for each image, of which `counts` are each sample's.
 
         Where classes have set shares the substitute has the same class, so that rejecting crops does not shift the
         shares; with natural sampling it is any image.
         """
         if self.natural:
-            return self.draw(rng, len(images))
-        return self._within(rng, self._labels.take(images))
+            return self.draw(numbers, counts)
+        return self._within(numbers, counts, self._labels.take(images))
 
-    def _within(self, rng: np.random.Generator, classes: NDArray[np.integer]) -> NDArray[np.int64]:
-        places = (rng.random(len(classes)) * self._counts.take(classes)).astype(np.int64)
+    def _within(
+        self, numbers: Numbers, counts: int | NDArray[np.int64], classes: NDArray[np.integer]
+    ) -> NDArray[np.int64]:
+        places = (numbers.take(counts) * self._counts.take(classes)).astype(np.int64)
         return self._order.take(self._starts.take(classes) + places)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import count, starmap
 from typing import TYPE_CHECKING, Protocol
 
 import cv2
@@ -14,17 +15,25 @@ from pistoseg.errors import PistoSegError
 from pistoseg.synthesis.bank import BACKGROUND, TissueBank
 from pistoseg.synthesis.crops import CropSource
 from pistoseg.synthesis.mosaic import Mosaic
-from pistoseg.synthesis.sampling import Addresses, ImageSampler
+from pistoseg.synthesis.sampling import Addresses, ImageSampler, Numbers
 
 if TYPE_CHECKING:
     from pistoseg.config import SynthesisConfig
 
 
-class Strategy(Protocol):
-    """A way to make a labelled image."""
+Sample = tuple[NDArray[np.uint8], NDArray[np.uint8]]
 
-    def sample(self, rng: np.random.Generator) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-        """(H, W, 4) uint8 whose first three bytes are RGB, and (H, W) uint8: class ids and `BACKGROUND`."""
+_AHEAD = 64
+"""Samples that are drawn at a time: for one alone, NumPy's calls would take twice as long as making it from them."""
+
+
+class Strategy(Protocol):
+    """A way to make labelled images."""
+
+    def samples(self, numbers: Numbers) -> Iterator[Sample]:
+        """For each stream of numbers (H, W, 4) uint8 whose first three bytes are RGB, and (H, W) uint8: class ids and
+        `BACKGROUND`. All that is random is drawn with the first one; each is made when it is asked for."""
+        ...
 
 
 class Gridding:
@@ -35,11 +44,13 @@ class Gridding:
         self._n_h = config.n_h
         self._n_w = config.n_w
 
-    def sample(self, rng: np.random.Generator) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-        """See `Strategy.sample`."""
-        crops = self._source.draw(rng, self._n_h * self._n_w)
-        packed = self._source.splice(crops.grid(0, self._n_h, self._n_w))
-        return packed, packed[..., 3].copy()
+    def samples(self, numbers: Numbers) -> Iterator[Sample]:
+        """See `Strategy.samples`."""
+        cells = self._n_h * self._n_w
+        crops = self._source.draw(numbers, np.full(len(numbers), cells))
+        for i in range(len(numbers)):
+            packed = self._source.splice(crops.grid(i * cells, self._n_h, self._n_w))
+            yield packed, packed[..., 3].copy()
 
 
 class OneLabel:
@@ -51,9 +62,19 @@ class OneLabel:
         self._height = height
         self._width = width
 
-    def sample(self, rng: np.random.Generator) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-        """See `Strategy.sample`."""
-        packed = self._bank.packed(int(self._sampler.draw(rng, 1)[0]))
+    def samples(self, numbers: Numbers) -> Iterator[Sample]:
+        """See `Strategy.samples`."""
+        return starmap(self.part, self.draw(numbers))
+
+    def draw(self, numbers: Numbers) -> list[tuple[int, float, float]]:
+        """For each sample an image's number, and where in it the part lies: shares of the room down and across."""
+        images = self._sampler.draw(numbers, 1).tolist()
+        downs, acrosses = numbers.take(2).reshape(-1, 2).T.tolist()
+        return list(zip(images, downs, acrosses, strict=True))
+
+    def part(self, image: int, down: float, across: float) -> Sample:
+        """What was drawn for a sample: image and mask."""
+        packed = self._bank.packed(image)
         height, width = packed.shape[:2]
         tissue = packed[..., 3]
         enlarge = max(self._height / height, self._width / width)
@@ -63,8 +84,7 @@ class OneLabel:
             packed = cv2.resize(packed, (width, height), interpolation=cv2.INTER_LINEAR)
             # Both sample at pixel centres; INTER_NEAREST would not, and the mask would be half a pixel off.
             tissue = cv2.resize(np.ascontiguousarray(tissue), (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
-        u, v = rng.random(2).tolist()
-        top, left = int(u * (height - self._height + 1)), int(v * (width - self._width + 1))
+        top, left = int(down * (height - self._height + 1)), int(across * (width - self._width + 1))
         place = np.s_[top : top + self._height, left : left + self._width]
         return packed[place], tissue[place].copy()
 
@@ -78,23 +98,27 @@ class CutMix:
     def __init__(self, images: OneLabel) -> None:
         self._images = images
 
-    def sample(self, rng: np.random.Generator) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-        """See `Strategy.sample`."""
-        image, mask = self._images.sample(rng)
-        other, other_mask = self._images.sample(rng)
-        height, width = mask.shape
-        share, y, x = rng.random(3).tolist()
-        side = math.sqrt(share)
-        top, bottom = _clipped(y * height, side * height, height)
-        left, right = _clipped(x * width, side * width, width)
-        image = image.copy()
-        image[top:bottom, left:right] = other[top:bottom, left:right]
-        mask[top:bottom, left:right] = other_mask[top:bottom, left:right]
-        return image, mask
+    def samples(self, numbers: Numbers) -> Iterator[Sample]:
+        """See `Strategy.samples`."""
+        first, second = self._images.draw(numbers), self._images.draw(numbers)
+        rectangles = numbers.take(3).reshape(-1, 3).tolist()
+        for one, another, (share, y, x) in zip(first, second, rectangles, strict=True):
+            image, mask = self._images.part(*one)
+            other, other_mask = self._images.part(*another)
+            height, width = mask.shape
+            side = math.sqrt(share)
+            top, bottom = _clipped(y * height, side * height, height)
+            left, right = _clipped(x * width, side * width, width)
+            image = image.copy()
+            image[top:bottom, left:right] = other[top:bottom, left:right]
+            mask[top:bottom, left:right] = other_mask[top:bottom, left:right]
+            yield image, mask
 
 
 class Synthesizer:
     """Makes sample k of epoch e, a function of (seed, e, k) alone; for one thread at a time.
+
+    Whoever asks for one sample asks for the next one next, so that some are drawn at a time.
 
     Args:
         bank: single-tissue images, packed for this config's crop.
@@ -116,17 +140,27 @@ class Synthesizer:
             self._ids = np.arange(256, dtype=np.uint8)
             self._ids[BACKGROUND] = background_id
         self._strategy = _strategy(bank, config, class_names)
+        self._next = (0, 0)
+        self._coming = self._from(*self._next)
 
-    def sample(self, epoch: int, index: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    def sample(self, epoch: int, index: int) -> Sample:
         """Sample `index` of `epoch`.
 
         Returns:
             (H, W, 3) uint8 RGB and its mask, (H, W) uint8: class ids, and background_id where there is no tissue.
         """
-        image, mask = self._strategy.sample(self._addresses.rng(epoch, index))
+        if (epoch, index) != self._next:
+            self._coming = self._from(epoch, index)
+        image, mask = next(self._coming)
+        self._next = (epoch, index + 1)
         if self._ids is not None:
             mask = cv2.LUT(mask, self._ids)
         return cv2.cvtColor(image, cv2.COLOR_RGBA2RGB), mask
+
+    def _from(self, epoch: int, index: int) -> Iterator[Sample]:
+        """The samples of an epoch from one on, without end."""
+        for first in count(index, _AHEAD):
+            yield from self._strategy.samples(Numbers(self._addresses, epoch, range(first, first + _AHEAD)))
 
 
 def _strategy(bank: TissueBank, config: SynthesisConfig, class_names: Sequence[str]) -> Strategy:

@@ -111,33 +111,34 @@ def corners(pieces):
     return np.vstack([np.hstack([first, third]), np.hstack([second, fourth])])
 
 
-def compose(tissues, config, quadrants, grids, bank, rng: np.random.Generator):
-    """The mosaic that PistoSeg drew, by whole-image operations; cells that it says are not visible are noise here."""
-    images, masks = [], []
-    for quadrant, crops in zip(quadrants, grids, strict=True):
-        image = rng.integers(0, 256, (config.height, config.width, 3), np.uint8)
-        mask = rng.integers(0, 256, (config.height, config.width), np.uint8)
-        for i, row in enumerate(range(*quadrant.rows)):
-            for j, column in enumerate(range(*quadrant.columns)):
-                tissue = tissues[crops.images[i, j]]
-                top, left = divmod(
-                    int(crops.starts[i, j] - bank.offsets[crops.images[i, j]]), int(bank.shapes[crops.images[i, j], 1])
-                )
-                source = np.s_[top : top + config.crop_height, left : left + config.crop_width]
-                y, x = row * config.crop_height, column * config.crop_width
-                image[y : y + config.crop_height, x : x + config.crop_width] = tissue.image[source]
-                mask[y : y + config.crop_height, x : x + config.crop_width] = tissue.mask[source]
-        if quadrant.flip_y:
-            image, mask = cv2.flip(image, 0), cv2.flip(mask, 0)
-        if quadrant.flip_x:
-            image, mask = cv2.flip(image, 1), cv2.flip(mask, 1)
-        size, matrix = (config.width, config.height), quadrant.warp.matrix()
-        linear, nearest = cv2.WARP_INVERSE_MAP | cv2.INTER_LINEAR, cv2.WARP_INVERSE_MAP | cv2.INTER_NEAREST
-        image = cv2.warpAffine(image, matrix, size, flags=linear, borderMode=cv2.BORDER_REFLECT_101)
-        mask = cv2.warpAffine(mask, matrix, size, flags=nearest, borderMode=cv2.BORDER_REFLECT_101)
-        place = np.s_[
-            quadrant.crop_y : quadrant.crop_y + quadrant.height, quadrant.crop_x : quadrant.crop_x + quadrant.width
+def compose(tissues, config, quadrants, crops, bank, rng: np.random.Generator):
+    """The mosaics that PistoSeg drew, by whole-image operations; cells that it says are not visible are noise here."""
+    drawn = iter(zip(*(values.tolist() for values in crops), strict=True))
+    for mosaic in zip(*quadrants, strict=True):
+        pieces = [
+            piece(tissues, config, type(quadrants)(*values), drawn, bank, rng) for values in zip(*mosaic, strict=True)
         ]
-        images.append(image[place])
-        masks.append(mask[place])
-    return corners(images), corners(masks)
+        yield tuple(corners(parts) for parts in zip(*pieces, strict=True))
+
+
+def piece(tissues, config, quadrant, drawn, bank, rng):
+    """One quadrant, with image and mask: spliced, flipped, warped and cropped as a whole image."""
+    image = rng.integers(0, 256, (config.height, config.width, 3), np.uint8)
+    mask = rng.integers(0, 256, (config.height, config.width), np.uint8)
+    for cell in np.ndindex(*quadrant.cells):
+        number, start, stride = next(drawn)
+        top, left = divmod(start - int(bank.offsets[number]), stride)
+        source = np.s_[top : top + config.crop_height, left : left + config.crop_width]
+        y, x = (quadrant.first_cell + cell) * (config.crop_height, config.crop_width)
+        image[y : y + config.crop_height, x : x + config.crop_width] = tissues[number].image[source]
+        mask[y : y + config.crop_height, x : x + config.crop_width] = tissues[number].mask[source]
+    for axis in range(2):
+        if quadrant.flipped[axis]:
+            image, mask = cv2.flip(image, axis), cv2.flip(mask, axis)
+    size = (config.width, config.height)
+    linear, nearest = cv2.WARP_INVERSE_MAP | cv2.INTER_LINEAR, cv2.WARP_INVERSE_MAP | cv2.INTER_NEAREST
+    image = cv2.warpAffine(image, quadrant.warp, size, flags=linear, borderMode=cv2.BORDER_REFLECT_101)
+    mask = cv2.warpAffine(mask, quadrant.warp, size, flags=nearest, borderMode=cv2.BORDER_REFLECT_101)
+    (top, left), (height, width) = quadrant.crop, quadrant.size
+    place = np.s_[top : top + height, left : left + width]
+    return image[place], mask[place]

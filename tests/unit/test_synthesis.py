@@ -13,7 +13,7 @@ from pistoseg.config import SynthesisConfig
 from pistoseg.errors import PistoSegError
 from pistoseg.synthesis import Synthesizer, TissueBank, address_rng
 from pistoseg.synthesis.crops import CropSource
-from pistoseg.synthesis.sampling import Addresses, ImageSampler
+from pistoseg.synthesis.sampling import Addresses, ImageSampler, Numbers
 
 NAMES = ["tumor", "stroma", "normal"]
 COLORS = np.array([(200, 10, 30), (20, 180, 60), (40, 50, 220), (255, 255, 255)], np.uint8)
@@ -151,19 +151,33 @@ def test_one_generator_for_many_samples_draws_what_theirs_would():
             assert (rng.integers(0, 9, 3, np.int32) == other.integers(0, 9, 3, np.int32)).all()
 
 
+def test_numbers_of_many_samples_are_those_of_each_alone():
+    addresses, indices = Addresses(3), range(5, 9)
+    numbers = Numbers(addresses, 2, indices)
+    taken: list[list[float]] = [[] for _ in indices]
+    for counts in (2, np.array([3, 0, 1, 7]), 1, np.array([0, 400, 0, 2])):  # more than are drawn at first
+        flat = numbers.take(counts)
+        ends = np.cumsum(np.broadcast_to(counts, len(indices)))
+        for mine, part in zip(taken, np.split(flat, ends[:-1]), strict=True):
+            mine += part.tolist()
+    for index, mine in zip(indices, taken, strict=True):
+        assert mine == address_rng(3, 2, index).random(len(mine)).tolist()
+
+
 @pytest.mark.parametrize("width", [12, 80])  # few wide crops are copied otherwise than many narrow ones
 def test_a_part_of_a_splice_is_that_part_of_the_whole(width):
     bank = numbered_bank(size=(60, 100))
     source = CropSource(bank, ImageSampler(bank.labels, NAMES, "natural"), 20, width)
     rng = np.random.default_rng(0)
-    for _ in range(50):
-        crops = source.draw(rng, 6).grid(0, 2, 3)
+    drawn = source.draw(Numbers(Addresses(0), 0, range(50)), np.full(50, 6))
+    for i in range(50):
+        crops = drawn.grid(6 * i, 2, 3)
         whole = source.splice(crops)
         cells = whole.reshape(2, 20, 3, width, 4).swapaxes(1, 2)
-        for i, j in np.ndindex(2, 3):
-            y, x = divmod(int(crops.starts[i, j] - bank.offsets[crops.images[i, j]]), 100)
-            expected = bank.packed(int(crops.images[i, j]))[y : y + 20, x : x + width]
-            assert (cells[i, j] == expected).all()
+        for cell in np.ndindex(2, 3):
+            y, x = divmod(int(crops.starts[cell] - bank.offsets[crops.images[cell]]), 100)
+            expected = bank.packed(int(crops.images[cell]))[y : y + 20, x : x + width]
+            assert (cells[cell] == expected).all()
         (top, bottom), (left, right) = (np.sort(rng.choice(side + 1, 2, replace=False)) for side in (40, 3 * width))
         top, left = min(top, 19), min(left, width - 1)  # a part begins in the first cell and ends in the last
         bottom, right = max(bottom, 21), max(right, 2 * width + 1)

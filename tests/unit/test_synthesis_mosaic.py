@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from pistoseg.config import SynthesisConfig
-from pistoseg.synthesis import Synthesizer, TissueBank, address_rng
+from pistoseg.synthesis import Synthesizer, TissueBank
 from pistoseg.synthesis.crops import CropSource
 from pistoseg.synthesis.mosaic import Mosaic, rotation_and_scale
-from pistoseg.synthesis.sampling import ImageSampler
+from pistoseg.synthesis.sampling import Addresses, ImageSampler, Numbers
 
 BACKGROUND_ID = 2
 NAMES = ["gland", "stroma"]
@@ -47,6 +47,10 @@ def mosaic_of(bank: TissueBank, config: SynthesisConfig) -> Mosaic:
     return Mosaic(source, config)
 
 
+def numbers(n: int, seed: int = 0, epoch: int = 0) -> Numbers:
+    return Numbers(Addresses(seed), epoch, range(n))
+
+
 SETTINGS = {
     "many small crops": {"crop_height": 16, "crop_width": 16, "n_h": 7, "n_w": 7},
     "few crops, not square": {"crop_height": 32, "crop_width": 24, "n_h": 2, "n_w": 3},
@@ -65,9 +69,8 @@ def test_pixels_equal_whole_image_operations_on_the_same_draws(settings):
     mosaic = mosaic_of(bank, config)
     noise = np.random.default_rng(1)
     synth = Synthesizer(bank, config, NAMES, BACKGROUND_ID, seed=3)
-    for index in range(60):
-        plan = mosaic.plan(address_rng(3, 0, index))
-        expected_image, expected_mask = oracle.compose(made, config, *plan, bank, noise)
+    for index, expected in enumerate(oracle.compose(made, config, *mosaic.plan(numbers(60, seed=3)), bank, noise)):
+        expected_image, expected_mask = expected
         image, mask = synth.sample(0, index)
         assert (mask == expected_mask).all()
         assert np.abs(image.astype(int) - expected_image).max() <= 1
@@ -76,14 +79,15 @@ def test_pixels_equal_whole_image_operations_on_the_same_draws(settings):
 @pytest.mark.parametrize(("height", "width"), [(224, 224), (96, 160)])
 def test_rotation_and_scale_are_opencvs(height, width):
     rng = random.Random(0)
+    side = np.array((height, width))
     for _ in range(50):
         angle, scale = rng.uniform(-180, 180), rng.uniform(0.5, 1.5)
         shift_y, shift_x = rng.uniform(-0.2, 0.2), rng.uniform(-0.2, 0.2)
         forward = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), angle, scale)
         forward[:, 2] += (shift_x * width, shift_y * height)
         expected = cv2.invertAffineTransform(forward)
-        warp = rotation_and_scale(height, width, angle=angle, scale=scale, shift_y=shift_y, shift_x=shift_x)
-        assert np.abs(warp.matrix() - expected).max() < 1 / 4096
+        warp = rotation_and_scale(side, np.array(angle), np.array(scale), np.array((shift_y, shift_x)))
+        assert np.abs(warp - expected).max() < 1 / 4096
 
 
 def edges(mask: np.ndarray) -> float:
@@ -111,16 +115,10 @@ def test_distributions_equal_those_of_the_papers_text(sampling):
     made = tissues()
     bank = bank_of(made)
     mosaic = mosaic_of(bank, config)
-    ours, anchors, crops = [], [], []
-    for index in range(600):
-        quadrants, grids = mosaic.plan(address_rng(0, 0, index))
-        _, mask = mosaic.compose(quadrants, grids)
-        ours.append(statistics(np.where(mask == 255, BACKGROUND_ID, mask)))
-        anchors.append((quadrants[0].height, quadrants[0].width))
-        for grid in grids:
-            images = grid.images.ravel()
-            top, left = np.divmod(grid.starts.ravel() - bank.offsets[images], bank.shapes[images, 1])
-            crops.append(np.stack([images, top, left], axis=1))
+    quadrants, crops = mosaic.plan(numbers(600))
+    ours = [statistics(np.where(mask == 255, BACKGROUND_ID, mask)) for _, mask in mosaic.compose(quadrants, crops)]
+    top, left = np.divmod(crops.starts - bank.offsets[crops.images], bank.shapes[crops.images, 1])
+    ours_by_crop = np.stack([crops.images, top, left], axis=1)
     rng = random.Random(0)
     theirs, their_anchors, their_crops = [], [], []
     for _ in range(400):
@@ -129,8 +127,8 @@ def test_distributions_equal_those_of_the_papers_text(sampling):
         their_anchors.append(facts.anchor)
         their_crops.append(np.array(facts.crops))
     assert_same_mean(np.array(ours), np.array(theirs))
-    assert_same_mean(moments(anchors), moments(their_anchors))
-    ours_by_crop, theirs_by_crop = np.concatenate(crops), np.concatenate(their_crops)
+    assert_same_mean(moments(quadrants.size[:, 0]), moments(their_anchors))
+    theirs_by_crop = np.concatenate(their_crops)
     assert_same_mean(moments(ours_by_crop[:, 1:]), moments(theirs_by_crop[:, 1:]))
     one_hot = np.eye(len(made))
     assert_same_mean(one_hot[ours_by_crop[:, 0]], one_hot[theirs_by_crop[:, 0]])
@@ -145,19 +143,12 @@ def moments(values: object) -> np.ndarray:
 def test_anchors_and_crop_corners_take_every_value_evenly():
     config = SynthesisConfig(crop_height=10, crop_width=10, n_h=3, n_w=4, alpha=0.2, beta=0.8)
     mosaic = mosaic_of(bank_of(tissues()), config)
-    plans = [mosaic.plan(address_rng(0, 1, index))[0] for index in range(3000)]
-    rows = np.array([plan[0].height for plan in plans])
-    columns = np.array([plan[0].width for plan in plans])
-    for drawn, low, high in ((rows, 6, 24), (columns, 8, 32)):
+    quadrants, _ = mosaic.plan(numbers(3000, epoch=1))
+    for drawn, low, high in zip(quadrants.size[:, 0].T, (6, 8), (24, 32), strict=True):
         assert (drawn.min(), drawn.max()) == (low, high)
         assert_uniform(drawn - low, high - low + 1)
-    for i in range(4):
-        assert_spread(
-            np.array([plan[i].crop_y for plan in plans]), np.array([30 - plan[i].height + 1 for plan in plans])
-        )
-        assert_spread(
-            np.array([plan[i].crop_x for plan in plans]), np.array([40 - plan[i].width + 1 for plan in plans])
-        )
+    for i, axis in np.ndindex(4, 2):
+        assert_spread(quadrants.crop[:, i, axis], (30, 40)[axis] - quadrants.size[:, i, axis] + 1)
 
 
 def assert_spread(place: np.ndarray, room: np.ndarray) -> None:
@@ -177,12 +168,12 @@ def assert_uniform(drawn: np.ndarray, values: int) -> None:
 def test_transforms_are_applied_with_their_probabilities():
     config = SynthesisConfig(crop_height=8, crop_width=8, n_h=4, n_w=4, flip=0.3, transform_probability=0.6)
     mosaic = mosaic_of(bank_of(tissues()), config)
-    drawn = [quadrant for index in range(500) for quadrant in mosaic.plan(address_rng(0, 0, index))[0]]
-    assert np.mean([quadrant.flip_y for quadrant in drawn]) == pytest.approx(0.3, abs=0.04)
-    assert np.mean([quadrant.flip_x for quadrant in drawn]) == pytest.approx(0.3, abs=0.04)
-    moved = [quadrant.warp for quadrant in drawn if (quadrant.warp.xx, quadrant.warp.xy) != (1.0, 0.0)]
-    assert len(moved) / len(drawn) == pytest.approx(0.6, abs=0.04)
-    scales = 1 / np.array([np.hypot(warp.xx, warp.yx) for warp in moved])
-    angles = np.degrees([np.arctan2(warp.yx, warp.xx) for warp in moved])
+    quadrants, _ = mosaic.plan(numbers(500))
+    assert quadrants.flipped.mean((0, 1)) == pytest.approx([0.3, 0.3], abs=0.04)
+    assert quadrants.warped.mean() == pytest.approx(0.6, abs=0.04)
+    assert (quadrants.warp[~quadrants.warped] == np.eye(2, 3)).all()
+    moved = quadrants.warp[quadrants.warped]
+    scales = 1 / np.hypot(moved[:, 0, 0], moved[:, 1, 0])
+    angles = np.degrees(np.arctan2(moved[:, 1, 0], moved[:, 0, 0]))
     assert (scales.min(), scales.max()) == pytest.approx((0.8, 1.2), abs=0.01)
     assert (angles.min(), angles.max()) == pytest.approx((-45, 45), abs=1)
