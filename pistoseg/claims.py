@@ -16,11 +16,11 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 from pistoseg import storage
 from pistoseg.errors import PistoSegError
+from pistoseg.liveness import machine, started
 
 FOLDER = ".claims"
 BEAT_S = 15.0
@@ -66,6 +66,8 @@ class Claim:
         self._stop.set()
         self._thread.join()
         with suppress(OSError, PistoSegError):  # a claim that stays goes stale
+            if storage.exists(_file(self.folder, self.generation + 1)):
+                return  # whoever took it over has it
             if done:
                 storage.remove_tree(storage.join(self.folder, FOLDER))
             else:
@@ -166,32 +168,14 @@ def _file(folder: str, generation: int) -> str:
 def _identity() -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
-        "machine": _machine(),
+        "machine": machine(),
         "pid": os.getpid(),
-        "process": _start_of(os.getpid()),
+        "process": started(os.getpid()),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
 
-def _machine() -> str:
-    """A name that two processes share only if they see each other's process ids; empty where that can't be told."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{socket.gethostname()} {boot} {os.stat('/proc/self/ns/pid').st_ino}"
-    except OSError:
-        return ""
-
-
-def _start_of(pid: int) -> str:
-    """When a process started, in ticks since boot; empty where there is none. Process ids are used again."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return ""
-    return "" if fields[0] == "Z" else fields[19]
-
-
 def _is_dead(body: dict[str, Any]) -> bool:
     """Whether the owner ran on this machine and is gone."""
-    machine = body.get("machine")
-    return bool(machine) and machine == _machine() and _start_of(int(body["pid"])) != body.get("process")
+    there = body.get("machine")
+    return bool(there) and there == machine() and started(int(body["pid"])) != body.get("process")

@@ -146,11 +146,11 @@ def segment(
             print(line)
         return 0
     progress = Progress()
-    with claimed(run.out, say=progress.say):  # two runs into one folder would delete each other's results
+    with claimed(run.out, say=progress.say) as claim:  # two runs into one folder would delete each other's results
         found = _plan(run)
         params = {"model": model, "slides": slides, "out": run.out, **found.network.model, **found.network.decisive}
         with batch_run(tracking, place, redact(f"segment {storage.name(slides)}"), params) as tracked:
-            record = stage.segment(run, found, progress, tracked)
+            record = stage.segment(run, found, progress, tracked, claim)
     _print_slides(run.out, record)
     return 3 if record["slides"]["failed"] else 0
 

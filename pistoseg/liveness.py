@@ -13,7 +13,7 @@ SILENT_S = 600.0
 
 def process() -> str:
     """This process, told apart from later ones with its number on the same machine."""
-    return f"{socket.gethostname()}/{os.getpid()}/{_started(os.getpid())}"
+    return f"{machine()}/{os.getpid()}/{started(os.getpid())}"
 
 
 def is_alive(name: str, last_sign: float = 0.0) -> bool:
@@ -23,17 +23,29 @@ def is_alive(name: str, last_sign: float = 0.0) -> bool:
         name: of the process.
         last_sign: when a process of another machine was last heard of (seconds since 1970).
     """
-    host, _, rest = name.partition("/")
-    pid, _, started = rest.partition("/")
-    if host == socket.gethostname():
-        return pid.isdigit() and _started(int(pid)) == started != ""
+    there, _, rest = name.partition("/")
+    pid, _, since = rest.partition("/")
+    if there and there == machine():
+        return pid.isdigit() and started(int(pid)) == since != ""
     return time.time() - last_sign < SILENT_S
 
 
-def _started(pid: int) -> str:
-    """When a process started, in ticks since the machine did; empty where there is no such process."""
+def machine() -> str:
+    """A name that two processes share only if they see each other's process ids; empty where that can't be told.
+
+    Containers may have the name of their host, and one another's.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{socket.gethostname()} {boot} {os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        return ""
+
+
+def started(pid: int) -> str:
+    """When a process of this machine started, in ticks since that did; empty where there is no such process."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return "unknown" if pid == os.getpid() else ""
+        return ""
     return "" if fields[0] == "Z" else fields[19]

@@ -37,6 +37,7 @@ class StageContext:
         progress: for saying how far the stage is.
         run: its MLflow run.
         train_callbacks: `ray.train.UserCallback`s of its training, if it trains.
+        afterwards: called once the artifact is finished, to remove what only an unfinished one needs.
     """
 
     config: Config
@@ -45,6 +46,7 @@ class StageContext:
     progress: Progress
     run: StageRun
     train_callbacks: tuple[Any, ...] = ()
+    afterwards: list[Callable[[], None]] = field(default_factory=list)
 
     def path(self, *parts: str) -> str:
         """URI of a file in the artifact."""
@@ -379,8 +381,8 @@ def _compute(
         storage.remove_parts(folder)
         with tracker.stage(stage.name, key, settings, inputs) as run:
             started = time.monotonic()
-            callbacks = hooks.train_callbacks(step)
-            summary = stage.run(StageContext(config, folder, inputs, progress, run, callbacks))
+            context = StageContext(config, folder, inputs, progress, run, hooks.train_callbacks(step))
+            summary = stage.run(context)
             claim.check()
             artifact = workspace.commit(
                 stage.name,
@@ -391,5 +393,7 @@ def _compute(
                 summary=summary,
                 seconds=time.monotonic() - started,
             )
+            for tidy in context.afterwards:
+                tidy()
             run.finish(artifact)
     return artifact

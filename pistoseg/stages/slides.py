@@ -16,6 +16,7 @@ import ray
 import torch
 
 from pistoseg import storage
+from pistoseg.claims import Claim
 from pistoseg.config import ComputeConfig
 from pistoseg.errors import PistoSegError
 from pistoseg.models import bundle
@@ -163,7 +164,9 @@ def _speed(segmenter: bundle.Segmenter, settings: SlideSettings) -> float:
     return 2 * count / (time.monotonic() - began)
 
 
-def segment(run: SlideRun, found: Plan, progress: Progress, tracked: StageRun) -> dict[str, Any]:
+def segment(
+    run: SlideRun, found: Plan, progress: Progress, tracked: StageRun, claim: Claim | None = None
+) -> dict[str, Any]:
     """Segment what a plan says; a slide that fails is a row, and the others go on.
 
     Args:
@@ -171,8 +174,11 @@ def segment(run: SlideRun, found: Plan, progress: Progress, tracked: StageRun) -
         found: of `plan`.
         progress: told slides and tiles.
         tracked: of MLflow.
+        claim: of the folder of results, if others may want it.
     Returns:
         What run.json says.
+    Raises:
+        PistoSegError: another run has taken the folder over.
     """
     began = time.monotonic()
     rows = [_row(entry, record, "skipped") for entry, record in _with_areas(run.out, found.done)]
@@ -182,6 +188,8 @@ def segment(run: SlideRun, found: Plan, progress: Progress, tracked: StageRun) -
             placement.check_shared(run.out, {"--model": run.model, "--slides": run.slides})
             with closing(_records(run, found, compute, progress)) as records:
                 for record in records:
+                    if claim is not None:
+                        claim.check()
                     _say(record, progress)
                     rows.append(_row(_entry_of(record), record, record["status"]))
         storage.remove_tree(storage.join(run.out, PARTS))

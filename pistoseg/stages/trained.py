@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ def train_stage(
     settings: TrainingConfig,
     save: Save,
 ) -> dict[str, Any]:
-    """Train a network, write it and `epochs.json`, and drop the checkpoints.
+    """Train a network, and write it and `epochs.json`; its checkpoints stay until the artifact is finished.
 
     Args:
         context: of the stage.
@@ -79,6 +80,6 @@ def train_stage(
     lineage = {role: f"{item.stage}/{item.fingerprint}" for role, item in context.inputs.items()}
     save(lineage, metrics | {"epoch": trained.epoch})
     storage.write_bytes(context.path("epochs.json"), json.dumps(trained.history, indent=1).encode())
-    remove_checkpoints(context.folder)
+    context.afterwards.append(partial(remove_checkpoints, context.folder))
     speed = float(np.mean([row["images_per_s"] for row in trained.history]))
     return {"metrics": metrics | {"images_per_s": round(speed, 2)}, "epoch": trained.epoch, "samples": source.count}

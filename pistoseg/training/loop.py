@@ -30,6 +30,7 @@ from pistoseg.memory import keep_freed_memory
 from pistoseg.models.inference import resolve_precision
 from pistoseg.training.augmentation import augment
 from pistoseg.training.precision import autocast
+from pistoseg.training.stream import PREFETCHED
 from pistoseg.training.tasks import Task
 
 CHECKPOINT = "training.pt"
@@ -79,7 +80,7 @@ def train_worker(arguments: dict[str, Any]) -> None:
     stream = iter(
         ray.train.get_dataset_shard("train").iter_torch_batches(
             batch_size=job.batch_size,
-            prefetch_batches=2,
+            prefetch_batches=PREFETCHED,
             drop_last=True,
             # Copied to the GPU by the thread that prefetches, while the network is at the batch before.
             pin_memory=ray.train.torch.get_device().type == "cuda",
@@ -114,7 +115,8 @@ class _Training:
         self.model: nn.Module = ray.train.torch.prepare_model(
             self.network,
             move_to_device=False,
-            parallel_strategy_kwargs={"find_unused_parameters": not self.task.uses_all_parameters},
+            # Encoders have layers behind the last one that is used, decoders have blocks without a skip connection.
+            parallel_strategy_kwargs={"find_unused_parameters": True},
         )
         self.optimizer = build_optimizer(self.network, job.config)
         # What is validated and kept: the network itself, or a running average of its weights and statistics.
@@ -213,6 +215,10 @@ class _Training:
             return self.model(self.network.normalization(images), *maps)
 
     def _validate(self) -> dict[str, float]:
+        if self.world > 1:
+            # Running statistics are each worker's own between two steps; those of rank 0 are kept.
+            for buffer in self._kept.buffers():
+                torch.distributed.broadcast(buffer, 0)
         share = self.task.validate(self._kept, self.device, self.rank, self.world)
         shares = [share]
         if self.world > 1:

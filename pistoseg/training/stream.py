@@ -20,6 +20,8 @@ Sample = tuple[NDArray[Any], ...]
 
 SAMPLE_CPUS = 0.1
 """Of an actor that makes samples; the trainer's CPUs are set aside, and a mosaic costs a hundredth of its step."""
+PREFETCHED = 2
+"""Batches that a worker has Ray Data fetch before it takes one."""
 BLOCK_BYTES = 8 << 20
 """Pixels of one block: large enough to be worth a task, small enough to be made ahead of need."""
 
@@ -59,6 +61,7 @@ def sample_dataset(
     actors: int,
     workers: int = 1,
     progress: Any = None,
+    batch_size: int = 0,
 ) -> ray.data.Dataset:
     """The samples of epochs first_epoch..epochs-1, in order, for an equal number of samples per worker and epoch.
 
@@ -72,6 +75,7 @@ def sample_dataset(
         actors: that make samples.
         workers: that the samples are split between.
         progress: `TrainingProgress` actor, which holds the sample actors back; None: as fast as Ray lets them.
+        batch_size: samples that a worker takes at a time; what it waits for is made whatever is held back.
     """
     height, width = source.size
     share = per_epoch // workers
@@ -85,14 +89,15 @@ def sample_dataset(
     rows = [{"start": start, "stop": min(start + per_block, epochs * per_epoch)} for start in starts]
     return ray.data.from_items(rows, override_num_blocks=max(1, len(rows))).map_batches(
         _SampleActor,
-        # Enough for every actor to work and every worker to have a block in hand and one waiting.
         fn_constructor_kwargs={
             "build": source.build,
             "shared": [source.shared],
             "columns": source.columns,
             "progress": progress,
             "per_epoch": per_epoch,
-            "ahead": (actors + 2 * workers) * per_block,
+            # Every actor works, every worker has a block in hand, one waiting, and the batches that it asks for before
+            # it can say that one is used.
+            "ahead": (actors + 2 * workers) * per_block + (PREFETCHED + 1) * batch_size * workers,
         },
         batch_size=None,
         batch_format="numpy",

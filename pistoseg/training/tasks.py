@@ -42,11 +42,6 @@ class Task(Protocol):
         """Whether there is anything to validate on."""
         ...
 
-    @property
-    def uses_all_parameters(self) -> bool:
-        """Whether the loss has a gradient for every parameter; DDP must be told where it has not."""
-        ...
-
     def losses(self, forward: Forward, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The loss of an augmented batch as `loss`, and the terms that it is made of."""
         ...
@@ -76,7 +71,6 @@ class SegmentationTask:
     loss: str
     validation: str | None
     info: dict[str, Any] = field(default_factory=dict)
-    uses_all_parameters: bool = True
     labelled: LabelledImages | None = None
 
     @property
@@ -131,7 +125,6 @@ class ClassificationTask:
     held_out: ray.ObjectRef | None
     subcategory_weight: float = 0.0
     score: str = "validation_map"
-    uses_all_parameters: bool = True
 
     @property
     def validates(self) -> bool:
@@ -183,12 +176,6 @@ class RefiningTask:
     config: RefinerConfig
     score: str = "validation_none"
     validates: bool = False
-
-    @property
-    def uses_all_parameters(self) -> bool:
-        """The class head learns by L_cls and L_pseudo, the attention by L_cons and L_cross."""
-        config = self.config
-        return bool(config.lambda_cls + config.lambda_pseudo) and bool(config.lambda_cons + config.lambda_cross)
 
     def losses(self, forward: Forward, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """L = lambda_cls L_cls + lambda_cons L_cons + lambda_cross L_cross (eq. 9)."""

@@ -107,7 +107,8 @@ def train(
         # Called at every (re)start of the workers, so that the stream begins with the epoch they resume at.
         first = len(_last_history(folder))
         ray.get(progress.set_used.remote(first * samples))
-        return sample_dataset(source, first, config.epochs, samples, actors, compute.train_workers, progress)
+        workers = compute.train_workers
+        return sample_dataset(source, first, config.epochs, samples, actors, workers, progress, per_worker)
 
     by_score = config.keep == "best" and task.validates
     data = ray.train.DataConfig(

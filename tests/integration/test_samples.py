@@ -1,6 +1,7 @@
 """Mosaics depend on (seed, epoch, index) alone: not on the number of actors, nor on being stored or streamed."""
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -8,13 +9,15 @@ import ray
 from conftest import TINY
 
 from pistoseg import storage
+from pistoseg.actors import start_here
 from pistoseg.artifacts import Workspace
 from pistoseg.config import load_config
 from pistoseg.patches.decode import decode_ids, decode_png
 from pistoseg.pipeline import run_pipeline
 from pistoseg.stages import synthesis
+from pistoseg.training.progress import TrainingProgress
 from pistoseg.training.samples import fresh_mosaics
-from pistoseg.training.stream import SampleSource, sample_dataset
+from pistoseg.training.stream import PREFETCHED, SampleSource, sample_dataset
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers can't import a test module
 
@@ -122,3 +125,18 @@ def test_a_source_names_the_columns_of_its_stream():
     for shift, name in enumerate(columns[:3]):
         assert (batch[name].flatten(1) == (values + shift)[:, None]).all()
     assert (batch["maps"].flatten(1).float() == (values / 8)[:, None]).all()
+
+
+def test_batches_larger_than_what_is_made_ahead_of_need_arrive(monkeypatch):
+    monkeypatch.setattr("pistoseg.training.stream.BLOCK_BYTES", 8 * 8 * 4 * 2)  # blocks of two samples
+    progress = start_here(TrainingProgress)
+    source = SampleSource(Coded, ray.put({"base": 0}), 80, (8, 8), ("image", "regions", "labels", "maps"))
+    dataset = sample_dataset(source, 0, 1, 80, actors=1, progress=progress, batch_size=20)
+    batches = iter(dataset.iter_torch_batches(batch_size=20, prefetch_batches=PREFETCHED))
+    pool = ThreadPoolExecutor(1)
+    for number in range(4):
+        batch = pool.submit(next, batches).result(timeout=60)  # the trainer would wait for ever
+        assert batch["index"].tolist() == list(range(20 * number, 20 * number + 20))
+        ray.get(progress.set_used.remote(20 * number + 20))
+    pool.shutdown()
+    ray.kill(progress)

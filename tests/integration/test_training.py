@@ -27,6 +27,8 @@ pytestmark = pytest.mark.usefixtures("local_ray")
 cloudpickle.register_pickle_by_value(__import__("sys").modules[__name__])  # workers can't import a test module
 
 CLASSES = TissueClasses((TissueClass("a", (200, 0, 0)), TissueClass("b", (0, 200, 0))))
+ALL_USED = {"architecture": "unet", "encoder": "tu-mobilenetv3_small_050", "decoder_attention": None}
+SOME_UNUSED = {"architecture": "unetplusplus", "encoder": "efficientnet-b0"}
 OFF = AugmentationConfig(flip=False, crop_scale=1, rotate=0, scale=0, stain=0, brightness=0)
 
 
@@ -65,9 +67,22 @@ class Recording(Normalization):
         )
 
 
-def run(folder, workers=1, spoil=(-1, -1), die_at=(-1, -1), **changes):
+@dataclass(frozen=True)
+class Statistics(SegmentationTask):
+    """Scores whether all workers would validate with the same running statistics."""
+
+    validates = True
+
+    def validate(self, network, device, rank, world):
+        return [float(buffer.double().sum()) for buffer in network.buffers()]
+
+    def scores(self, shares):
+        return {self.score: float(all(share == shares[0] for share in shares))}
+
+
+def run(folder, workers=1, spoil=(-1, -1), die_at=(-1, -1), network_of=ALL_USED, task=SegmentationTask, **changes):
     with first_weights(0):
-        network = segmentation.build("unet", "tu-mobilenetv3_small_050", 2, None, None)
+        network = segmentation.build(n_classes=2, weights=None, **network_of)
     folder.mkdir(exist_ok=True)
     network.normalization = Recording(folder=str(folder), spoil=spoil, die_at=die_at)
     settings = {"batch_size": 8, "samples_per_epoch": 24, "epochs": 2, "precision": "fp32", "augmentation": OFF}
@@ -75,7 +90,7 @@ def run(folder, workers=1, spoil=(-1, -1), die_at=(-1, -1), **changes):
     trained = train(
         network,
         SampleSource(Addresses, ray.put(None), 24, (32, 32)),
-        SegmentationTask(CLASSES, "bce", None),
+        task(CLASSES, "bce", None),
         TrainingConfig(**settings | changes),
         ComputeConfig(train_workers=workers, max_failures=1 if die_at[0] >= 0 else 0),
         folder=str(folder),
@@ -95,7 +110,7 @@ def seen(folder):
 
 
 def test_two_processes_share_every_epoch_and_see_each_sample_once(tmp_path):
-    trained, rows = run(tmp_path, workers=2)
+    trained, rows = run(tmp_path, workers=2, task=Statistics)
     by_rank = seen(tmp_path)
     assert set(by_rank) == {"rank0", "rank1"}
     for batches in by_rank.values():
@@ -110,8 +125,17 @@ def test_two_processes_share_every_epoch_and_see_each_sample_once(tmp_path):
         assert sorted(used) == [(epoch, index) for index in range(24)]
     assert [row["epoch"] for row in trained.history] == [0, 1]
     assert [row["epoch"] for row in rows] == [0, 1]
-    assert trained.epoch == 1
+    assert [row["validation_miou"] for row in rows] == [1, 1]
     assert all(torch.isfinite(value).all() for value in trained.state.values())
+
+
+def test_two_processes_train_a_network_that_does_not_use_all_its_parameters(tmp_path):
+    trained, _ = run(tmp_path, workers=2, network_of=SOME_UNUSED, epochs=1, weight_decay=0)
+    with first_weights(0):
+        first = segmentation.build(n_classes=2, weights=None, **SOME_UNUSED).state_dict()
+    changed = {name for name, value in trained.state.items() if not torch.equal(value, first[name])}
+    used, unused = "network.segmentation_head.0.weight", "network.encoder._conv_head.weight"
+    assert (used in changed, unused in changed) == (True, False)
 
 
 def test_a_loss_that_is_no_number_ends_with_its_place_and_its_batch(tmp_path):

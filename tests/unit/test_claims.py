@@ -129,7 +129,7 @@ def test_the_claim_of_a_dead_process_of_this_machine_is_taken_over_at_once(tmp_p
 
 def test_a_process_whose_number_is_used_again_is_dead(tmp_path, monkeypatch):
     monkeypatch.setattr(claims, "STALE_S", 1000.0)
-    foreign(str(tmp_path), machine=claims._machine(), pid=os.getpid(), process="1")
+    foreign(str(tmp_path), machine=claims.machine(), pid=os.getpid(), process="1")
     with claimed(str(tmp_path), say=lambda text: None) as claim:
         assert claim.generation == 2
 
@@ -157,3 +157,10 @@ def test_a_half_written_claim_goes_stale(tmp_path):
     (tmp_path / claims.FOLDER / "000004.json").write_text('{"tok')
     with claimed(str(tmp_path), say=lambda text: None) as claim:
         assert claim.generation == 5
+
+
+def test_one_that_was_taken_over_leaves_the_claim_of_the_other_when_it_ends(folder):
+    with claimed(folder) as claim:
+        foreign(folder, generation=2)  # it thought that this process was dead
+    assert claim.generation == 1
+    assert "000002.json" in files(folder)

@@ -56,6 +56,19 @@ def test_of_runs_that_want_one_artifact_one_makes_it_and_the_others_use_it(confi
     assert [item.name for item in (tmp_path / "w" / "patches" / found[0].fingerprint).iterdir()] == ["manifest.json"]
 
 
+def test_what_only_an_unfinished_artifact_needs_is_removed_once_it_is_finished(config, tmp_path, monkeypatch):
+    finished = []
+
+    def run(stage, context):
+        manifest = tmp_path / "w" / "patches" / context.folder.rsplit("/", 1)[1] / "manifest.json"
+        context.afterwards.append(lambda: finished.append(manifest.exists()))
+        return {"images": 1}
+
+    monkeypatch.setattr(Stage, "run", run)
+    run_pipeline(config, Workspace(str(tmp_path / "w")), ("patches",))
+    assert finished == [True]
+
+
 def test_a_run_that_was_taken_over_commits_nothing(config, tmp_path, monkeypatch):
     def run(stage, context):
         folder = tmp_path / "w" / "patches" / context.folder.rsplit("/", 1)[1] / claims.FOLDER
