@@ -175,7 +175,7 @@ STAGES = (
         "pseudo_masks:run",
         lambda config: _dump(config, "pseudo_masks") | _background(config),
         lambda config: {"patches": "patches", "model": "preliminary"},
-        version=2,
+        version=3,
     ),
     Stage(
         "classifier",
@@ -200,6 +200,7 @@ STAGES = (
             "patches": "patches",
             "model": "subcategories" if config.cams.method == "sc_cam" else "classifier",
         },
+        version=2,
     ),
     Stage(
         "refiner",
@@ -209,6 +210,7 @@ STAGES = (
         lambda config: (
             {"patches": "patches", "pseudo_masks": "pseudo_masks", "cams": "cams"} | _initial(config.refiner.initial)
         ),
+        version=2,
     ),
     Stage(
         "refined_masks",
@@ -216,6 +218,7 @@ STAGES = (
         "refining:masks",
         lambda config: _dump(config, "refined_masks") | _background(config),
         lambda config: {"patches": "patches", "pseudo_masks": "pseudo_masks", "cams": "cams", "model": "refiner"},
+        version=2,
     ),
     Stage(
         "precise",
