@@ -37,8 +37,14 @@ def test_an_unknown_key_that_resembles_nothing_gets_no_suggestion():
         ("synthesis.alpha=0.9", "alpha (0.9) must be less than beta (0.8)"),
         ("scale.source_mpp=0.5", "source_mpp needs mpp"),
         ("scale.resize=0.5", "fit and resize contradict each other"),
-        ("synthesis.class_sampling={tumour: 1}", "classes that there are not: tumour"),
-        ("synthesis.class_sampling={tumor: 0, stroma: 0, normal: 0}", "gives every class the weight 0"),
+        ("synthesis.class_sampling={tumour: 1, stroma: 1, normal: 1}", "given for tumour, stroma, normal, but the"),
+        ("synthesis.class_sampling={tumor: 2}", "given for tumor, but the classes are tumor, stroma, normal. Remedy"),
+        ("synthesis.class_sampling={tumor: 1, Tumor: 2, stroma: 1, normal: 1}", "given for tumor, Tumor, stroma"),
+        ("synthesis.class_sampling={tumor: 0, stroma: 0, normal: 0}", "not all 0"),
+        ("evaluation.stride=225", "evaluation: stride (225) must be at most patch_size (224)"),
+        ("pseudo_masks.stride=225", "pseudo_masks: stride (225) must be at most patch_size (224)"),
+        ("cams.stride=225", "cams: stride (225) must be at most patch_size (224)"),
+        ("refined_masks.stride=225", "refined_masks: stride (225) must be at most patch_size (224)"),
         ("precise.initial=preliminary", "needs the same architecture, encoder and decoder_attention"),
         ("classes.background_id=1", "background_id 1 is the id of class 'stroma'"),
         ("classes.classes=[{name: a, color: [0, 0, 0]}]", "at least 2"),
@@ -56,6 +62,12 @@ def test_class_names_must_differ_whatever_their_case():
     classes = {"classes": [{"name": name, "color": [0, 0, 0]} for name in ("Tumor", "tumor")]}
     with pytest.raises(PistoSegError, match="class names must differ"):
         validate({"classes": classes})
+
+
+def test_class_weights_go_by_name_whatever_its_case():
+    config = load_config("wsss4luad", overrides=["synthesis.class_sampling={NORMAL: 0, ' Tumor': 1, stroma: 2}"])
+    assert config.synthesis.class_sampling == {"tumor": 1, "stroma": 2, "normal": 0}
+    assert load_config("wsss4luad", overrides=["cams.stride=224"]).cams.step == 224
 
 
 def test_mpp_and_resize_contradict_each_other():
