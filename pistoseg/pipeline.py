@@ -112,8 +112,19 @@ def _background(config: Config) -> dict[str, Any]:
     return config.data.model_dump(include={"background", "background_grey", "background_min_area"})
 
 
+def _network(config: Config, section: str) -> dict[str, Any]:
+    """Settings of a network's training; of a file of encoder weights, its size and version as well."""
+    from pistoseg.slides.files import etag
+
+    settings = _dump(config, section, "seed")
+    weights = settings[section]["weights"]
+    if weights not in (None, "none", "imagenet") and storage.exists(weights):  # whoever reads it says that it is not
+        settings["weights_file"] = etag(weights)
+    return settings
+
+
 def _training(config: Config, section: str) -> dict[str, Any]:
-    settings = _dump(config, section, "seed") | {
+    settings = _network(config, section) | {
         "train_workers": config.compute.train_workers,
         "validation": config.evaluation.model_dump(include={"patch_size"}),
     }
@@ -138,7 +149,7 @@ def _initial(initial: str) -> dict[str, str]:
 
 def _on_labels(config: Config, section: str) -> dict[str, Any]:
     """Settings of a network that is trained on image-level labels."""
-    return _dump(config, section, "seed") | {"train_workers": config.compute.train_workers}
+    return _network(config, section) | {"train_workers": config.compute.train_workers}
 
 
 def _subcategories(config: Config) -> dict[str, Any]:
@@ -291,7 +302,10 @@ class Step:
 
 
 def plan(config: Config, targets: tuple[str, ...]) -> list[Step]:
-    """The steps that lead to some targets, in the order of running; nothing but the data set's files is looked at."""
+    """The steps that lead to some targets, in the order of running.
+
+    Nothing is looked at but the versions of the data set's files and of those with encoder weights.
+    """
     steps: dict[str, Step] = {}
     for stage in needed(config, targets):
         settings = json.loads(json.dumps(stage.settings(config)))
