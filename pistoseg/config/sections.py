@@ -35,6 +35,14 @@ class ClassesConfig(Section):
             raise ValueError("class names must differ (case and spaces around them do not count)")
         if 0 <= self.background_id < len(self.classes):
             raise ValueError(f"background_id {self.background_id} is the id of class {names[self.background_id]!r}")
+        owners = {self.background_color: "the background"}
+        for tissue in self.classes:
+            if tissue.color in owners:
+                raise ValueError(
+                    f"{tissue.name} has the colour of {owners[tissue.color]}, {list(tissue.color)}, by which RGB masks "
+                    "are read; give every class, and the background, a colour of its own"
+                )
+            owners[tissue.color] = tissue.name
         return self
 
     def tissue(self) -> TissueClasses:

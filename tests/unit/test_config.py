@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import yaml
 
@@ -62,6 +64,17 @@ def test_class_names_must_differ_whatever_their_case():
     classes = {"classes": [{"name": name, "color": [0, 0, 0]} for name in ("Tumor", "tumor")]}
     with pytest.raises(PistoSegError, match="class names must differ"):
         validate({"classes": classes})
+
+
+def test_classes_and_background_must_differ_in_colour():
+    classes = [{"name": "a", "color": [0, 0, 0]}, {"name": "b", "color": [9, 9, 9]}]
+    for other, message in (("a", "c has the colour of a, [0, 0, 0]"), ("background", "colour of the background")):
+        third = {"name": "c", "color": {"a": [0, 0, 0], "background": [255, 255, 255]}[other]}
+        with pytest.raises(PistoSegError, match=re.escape(message)) as caught:
+            validate({"classes": {"classes": [*classes, third]}}, source="mine.yaml")
+        assert caught.value.file == "mine.yaml"
+        assert "\n  classes: c has" in str(caught.value)
+    validate({"classes": {"classes": [*classes, third], "background_color": [1, 1, 1]}})
 
 
 def test_class_weights_go_by_name_whatever_its_case():
@@ -259,7 +272,7 @@ def test_scale_factor_is_network_px_per_image_px():
 
 
 def test_defaults_need_only_classes():
-    classes = {"classes": [{"name": name, "color": [0, 0, 0]} for name in "ab"]}
+    classes = {"classes": [{"name": name, "color": [number, 0, 0]} for number, name in enumerate("ab")]}
     config = validate({"classes": classes})
     assert isinstance(config, Config)
     assert config.classes.tissue().background_id == 2
