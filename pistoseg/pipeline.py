@@ -62,6 +62,8 @@ class Stage:
         settings: the settings its result depends on.
         inputs: role -> stage name.
         version: format version; raise it when the result changes for the same settings.
+        refresh: `module:function` in `pistoseg.stages`, called with the config and an artifact that is reused: brings
+            up to date what `settings` leave out, and returns what to say about it, or None.
     """
 
     name: str
@@ -70,12 +72,23 @@ class Stage:
     settings: Settings
     inputs: Inputs = field(default=lambda config: {})
     version: int = 1
+    refresh: str | None = None
 
     def run(self, context: StageContext) -> dict[str, Any]:
         """Import the stage's code and call it."""
-        module, function = self.function.split(":")
-        summary: dict[str, Any] = getattr(importlib.import_module(f"pistoseg.stages.{module}"), function)(context)
+        summary: dict[str, Any] = _imported(self.function)(context)
         return summary
+
+    def reuse(self, config: Config, artifact: Artifact) -> str | None:
+        """Bring a reused artifact up to date; what to say about it."""
+        said: str | None = _imported(self.refresh)(config, artifact) if self.refresh else None
+        return said
+
+
+def _imported(name: str) -> Callable[..., Any]:
+    module, function = name.split(":")
+    found: Callable[..., Any] = getattr(importlib.import_module(f"pistoseg.stages.{module}"), function)
+    return found
 
 
 def _dump(config: Config, *sections: str) -> dict[str, Any]:
@@ -172,6 +185,7 @@ STAGES = (
         "segmentation:preliminary",
         lambda config: _training(config, "preliminary"),
         lambda config: {"patches": "patches", "masks": "synthesis", "validation": "validation"},
+        refresh="segmentation:refresh",
     ),
     Stage(
         "preliminary_evaluation",
@@ -237,6 +251,7 @@ STAGES = (
         "segmentation:precise",
         lambda config: _training(config, "precise"),
         _precise_inputs,
+        refresh="segmentation:refresh",
     ),
     Stage(
         "evaluation",
@@ -353,8 +368,7 @@ def run_pipeline(
                     inputs = {role: artifacts[source] for role, source in step.inputs.items()}
                     found = _compute(step, inputs, config, workspace, progress, tracker, hooks)
                 else:
-                    tracker.reused(found)
-                    hooks.reused(found)
+                    _reuse(step, found, config, progress, tracker, hooks)
             artifacts[step.stage.name] = found
         tracker.finish(artifacts)
     return artifacts
@@ -369,6 +383,13 @@ def _check_placement(config: Config, workspace: Workspace, steps: list[Step], pr
         read = {"data.uri": config.data.uri, "data.validation": config.data.validation}
         placement.check_shared(workspace.root, read)
         placement.check(config, todo, progress.say)
+
+
+def _reuse(step: Step, artifact: Artifact, config: Config, progress: Progress, tracker: Tracker, hooks: Hooks) -> None:
+    if said := step.stage.reuse(config, artifact):
+        progress.say(said)
+    tracker.reused(artifact)
+    hooks.reused(artifact)
 
 
 def _compute(
@@ -390,8 +411,7 @@ def _compute(
             artifact = step.find(workspace)
             assert artifact is not None
             progress.say(f"{stage.name}/{key}: another run has finished it, reused")
-            tracker.reused(artifact)
-            hooks.reused(artifact)
+            _reuse(step, artifact, config, progress, tracker, hooks)
             return artifact
         storage.remove_parts(folder)
         with tracker.stage(stage.name, key, settings, inputs) as run:
