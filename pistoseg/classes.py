@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from pistoseg.errors import PistoSegError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -92,6 +96,30 @@ class TissueClasses:
             _rgb(value.get("background_color", (255, 255, 255))),
             value.get("codec", "auto"),
         )
+
+
+def class_weights(weights: Mapping[str, float], names: Sequence[str]) -> list[float]:
+    """The weight of every class, in the order of `names`, from weights by name, whatever their case.
+
+    Raises:
+        PistoSegError: a class has no weight or two, a name is no class, or the weights can't be drawn by.
+    """
+    folded = {name.strip().casefold(): weight for name, weight in weights.items()}
+    expected = [name.strip().casefold() for name in names]
+    if len(folded) < len(weights) or set(folded) != set(expected):
+        raise PistoSegError(
+            f"weights are given for {', '.join(weights)}, but the classes are {', '.join(names)}",
+            field="class_sampling",
+            remedy="give one weight per class name, 0 for a class to leave out",
+        )
+    found = [float(folded[name]) for name in expected]
+    if not all(math.isfinite(weight) and weight >= 0 for weight in found) or not any(found):
+        raise PistoSegError(
+            "the weights must be finite, not negative, and not all 0",
+            field="class_sampling",
+            remedy="give at least one class a positive weight",
+        )
+    return found
 
 
 def _rgb(value: Any) -> tuple[int, int, int]:

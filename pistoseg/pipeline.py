@@ -64,6 +64,8 @@ class Stage:
         settings: the settings its result depends on.
         inputs: role -> stage name.
         version: format version; raise it when the result changes for the same settings.
+        refresh: `module:function` in `pistoseg.stages`, called with the config and an artifact that is reused: brings
+            up to date what `settings` leave out, and returns what to say about it, or None.
     """
 
     name: str
@@ -72,12 +74,23 @@ class Stage:
     settings: Settings
     inputs: Inputs = field(default=lambda config: {})
     version: int = 1
+    refresh: str | None = None
 
     def run(self, context: StageContext) -> dict[str, Any]:
         """Import the stage's code and call it."""
-        module, function = self.function.split(":")
-        summary: dict[str, Any] = getattr(importlib.import_module(f"pistoseg.stages.{module}"), function)(context)
+        summary: dict[str, Any] = _imported(self.function)(context)
         return summary
+
+    def reuse(self, config: Config, artifact: Artifact) -> str | None:
+        """Bring a reused artifact up to date; what to say about it."""
+        said: str | None = _imported(self.refresh)(config, artifact) if self.refresh else None
+        return said
+
+
+def _imported(name: str) -> Callable[..., Any]:
+    module, function = name.split(":")
+    found: Callable[..., Any] = getattr(importlib.import_module(f"pistoseg.stages.{module}"), function)
+    return found
 
 
 def _dump(config: Config, *sections: str) -> dict[str, Any]:
@@ -114,8 +127,19 @@ def _background(config: Config) -> dict[str, Any]:
     return config.data.model_dump(include={"background", "background_grey", "background_min_area"})
 
 
+def _network(config: Config, section: str) -> dict[str, Any]:
+    """Settings of a network's training; of a file of encoder weights, its size and version as well."""
+    from pistoseg.slides.files import etag
+
+    settings = _dump(config, section, "seed")
+    weights = settings[section]["weights"]
+    if weights not in (None, "none", "imagenet") and storage.exists(weights):  # whoever reads it says that it is not
+        settings["weights_file"] = etag(weights)
+    return settings
+
+
 def _training(config: Config, section: str) -> dict[str, Any]:
-    settings = _dump(config, section, "seed") | {
+    settings = _network(config, section) | {
         "train_workers": config.compute.train_workers,
         "validation": config.evaluation.model_dump(include={"patch_size"}),
     }
@@ -140,7 +164,7 @@ def _initial(initial: str) -> dict[str, str]:
 
 def _on_labels(config: Config, section: str) -> dict[str, Any]:
     """Settings of a network that is trained on image-level labels."""
-    return _dump(config, section, "seed") | {"train_workers": config.compute.train_workers}
+    return _network(config, section) | {"train_workers": config.compute.train_workers}
 
 
 def _subcategories(config: Config) -> dict[str, Any]:
@@ -163,6 +187,7 @@ STAGES = (
         "segmentation:preliminary",
         lambda config: _training(config, "preliminary"),
         lambda config: {"patches": "patches", "masks": "synthesis", "validation": "validation"},
+        refresh="segmentation:refresh",
     ),
     Stage(
         "preliminary_evaluation",
@@ -177,7 +202,7 @@ STAGES = (
         "pseudo_masks:run",
         lambda config: _dump(config, "pseudo_masks") | _background(config),
         lambda config: {"patches": "patches", "model": "preliminary"},
-        version=2,
+        version=3,
     ),
     Stage(
         "classifier",
@@ -202,6 +227,7 @@ STAGES = (
             "patches": "patches",
             "model": "subcategories" if config.cams.method == "sc_cam" else "classifier",
         },
+        version=2,
     ),
     Stage(
         "refiner",
@@ -211,6 +237,7 @@ STAGES = (
         lambda config: (
             {"patches": "patches", "pseudo_masks": "pseudo_masks", "cams": "cams"} | _initial(config.refiner.initial)
         ),
+        version=2,
     ),
     Stage(
         "refined_masks",
@@ -218,6 +245,7 @@ STAGES = (
         "refining:masks",
         lambda config: _dump(config, "refined_masks") | _background(config),
         lambda config: {"patches": "patches", "pseudo_masks": "pseudo_masks", "cams": "cams", "model": "refiner"},
+        version=2,
     ),
     Stage(
         "precise",
@@ -225,6 +253,7 @@ STAGES = (
         "segmentation:precise",
         lambda config: _training(config, "precise"),
         _precise_inputs,
+        refresh="segmentation:refresh",
     ),
     Stage(
         "evaluation",
@@ -290,7 +319,10 @@ class Step:
 
 
 def plan(config: Config, targets: tuple[str, ...]) -> list[Step]:
-    """The steps that lead to some targets, in the order of running; nothing but the data set's files is looked at."""
+    """The steps that lead to some targets, in the order of running.
+
+    Nothing is looked at but the versions of the data set's files and of those with encoder weights.
+    """
     steps: dict[str, Step] = {}
     for stage in needed(config, targets):
         settings = json.loads(json.dumps(stage.settings(config)))
@@ -338,8 +370,7 @@ def run_pipeline(
                     inputs = {role: artifacts[source] for role, source in step.inputs.items()}
                     found = _compute(step, inputs, config, workspace, progress, tracker, hooks)
                 else:
-                    tracker.reused(found)
-                    hooks.reused(found)
+                    _reuse(step, found, config, progress, tracker, hooks)
             artifacts[step.stage.name] = found
         tracker.finish(artifacts)
     return artifacts
@@ -354,6 +385,13 @@ def _check_placement(config: Config, workspace: Workspace, steps: list[Step], pr
         read = {"data.uri": config.data.uri, "data.validation": config.data.validation}
         placement.check_shared(workspace.root, read)
         placement.check(config, todo, progress.say)
+
+
+def _reuse(step: Step, artifact: Artifact, config: Config, progress: Progress, tracker: Tracker, hooks: Hooks) -> None:
+    if said := step.stage.reuse(config, artifact):
+        progress.say(said)
+    tracker.reused(artifact)
+    hooks.reused(artifact)
 
 
 def _compute(
@@ -375,8 +413,7 @@ def _compute(
             artifact = step.find(workspace)
             assert artifact is not None
             progress.say(f"{stage.name}/{key}: another run has finished it, reused")
-            tracker.reused(artifact)
-            hooks.reused(artifact)
+            _reuse(step, artifact, config, progress, tracker, hooks)
             return artifact
         storage.remove_parts(folder)
         with tracker.stage(stage.name, key, settings, inputs) as run:

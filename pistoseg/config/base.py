@@ -34,3 +34,12 @@ def read_yaml(uri: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise PistoSegError("must be a mapping of keys to values", file=uri)
     return value
+
+
+def refuse_gaps(stride: int | None, patch_size: int) -> None:
+    """Refuse a step between windows that leaves pixels between them unseen; `ValueError`, as validators raise it."""
+    if stride is not None and stride > patch_size:
+        raise ValueError(
+            f"stride ({stride}) must be at most patch_size ({patch_size}), or pixels between windows are never seen; "
+            "lower stride, or set it to null"
+        )

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from pistoseg.config.base import Positive, Precision, Section, Share
+from pistoseg.config.base import Positive, Precision, Section, Share, refuse_gaps
 
 
 class AugmentationConfig(Section):
@@ -106,6 +106,11 @@ class TilingConfig(Section):
         8, description="Averaged: 1: none, 2: the horizontal flip, 8: flips and quarter turns."
     )
     batch_size: Positive = Field(16, description="Windows in a forward pass; symmetric copies count.")
+
+    @model_validator(mode="after")
+    def _without_gaps(self) -> Self:
+        refuse_gaps(self.stride, self.patch_size)
+        return self
 
     @property
     def step(self) -> int:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from pistoseg.classes import class_weights
 from pistoseg.config.base import Section, read_yaml
 from pistoseg.config.networks import (
     CamConfig,
@@ -55,16 +56,19 @@ class Config(Section):
     def _classes_file(cls, value: Any) -> Any:
         return read_yaml(value) if isinstance(value, str) else value
 
+    @field_validator("synthesis")
+    @classmethod
+    def _class_weights(cls, value: SynthesisConfig, info: ValidationInfo) -> SynthesisConfig:
+        """Weights by the names that the classes have, whatever the case in which they were written."""
+        if not isinstance(value.class_sampling, dict) or "classes" not in info.data:
+            return value
+        names = info.data["classes"].tissue().names
+        weights = dict(zip(names, class_weights(value.class_sampling, names), strict=True))
+        return value.model_copy(update={"class_sampling": weights})
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         problems = []
-        weights = self.synthesis.class_sampling
-        if isinstance(weights, dict):
-            names = {tissue.name for tissue in self.classes.classes}
-            if unknown := sorted(set(weights) - names):
-                problems.append(f"synthesis.class_sampling names classes that there are not: {', '.join(unknown)}")
-            if not any(weights.get(name, 0) > 0 for name in names):
-                problems.append("synthesis.class_sampling gives every class the weight 0")
         same = ("architecture", "encoder", "decoder_attention")
         if self.precise.initial == "preliminary" and any(
             getattr(self.precise, key) != getattr(self.preliminary, key) for key in same

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from pistoseg.classes import MAX_CLASSES, TissueClass, TissueClasses
-from pistoseg.config.base import Channel, Positive, Section, Share
+from pistoseg.config.base import Channel, Positive, Section, Share, refuse_gaps
 from pistoseg.redaction import has_secret
 
 
@@ -30,11 +30,19 @@ class ClassesConfig(Section):
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:
-        names = [tissue.name.casefold() for tissue in self.classes]
+        names = [tissue.name.strip().casefold() for tissue in self.classes]
         if len(set(names)) < len(names):
-            raise ValueError("class names must differ (case does not count)")
+            raise ValueError("class names must differ (case and spaces around them do not count)")
         if 0 <= self.background_id < len(self.classes):
             raise ValueError(f"background_id {self.background_id} is the id of class {names[self.background_id]!r}")
+        owners = {self.background_color: "the background"}
+        for tissue in self.classes:
+            if tissue.color in owners:
+                raise ValueError(
+                    f"{tissue.name} has the colour of {owners[tissue.color]}, {list(tissue.color)}, by which RGB masks "
+                    "are read; give every class, and the background, a colour of its own"
+                )
+            owners[tissue.color] = tissue.name
         return self
 
     def tissue(self) -> TissueClasses:
@@ -125,7 +133,7 @@ class SynthesisConfig(Section):
     background_threshold: Share = Field(1.0, description="Redraw a crop with a larger share of background; 1: never.")
     max_redraws: int = Field(10, ge=0, le=100, description="Redraws of one crop at the most.")
     class_sampling: Literal["natural", "balanced"] | dict[str, Annotated[float, Field(ge=0)]] = Field(
-        "balanced", description="natural: by image; balanced: by class; or a weight per class name."
+        "balanced", description="natural: by image; balanced: by class; or a weight for each class name."
     )
     mode: Literal["streamed", "stored"] = Field(
         "streamed", description="streamed: fresh mosaics every epoch, nothing on disk; stored: `count` in Parquet."
@@ -165,6 +173,11 @@ class EvaluationConfig(Section):
     symmetries: Literal[1, 8] | None = Field(None, description="Symmetries averaged; null: the protocol's.")
     batch_size: Positive = Field(16, description="Windows in a forward pass; symmetric copies count.")
     bootstrap: int = Field(1000, ge=0, description="Resamplings of the images for the confidence intervals; 0: none.")
+
+    @model_validator(mode="after")
+    def _without_gaps(self) -> Self:
+        refuse_gaps(self.stride, self.patch_size)
+        return self
 
     def resolved(self) -> dict[str, Any]:
         """Window, stride, scales and symmetries with the protocol's values filled in."""

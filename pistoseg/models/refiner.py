@@ -23,6 +23,7 @@ QUERY_GAIN = 0.25
 _PYRAMID_LEVELS = {encoders.RESNET38D: (-3, -2)}  # conv4 and conv5; its class head is on conv6
 _ARGUMENTS = ("encoder", "output_stride", "attention_channels", "normalize", "feature_norm")
 _BLOCK = 128
+_TINY = 1e-6
 
 
 class Refined(NamedTuple):
@@ -33,6 +34,7 @@ class Refined(NamedTuple):
         pseudo, cam: (N, L, h, w) M_pseudo and M_CAM, brought down to the grid.
         cnn: (N, L, h, w) the CNN's own CAM, 0..1, without a gradient: like the other two, it is projected, not learned.
         refined_pseudo, refined_cam, refined_cnn: (N, L, h, w) these three, projected (eqs. 4, 5).
+        active: (N, L, h, w) `activation` of the class map, 0..1, with its gradient.
     """
 
     class_map: Tensor
@@ -42,6 +44,7 @@ class Refined(NamedTuple):
     refined_pseudo: Tensor
     refined_cam: Tensor
     refined_cnn: Tensor
+    active: Tensor
 
 
 def attention(query: Tensor, key: Tensor, normalize: str = "columns") -> Tensor:
@@ -116,23 +119,35 @@ def _wide(values: Tensor) -> Tensor:
     return values if values.dtype == torch.float64 else values.float()
 
 
-def normalized_cam(class_map: Tensor, allowed: Tensor) -> Tensor:
-    """A CAM from class activations as class shares, the scale of M_pseudo and M_CAM that it is refined with.
+def activation(class_map: Tensor, allowed: Tensor) -> Tensor:
+    """How active every class is, as a share of its own highest activation in the image.
 
-        M_cp = m_cp / sum_c m_cp,   m_cp = max(0, f_cp) a_cp / max over the cells p of max(0, f_cp) a_cp
+        m_cp = max(0, f_cp) a_cp / max over the cells p of max(0, f_cp) a_cp
 
     Args:
         class_map: (N, L, h, w) float, f.
         allowed: (N, L, h, w) float 0..1, a: what the labels allow.
     Returns:
+        (N, L, h, w) float32 in 0..1; 0 where the labels do not allow a class.
+    """
+    active = class_map.float().relu() * allowed
+    return active / active.amax((2, 3), keepdim=True).clamp(min=_TINY)
+
+
+def normalized_cam(active: Tensor, allowed: Tensor) -> Tensor:
+    """A CAM as class shares, the scale of M_pseudo and M_CAM that it is refined with.
+
+        M_cp = m_cp / sum_c m_cp
+
+    Args:
+        active: (N, L, h, w) float 0..1, m: `activation` of the class map.
+        allowed: (N, L, h, w) float 0..1, a: what the labels allow.
+    Returns:
         (N, L, h, w) float32 in 0..1; equal shares of the allowed classes in cells where none is active.
     """
-    tiny = 1e-6
-    active = class_map.float().relu() * allowed
-    active = active / active.amax((2, 3), keepdim=True).clamp(min=tiny)
     total = active.sum(1, keepdim=True)
-    even = allowed / allowed.sum(1, keepdim=True).clamp(min=tiny)
-    return torch.where(total > tiny, active / total.clamp(min=tiny), even)
+    even = allowed / allowed.sum(1, keepdim=True).clamp(min=_TINY)
+    return torch.where(total > _TINY, active / total.clamp(min=_TINY), even)
 
 
 class RefiningNetwork(nn.Module):
@@ -198,10 +213,12 @@ class RefiningNetwork(nn.Module):
         feature_maps = self.encoder(padded)
         class_map = self.head(feature_maps[-1])
         pseudo, cam, allowed = self.shrink(torch.cat([pseudo, cam, allowed], 1), images).chunk(3, 1)
-        cnn = normalized_cam(class_map.detach(), allowed)
+        active = activation(class_map, allowed)
+        cnn = normalized_cam(active.detach(), allowed)
         query, key = self.queries_and_keys(self.features(padded, feature_maps))
         projected = project(torch.cat([pseudo, cam, cnn], 1), query, key, self.normalize)
-        return Refined(class_map, pseudo, cam, cnn, *projected.chunk(3, 1))
+        refined_pseudo, refined_cam, refined_cnn = projected.chunk(3, 1)
+        return Refined(class_map, pseudo, cam, cnn, refined_pseudo, refined_cam, refined_cnn, active)
 
     def features(self, images: Tensor, feature_maps: list[Tensor]) -> Tensor:
         """The concatenated pyramid F: image (3), a finer (64) and a coarser (128) map on the last map's grid.

@@ -56,7 +56,8 @@ def min_pooling_loss(maps: Tensor, valid: Tensor) -> Tensor:
     with B the lowest quarter of a sample's valid cells, by their largest activation.
 
     Args:
-        maps: (N, L, h, w) float activations; classes that the label excludes are 0.
+        maps: (N, L, h, w) float activations, each class's as a share of its highest; classes that the label excludes
+            are 0.
         valid: (N, 1, h, w) float weights of the cells.
     Returns:
         () float.
@@ -107,7 +108,8 @@ def refining_loss(
         valid: (N, 1, h, w) float weights of the cells: 1 inside labelled windows, 0 in padding.
         lambda_cls, lambda_cons, lambda_cross, lambda_pseudo: weights; a term of weight 0 is not computed.
         hardest: see `cross_loss`.
-        min_pooling: add `min_pooling_loss` of the refined CNN CAM to L_cls.
+        min_pooling: add `min_pooling_loss` of the class map's activation to L_cls. In class shares it would be a
+            constant in an image of one tissue, which has all of every cell.
     Returns:
         The loss, () float, and its unweighted terms `cls`, `cons`, `cross`, `pseudo` and `min_pooling`, as far as
         they are computed, detached.
@@ -116,7 +118,7 @@ def refining_loss(
     if lambda_cls:
         terms.append(("cls", lambda_cls, classification_loss(logits, labels)))
         if min_pooling:
-            terms.append(("min_pooling", lambda_cls, min_pooling_loss(refined.refined_cnn, valid)))
+            terms.append(("min_pooling", lambda_cls, min_pooling_loss(refined.active, valid)))
     if lambda_cons:
         terms.append(("cons", lambda_cons, consistency_loss(refined.refined_pseudo, refined.refined_cam, valid)))
     if lambda_cross:

@@ -24,6 +24,8 @@ def cluster(features: NDArray[np.float32], labels: NDArray[np.uint8], k: int, se
         raise ValueError(
             f"needs features and labels of the same windows and k >= 1, not {len(features)}, {len(labels)}, {k}"
         )
+    if seed >= 2**32:  # scikit-learn takes no larger ones
+        seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
     flags = np.zeros((len(labels), labels.shape[1] * k), np.uint8)
     for c in range(labels.shape[1]):
         members = np.flatnonzero(labels[:, c] == 1)

@@ -294,7 +294,7 @@ def _read_pair(
     size = (image.shape[0], image.shape[1])
     mask = decode_mask(read_file(pair.mask_uri), pair.mask_uri, classes, size, config.max_pixels)
     if pair.background_uri is not None:
-        background = decode_background(read_file(pair.background_uri), pair.background_uri, size)
+        background = decode_background(read_file(pair.background_uri), pair.background_uri, size, config.max_pixels)
         mask[background] = classes.background_id
     return image, mask
 

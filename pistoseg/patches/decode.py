@@ -113,10 +113,15 @@ def decode_mask(
     return ids
 
 
-def decode_background(data: bytes, name: str, expected_size: tuple[int, int] | None = None) -> np.ndarray:
-    """Decode a background mask as WSSS4LUAD publishes them: (H, W) bool, true where the file is not zero."""
+def decode_background(
+    data: bytes, name: str, expected_size: tuple[int, int] | None = None, max_pixels: int = 50_000_000
+) -> np.ndarray:
+    """Decode a background mask as WSSS4LUAD publishes them: (H, W) bool, true where the file is not zero.
+
+    Arguments and errors are those of `decode_mask`.
+    """
     image = _open(data, name)
-    _check_size(image, name, 50_000_000, 1)
+    _check_size(image, name, max_pixels, 1)
     _check_pixels(image, data, name, {"1", "L", "P"})
     image = _load(image, name)
     _check_expected(image, name, expected_size)

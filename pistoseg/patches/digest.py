@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 from pistoseg import storage
 from pistoseg.config import Config
 from pistoseg.errors import PistoSegError, UnavailableError
-from pistoseg.patches.layouts import find_split
+from pistoseg.patches.layouts import find_split, relative_files
 from pistoseg.patches.manifest import is_manifest, scan_slides
+from pistoseg.patches.table import find_table, images_elsewhere, is_elsewhere
 
 _THREADS = 16  # object storage answers many questions at once
 
@@ -42,6 +43,7 @@ def validation_folder(config: Config) -> str | None:
 def training_digest(config: Config, etag: Callable[[str], str]) -> str:
     """Hash of the training files' names, sizes and versions.
 
+    Where a table of windows lies outside of the training folder, or names images there, it is a hash of these, too.
     Of a manifest of slides it is a hash of its bytes, of what `etag` says about every slide, of the annotations'
     versions, and of the settings by which windows are cut from these.
 
@@ -50,7 +52,12 @@ def training_digest(config: Config, etag: Callable[[str], str]) -> str:
         etag: a string that changes when a slide does (`pistoseg.slides.files.etag`); `PistoSegError` without a slide.
     """
     uri = training_folder(config)
-    return _slides_digest(uri, config, etag) if is_manifest(uri) else _digest(uri)
+    if is_manifest(uri):
+        return _slides_digest(uri, config, etag)
+    tables: dict[str, str] = {}
+    own = _digest(uri, tables)
+    outside = _table_digest(uri, tables, config, etag)
+    return _hash([own, outside]) if outside else own
 
 
 def validation_digest(config: Config) -> str:
@@ -59,33 +66,58 @@ def validation_digest(config: Config) -> str:
     return _digest(folder) if folder else ""
 
 
-def _digest(uri: str) -> str:
-    """What `_hash` makes of the list of the files, without a list: a data set may have a million."""
+def _digest(uri: str, tables: dict[str, str] | None = None) -> str:
+    """What `_hash` makes of the list of the files, without a list: a data set may have a million.
+
+    Args:
+        uri: of their folder.
+        tables: gets the CSV and Parquet files directly in it, name -> URI.
+    """
     digest = hashlib.sha256(b"[")
     for number, item in enumerate(storage.iter_details(uri)):
         digest.update(f"{', ' if number else ''}{json.dumps(item)}".encode())
+        if tables is not None and "/" not in item[0] and item[0].lower().endswith((".csv", ".parquet")):
+            tables[item[0]] = storage.join(uri, item[0])
     digest.update(b"]")
     return digest.hexdigest()[:16]
+
+
+def _table_digest(uri: str, tables: dict[str, str], config: Config, etag: Callable[[str], str]) -> str:
+    """Hash of a table of windows outside of the training folder, and of images there that one names; empty for none."""
+    if config.data.layout not in ("auto", "table"):
+        return ""
+    table = find_table(uri, tables, config.classes.tissue(), config.data.table)
+    if table is None:
+        return ""
+    images = images_elsewhere(table, uri, lambda: relative_files(uri))
+    outside = is_elsewhere(table, uri)
+    if not images and not outside:
+        return ""
+    content = hashlib.sha256(storage.read_bytes(table)).hexdigest() if outside else ""
+    return _hash([content, list(images), _versions(images.values(), etag)])
 
 
 def _slides_digest(uri: str, config: Config, etag: Callable[[str], str]) -> str:
     slides = scan_slides(uri, config.classes.tissue()).slides
     files = [slide.uri for slide in slides] + [slide.annotations for slide in slides if slide.annotations]
+    versions = _versions(files, etag)
+    cutting = None
+    if len(files) > len(slides):
+        cutting = config.data.model_dump(include={"window", "window_stride", "window_min_share"})
+    return _hash([hashlib.sha256(storage.read_bytes(uri)).hexdigest(), versions, cutting])
 
+
+def _versions(files: Iterable[str], etag: Callable[[str], str]) -> list[str]:
     def version(file: str) -> str:
         try:
             return etag(file)
         except UnavailableError:
             raise
-        except PistoSegError as error:  # its windows will be rejected; when it comes, they are read
+        except PistoSegError as error:  # it will be rejected; when it comes, it is read
             return error.reason
 
     with ThreadPoolExecutor(_THREADS) as pool:
-        versions = list(pool.map(version, files))
-    cutting = None
-    if len(files) > len(slides):
-        cutting = config.data.model_dump(include={"window", "window_stride", "window_min_share"})
-    return _hash([hashlib.sha256(storage.read_bytes(uri)).hexdigest(), versions, cutting])
+        return list(pool.map(version, files))
 
 
 def _hash(value: object) -> str:

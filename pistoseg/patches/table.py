@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import posixpath
+from collections.abc import Callable
 from typing import Any
 
 from pistoseg import storage
@@ -41,7 +42,8 @@ def find_table(
         PistoSegError: the named table is missing, several fit, or patches.csv lacks columns.
     """
     if name is not None:
-        for candidate in (storage.join(uri, name), storage.join(posixpath.dirname(uri.rstrip("/")), name), name):
+        relative = (uri, posixpath.dirname(uri.rstrip("/"))) if "://" not in name else ()
+        for candidate in (*(storage.join(folder, name) for folder in relative), name):
             if storage.exists(candidate) and not storage.is_dir(candidate):
                 return candidate
         raise PistoSegError("does not exist", file=name, field="data.table", remedy=f"give a path relative to {uri}")
@@ -113,6 +115,41 @@ def read_windows(
     return [SourceImage(name, find.uris[name], tuple(windows[name])) for name in sorted(windows)], rejected
 
 
+def is_elsewhere(file: str, uri: str) -> bool:
+    """Whether a file is not one of those that are listed below a folder: it is outside, or hidden."""
+    below = file.removeprefix(uri.rstrip("/") + "/")
+    return below == file or any(part.startswith(".") for part in below.split("/"))
+
+
+def images_elsewhere(table_uri: str, uri: str, list_files: Callable[[], dict[str, str]]) -> dict[str, str]:
+    """The images of a table that are not listed below the training folder: name -> URI, of those that are there.
+
+    Args:
+        table_uri: the table.
+        uri: the training folder.
+        list_files: gives what is below uri, by relative path; asked only where an image may be elsewhere.
+    Raises:
+        PistoSegError: the table cannot be read.
+    """
+    names = {_image_name(row.get("image")) for _, row in open_table(table_uri)[1]} - {""}
+    if not is_elsewhere(table_uri, uri) and not any(_leaves(name) for name in names):
+        return {}
+    files = list_files()
+    find, listed = _ImageFinder(storage.name(table_uri), table_uri, uri, files), set(files.values())
+    found = {name: find.uri_of(name) for name in sorted(names)}
+    return {name: image for name, image in found.items() if image is not None and image not in listed}
+
+
+def _image_name(value: Any) -> str:
+    """An image as the image column names it: a normal path, or a URI; empty where there is none."""
+    written = str(value if value is not None else "").strip()
+    return written if "://" in written or not written else posixpath.normpath(written.replace("\\", "/"))
+
+
+def _leaves(name: str) -> bool:
+    return "://" in name or name.startswith("/") or any(part.startswith(".") for part in name.split("/"))
+
+
 class _ImageFinder:
     """From the image column to the name and URI of a file that is there."""
 
@@ -124,21 +161,26 @@ class _ImageFinder:
         self.elsewhere: dict[str, str | None] = {}
 
     def __call__(self, value: Any) -> str:
-        written = str(value if value is not None else "").strip()
-        if not written:
+        name = _image_name(value)
+        if not name:
             raise PistoSegError("is empty", field="image", remedy="write the image's path relative to the table")
-        name = posixpath.normpath(written.replace("\\", "/")) if "://" not in written else written
-        uri = self.files.get(name)
-        if uri is None:
-            if name not in self.elsewhere:
-                self.elsewhere[name] = self._look(name)
-            uri = self.elsewhere[name]
+        uri = self.uri_of(name)
         if uri is None:
             raise PistoSegError(
-                f"the image {written} does not exist", field="image", remedy="add the image, or remove the row"
+                f"the image {str(value).strip()} does not exist",
+                field="image",
+                remedy="add the image, or remove the row",
             )
         self.uris[name] = uri
         return name
+
+    def uri_of(self, name: str) -> str | None:
+        """Where the image of a name is, or None."""
+        if name in self.files:
+            return self.files[name]
+        if name not in self.elsewhere:
+            self.elsewhere[name] = self._look(name)
+        return self.elsewhere[name]
 
     def _look(self, name: str) -> str | None:
         if "://" in name or name.startswith("/"):

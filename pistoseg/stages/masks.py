@@ -2,8 +2,9 @@
 
 Columns: `image` id, `name`, `height`, `width` (network px), `grid_height`, `grid_width`, and for each kind of mask
 `scores` (float16 of shape (L, grid_height, grid_width), C order), `confidence` (uint8 of shape (grid_height,
-grid_width): the winning class's share of the scores, 255 = all) and `png`, the mask: class ids; background; 255 where
-no label allows any class. The refined masks are of several kinds; their columns carry it: `png_cnn`.
+grid_width): the winning class's share of the scores, 255 = all, 0 where no label allows any class) and `png`, the mask:
+class ids; background; 255 where no label allows any class. The refined masks are of several kinds; their columns carry
+it: `png_cnn`.
 """
 
 from __future__ import annotations
@@ -93,9 +94,12 @@ def to_grid(maps: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.floa
 
 
 def allowed_on_grid(allowed: NDArray[np.bool_], size: tuple[int, int]) -> NDArray[np.bool_]:
-    """Which classes (L, h, w) the labels allow in every cell, from (L, H, W): those of at least half of its pixels."""
+    """Which classes (L, h, w) the labels allow in every cell, from (L, H, W): those of at least half of its pixels.
+
+    Where no class has half of them, those with the most; none where the labels allow none.
+    """
     share = to_grid(allowed.astype(np.float32), size)
-    return share >= np.minimum(0.5, share.max(0, keepdims=True))
+    return (share > 0) & (share >= np.minimum(0.5, share.max(0, keepdims=True)))
 
 
 class MaskWriter:
@@ -177,6 +181,7 @@ def shares_of_scores(
         scores: (L, h, w) float32, logits or not negative.
         allowed: (L, h, w) bool, or None.
         logits: softmax over the allowed classes; otherwise each class's share of the sum, equal ones where it is 0.
+            Cells without an allowed class are 0.
     """
     admitted = np.ones(scores.shape, bool) if allowed is None else allowed
     if logits:

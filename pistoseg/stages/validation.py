@@ -114,7 +114,7 @@ class _Read:
         mask = decode.decode_mask(data, pair["mask_uri"], self.classes, size, self.max_pixels)
         if pair["background_uri"]:
             data = decode.read_file(pair["background_uri"])
-            background = decode.decode_background(data, pair["background_uri"], size)
+            background = decode.decode_background(data, pair["background_uri"], size, self.max_pixels)
             mask = np.where(background, self.classes.background_id, mask).astype(np.uint8)
         return {
             "name": pair["name"],

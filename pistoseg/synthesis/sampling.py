@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from pistoseg.classes import class_weights
 from pistoseg.errors import PistoSegError
 
 ClassSampling = Literal["natural", "balanced"] | Mapping[str, float]
@@ -157,19 +158,4 @@ class ImageSampler:
 def _weights(names: Sequence[str], sampling: ClassSampling) -> NDArray[np.float64]:
     if not isinstance(sampling, Mapping):
         return np.ones(len(names))  # natural does not use them, but needs every class as well
-    folded = {name.strip().casefold(): weight for name, weight in sampling.items()}
-    expected = [name.strip().casefold() for name in names]
-    if set(folded) != set(expected):
-        raise PistoSegError(
-            f"weights are given for {', '.join(sampling)}, but the classes are {', '.join(names)}",
-            field="synthesis.class_sampling",
-            remedy="give one weight per class name, 0 for a class to leave out",
-        )
-    weights = np.array([folded[name] for name in expected], dtype=np.float64)
-    if not np.isfinite(weights).all() or (weights < 0).any() or weights.sum() <= 0:
-        raise PistoSegError(
-            "the weights must be finite, not negative, and not all 0",
-            field="synthesis.class_sampling",
-            remedy="give at least one class a positive weight",
-        )
-    return weights
+    return np.array(class_weights(sampling, names), np.float64)

@@ -118,6 +118,23 @@ def test_a_stage_does_not_depend_on_other_settings(stage, override):
     assert settings(stage) == settings(stage, override)
 
 
+@pytest.mark.parametrize("stage", ["preliminary", "classifier", "refiner", "precise"])
+def test_a_stage_depends_on_the_file_of_its_weights(stage, tmp_path):
+    file = tmp_path / "encoder.pth"
+    override = f"{stage}.weights={file}"
+    assert settings(stage, override) == settings(stage, override), "who builds the encoder says that it is missing"
+    found = []
+    for content in (b"first", b"second"):
+        file.write_bytes(content)
+        found.append(settings(stage, override))
+    assert found[0] != found[1]
+    file.write_bytes(b"third.")  # of the same size
+    os.utime(file, ns=(1, 1))
+    assert settings(stage, override) != found[1]
+    for name in ("imagenet", "none", "null"):
+        assert "weights_file" not in settings(stage, f"{stage}.weights={name}")
+
+
 def test_streamed_mosaics_have_no_count_to_depend_on():
     streamed = "synthesis.mode=streamed"
     assert settings("synthesis", streamed) == settings("synthesis", streamed, "synthesis.count=7")

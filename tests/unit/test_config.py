@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import yaml
 
@@ -37,8 +39,14 @@ def test_an_unknown_key_that_resembles_nothing_gets_no_suggestion():
         ("synthesis.alpha=0.9", "alpha (0.9) must be less than beta (0.8)"),
         ("scale.source_mpp=0.5", "source_mpp needs mpp"),
         ("scale.resize=0.5", "fit and resize contradict each other"),
-        ("synthesis.class_sampling={tumour: 1}", "classes that there are not: tumour"),
-        ("synthesis.class_sampling={tumor: 0, stroma: 0, normal: 0}", "gives every class the weight 0"),
+        ("synthesis.class_sampling={tumour: 1, stroma: 1, normal: 1}", "given for tumour, stroma, normal, but the"),
+        ("synthesis.class_sampling={tumor: 2}", "given for tumor, but the classes are tumor, stroma, normal. Remedy"),
+        ("synthesis.class_sampling={tumor: 1, Tumor: 2, stroma: 1, normal: 1}", "given for tumor, Tumor, stroma"),
+        ("synthesis.class_sampling={tumor: 0, stroma: 0, normal: 0}", "not all 0"),
+        ("evaluation.stride=225", "evaluation: stride (225) must be at most patch_size (224)"),
+        ("pseudo_masks.stride=225", "pseudo_masks: stride (225) must be at most patch_size (224)"),
+        ("cams.stride=225", "cams: stride (225) must be at most patch_size (224)"),
+        ("refined_masks.stride=225", "refined_masks: stride (225) must be at most patch_size (224)"),
         ("precise.initial=preliminary", "needs the same architecture, encoder and decoder_attention"),
         ("classes.background_id=1", "background_id 1 is the id of class 'stroma'"),
         ("classes.classes=[{name: a, color: [0, 0, 0]}]", "at least 2"),
@@ -56,6 +64,23 @@ def test_class_names_must_differ_whatever_their_case():
     classes = {"classes": [{"name": name, "color": [0, 0, 0]} for name in ("Tumor", "tumor")]}
     with pytest.raises(PistoSegError, match="class names must differ"):
         validate({"classes": classes})
+
+
+def test_classes_and_background_must_differ_in_colour():
+    classes = [{"name": "a", "color": [0, 0, 0]}, {"name": "b", "color": [9, 9, 9]}]
+    for other, message in (("a", "c has the colour of a, [0, 0, 0]"), ("background", "colour of the background")):
+        third = {"name": "c", "color": {"a": [0, 0, 0], "background": [255, 255, 255]}[other]}
+        with pytest.raises(PistoSegError, match=re.escape(message)) as caught:
+            validate({"classes": {"classes": [*classes, third]}}, source="mine.yaml")
+        assert caught.value.file == "mine.yaml"
+        assert "\n  classes: c has" in str(caught.value)
+    validate({"classes": {"classes": [*classes, third], "background_color": [1, 1, 1]}})
+
+
+def test_class_weights_go_by_name_whatever_its_case():
+    config = load_config("wsss4luad", overrides=["synthesis.class_sampling={NORMAL: 0, ' Tumor': 1, stroma: 2}"])
+    assert config.synthesis.class_sampling == {"tumor": 1, "stroma": 2, "normal": 0}
+    assert load_config("wsss4luad", overrides=["cams.stride=224"]).cams.step == 224
 
 
 def test_mpp_and_resize_contradict_each_other():
@@ -247,7 +272,7 @@ def test_scale_factor_is_network_px_per_image_px():
 
 
 def test_defaults_need_only_classes():
-    classes = {"classes": [{"name": name, "color": [0, 0, 0]} for name in "ab"]}
+    classes = {"classes": [{"name": name, "color": [number, 0, 0]} for number, name in enumerate("ab")]}
     config = validate({"classes": classes})
     assert isinstance(config, Config)
     assert config.classes.tissue().background_id == 2

@@ -1,3 +1,4 @@
+import copy
 import math
 
 import numpy as np
@@ -10,8 +11,8 @@ from pistoseg.classes import TissueClass, TissueClasses
 from pistoseg.errors import PistoSegError
 from pistoseg.models import files, refiner
 from pistoseg.models.inference import Predictor
-from pistoseg.models.refiner import RefineModel, attention, normalized_cam, project
-from pistoseg.models.refining_losses import consistency_loss
+from pistoseg.models.refiner import RefineModel, activation, attention, normalized_cam, project
+from pistoseg.models.refining_losses import consistency_loss, refining_loss
 
 SMALL = "tu-mobilenetv3_small_050"
 L = 2
@@ -133,7 +134,7 @@ def test_a_cam_is_the_share_of_each_class_relative_to_its_own_maximum():
     allowed = torch.tensor([[[[1.0, 1.0], [0.0, 1.0]], [[1.0, 1.0], [1.0, 1.0]]]])
     # Class 0 relative to its maximum 4, class 1 to 3: (1/2, 0, forbidden, 1) and (1, 0, 1/3, 1/4); then over their sum.
     expected = torch.tensor([[[[1 / 3, 0.5], [0.0, 0.8]], [[2 / 3, 0.5], [1.0, 0.2]]]])
-    torch.testing.assert_close(normalized_cam(class_map, allowed), expected)
+    torch.testing.assert_close(normalized_cam(activation(class_map, allowed), allowed), expected)
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +150,27 @@ def batch(height, width, cells=9):
     allowed = torch.ones(2, L, cells, cells)
     allowed[1, 0] = 0
     return images, pseudo, cam, allowed
+
+
+def test_min_pooling_lowers_the_lowest_activations_of_an_image_of_one_tissue(network):
+    network = copy.deepcopy(network)
+    inputs = [item[1:] for item in batch(64, 64)]  # the second image may be of class 1 alone
+    with torch.no_grad():  # features resemble their mean: every cell is active
+        network.head.weight.copy_(
+            network.encoder(inputs[0])[-1].mean((0, 2, 3))[None, :, None, None].expand(L, -1, 1, 1)
+        )
+    result = network(*inputs)
+    lowest = (result.class_map[0, 1] / result.class_map[0, 1].max()).flatten().sort().values[:4].mean()
+    labels = torch.tensor([[[0, 1]]], dtype=torch.uint8)
+    arguments = (result, result.class_map.mean((2, 3)).unsqueeze(1), labels, torch.ones(1, 1, 4, 4))
+    (total, parts), (without, _) = (refining_loss(*arguments, min_pooling=pooling) for pooling in (True, False))
+    assert float(parts["min_pooling"]) == pytest.approx(lowest.item(), rel=1e-5)
+    assert 0 < lowest.item() < 1
+    found, expected = (
+        torch.autograd.grad(term, network.head.weight, retain_graph=True)[0] for term in (total - without, lowest)
+    )
+    torch.testing.assert_close(found, expected)
+    assert float(expected.abs().sum()) > 0
 
 
 def test_without_feature_norm_the_network_is_the_papers_equations():

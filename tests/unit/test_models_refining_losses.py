@@ -160,8 +160,8 @@ def test_a_batch_without_valid_cells_is_zero_with_a_gradient(maps):
 @pytest.fixture
 def refined(maps):
     pseudo, cam, refined_pseudo, refined_cam = maps
-    class_map, cnn, refined_cnn = (rand(N, L, H, W, seed=seed) for seed in (10, 11, 12))
-    return Refined(class_map, pseudo, cam, cnn, refined_pseudo, refined_cam, refined_cnn)
+    class_map, cnn, refined_cnn, active = (rand(N, L, H, W, seed=seed) for seed in (10, 11, 12, 13))
+    return Refined(class_map, pseudo, cam, cnn, refined_pseudo, refined_cam, refined_cnn, active)
 
 
 @pytest.fixture
@@ -186,7 +186,7 @@ def test_the_total_is_the_weighted_sum_of_its_terms(refined, labelled, valid):
     )
     expected = {
         "cls": classification(*labelled),
-        "min_pooling": float(min_pooling_loss(refined.refined_cnn, valid)),
+        "min_pooling": float(min_pooling_loss(refined.active, valid)),
         "cons": mean_difference(refined.refined_pseudo, refined.refined_cam, valid),
         "cross": float(
             cross_loss(refined.pseudo, refined.cam, refined.refined_pseudo, refined.refined_cam, valid, 0.2)
@@ -219,7 +219,7 @@ def test_a_weight_of_zero_switches_a_term_off(refined, labelled, valid, off):
     poison = torch.full_like(refined.cam, math.nan)  # would spoil the sum even when it is multiplied by 0
     if off == "cls":
         logits = torch.full_like(logits, math.nan)
-        refined = refined._replace(refined_cnn=poison)
+        refined = refined._replace(active=poison)
     elif off == "cross":
         refined = refined._replace(pseudo=poison, cam=poison)
     full = dict.fromkeys(("cls", "cons", "cross"), 1.0)

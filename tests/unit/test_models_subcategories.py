@@ -41,6 +41,14 @@ def test_the_seed_alone_decides():
     np.testing.assert_array_equal(cluster(noise, labels, 4, 7), cluster(noise, labels, 4, 7))
 
 
+def test_every_seed_of_a_config_will_do_and_decides():
+    features, labels, _ = blobs()
+    noise = np.random.default_rng(1).standard_normal(features.shape).astype(np.float32)
+    found = [cluster(noise, labels, 4, seed).tobytes() for seed in (0, 2**32 - 1, 2**32, 2**32 + 1, 2**63 - 1)]
+    assert len(set(found)) == 5
+    assert cluster(noise, labels, 4, 2**63 - 1).tobytes() == found[-1]
+
+
 def test_a_class_of_few_windows_has_fewer_subcategories():
     features, labels, _ = blobs()
     labels[:] = [1, 0]

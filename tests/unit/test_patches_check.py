@@ -8,8 +8,10 @@ from patch_files import CLASSES, encoded, mask_png, put, tissue
 
 from pistoseg import storage
 from pistoseg.config import DataConfig, load_config
+from pistoseg.errors import PistoSegError
 from pistoseg.patches.check import check
 from pistoseg.patches.decode import decode_rgb
+from pistoseg.stages import validation
 
 DATA = Path(os.environ.get("PISTOSEG_TEST_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
 FLAGS = ("[1, 0, 0]", "[0, 1, 0]", "[0, 0, 1]", "[1, 1, 0]")
@@ -120,6 +122,17 @@ def test_a_background_mask_counts_as_background(tmp_path):
     write_good(tmp_path)
     put(tmp_path, "validation/background-mask/v.png", mask_png(value=255))
     assert run(tmp_path).splits["validation"].pixels["background"] == 32 * 40
+
+
+def test_the_limit_on_pixels_holds_for_background_masks(tmp_path):
+    write_good(tmp_path)
+    background = put(tmp_path, "validation/background-mask/v.png", mask_png(64, 64))  # its image has 1,280 px
+    (bad,) = run(tmp_path, max_pixels=2000).splits["validation"].bad
+    assert "more than the 2,000 px allowed" in bad.reason
+    image, mask = (str(tmp_path / "validation" / kind / "v.png") for kind in ("img", "mask"))
+    pair = {"name": "v", "image_uri": image, "mask_uri": mask, "background_uri": background}
+    with pytest.raises(PistoSegError, match=r"more than the 2,000 px allowed.*raise data.max_pixels"):
+        validation._Read(CLASSES, 2000)._read(pair)
 
 
 def test_an_evaluation_folder_alone_can_be_checked(tmp_path):

@@ -3,10 +3,12 @@ import pytest
 from patch_files import CLASSES, mask_png, put
 
 from pistoseg import storage
-from pistoseg.config import DataConfig
+from pistoseg.config import DataConfig, load_config
 from pistoseg.errors import PistoSegError
+from pistoseg.patches.digest import _digest, training_digest
 from pistoseg.patches.layouts import find_split, scan_evaluation, scan_training
 from pistoseg.patches.source import WHOLE
+from pistoseg.slides.files import etag
 
 HEADER = "image,x,y,width,height,tumor,stroma,normal\n"
 
@@ -17,6 +19,10 @@ def scan(uri, **settings):
 
 def table(root, rows, header=HEADER, name="patches.csv"):
     put(root, name, (header + "\n".join(rows)).encode())
+
+
+def config_of(uri, **data):
+    return load_config("glas", overrides=[f"data.uri={uri}", *(f"data.{key}={value}" for key, value in data.items())])
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -185,6 +191,46 @@ def test_a_table_elsewhere_is_named_by_a_setting_and_two_are_ambiguous(tmp_path)
         scan(tmp_path / "training")
     with pytest.raises(PistoSegError, match="does not exist"):
         scan(tmp_path / "training", table="three.csv")
+
+
+@pytest.mark.parametrize("where", ["above", "beside", "at a URI"])
+def test_the_digest_follows_a_table_and_images_outside_of_the_training_folder(tmp_path, where):
+    folder = put(tmp_path, "set/training/a.png").rsplit("/", 1)[0]
+    other = {"above": f"{tmp_path}/set", "beside": f"{tmp_path}/labels", "at a URI": f"memory://{tmp_path.name}"}[where]
+    name = "labels.csv" if where == "above" else f"{other}/labels.csv"
+
+    def digest():
+        return training_digest(config_of(folder, table=name), etag)
+
+    header = "image,gland,stroma\n"
+    table(other, ["a.png,1,0", "b.png,0,1"], header, "labels.csv")
+    found = [digest()]
+    assert digest() == found[0]
+    table(other, ["a.png,0,1", "b.png,0,1"], header, "labels.csv")  # of the same size
+    found.append(digest())
+    put(other, "b.png")  # was missing
+    found.append(digest())
+    put(other, "b.png", b"another")
+    found.append(digest())
+    put(folder, "a.png", b"another")
+    assert len({*found, digest()}) == 5
+    storage.remove_tree(other)
+
+
+def test_the_digest_follows_images_elsewhere_that_a_table_within_the_folder_names(tmp_path):
+    inside, outside = put(tmp_path, "training/sub/a.png"), put(tmp_path, "images/b.png")
+    folder, header = tmp_path / "training", "image,gland,stroma\n"
+
+    def digest():
+        return training_digest(config_of(folder), etag)
+
+    table(folder, ["sub/a.png,1,0", f"{inside},0,1"], header)
+    assert digest() == _digest(str(folder)), "as without a table: all of it lies in the folder"
+    for written in (outside, "../images/b.png"):
+        table(folder, ["sub/a.png,1,0", f"{written},0,1"], header)
+        first = digest()
+        put(tmp_path, "images/b.png", written.encode())
+        assert digest() != first
 
 
 def test_images_without_any_label_say_what_was_looked_for(tmp_path):

@@ -9,6 +9,7 @@ from pistoseg.artifacts import Workspace
 from pistoseg.classes import IGNORE_ID, TissueClass, TissueClasses
 from pistoseg.config import DataConfig
 from pistoseg.errors import PistoSegError
+from pistoseg.models.cams import normalize_cams
 from pistoseg.patches.decode import decode_ids, encode_mask, encode_png
 from pistoseg.patches.store import IMAGES_SCHEMA, WINDOWS_SCHEMA, PatchSet
 from pistoseg.stages import mask_scores, masks
@@ -67,6 +68,19 @@ def test_a_cell_allows_what_at_least_half_of_its_pixels_allow():
     only = np.zeros((3, 4, 4), bool)
     only[2, 0, 0] = True
     assert masks.allowed_on_grid(only, (1, 1)).ravel().tolist() == [False, False, True], "what there is, is allowed"
+
+
+def test_cells_outside_all_windows_and_in_windows_without_a_class_allow_none():
+    allowed = np.zeros((3, 4, 8), bool)
+    allowed[:2, :, :4] = True  # the right half lies in no window, or in one whose flags are all 0
+    found = masks.allowed_on_grid(allowed, (1, 2))
+    assert found[:, 0].tolist() == [[True, False], [True, False], [False, False]]
+    scores = np.array([[1.0, 5.0], [3.0, 5.0], [9.0, 5.0]], np.float32).reshape(3, 1, 2)
+    with np.errstate(all="raise"):
+        for logits in (True, False):
+            assert masks.shares_of_scores(scores, found, logits)[:, 0, 1].tolist() == [0, 0, 0]
+            assert masks.confidence(scores, allowed, logits)[0, 1] == 0
+        assert normalize_cams(scores, found)[:, 0, 0] == pytest.approx([1, 1, 0]), "peaks elsewhere must not count"
 
 
 def test_a_row_holds_scores_confidence_and_mask_of_every_kind():

@@ -85,7 +85,7 @@ def test_a_refining_task_hands_both_maps_on_and_counts_windows_only():
         zeros = torch.zeros(1, 3, 8, 8, requires_grad=True)
         ruined = cam.clone()
         ruined[:, :, 0] = 100  # outside of every window
-        return Refined(zeros, pseudo, cam, cam, pseudo, ruined, cam)
+        return Refined(zeros, pseudo, cam, cam, pseudo, ruined, cam, zeros)
 
     batch = {
         "image": torch.zeros(1, 8, 8, 3, dtype=torch.uint8),
