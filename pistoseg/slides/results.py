@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import tempfile
 import uuid
@@ -58,8 +59,8 @@ def published(target: str) -> Iterator[tuple[Path, Path]]:
     place = storage.local_path(target)
     if place is not None:
         place.parent.mkdir(parents=True, exist_ok=True)
-        for orphan in place.parent.glob(f".{_escaped(place.name)}.*.part"):
-            shutil.rmtree(orphan, ignore_errors=True)  # of a killed process
+        for orphan in _orphans(place):
+            shutil.rmtree(orphan, ignore_errors=True)
         work = place.parent / f".{place.name}.{uuid.uuid4().hex[:8]}.part"
         work.mkdir()
     else:
@@ -96,6 +97,7 @@ def _upload(folder: Path, target: str) -> None:
         backend.put_file(str(file), f"{root}/{file.relative_to(folder).as_posix()}")
 
 
-def _escaped(name: str) -> str:
-    """A name for `Path.glob`, which reads brackets, stars and question marks."""
-    return "".join(f"[{char}]" if char in "[]*?" else char for char in name)
+def _orphans(place: Path) -> list[Path]:
+    """Working folders that killed processes left of a slide, and of no other whose id begins with its id and a dot."""
+    name = re.compile(rf"\.{re.escape(place.name)}\.[0-9a-f]{{8}}\.part")
+    return [item for item in place.parent.iterdir() if name.fullmatch(item.name)]
