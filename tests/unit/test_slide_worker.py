@@ -11,20 +11,26 @@ import torch
 from slide_files import texture, write_tiff
 
 from pistoseg.classes import TissueClasses
+from pistoseg.errors import PistoSegError
 from pistoseg.models import bundle, segmentation
 from pistoseg.slides.cache import SlideCache
-from pistoseg.slides.network import SlideSettings
+from pistoseg.slides.network import SlideNetwork, SlideSettings
 from pistoseg.slides.source import SlideEntry
 from pistoseg.slides.stitching import MaskFile
 from pistoseg.stages.slide_worker import SlideWorker
 
 
 @pytest.fixture
-def start(tmp_path):
+def model(tmp_path):
     classes = TissueClasses.from_json({"classes": [{"name": "tumor", "color": [255, 0, 0]}]})
     network = segmentation.build("fpn", "tu-mobilenetv3_small_050", 1, None)
     bundle.save(str(tmp_path / "bundle"), network, classes=classes, patch_size=64)
-    arguments = str(tmp_path / "bundle"), SlideSettings(mpp=1.0), str(tmp_path / "out"), "cpu"
+    return str(tmp_path / "bundle")
+
+
+@pytest.fixture
+def start(model, tmp_path):
+    arguments = model, SlideSettings(mpp=1.0), str(tmp_path / "out"), "cpu"
 
     def started() -> SlideWorker:
         worker = SlideWorker(*arguments, torch.get_num_threads(), 1, None)
@@ -54,3 +60,18 @@ def test_one_thread_runs_all_that_the_network_does_whichever_asks_for_it(start, 
         hook.remove()
     assert len(ran) == 1
     assert threading.get_ident() not in ran
+
+
+@pytest.mark.parametrize("mpp", [250.0, -1.0, float("nan"), 0.0, 1e-9])
+def test_a_pixel_size_that_no_microscope_has_is_refused_before_any_slide(model, mpp):
+    with pytest.raises(PistoSegError, match=r"mpp: .* is no pixel size.*give --mpp.*0\.01 to 100") as caught:
+        SlideNetwork(bundle.load(model, "cpu"), SlideSettings(mpp=mpp))
+    assert (caught.value.file, caught.value.field) == (None, "mpp")
+    with pytest.raises(PistoSegError, match="does not say the pixel size"):
+        SlideNetwork(bundle.load(model, "cpu"), SlideSettings())
+
+
+def test_a_slides_pixel_size_of_0_is_refused_and_not_taken_for_none(model, tmp_path):
+    write_tiff(tmp_path / "a.tif", texture(100, 100), mpp=(1.0, 1.0))
+    with pytest.raises(PistoSegError, match="mpp: 0 um/px is no pixel size"):
+        bundle.load(model, "cpu").segment_slide(tmp_path / "a.tif", tmp_path / "out", slide_mpp=0.0, mpp=1.0)
