@@ -87,14 +87,13 @@ def write_record(folder: Path, record: Mapping[str, Any]) -> None:
 
 
 def _upload(folder: Path, target: str) -> None:
-    backend, root = storage.filesystem(target)
     old = storage.join(target, RECORD)
     if storage.exists(old):
         storage.remove_file(old)
     storage.remove_tree(target)
     files = sorted((item for item in folder.rglob("*") if item.is_file()), key=lambda item: item.name == RECORD)
     for file in files:
-        backend.put_file(str(file), f"{root}/{file.relative_to(folder).as_posix()}")
+        storage.put_file(storage.join(target, file.relative_to(folder).as_posix()), file)
 
 
 def _orphans(place: Path) -> list[Path]:

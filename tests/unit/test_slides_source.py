@@ -5,14 +5,19 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import botocore.exceptions
 import fsspec
 import pyarrow as pa
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from s3fs.errors import translate_boto_error
 
 from pistoseg import storage
-from pistoseg.errors import PistoSegError
+from pistoseg.errors import PistoSegError, UnavailableError
 from pistoseg.slides.files import etag, slide_files
 from pistoseg.slides.source import SlideEntry, list_slides
+
+EXPIRED = botocore.exceptions.ClientError({"Error": {"Code": "ExpiredToken", "Message": "m"}}, "HeadObject")
 
 
 def fill(root: Path, *names: str) -> Path:
@@ -207,3 +212,22 @@ def test_etags_change_with_any_file_of_a_slide(tmp_path: Path, bucket: str) -> N
         etag(str(root / "none.svs"))
     with pytest.raises(PistoSegError, match="is a folder"):
         etag(str(root))
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (botocore.exceptions.NoCredentialsError(), "there are no credentials"),
+        (translate_boto_error(EXPIRED), "the credentials have expired"),
+    ],
+)
+def test_a_storage_that_lets_nobody_in_is_no_fault_of_a_slide(
+    bucket: str, monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str
+) -> None:
+    def info(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(MemoryFileSystem, "info", info)
+    with pytest.raises(UnavailableError, match=reason) as caught:
+        etag(f"{bucket}/a.svs")
+    assert caught.value.file == f"{bucket}/a.svs"
