@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pistoseg import storage
+from pistoseg.errors import UnavailableError
 from pistoseg.redaction import redacted
 
 RECORD = "slide.json"
@@ -26,11 +27,23 @@ def slide_folder(out: str, slide_id: str) -> str:
 
 
 def read_record(out: str, slide_id: str) -> dict[str, Any] | None:
-    """What slide.json says; None where there is none that can be read, so that the slide is done again."""
+    """What slide.json says; None where there is none, or none in this format, so that the slide is done again.
+
+    Raises:
+        PistoSegError: it cannot be read, so that nobody knows whether the slide is done.
+    """
+    uri = storage.join(slide_folder(out, slide_id), RECORD)
     try:
-        record = json.loads(storage.read_bytes(storage.join(slide_folder(out, slide_id), RECORD)))
-    except (OSError, ValueError):
+        record = json.loads(storage.read_bytes(uri))
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
         return None
+    except OSError as error:
+        reason = error.strerror or str(error) or type(error).__name__
+        raise UnavailableError(
+            f"cannot be read ({reason})",
+            file=uri,
+            remedy="check its rights and the disk; the same command goes on then",
+        ) from error
     return record if isinstance(record, dict) and record.get("format") == FORMAT else None
 
 

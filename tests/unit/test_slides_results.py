@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import botocore.exceptions
@@ -9,6 +10,7 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from pistoseg import storage
 from pistoseg.errors import UnavailableError
 from pistoseg.slides import results
 
@@ -45,3 +47,22 @@ def test_an_upload_that_the_storage_refuses_says_what_to_do(bucket: str, monkeyp
     ):
         (folder / "areas.json").write_text("{}")
     assert caught.value.file == f"{bucket}/slides/a/areas.json"
+
+
+@pytest.mark.parametrize("text", [None, b'{"status": ', b"\xff\xfe\xfa", b"[]", b'{"format": "another"}'])
+def test_a_slide_without_a_whole_record_is_to_be_done(tmp_path: Path, text: bytes | None) -> None:
+    if text is not None:
+        storage.write_bytes(f"{tmp_path}/slides/a/slide.json", text)
+    assert results.read_record(str(tmp_path), "a") is None
+
+
+def test_a_record_that_the_disk_does_not_give_is_not_taken_for_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_bytes(_: str) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(storage, "read_bytes", read_bytes)
+    with pytest.raises(UnavailableError, match=r"cannot be read \(Input/output error\)") as caught:
+        results.read_record(str(tmp_path), "a")
+    assert caught.value.file == f"{tmp_path}/slides/a/slide.json"
