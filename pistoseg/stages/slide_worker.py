@@ -21,6 +21,7 @@ from pistoseg.actors import exit_in_time
 from pistoseg.errors import explained
 from pistoseg.memory import keep_freed_memory
 from pistoseg.models import bundle
+from pistoseg.redaction import redact
 from pistoseg.slides import results
 from pistoseg.slides.grid import TilePlan
 from pistoseg.slides.job import Clock, segment_slide, start_record, write_slide
@@ -215,7 +216,7 @@ def write_failure(
     known = explained(error)
     record = start_record(entry, made_from, task.attempts, clock.started) | {
         "status": "failed",
-        "reason": str(known or f"{type(error).__name__}: {error}"),
+        "reason": redact(str(known or f"{type(error).__name__}: {error}")),  # for the summary too
         "traceback": "".join(traceback.format_exception(error)),
         "seconds": clock.total(),
         "model": network.model,
@@ -225,7 +226,7 @@ def write_failure(
         with results.published(results.slide_folder(out, entry.slide_id)) as (folder, _):
             results.write_record(folder, record)
     except Exception as second:  # of the output: the summary at least says it
-        record["reason"] += f" (and slide.json can't be written: {second})"
+        record["reason"] += redact(f" (and slide.json can't be written: {second})")
     return record
 
 

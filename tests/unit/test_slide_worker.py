@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -13,11 +14,12 @@ from slide_files import texture, write_tiff
 from pistoseg.classes import TissueClasses
 from pistoseg.errors import PistoSegError
 from pistoseg.models import bundle, segmentation
+from pistoseg.slides import results
 from pistoseg.slides.cache import SlideCache
 from pistoseg.slides.network import SlideNetwork, SlideSettings
 from pistoseg.slides.source import SlideEntry
 from pistoseg.slides.stitching import MaskFile
-from pistoseg.stages.slide_worker import SlideWorker
+from pistoseg.stages.slide_worker import SlideTask, SlideWorker, write_failure
 
 
 @pytest.fixture
@@ -75,3 +77,28 @@ def test_a_slides_pixel_size_of_0_is_refused_and_not_taken_for_none(model, tmp_p
     write_tiff(tmp_path / "a.tif", texture(100, 100), mpp=(1.0, 1.0))
     with pytest.raises(PistoSegError, match="mpp: 0 um/px is no pixel size"):
         bundle.load(model, "cpu").segment_slide(tmp_path / "a.tif", tmp_path / "out", slide_mpp=0.0, mpp=1.0)
+
+
+@pytest.fixture
+def failed(model, tmp_path):
+    """What becomes of a slide `a` at an error: what the run is told, and what slide.json says."""
+    network = SlideNetwork(bundle.load(model, "cpu"), SlideSettings(mpp=1.0))
+
+    def fail(error: Exception) -> tuple[dict, dict]:
+        task = SlideTask(SlideEntry("a", str(tmp_path / "a.tif")))
+        record = write_failure(network, str(tmp_path / "out"), task, error)
+        return record, json.loads((tmp_path / "out" / "slides" / "a" / "slide.json").read_text())
+
+    return fail
+
+
+def test_the_reason_of_a_failed_slide_holds_no_secret_in_the_summary_either(failed, tmp_path, monkeypatch):
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "hunter2hunter2")
+    record, written = failed(RuntimeError("https://me:pass@host refused hunter2hunter2"))
+    assert record["reason"] == written["reason"] == "RuntimeError: https://***@host refused ***"
+
+    def published(target):
+        raise OSError("hunter2hunter2 is unknown")
+
+    monkeypatch.setattr(results, "published", published)
+    assert failed(RuntimeError("x"))[0]["reason"] == "RuntimeError: x (and slide.json can't be written: *** is unknown)"
