@@ -18,7 +18,7 @@ import ray
 
 from pistoseg import storage
 from pistoseg.actors import exit_in_time
-from pistoseg.errors import explained
+from pistoseg.errors import UnavailableError, explained
 from pistoseg.memory import keep_freed_memory
 from pistoseg.models import bundle
 from pistoseg.redaction import redact
@@ -198,6 +198,8 @@ def write_failure(
 ) -> dict[str, Any]:
     """Write slide.json of a slide that could not be segmented, in place of what an earlier run made of it.
 
+    Complete results stay where the fault is not the slide's: a disk that is full, a storage that is away.
+
     Args:
         network: of the run.
         out: URI of the output.
@@ -206,7 +208,7 @@ def write_failure(
         clock: of the try.
 
     Returns:
-        What slide.json says.
+        What slide.json says, or would say.
     """
     entry, clock = task.entry, clock or Clock()
     try:
@@ -223,8 +225,10 @@ def write_failure(
         "settings": network.decisive,
     }
     try:
-        with results.published(results.slide_folder(out, entry.slide_id)) as (folder, _):
-            results.write_record(folder, record)
+        before = results.read_record(out, entry.slide_id) if isinstance(known, UnavailableError) else None
+        if before is None or before.get("status") != "completed":
+            with results.published(results.slide_folder(out, entry.slide_id)) as (folder, _):
+                results.write_record(folder, record)
     except Exception as second:  # of the output: the summary at least says it
         record["reason"] += redact(f" (and slide.json can't be written: {second})")
     return record

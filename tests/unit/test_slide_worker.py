@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import threading
@@ -102,3 +103,19 @@ def test_the_reason_of_a_failed_slide_holds_no_secret_in_the_summary_either(fail
 
     monkeypatch.setattr(results, "published", published)
     assert failed(RuntimeError("x"))[0]["reason"] == "RuntimeError: x (and slide.json can't be written: *** is unknown)"
+
+
+def test_a_full_disk_leaves_an_earlier_result_and_a_bad_slide_does_not(failed, tmp_path):
+    folder = tmp_path / "out" / "slides" / "a"
+    full = OSError(errno.ENOSPC, "No space left on device")
+    record, written = failed(full)
+    assert record["status"] == written["status"] == "failed"  # there was nothing
+    with results.published(str(folder)) as (target, _):
+        (target / "mask.tif").write_bytes(b"")
+        results.write_record(target, {"status": "completed"})
+    record, written = failed(full)
+    assert (record["status"], written["status"]) == ("failed", "completed")
+    assert "no space is left" in record["reason"]
+    assert (folder / "mask.tif").exists()
+    assert failed(ValueError("corrupt"))[1]["status"] == "failed"
+    assert not (folder / "mask.tif").exists()
