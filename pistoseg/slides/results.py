@@ -6,7 +6,6 @@ import hashlib
 import json
 import re
 import shutil
-import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from typing import Any
 from pistoseg import storage
 from pistoseg.errors import UnavailableError
 from pistoseg.redaction import redacted
+from pistoseg.slides.scratch import scratch_folder
 
 RECORD = "slide.json"
 FORMAT = "pistoseg slide 1"
@@ -70,15 +70,7 @@ def published(target: str) -> Iterator[tuple[Path, Path]]:
         target: URI of the folder.
     """
     place = storage.local_path(target)
-    if place is not None:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        for orphan in _orphans(place):
-            shutil.rmtree(orphan, ignore_errors=True)
-        work = place.parent / f".{place.name}.{uuid.uuid4().hex[:8]}.part"
-        work.mkdir()
-    else:
-        work = Path(tempfile.mkdtemp(prefix="pistoseg-slide-"))
-    try:
+    with scratch_folder() if place is None else _beside(place) as work:
         result, scratch = work / "result", work / "scratch"
         result.mkdir()
         scratch.mkdir()
@@ -89,6 +81,18 @@ def published(target: str) -> Iterator[tuple[Path, Path]]:
             if place.exists():
                 place.rename(work / "old")
             result.rename(place)
+
+
+@contextmanager
+def _beside(place: Path) -> Iterator[Path]:
+    """A working folder on the same disk, while the context is open."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    for orphan in _orphans(place):
+        shutil.rmtree(orphan, ignore_errors=True)
+    work = place.parent / f".{place.name}.{uuid.uuid4().hex[:8]}.part"
+    work.mkdir()
+    try:
+        yield work
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import os
 import shutil
-import tempfile
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
@@ -26,6 +25,7 @@ from pistoseg.slides import results
 from pistoseg.slides.grid import TilePlan
 from pistoseg.slides.job import Clock, segment_slide, start_record, write_slide
 from pistoseg.slides.network import SlideNetwork, SlideSettings
+from pistoseg.slides.scratch import scratch_folder
 from pistoseg.slides.source import SlideEntry
 from pistoseg.slides.stitching import MaskFile, Work
 from pistoseg.stages.slide_images import node_cache
@@ -160,11 +160,11 @@ class SlideWorker:
             if not bands:
                 return Work()
             first, bottom = slide.plan.bands[bands.start].y, slide.plan.bands[bands.stop - 1].final
-            with tempfile.TemporaryDirectory(prefix="pistoseg-share-") as folder:
-                mask = MaskFile(Path(folder) / "mask", bottom - first, slide.view.width, first)
+            with scratch_folder() as folder:
+                mask = MaskFile(folder / "mask", bottom - first, slide.view.width, first)
                 work = self.network.map(slide, mask, bands=bands, on_tiles=partial(self._count, task))
                 mask.close()
-                _store(Path(folder) / "mask", self._share_uri(task, task.part))
+                _store(folder / "mask", self._share_uri(task, task.part))
         return work
 
     def _join(self, task: SlideTask) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from pistoseg.slides.cache import SlideCache
 from pistoseg.slides.network import SlideNetwork, SlideSettings
 from pistoseg.slides.source import SlideEntry
 from pistoseg.slides.stitching import MaskFile
+from pistoseg.stages import slide_worker
 from pistoseg.stages.slide_worker import SlideTask, SlideWorker, write_failure
 
 
@@ -119,3 +120,17 @@ def test_a_full_disk_leaves_an_earlier_result_and_a_bad_slide_does_not(failed, t
     assert (folder / "mask.tif").exists()
     assert failed(ValueError("corrupt"))[1]["status"] == "failed"
     assert not (folder / "mask.tif").exists()
+
+
+def test_a_share_of_a_slide_works_in_a_folder_that_is_removed_when_its_process_is_killed(start, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    write_tiff(tmp_path / "a.tif", texture(200, 200), mpp=(1.0, 1.0))
+    stored = []
+    monkeypatch.setattr(slide_worker, "_store", lambda path, uri: stored.append(path))
+    worker = start()
+    shares = [
+        worker.segment(SlideTask(SlideEntry("a", str(tmp_path / "a.tif")), part=part, parts=2)) for part in (0, 1)
+    ]
+    assert sum(work.tiles for work in shares) > 0
+    assert {path.parent.parent for path in stored} == {tmp_path / f"pistoseg-scratch-{os.getuid()}"}
+    assert not any(path.parent.exists() for path in stored)

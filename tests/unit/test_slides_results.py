@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
+import os
+import tempfile
 from pathlib import Path
 
 import botocore.exceptions
@@ -66,3 +69,29 @@ def test_a_record_that_the_disk_does_not_give_is_not_taken_for_none(
     with pytest.raises(UnavailableError, match=r"cannot be read \(Input/output error\)") as caught:
         results.read_record(str(tmp_path), "a")
     assert caught.value.file == f"{tmp_path}/slides/a/slide.json"
+
+
+def killed_while_working(folder: str, target: str) -> None:
+    tempfile.tempdir = folder
+    with results.published(target) as (result, _):
+        (result / "mask.tif").write_bytes(b"half")
+        os._exit(9)
+
+
+def test_working_folders_of_killed_processes_are_removed_and_those_in_use_are_not(
+    tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with results.published(f"{bucket}/slides/a") as (first, _):
+        (first / "areas.json").write_text("{}")
+        process = multiprocessing.get_context("fork").Process(
+            target=killed_while_working, args=(str(tmp_path), f"{bucket}/slides/b")
+        )
+        process.start()
+        process.join()
+        assert process.exitcode == 9
+        assert len(list(tmp_path.rglob("mask.tif"))) == 1
+        with results.published(f"{bucket}/slides/c") as (second, _):
+            assert set(tmp_path.rglob("result")) == {first, second}
+    assert not list(tmp_path.rglob("result"))
+    assert storage.exists(f"{bucket}/slides/a/areas.json")
