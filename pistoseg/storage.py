@@ -1,7 +1,7 @@
 """Files on any file system: local paths and every fsspec URI, by exact name and written whole or not at all.
 
 Names with brackets are ordinary here. fsspec's `cat`, `get`, `put` and `rm` read brackets as globs, so only its exact
-calls (`open`, `info`, `find`, `ls`, `cat_file`, `pipe_file`, `rm_file`) are used.
+calls (`open`, `info`, `find`, `ls`, `cat_file`, `get_file`, `pipe_file`, `put_file`, `rm_file`) are used.
 """
 
 from __future__ import annotations
@@ -133,6 +133,13 @@ def is_dir(uri: str) -> bool:
 
 
 @_explains
+def info(uri: str) -> dict[str, Any]:
+    """What the file system says of a file or folder: `type`, `size`, and more under names of its own."""
+    backend, path = filesystem(uri)
+    return dict(backend.info(path))
+
+
+@_explains
 def file_size(uri: str) -> int:
     """Bytes in a file."""
     backend, path = filesystem(uri)
@@ -174,6 +181,13 @@ def write_bytes(uri: str, data: bytes) -> None:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+@_explains
+def put_file(uri: str, path: Path) -> None:
+    """Copy a local file into object storage, where it appears when its upload is complete."""
+    backend, inner = filesystem(uri)
+    backend.put_file(str(path), inner)
 
 
 @_explains

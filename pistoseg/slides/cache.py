@@ -183,6 +183,16 @@ class SlideCache:
                 os.close(handle)
 
 
+def bytes_in(folder: Path) -> int:
+    """Bytes on the disk of all that is in a cache's folder, while others add to it and remove from it."""
+    total = 0
+    for root, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += os.stat(os.path.join(root, name)).st_size
+    return total
+
+
 def _is_open_file(path: Path, handle: int) -> bool:
     try:
         return path.stat().st_ino == os.fstat(handle).st_ino

@@ -81,9 +81,8 @@ def etag(uri: str) -> str:
 
 def _stat(uri: str) -> tuple[int, str]:
     """Size and version of one file."""
-    backend, path = storage.filesystem(uri)
     try:
-        info = backend.info(path)
+        info = storage.info(uri)
     except FileNotFoundError as error:
         raise missing(uri) from error
     except OSError as error:

@@ -60,7 +60,7 @@ def segment_one(
     entry = replace(
         entry,
         slide_id=slide_id or entry.slide_id,
-        mpp=slide_mpp or entry.mpp,
+        mpp=entry.mpp if slide_mpp is None else slide_mpp,
         tissue_mask=storage.absolute(tissue_mask) if tissue_mask else entry.tissue_mask,
     )
     network = SlideNetwork(segmenter, SlideSettings(**settings), readers)

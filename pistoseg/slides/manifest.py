@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pistoseg.errors import PistoSegError
+from pistoseg.slides.resolution import MAX_MPP, MIN_MPP, is_plausible
 from pistoseg.tables import Row, open_table
 
 COLUMNS = ("slide", "slide_id", "mpp", "tissue_mask")
@@ -24,7 +25,7 @@ class ManifestRow:
         number: line of a CSV file (the header is line 1) or row of a Parquet file, counted from 1.
         slide: path or URI.
         slide_id: None to derive it from the name.
-        mpp: micrometres per level-0 pixel, positive; None to read it from the slide.
+        mpp: micrometres per level-0 pixel, as a microscope can have; None to read it from the slide.
         tissue_mask: path or URI, or None.
     """
 
@@ -92,8 +93,9 @@ def _mpp(uri: str, number: int, text: str) -> float | None:
         value = float(text)
     except ValueError:
         raise _wrong(uri, number, "mpp", f"is {text!r}, which is no number", remedy) from None
-    if not (math.isfinite(value) and value > 0):
-        raise _wrong(uri, number, "mpp", f"is {text}, and must be positive", remedy)
+    if not is_plausible(value):
+        reason = f"is {text}, and a microscope's pixels have {MIN_MPP:g} to {MAX_MPP:g} um"
+        raise _wrong(uri, number, "mpp", reason, remedy)
     return value
 
 

@@ -27,6 +27,7 @@ from pistoseg.slides import files, results
 from pistoseg.slides.cache import SlideCache
 from pistoseg.slides.grid import TilePlan
 from pistoseg.slides.reader import SlideReader, open_slide
+from pistoseg.slides.resolution import MAX_MPP, MIN_MPP, check_mpp
 from pistoseg.slides.source import SlideEntry
 from pistoseg.slides.stitching import MaskFile, Stitcher, Work
 from pistoseg.slides.tissue import TISSUE_MPP, read_tissue_mask, tissue_mask
@@ -93,7 +94,7 @@ class SlideNetwork:
         mapper: where the network runs; None: in the thread that asks for it.
         writer: where the results of a slide are made; None: in the thread that asks for them.
     Raises:
-        PistoSegError: the pixel size of the model is unknown, or a setting is out of range.
+        PistoSegError: the pixel size of the model is unknown or none of a microscope, or a setting is out of range.
     """
 
     def __init__(
@@ -107,14 +108,16 @@ class SlideNetwork:
         self.settings, self.classes = settings, segmenter.classes
         self.mapper, self.writer = mapper, writer
         self.model = {"uri": segmenter.uri, "fingerprint": segmenter.fingerprint}
-        mpp = settings.mpp or segmenter.info["scale"]["mpp"]
-        if not mpp:
+        mpp = segmenter.info["scale"]["mpp"] if settings.mpp is None else settings.mpp
+        if mpp is None:
             raise PistoSegError(
                 "the model does not say the pixel size that it was trained at",
                 file=segmenter.uri,
                 field="mpp",
                 remedy="give --mpp, the micrometres per pixel of its training images (0.25 at 40x, 0.5 at 20x)",
             )
+        remedy = f"give --mpp, the micrometres per pixel of the model's training images, {MIN_MPP:g} to {MAX_MPP:g}"
+        check_mpp(mpp, segmenter.uri if settings.mpp is None else None, remedy)
         self.mpp = float(mpp)
         self.predictor = _predictor(segmenter, settings)
         self.stitcher = Stitcher(self.predictor, len(self.classes), self.classes.background_id, readers)

@@ -44,13 +44,7 @@ def resolve_mpp(properties: Mapping[str, str], given: float | None, file: str) -
         PistoSegError: nothing usable, or a given value out of range.
     """
     if given is not None:
-        if not _plausible(given):
-            raise PistoSegError(
-                f"{given:g} um/px is no pixel size of a microscope's image",
-                file=file,
-                field="mpp",
-                remedy=f"give a value between {MIN_MPP:g} and {MAX_MPP:g} in the manifest's column mpp",
-            )
+        check_mpp(given, file, f"give a value between {MIN_MPP:g} and {MAX_MPP:g} in the manifest's column mpp")
         return Resolution(given, given, "manifest")
     tags = _both(*(_tag_mpp(properties, axis) for axis in "XY"))
     vendor = _both(_number(properties, "openslide.mpp-x"), _number(properties, "openslide.mpp-y"))
@@ -73,12 +67,29 @@ def resolve_mpp(properties: Mapping[str, str], given: float | None, file: str) -
     )
 
 
-def _plausible(value: float) -> bool:
+def check_mpp(value: float, file: str | None, remedy: str) -> None:
+    """Refuse a pixel size, um/px, that no microscope has.
+
+    Args:
+        value: to check.
+        file: that has it, for the error.
+        remedy: for the error.
+    Raises:
+        PistoSegError: it is out of range.
+    """
+    if not is_plausible(value):
+        raise PistoSegError(
+            f"{value:g} um/px is no pixel size of a microscope's image", file=file, field="mpp", remedy=remedy
+        )
+
+
+def is_plausible(value: float) -> bool:
+    """Whether a microscope can have this pixel size, um/px."""
     return math.isfinite(value) and MIN_MPP < value <= MAX_MPP
 
 
 def _both(x: float | None, y: float | None) -> tuple[float, float] | None:
-    good = [value for value in (x, y) if value is not None and _plausible(value)]
+    good = [value for value in (x, y) if value is not None and is_plausible(value)]
     return (good[0], good[-1]) if good else None
 
 

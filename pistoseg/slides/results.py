@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
-import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from pistoseg import storage
+from pistoseg.errors import UnavailableError
 from pistoseg.redaction import redacted
+from pistoseg.slides.scratch import scratch_folder
 
 RECORD = "slide.json"
 FORMAT = "pistoseg slide 1"
@@ -25,11 +27,23 @@ def slide_folder(out: str, slide_id: str) -> str:
 
 
 def read_record(out: str, slide_id: str) -> dict[str, Any] | None:
-    """What slide.json says; None where there is none that can be read, so that the slide is done again."""
+    """What slide.json says; None where there is none, or none in this format, so that the slide is done again.
+
+    Raises:
+        PistoSegError: it cannot be read, so that nobody knows whether the slide is done.
+    """
+    uri = storage.join(slide_folder(out, slide_id), RECORD)
     try:
-        record = json.loads(storage.read_bytes(storage.join(slide_folder(out, slide_id), RECORD)))
-    except (OSError, ValueError):
+        record = json.loads(storage.read_bytes(uri))
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
         return None
+    except OSError as error:
+        reason = error.strerror or str(error) or type(error).__name__
+        raise UnavailableError(
+            f"cannot be read ({reason})",
+            file=uri,
+            remedy="check its rights and the disk; the same command goes on then",
+        ) from error
     return record if isinstance(record, dict) and record.get("format") == FORMAT else None
 
 
@@ -56,15 +70,7 @@ def published(target: str) -> Iterator[tuple[Path, Path]]:
         target: URI of the folder.
     """
     place = storage.local_path(target)
-    if place is not None:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        for orphan in place.parent.glob(f".{_escaped(place.name)}.*.part"):
-            shutil.rmtree(orphan, ignore_errors=True)  # of a killed process
-        work = place.parent / f".{place.name}.{uuid.uuid4().hex[:8]}.part"
-        work.mkdir()
-    else:
-        work = Path(tempfile.mkdtemp(prefix="pistoseg-slide-"))
-    try:
+    with scratch_folder() if place is None else _beside(place) as work:
         result, scratch = work / "result", work / "scratch"
         result.mkdir()
         scratch.mkdir()
@@ -75,6 +81,18 @@ def published(target: str) -> Iterator[tuple[Path, Path]]:
             if place.exists():
                 place.rename(work / "old")
             result.rename(place)
+
+
+@contextmanager
+def _beside(place: Path) -> Iterator[Path]:
+    """A working folder on the same disk, while the context is open."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    for orphan in _orphans(place):
+        shutil.rmtree(orphan, ignore_errors=True)
+    work = place.parent / f".{place.name}.{uuid.uuid4().hex[:8]}.part"
+    work.mkdir()
+    try:
+        yield work
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -86,16 +104,16 @@ def write_record(folder: Path, record: Mapping[str, Any]) -> None:
 
 
 def _upload(folder: Path, target: str) -> None:
-    backend, root = storage.filesystem(target)
     old = storage.join(target, RECORD)
     if storage.exists(old):
         storage.remove_file(old)
     storage.remove_tree(target)
     files = sorted((item for item in folder.rglob("*") if item.is_file()), key=lambda item: item.name == RECORD)
     for file in files:
-        backend.put_file(str(file), f"{root}/{file.relative_to(folder).as_posix()}")
+        storage.put_file(storage.join(target, file.relative_to(folder).as_posix()), file)
 
 
-def _escaped(name: str) -> str:
-    """A name for `Path.glob`, which reads brackets, stars and question marks."""
-    return "".join(f"[{char}]" if char in "[]*?" else char for char in name)
+def _orphans(place: Path) -> list[Path]:
+    """Working folders that killed processes left of a slide, and of no other whose id begins with its id and a dot."""
+    name = re.compile(rf"\.{re.escape(place.name)}\.[0-9a-f]{{8}}\.part")
+    return [item for item in place.parent.iterdir() if name.fullmatch(item.name)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import cv2
 import numpy as np
@@ -26,6 +27,8 @@ _BLACK = 45
 _FRINGE_UM = 40.0
 _MIN_PEN_UM2 = 20_000.0
 _ASPECT = 0.02
+_PLANES = 2
+"""TIFF's PlanarConfiguration where each sample is a picture of its own."""
 
 
 def tissue_mask(thumbnail: NDArray[np.uint8], mpp: float) -> NDArray[np.bool_]:
@@ -58,7 +61,8 @@ def read_tissue_mask(uri: str, shape: tuple[int, int]) -> NDArray[np.bool_]:
     """Read the user's own mask of a slide: any size, not zero where there is tissue.
 
     Args:
-        uri: PNG or TIFF, grey, palette or colour; of a pyramid, the smallest level that is large enough is read.
+        uri: PNG or TIFF, grey, palette or colour; alpha does not count. Of a pyramid, the smallest level that is large
+            enough is read.
         shape: (height, width) that is wanted; a pixel is tissue where at least half of it is.
     Returns:
         `shape` bool.
@@ -94,7 +98,7 @@ def _decoded_mask(uri: str, data: bytes, shape: tuple[int, int]) -> NDArray[np.b
                 large = [page for page in levels if page.imagelength >= shape[0] and page.imagewidth >= shape[1]]
                 page = (large or levels[:1])[-1]
                 _check_mask_size(uri, page.imagewidth, page.imagelength)
-                values = page.asarray()
+                values = _colours(page)
         else:
             raise PistoSegError("is no PNG or TIFF", file=uri, field="tissue_mask", remedy="save the mask as PNG")
     except PistoSegError:
@@ -104,6 +108,15 @@ def _decoded_mask(uri: str, data: bytes, shape: tuple[int, int]) -> NDArray[np.b
             f"cannot be read ({error})", file=uri, field="tissue_mask", remedy="save the mask as PNG"
         ) from error
     return np.asarray(values.any(-1) if values.ndim == 3 else values != 0, bool)
+
+
+def _colours(page: Any) -> NDArray[Any]:
+    """(h, w) or (h, w, samples) of a TIFF's page, without alpha and other extra samples."""
+    values = page.asarray()
+    if values.ndim < 3:
+        return values
+    samples = np.moveaxis(values, 0, -1) if page.planarconfig == _PLANES else values
+    return samples[..., : max(1, page.samplesperpixel - len(page.extrasamples))]
 
 
 def _check_mask_size(uri: str, width: int, height: int) -> None:

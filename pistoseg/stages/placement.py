@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import ray
+from ray.exceptions import GetTimeoutError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pistoseg import storage
@@ -124,6 +125,8 @@ def check_shared(written: str, read: Mapping[str, str | None]) -> None:
     Args:
         written: path or URI of the folder that the run writes.
         read: path or URI by what it is called in the message; None and what is not there are passed over.
+    Raises:
+        PistoSegError: naming a node that does not see one, or that does not answer in time.
     """
     if not ray.is_initialized():
         return
@@ -137,20 +140,29 @@ def check_shared(written: str, read: Mapping[str, str | None]) -> None:
         if probe:
             seen[str(target)] = probe
         look = ray.remote(num_cpus=0, max_retries=0)(_unseen)
-        asked = {
-            node["NodeManagerHostname"]: look.options(
-                scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            ).remote(seen)
-            for node in nodes
-        }
-        for host, answer in asked.items():
-            for name in ray.get(answer, timeout=PROBE_S):
+        asked = []  # several nodes may have one host's name
+        for node in nodes:
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            asked.append((node["NodeManagerHostname"], look.options(scheduling_strategy=there).remote(seen)))
+        for host, answer in asked:
+            for name in _answer(host, answer):
                 raise PistoSegError(
                     f"node {host} does not see it",
                     file=local.get(name, name),
                     field=name if name in local else None,
                     remedy="give a URI, e.g. s3://bucket/folder, or a folder that all nodes mount at the same path",
                 )
+
+
+def _answer(host: str, answer: ray.ObjectRef[list[str]]) -> list[str]:
+    """What a node does not see."""
+    try:
+        return ray.get(answer, timeout=PROBE_S)
+    except GetTimeoutError as error:
+        raise PistoSegError(
+            f"node {host} did not say in {PROBE_S:.0f} s whether it sees the folders",
+            remedy="look with `ray status` whether it is overloaded or lost; stop it, or try again when it answers",
+        ) from error
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pistoseg import storage
-from pistoseg.slides.cache import SlideCache
+from pistoseg.slides.cache import SlideCache, bytes_in
 from pistoseg.slides.reader import open_slide
 from pistoseg.slides.view import SlideView
 
@@ -45,10 +45,12 @@ def node_cache(uri: str, gigabytes: float | None = None) -> SlideCache:
 
     Args:
         uri: of a slide that it is for; a local one needs no folder.
-        gigabytes: of all slides in it; None: half of what the disk has left.
+        gigabytes: of all slides in it; None: half of what the disk has left beside them.
     """
     folder = Path(tempfile.gettempdir()) / f"pistoseg-slides-{os.getuid()}"
     if not storage.is_local(uri):
         folder.mkdir(parents=True, exist_ok=True)
-    limit = shutil.disk_usage(tempfile.gettempdir()).free // 2 if gigabytes is None else int(gigabytes * 1e9)
-    return SlideCache(folder, limit)
+    if gigabytes is not None:
+        return SlideCache(folder, int(gigabytes * 1e9))
+    free = shutil.disk_usage(tempfile.gettempdir()).free + bytes_in(folder)  # or the limit would fall as it fills
+    return SlideCache(folder, free // 2)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import os
 import shutil
-import tempfile
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
@@ -18,13 +17,15 @@ import ray
 
 from pistoseg import storage
 from pistoseg.actors import exit_in_time
-from pistoseg.errors import explained
+from pistoseg.errors import UnavailableError, explained
 from pistoseg.memory import keep_freed_memory
 from pistoseg.models import bundle
+from pistoseg.redaction import redact
 from pistoseg.slides import results
 from pistoseg.slides.grid import TilePlan
 from pistoseg.slides.job import Clock, segment_slide, start_record, write_slide
 from pistoseg.slides.network import SlideNetwork, SlideSettings
+from pistoseg.slides.scratch import scratch_folder
 from pistoseg.slides.source import SlideEntry
 from pistoseg.slides.stitching import MaskFile, Work
 from pistoseg.stages.slide_images import node_cache
@@ -159,11 +160,11 @@ class SlideWorker:
             if not bands:
                 return Work()
             first, bottom = slide.plan.bands[bands.start].y, slide.plan.bands[bands.stop - 1].final
-            with tempfile.TemporaryDirectory(prefix="pistoseg-share-") as folder:
-                mask = MaskFile(Path(folder) / "mask", bottom - first, slide.view.width, first)
+            with scratch_folder() as folder:
+                mask = MaskFile(folder / "mask", bottom - first, slide.view.width, first)
                 work = self.network.map(slide, mask, bands=bands, on_tiles=partial(self._count, task))
                 mask.close()
-                _store(Path(folder) / "mask", self._share_uri(task, task.part))
+                _store(folder / "mask", self._share_uri(task, task.part))
         return work
 
     def _join(self, task: SlideTask) -> dict[str, Any]:
@@ -197,6 +198,8 @@ def write_failure(
 ) -> dict[str, Any]:
     """Write slide.json of a slide that could not be segmented, in place of what an earlier run made of it.
 
+    Complete results stay where the fault is not the slide's: a disk that is full, a storage that is away.
+
     Args:
         network: of the run.
         out: URI of the output.
@@ -205,7 +208,7 @@ def write_failure(
         clock: of the try.
 
     Returns:
-        What slide.json says.
+        What slide.json says, or would say.
     """
     entry, clock = task.entry, clock or Clock()
     try:
@@ -215,17 +218,19 @@ def write_failure(
     known = explained(error)
     record = start_record(entry, made_from, task.attempts, clock.started) | {
         "status": "failed",
-        "reason": str(known or f"{type(error).__name__}: {error}"),
+        "reason": redact(str(known or f"{type(error).__name__}: {error}")),  # for the summary too
         "traceback": "".join(traceback.format_exception(error)),
         "seconds": clock.total(),
         "model": network.model,
         "settings": network.decisive,
     }
     try:
-        with results.published(results.slide_folder(out, entry.slide_id)) as (folder, _):
-            results.write_record(folder, record)
+        before = results.read_record(out, entry.slide_id) if isinstance(known, UnavailableError) else None
+        if before is None or before.get("status") != "completed":
+            with results.published(results.slide_folder(out, entry.slide_id)) as (folder, _):
+                results.write_record(folder, record)
     except Exception as second:  # of the output: the summary at least says it
-        record["reason"] += f" (and slide.json can't be written: {second})"
+        record["reason"] += redact(f" (and slide.json can't be written: {second})")
     return record
 
 

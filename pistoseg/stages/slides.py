@@ -18,7 +18,7 @@ import torch
 from pistoseg import storage
 from pistoseg.claims import Claim
 from pistoseg.config import ComputeConfig
-from pistoseg.errors import PistoSegError
+from pistoseg.errors import PistoSegError, UnavailableError
 from pistoseg.models import bundle
 from pistoseg.outputs.summary import SlideRow, sheet_of_overviews, write_summary
 from pistoseg.progress import Progress
@@ -107,14 +107,17 @@ def plan(run: SlideRun) -> Plan:
     """Find the slides and compare them with what is there already; no slide is opened.
 
     Raises:
-        PistoSegError: no slides, no model, or settings that do not fit.
+        PistoSegError: no slides, no model, settings that do not fit, or a storage that does not say what is there.
     """
     network = SlideNetwork(bundle.load(run.model, "cpu"), run.settings)
     entries = list_slides(run.slides)
 
     def look(entry: SlideEntry) -> tuple[dict[str, Any] | None, dict[str, str]]:
+        record = results.read_record(run.out, entry.slide_id)
         try:
-            return results.read_record(run.out, entry.slide_id), network.made_from(entry)
+            return record, network.made_from(entry)
+        except UnavailableError:  # which is wrong with all of them
+            raise
         except PistoSegError:  # segmenting it says what is wrong with it
             return None, {}
 

@@ -2,6 +2,7 @@ import os
 from types import SimpleNamespace
 
 import pytest
+from ray.exceptions import GetTimeoutError
 
 from pistoseg.config import load_config
 from pistoseg.errors import PistoSegError
@@ -199,6 +200,27 @@ def test_a_folder_that_a_node_does_not_see_is_refused_before_the_run(disks, tmp_
     disks(a=os.path.exists, b=lambda path: path.endswith(".part"))
     with pytest.raises(PistoSegError, match=r"data.uri: node host-b does not see it"):
         placement.check_shared(str(tmp_path / "runs"), {"data.uri": str(tmp_path / "data")})
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_every_node_is_asked_though_several_have_one_hosts_name(disks, tmp_path):
+    answers = disks(a=lambda path: False, b=os.path.exists)
+    for node in placement.ray.nodes():
+        node["NodeManagerHostname"] = "host"
+    with pytest.raises(PistoSegError, match="node host does not see it"):
+        placement.check_shared(str(tmp_path / "runs"), {})
+    assert len(answers.asked) == 2
+
+
+def test_a_node_that_does_not_answer_is_named(disks, tmp_path, monkeypatch):
+    disks(a=os.path.exists, b=os.path.exists)
+
+    def get(answer, timeout):
+        raise GetTimeoutError
+
+    monkeypatch.setattr("ray.get", get)
+    with pytest.raises(PistoSegError, match=r"node host-a did not say in 120 s.*`ray status`"):
+        placement.check_shared(str(tmp_path / "runs"), {})
     assert list((tmp_path / "runs").iterdir()) == []
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -11,20 +13,28 @@ import torch
 from slide_files import texture, write_tiff
 
 from pistoseg.classes import TissueClasses
+from pistoseg.errors import PistoSegError
 from pistoseg.models import bundle, segmentation
+from pistoseg.slides import results
 from pistoseg.slides.cache import SlideCache
-from pistoseg.slides.network import SlideSettings
+from pistoseg.slides.network import SlideNetwork, SlideSettings
 from pistoseg.slides.source import SlideEntry
 from pistoseg.slides.stitching import MaskFile
-from pistoseg.stages.slide_worker import SlideWorker
+from pistoseg.stages import slide_worker
+from pistoseg.stages.slide_worker import SlideTask, SlideWorker, write_failure
 
 
 @pytest.fixture
-def start(tmp_path):
+def model(tmp_path):
     classes = TissueClasses.from_json({"classes": [{"name": "tumor", "color": [255, 0, 0]}]})
     network = segmentation.build("fpn", "tu-mobilenetv3_small_050", 1, None)
     bundle.save(str(tmp_path / "bundle"), network, classes=classes, patch_size=64)
-    arguments = str(tmp_path / "bundle"), SlideSettings(mpp=1.0), str(tmp_path / "out"), "cpu"
+    return str(tmp_path / "bundle")
+
+
+@pytest.fixture
+def start(model, tmp_path):
+    arguments = model, SlideSettings(mpp=1.0), str(tmp_path / "out"), "cpu"
 
     def started() -> SlideWorker:
         worker = SlideWorker(*arguments, torch.get_num_threads(), 1, None)
@@ -54,3 +64,73 @@ def test_one_thread_runs_all_that_the_network_does_whichever_asks_for_it(start, 
         hook.remove()
     assert len(ran) == 1
     assert threading.get_ident() not in ran
+
+
+@pytest.mark.parametrize("mpp", [250.0, -1.0, float("nan"), 0.0, 1e-9])
+def test_a_pixel_size_that_no_microscope_has_is_refused_before_any_slide(model, mpp):
+    with pytest.raises(PistoSegError, match=r"mpp: .* is no pixel size.*give --mpp.*0\.01 to 100") as caught:
+        SlideNetwork(bundle.load(model, "cpu"), SlideSettings(mpp=mpp))
+    assert (caught.value.file, caught.value.field) == (None, "mpp")
+    with pytest.raises(PistoSegError, match="does not say the pixel size"):
+        SlideNetwork(bundle.load(model, "cpu"), SlideSettings())
+
+
+def test_a_slides_pixel_size_of_0_is_refused_and_not_taken_for_none(model, tmp_path):
+    write_tiff(tmp_path / "a.tif", texture(100, 100), mpp=(1.0, 1.0))
+    with pytest.raises(PistoSegError, match="mpp: 0 um/px is no pixel size"):
+        bundle.load(model, "cpu").segment_slide(tmp_path / "a.tif", tmp_path / "out", slide_mpp=0.0, mpp=1.0)
+
+
+@pytest.fixture
+def failed(model, tmp_path):
+    """What becomes of a slide `a` at an error: what the run is told, and what slide.json says."""
+    network = SlideNetwork(bundle.load(model, "cpu"), SlideSettings(mpp=1.0))
+
+    def fail(error: Exception) -> tuple[dict, dict]:
+        task = SlideTask(SlideEntry("a", str(tmp_path / "a.tif")))
+        record = write_failure(network, str(tmp_path / "out"), task, error)
+        return record, json.loads((tmp_path / "out" / "slides" / "a" / "slide.json").read_text())
+
+    return fail
+
+
+def test_the_reason_of_a_failed_slide_holds_no_secret_in_the_summary_either(failed, tmp_path, monkeypatch):
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "hunter2hunter2")
+    record, written = failed(RuntimeError("https://me:pass@host refused hunter2hunter2"))
+    assert record["reason"] == written["reason"] == "RuntimeError: https://***@host refused ***"
+
+    def published(target):
+        raise OSError("hunter2hunter2 is unknown")
+
+    monkeypatch.setattr(results, "published", published)
+    assert failed(RuntimeError("x"))[0]["reason"] == "RuntimeError: x (and slide.json can't be written: *** is unknown)"
+
+
+def test_a_full_disk_leaves_an_earlier_result_and_a_bad_slide_does_not(failed, tmp_path):
+    folder = tmp_path / "out" / "slides" / "a"
+    full = OSError(errno.ENOSPC, "No space left on device")
+    record, written = failed(full)
+    assert record["status"] == written["status"] == "failed"  # there was nothing
+    with results.published(str(folder)) as (target, _):
+        (target / "mask.tif").write_bytes(b"")
+        results.write_record(target, {"status": "completed"})
+    record, written = failed(full)
+    assert (record["status"], written["status"]) == ("failed", "completed")
+    assert "no space is left" in record["reason"]
+    assert (folder / "mask.tif").exists()
+    assert failed(ValueError("corrupt"))[1]["status"] == "failed"
+    assert not (folder / "mask.tif").exists()
+
+
+def test_a_share_of_a_slide_works_in_a_folder_that_is_removed_when_its_process_is_killed(start, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    write_tiff(tmp_path / "a.tif", texture(200, 200), mpp=(1.0, 1.0))
+    stored = []
+    monkeypatch.setattr(slide_worker, "_store", lambda path, uri: stored.append(path))
+    worker = start()
+    shares = [
+        worker.segment(SlideTask(SlideEntry("a", str(tmp_path / "a.tif")), part=part, parts=2)) for part in (0, 1)
+    ]
+    assert sum(work.tiles for work in shares) > 0
+    assert {path.parent.parent for path in stored} == {tmp_path / f"pistoseg-scratch-{os.getuid()}"}
+    assert not any(path.parent.exists() for path in stored)

@@ -7,6 +7,7 @@ import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fsspec
@@ -16,6 +17,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from pistoseg import storage
 from pistoseg.errors import PistoSegError
 from pistoseg.slides.cache import SlideCache
+from pistoseg.stages.slide_images import node_cache
 
 KB = 1000
 
@@ -148,6 +150,22 @@ def test_a_slide_beyond_the_limit_is_refused(tmp_path: Path, bucket: str) -> Non
     ):
         pass
     assert left_in(tmp_path) == []
+
+
+def test_half_of_the_disk_stays_half_of_it_as_the_cache_fills(
+    tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    disk = 45 * KB
+
+    def usage(_: str) -> Any:
+        return SimpleNamespace(free=disk - sum(i.stat().st_size for i in tmp_path.rglob("*") if i.is_file()))
+
+    monkeypatch.setattr("shutil.disk_usage", usage)
+    for name in "abc":
+        with node_cache(f"{bucket}/{name}.svs").get(f"{bucket}/{name}.svs"):
+            pass
+    assert sorted(path.name for path in tmp_path.rglob("*.svs")) == ["b.svs", "c.svs"]  # 2 of 10 kB in 22 kB
 
 
 def test_slides_of_several_files_come_whole(tmp_path: Path, bucket: str) -> None:

@@ -5,14 +5,19 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import botocore.exceptions
 import fsspec
 import pyarrow as pa
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from s3fs.errors import translate_boto_error
 
 from pistoseg import storage
-from pistoseg.errors import PistoSegError
+from pistoseg.errors import PistoSegError, UnavailableError
 from pistoseg.slides.files import etag, slide_files
 from pistoseg.slides.source import SlideEntry, list_slides
+
+EXPIRED = botocore.exceptions.ClientError({"Error": {"Code": "ExpiredToken", "Message": "m"}}, "HeadObject")
 
 
 def fill(root: Path, *names: str) -> Path:
@@ -136,8 +141,10 @@ def test_a_parquet_manifest_on_object_storage(bucket: str) -> None:
         ("", "column slide", "has no column slide"),
         ("slide,mpp\n", None, "has no row"),
         ("slide,mpp\na.svs,0.5\n,0.5\n", "row 3, column slide", "is empty"),
-        ("slide,mpp\na.svs,-0.5\n", "row 2, column mpp", "must be positive"),
-        ("slide,mpp\na.svs,0\n", "row 2, column mpp", "must be positive"),
+        ("slide,mpp\na.svs,-0.5\n", "row 2, column mpp", "is -0.5, and a microscope's pixels have 0.01 to 100 um"),
+        ("slide,mpp\na.svs,0\n", "row 2, column mpp", "is 0, and"),
+        ("slide,mpp\na.svs,250\n", "row 2, column mpp", "is 250, and"),
+        ("slide,mpp\na.svs,inf\n", "row 2, column mpp", "is inf, and"),
         ("slide,mpp\na.svs,20x\n", "row 2, column mpp", "is '20x', which is no number"),
         ("slide,slide_id\na.svs,x\nb.svs,X\n", "row 3, column slide_id", "X is in row 2 already"),
         ("slide\na.svs\nb.svs\na.svs\n", "row 4, column slide", "a.svs is in row 2 already"),
@@ -205,3 +212,22 @@ def test_etags_change_with_any_file_of_a_slide(tmp_path: Path, bucket: str) -> N
         etag(str(root / "none.svs"))
     with pytest.raises(PistoSegError, match="is a folder"):
         etag(str(root))
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (botocore.exceptions.NoCredentialsError(), "there are no credentials"),
+        (translate_boto_error(EXPIRED), "the credentials have expired"),
+    ],
+)
+def test_a_storage_that_lets_nobody_in_is_no_fault_of_a_slide(
+    bucket: str, monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str
+) -> None:
+    def info(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(MemoryFileSystem, "info", info)
+    with pytest.raises(UnavailableError, match=reason) as caught:
+        etag(f"{bucket}/a.svs")
+    assert caught.value.file == f"{bucket}/a.svs"

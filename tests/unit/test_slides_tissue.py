@@ -123,6 +123,21 @@ def test_own_masks_of_any_size_and_kind_are_read(tmp_path: Path) -> None:
     assert finer.sum() == 20 * 40
 
 
+@pytest.mark.parametrize("planes", ["contig", "separate"])
+@pytest.mark.parametrize(("photometric", "colours", "alpha"), [("rgb", 3, 1), ("rgb", 3, 0), ("minisblack", 1, 1)])
+def test_alpha_and_planes_of_own_masks_in_tiff_are_told_from_colours(
+    tmp_path: Path, planes: str, photometric: str, colours: int, alpha: int
+) -> None:
+    truth = np.zeros((40, 60), bool)
+    truth[10:20, 30:50] = True
+    opaque = np.full((40, 60), 255, np.uint8)
+    samples = [truth.astype(np.uint8) * 255] * colours + [opaque] * alpha
+    image = np.stack(samples, -1 if planes == "contig" else 0)
+    options = {"photometric": photometric, "planarconfig": planes, "extrasamples": ["unassalpha"] * alpha}
+    tifffile.imwrite(tmp_path / "mask.tif", image, metadata=None, **options)
+    assert np.array_equal(read_tissue_mask(str(tmp_path / "mask.tif"), (40, 60)), truth)
+
+
 def test_own_masks_that_cannot_be_right_are_refused(tmp_path: Path) -> None:
     Image.new("L", (60, 40)).save(tmp_path / "a.png")
     Image.new("L", (60, 40)).save(tmp_path / "a.jpg")

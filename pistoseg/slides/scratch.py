@@ -1,0 +1,56 @@
+"""Folders for what is made on a machine before it goes into object storage; those of killed processes are removed.
+
+Whoever uses a folder holds a lock on a file in it, which the operating system frees when a process dies, however that
+happens. Another lock, on the folder above, keeps the others away until a new one has its own.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+_LOCK = ".lock"
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A new local folder. It is removed when the block ends; where the process is killed, by whoever makes the next."""
+    above = Path(tempfile.gettempdir()) / f"pistoseg-scratch-{os.getuid()}"
+    above.mkdir(mode=0o700, exist_ok=True)
+    folder = above / uuid.uuid4().hex
+    with ExitStack() as stack:
+        with _locked(above):
+            _remove_orphans(above)
+            folder.mkdir()
+            stack.enter_context(_locked(folder))
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        yield folder
+
+
+def _remove_orphans(above: Path) -> None:
+    """Delete the folders that no process holds; the one above them is locked."""
+    for folder in above.iterdir():
+        if folder.is_dir():
+            with suppress(OSError), _locked(folder, fcntl.LOCK_NB):  # held, or going
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path, how: int = 0) -> Iterator[None]:
+    """Hold the lock of a folder.
+
+    Raises:
+        BlockingIOError: another one holds it, and `how` says not to wait.
+    """
+    handle = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | how)
+        yield
+    finally:
+        os.close(handle)
