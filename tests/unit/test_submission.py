@@ -96,9 +96,23 @@ def test_credentials_do_not_become_part_of_a_job(tmp_path):
     with pytest.raises(PistoSegError, match="holds credentials") as caught:
         packaged(tmp_path, "train", "--data", "s3://me:hunter2@bucket/data", "--workspace", "s3://bucket/runs")
     assert "hunter2" not in str(caught.value)
-    (tmp_path / "c.yaml").write_text("preset: demo\ndata: {validation: 's3://me:hunter2@bucket/v'}")
-    with pytest.raises(PistoSegError, match="holds credentials"):
+
+
+@pytest.mark.parametrize(
+    ("field", "section"),
+    [
+        ("data.validation", "data: {validation: 's3://me:hunter2@bucket/v'}"),
+        ("tracking.uri", "tracking: {uri: 'http://me:hunter2@mlflow:5000'}"),
+        ("precise.weights", "precise: {weights: 'https://host/b0.pth?X-Amz-Signature=hunter2'}"),
+        ("data.table", "data: {table: 'https://host/windows.csv?token=hunter2'}"),
+    ],
+)
+def test_credentials_in_settings_do_not_become_part_of_a_job(tmp_path, field, section):
+    (tmp_path / "c.yaml").write_text(f"preset: demo\n{section}")
+    with pytest.raises(PistoSegError, match=f"{field}: holds credentials") as caught:
         packaged(tmp_path / "job", "train", "--config", str(tmp_path / "c.yaml"), *DATA)
+    assert "hunter2" not in str(caught.value)
+    assert not (tmp_path / "job" / "job.yaml").exists()
 
 
 def test_wrong_settings_are_refused_before_anything_is_submitted(tmp_path):
