@@ -157,6 +157,30 @@ def test_the_best_config_is_one_that_train_takes(tmp_path, config, space):
     assert yaml.safe_load(text)["synthesis"]["rotate"] == journal.best().point["synthesis.rotate"]
 
 
+def test_no_password_is_written_with_a_search(tmp_path, config, space):
+    pytest.importorskip("optuna")
+    from pistoseg.search.study import Search
+
+    signed = "https://host/b0.pth?X-Amz-Signature"
+    overrides = ["data.uri=s3://me:hunter2@b/d", "data.validation=s3://me:hunter2@b/v"]
+    secret = load_config(
+        "demo", overrides=["precise.masks=synthesized", f"precise.weights={signed}=hunter2", *overrides]
+    )
+    outcome = outcome_of(filled(tmp_path, space, [0.1, 0.4]), secret, space)
+    text = best_yaml(outcome, outcome.journal.best())
+    assert "hunter2" not in text
+    assert "--data DATA --set data.validation=DIR" in text
+    storage.write_bytes(str(tmp_path / "best.yaml"), text.encode())
+    read = load_config(file=str(tmp_path / "best.yaml"))
+    assert (read.data.uri, read.data.validation, read.precise.weights) == (None, None, f"{signed}=***")
+
+    def identity(config):
+        return Search("mine", config, space, None, outcome.search.objective, "tpe", False, None).identity()
+
+    assert "hunter2" not in json.dumps(identity(secret))
+    assert identity(config)["config"] == config.model_dump(mode="json", exclude={"compute", "tracking"})
+
+
 def test_trials_and_report_say_what_became_of_each(tmp_path, config, space):
     journal = filled(tmp_path, space, [0.1, 0.4, 0.3, 0.2], ["pruned", "failed"])
     journal.records[3].reason = "the loss is nan"
