@@ -75,6 +75,19 @@ def test_shares_and_registered_models_are_taken_as_they_are(tmp_path):
     assert packaged(tmp_path, *command) == command
 
 
+def test_a_container_or_a_user_in_a_uri_is_no_credential(tmp_path):
+    command = [
+        "segment",
+        "--model",
+        "abfs://c@account/m",
+        "--slides",
+        "sftp://me@host/slides",
+        "--out",
+        "hdfs://u@nn/o",
+    ]
+    assert packaged(tmp_path, *command) == command
+
+
 @pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "localhost:8265", "auto"])
 def test_a_cluster_on_this_machine_gets_absolute_paths(tmp_path, monkeypatch, address):
     monkeypatch.chdir(tmp_path)
