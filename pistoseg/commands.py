@@ -241,7 +241,7 @@ def ui(workspace: str, host: str, port: int) -> int:
     if uri.startswith("sqlite:") and not os.path.exists(database):
         raise PistoSegError("has no runs yet", file=workspace, remedy="run `pistoseg train --workspace` with it first")
     if not uri.startswith("sqlite:"):
-        print(f"runs are at {uri}")
+        print(f"runs are at {redact(uri)}")
         return 0
     from mlflow.tracking import MlflowClient
 

@@ -10,6 +10,7 @@ from rich.table import Table
 from pistoseg import storage
 from pistoseg.artifacts import Workspace
 from pistoseg.config import TrackingConfig
+from pistoseg.redaction import redact
 from pistoseg.tracking.registry import CHAMPION, PREVIOUS, ModelVersion, Registry, lineage, scored_by
 
 WIDTH = 200
@@ -19,7 +20,7 @@ WIDTH = 200
 def list_models(workspace: str) -> int:
     """Print every version of every registered model with its aliases and mIoU."""
     registry, console = _registry(workspace), _console()
-    table = Table(title=f"Models at {registry.uri}", title_justify="left")
+    table = Table(title=f"Models at {redact(registry.uri)}", title_justify="left")
     for title in ("model", "version", "aliases", "mIoU", "registered", "bundle"):
         table.add_column(title, overflow="fold")
     for version in registry.versions():
