@@ -71,6 +71,13 @@ def test_a_damaged_journal_names_the_file(tmp_path, space):
         Journal.open(str(tmp_path), IDENTITY)
 
 
+def test_files_that_are_no_trials_do_not_stop_a_search_from_going_on(tmp_path, space):
+    journal = filled(tmp_path, space, [0.1, 0.2])
+    for name in (".0123456789abcdef.part", ".DS_Store", "._00001.json", "notes.txt"):
+        storage.write_bytes(str(tmp_path / "trials" / name), b"\x00\xff{")
+    assert Journal.open(str(tmp_path), IDENTITY).records == journal.records
+
+
 def test_an_epoch_that_is_reported_twice_counts_once():
     record = TrialRecord(0, {}, {})
     for epoch, value in ((1, 0.1), (3, 0.3), (1, 0.9), (2, 0.2)):
