@@ -224,7 +224,7 @@ class Registry:
             raise PistoSegError(
                 f"the registry can't be read ({str(error).splitlines()[0]})",
                 file=self.uri,
-                remedy="see that the server runs, and check MLFLOW_TRACKING_URI, its user and its password",
+                remedy="see that the server runs; check tracking.uri or MLFLOW_TRACKING_URI, its user and password",
             ) from error
 
     def _aliases(self, client: MlflowClient, name: str) -> dict[str, list[str]]:
