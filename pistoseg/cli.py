@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pistoseg import __version__
 from pistoseg.errors import PistoSegError
-from pistoseg.models_arguments import model_verbs
+from pistoseg.models_arguments import model_verbs, server, server_options
 from pistoseg.search.arguments import search_options
 from pistoseg.search.tables import TABLES
 
@@ -163,6 +163,7 @@ def build_parser() -> argparse.ArgumentParser:
     ui.add_argument("--workspace", default="runs/pistoseg", help="workspace with the runs (default: %(default)s)")
     ui.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     ui.add_argument("--port", type=int, default=5000, help="port to listen on (default: %(default)s)")
+    server_options(ui)
 
     demo = _verb(verbs, "demo", _demo, "the whole pipeline on a synthetic cohort")
     demo.add_argument("--workspace", default="demo", help="folder of the cohort and the runs (default: %(default)s)")
@@ -249,7 +250,7 @@ def _segment_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workspace",
         default="runs/pistoseg",
-        help="whose MLflow gets the run and knows models:/ (default: %(default)s)",
+        help="whose MLflow gets the run and knows models:/, unless MLFLOW_TRACKING_URI is set (default: %(default)s)",
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
 
@@ -393,7 +394,7 @@ def _cluster_local(options: argparse.Namespace) -> int:
 def _ui(options: argparse.Namespace) -> int:
     from pistoseg.commands import ui
 
-    return ui(options.workspace, options.host, options.port)
+    return ui(options.workspace, options.host, options.port, server(options))
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -232,21 +232,21 @@ def doctor(config: Config, workspace: str, as_json: bool = False) -> int:
     return 1 if any(found.status == "failed" for found in findings) else 0
 
 
-def ui(workspace: str, host: str, port: int) -> int:
-    """Serve MLflow over a workspace's runs; replaces this process."""
+def ui(workspace: str, host: str, port: int, tracking: TrackingConfig) -> int:
+    """Serve MLflow over a workspace's runs, or say where the server is; replaces this process."""
     from pistoseg.tracking import tracking_uri
 
-    uri = tracking_uri(TrackingConfig(), Workspace(storage.absolute(workspace)))
+    uri = tracking_uri(tracking, Workspace(storage.absolute(workspace)))
     database = uri.removeprefix("sqlite:///")
     if uri.startswith("sqlite:") and not os.path.exists(database):
         raise PistoSegError("has no runs yet", file=workspace, remedy="run `pistoseg train --workspace` with it first")
     if not uri.startswith("sqlite:"):
-        print(f"runs are at {uri}")
+        print(f"runs are at {redact(uri)}")
         return 0
     from mlflow.tracking import MlflowClient
 
     # MLflow opens on a page about language models; the runs have an address of their own.
-    experiment = MlflowClient(uri).get_experiment_by_name(TrackingConfig().experiment)
+    experiment = MlflowClient(uri).get_experiment_by_name(tracking.experiment)
     page = f"/#/experiments/{experiment.experiment_id}/runs" if experiment else ""
     print(f"http://{host}:{port}{page}  (Ctrl-C ends it)", flush=True)
     command = ["mlflow", "server", "--backend-store-uri", uri, "--host", host, "--port", str(port)]

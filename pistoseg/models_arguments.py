@@ -1,10 +1,13 @@
-"""The verbs `models list|show|promote|export` on the command line."""
+"""The verbs `models list|show|promote|export` on the command line, and which MLflow server a verb is to look at."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pistoseg.config import TrackingConfig
 
 Verb = Callable[..., argparse.ArgumentParser]
 
@@ -32,27 +35,46 @@ def model_verbs(models: Any, verb: Verb) -> None:
         parser.add_argument(
             "--workspace", default="runs/pistoseg", help="whose MLflow knows the models (default: %(default)s)"
         )
+        server_options(parser)
+
+
+def server_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that `server` reads."""
+    parser.add_argument("--config", metavar="FILE", help="YAML with settings; tracking and storage count")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="e.g. tracking.uri=URL"
+    )
+
+
+def server(options: argparse.Namespace) -> TrackingConfig:
+    """The MLflow server that the settings name; their object storage is what is used from now on."""
+    from pistoseg.config import load_config
+    from pistoseg.object_store import use
+
+    config = load_config(file=options.config, overrides=options.overrides)
+    use(config.storage)
+    return config.tracking
 
 
 def _list(options: argparse.Namespace) -> int:
     from pistoseg.models_command import list_models
 
-    return list_models(options.workspace)
+    return list_models(options.workspace, server(options))
 
 
 def _show(options: argparse.Namespace) -> int:
     from pistoseg.models_command import show
 
-    return show(options.model, options.workspace)
+    return show(options.model, options.workspace, server(options))
 
 
 def _promote(options: argparse.Namespace) -> int:
     from pistoseg.models_command import promote
 
-    return promote(options.model, options.version, options.alias, options.workspace)
+    return promote(options.model, options.version, options.alias, options.workspace, server(options))
 
 
 def _export(options: argparse.Namespace) -> int:
     from pistoseg.models_command import export
 
-    return export(options.model, options.out, options.workspace)
+    return export(options.model, options.out, options.workspace, server(options))

@@ -10,16 +10,17 @@ from rich.table import Table
 from pistoseg import storage
 from pistoseg.artifacts import Workspace
 from pistoseg.config import TrackingConfig
+from pistoseg.redaction import redact
 from pistoseg.tracking.registry import CHAMPION, PREVIOUS, ModelVersion, Registry, lineage, scored_by
 
 WIDTH = 200
 """Columns where the output is no terminal: nothing is folded in a log."""
 
 
-def list_models(workspace: str) -> int:
+def list_models(workspace: str, tracking: TrackingConfig) -> int:
     """Print every version of every registered model with its aliases and mIoU."""
-    registry, console = _registry(workspace), _console()
-    table = Table(title=f"Models at {registry.uri}", title_justify="left")
+    registry, console = _registry(workspace, tracking), _console()
+    table = Table(title=f"Models at {redact(registry.uri)}", title_justify="left")
     for title in ("model", "version", "aliases", "mIoU", "registered", "bundle"):
         table.add_column(title, overflow="fold")
     for version in registry.versions():
@@ -31,9 +32,9 @@ def list_models(workspace: str) -> int:
     return 0
 
 
-def show(model: str, workspace: str) -> int:
+def show(model: str, workspace: str, tracking: TrackingConfig) -> int:
     """Print a version's scores, what it was made from, and where its pictures are."""
-    registry, console = _registry(workspace), _console()
+    registry, console = _registry(workspace, tracking), _console()
     version = registry.newest(model)
     console.print(f"{version.name} version {version.version}", ", ".join(version.aliases), highlight=False)
     rows = {"registered": _date(version.created), "bundle": version.bundle, "MLflow run": version.run_id or "-"}
@@ -55,25 +56,25 @@ def show(model: str, workspace: str) -> int:
     return 0
 
 
-def promote(name: str, version: str, alias: str, workspace: str) -> int:
+def promote(name: str, version: str, alias: str, workspace: str, tracking: TrackingConfig) -> int:
     """Point an alias to a version."""
-    before = _registry(workspace).promote(name, version, alias)
+    before = _registry(workspace, tracking).promote(name, version, alias)
     print(f"models:/{name}@{alias} is version {version}")
     if before is not None and alias == CHAMPION:
         print(f"models:/{name}@{PREVIOUS} is version {before}")
     return 0
 
 
-def export(model: str, out: str, workspace: str) -> int:
+def export(model: str, out: str, workspace: str, tracking: TrackingConfig) -> int:
     """Copy a version's bundle to a folder."""
-    registry = _registry(workspace)
+    registry = _registry(workspace, tracking)
     for uri in registry.export(registry.newest(model), storage.absolute(out)):
         print(uri)
     return 0
 
 
-def _registry(workspace: str) -> Registry:
-    return Registry(TrackingConfig(), Workspace(storage.absolute(workspace)))
+def _registry(workspace: str, tracking: TrackingConfig) -> Registry:
+    return Registry(tracking, Workspace(storage.absolute(workspace)))
 
 
 def _console() -> Console:

@@ -17,7 +17,8 @@ SECRET_VARIABLES = (
 )
 SHORTEST_SECRET = 8
 """Shorter values are not looked for: they would be found in ordinary words."""
-_USER = re.compile(r"(?<=://)[^/@\s\"']+@")
+_PASSWORD = re.compile(r"(?<=://)[^/\s\"']*:[^/\s\"']*@")
+"""User and password up to the last @ of a URI's host; a user, or a container of Azure's, alone is no secret."""
 _SIGNATURE = re.compile(
     r"(?i)([?&](?:x-amz-[a-z-]+|x-goog-[a-z-]+|awsaccesskeyid|signature|sig|token|access_token|password|secret|key)=)"
     r"[^&\s\"']+"
@@ -26,7 +27,7 @@ _SIGNATURE = re.compile(
 
 def redact(text: str) -> str:
     """A text without passwords of URIs (`user:password@`), signed query strings and values of secret variables."""
-    text = _SIGNATURE.sub(rf"\1{HIDDEN}", _USER.sub(f"{HIDDEN}@", text))
+    text = _SIGNATURE.sub(rf"\1{HIDDEN}", _PASSWORD.sub(f"{HIDDEN}@", text))
     for name in SECRET_VARIABLES:
         value = os.environ.get(name, "")
         if len(value) >= SHORTEST_SECRET:

@@ -103,7 +103,9 @@ def package(arguments: list[str], options: argparse.Namespace, folder: Path) -> 
     if hasattr(options, "config") and (options.config is None or storage.is_local(options.config)):
         config = _resolved(options)
         _require_config(config, here)
-        text = yaml.safe_dump(_portable(config, here), sort_keys=False, allow_unicode=True)
+        values = _portable(config, here)
+        _require_no_secret(values)
+        text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
         (folder / SETTINGS).write_text(text, encoding="utf-8")
         command = [*_without(command, SETTINGS_OPTIONS), "--config", SETTINGS]
     if options.verb in NEEDS_WORKSPACE and not _given(command, "--workspace"):
@@ -145,19 +147,30 @@ def _require_config(config: Config, here: bool) -> None:
 
 def _require(value: str, field: str, here: bool) -> None:
     """Refuse what only this machine has; an absolute path may be a share that all nodes mount."""
-    if has_secret(value):
-        raise PistoSegError(
-            "holds credentials, and everyone who sees the cluster sees a job's settings",
-            file=value,
-            field=field,
-            remedy="give it without them; the cluster's nodes have credentials of their own",
-        )
+    _require_no_secret(value, field)
     if not here and storage.is_local(value) and not os.path.isabs(value):
         raise PistoSegError(
             "is on this machine, where the cluster can't reach it",
             file=value,
             field=field,
             remedy="give a URI, e.g. s3://bucket/folder, or the absolute path of a folder that all nodes mount",
+        )
+
+
+def _require_no_secret(value: Any, field: str = "") -> None:
+    """Refuse a setting, or a section with one, that holds credentials."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _require_no_secret(item, f"{field}.{key}" if field else str(key))
+    elif isinstance(value, list):
+        for item in value:
+            _require_no_secret(item, field)
+    elif isinstance(value, str) and has_secret(value):
+        raise PistoSegError(
+            "holds credentials, and everyone who sees the cluster sees a job's settings",
+            file=value,
+            field=field,
+            remedy="give it without them; the cluster's nodes have credentials of their own",
         )
 
 

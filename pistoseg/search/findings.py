@@ -8,7 +8,8 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from pistoseg.config import TrackingConfig, describe
+from pistoseg.config import Config, TrackingConfig, describe
+from pistoseg.redaction import redacted
 from pistoseg.search import pictures
 from pistoseg.search.ablation import with_overrides
 from pistoseg.search.confirmation import LEVEL, Confirmation, rank_correlation
@@ -48,15 +49,19 @@ def metrics(outcome: Outcome) -> dict[str, float]:
 def best_yaml(outcome: Outcome, best: TrialRecord) -> str:
     """The best trial's whole config, as `pistoseg train --config` takes it; data and servers are not part of it."""
     config = with_overrides(outcome.search.config, best.overrides)
+    config = Config.model_validate(redacted(config.model_dump(mode="json")))  # URLs of weights may be signed
     plain = config.model_copy(
         update={
-            "data": config.data.model_copy(update={"uri": None}),
+            "data": config.data.model_copy(update={"uri": None, "validation": None}),
             "compute": config.compute.model_copy(update={"address": None}),
             "tracking": TrackingConfig(),
         }
     )
     title = f"# Trial {best.number} of the search {outcome.search.name}: {outcome.search.objective.title} "
-    return f"{title}{_number(best.value)}.\n# pistoseg train --config THIS_FILE --data DATA\n{describe(plain)}"
+    command = "# pistoseg train --config THIS_FILE --data DATA"
+    if config.data.validation:
+        command += " --set data.validation=DIR"
+    return f"{title}{_number(best.value)}.\n{command}\n{describe(plain)}"
 
 
 def trials_csv(outcome: Outcome) -> str:

@@ -101,6 +101,8 @@ class Journal:
                 )
             journal.settings = found
             for item in storage.list_dir(storage.join(folder, TRIALS)):
+                if not storage.name(item).endswith(".json") or storage.name(item).startswith("."):
+                    continue  # what a killed driver had half written, or a file manager left
                 values = _read(item)
                 values["curve"] = [(int(epoch), float(value)) for epoch, value in values["curve"]]
                 journal.records[values["number"]] = TrialRecord(**values)

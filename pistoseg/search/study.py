@@ -21,6 +21,7 @@ from pistoseg.config import Config
 from pistoseg.errors import PistoSegError, UnavailableError
 from pistoseg.pipeline import run_pipeline
 from pistoseg.progress import Progress
+from pistoseg.redaction import redacted
 from pistoseg.search.ablation import with_overrides
 from pistoseg.search.confirmation import Confirmation
 from pistoseg.search.journal import Journal, TrialRecord
@@ -93,9 +94,9 @@ class Search:
     pruning: Pruning | None
 
     def identity(self) -> dict[str, Any]:
-        """What makes it another search; the budget, the machine and MLflow don't."""
+        """What makes it another search; the budget, the machine, MLflow and passwords don't."""
         return {
-            "config": self.config.model_dump(mode="json", exclude={"compute", "tracking"}),
+            "config": redacted(self.config.model_dump(mode="json", exclude={"compute", "tracking"})),
             "parameters": [repr(item) for item in self.space.parameters],
             "objective": self.objective.kind,
             "timed": self.timed,

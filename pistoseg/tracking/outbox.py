@@ -3,6 +3,7 @@
 An `Outbox` stands in for an `MlflowClient`. A call that the server does not answer is written to
 `<workspace>/mlflow-unsent/<outbox>/` and everything after it too, in order, so that no run waits for MLflow or ends
 with it. Once a minute the outbox tries again; what is left at the end of a run is sent by the workspace's next run.
+What belongs to a run that another outbox has still to send waits for it.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ CALLS = (
 """What is read from an outbox is nothing but arguments of these."""
 
 Register = Callable[..., Any]
+_sending = threading.Lock()
+"""Held while others' messages are sent: two outboxes of this process would make a run twice."""
 
 
 @dataclass
@@ -55,6 +58,10 @@ class _Message:
     arguments: dict[str, Any]
     data: bytes | None = None
     written: bool = False
+
+
+class _UnsentError(Exception):
+    """A message belongs to a run that the server does not know: another outbox, as of a parent, has to send that."""
 
 
 class Outbox:
@@ -145,20 +152,24 @@ class Outbox:
         return self._say("register", arguments)
 
     def close(self) -> None:
-        """Try once more to send what is kept."""
+        """Try once more to send what is kept, and what outboxes keep that were closed before."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
         self._send_kept()
-        if self._queue:
-            print(f"MLflow is still away: the next run in this workspace sends what is kept in {redact(self._folder)}")
+        if not self._queue:
+            self._send_others()  # parts of the runs that were just sent may have waited for them
+            return
+        with suppress(OSError, UnavailableError):  # the workspace is away: it is another's once this process ends
+            self._write_owner("")
+        where = redact(self._folder)
+        print(f"MLflow is still away or lacks a run: what is kept in {where} is sent by another run in this workspace")
 
     def send_left(self) -> None:
         """Send what earlier runs in the workspace could not, and end the runs of processes that are no more."""
+        if not self._send_others():
+            return
         try:
-            for folder in storage.list_dir(storage.join(self._workspace, FOLDER)):
-                if folder != self._folder:
-                    self._send_folder(folder)
             self._end_dead_runs()
         except Exception as error:  # the server or the workspace is away: the next run tries again
             if not _is_refusal(error):
@@ -183,19 +194,24 @@ class Outbox:
     def _went_away(self, error: Exception) -> None:
         if not self.away:
             self.away = True
-            print(f"MLflow can't be reached, the run goes on; what it misses is sent later: {_line(error)}")
+            what = "lacks an earlier run" if isinstance(error, _UnsentError) else "can't be reached"
+            print(f"MLflow {what}, the run goes on; what it misses is sent later: {_line(error)}")
 
     def _write(self, message: _Message) -> None:
         """Keep a message; where even that fails it stays in memory and is written with the next one."""
         try:
-            owner = {"process": process(), "server": self._server()}
             if self._numbers == 1 or not storage.exists(storage.join(self._folder, "owner.json")):
-                storage.write_bytes(storage.join(self._folder, "owner.json"), json.dumps(owner).encode())
+                self._write_owner(process())
             for waiting in self._queue:
                 if not waiting.written:
                     _write(self._folder, waiting)
         except Exception as error:  # MLflow's messages must not end a run when the disk is full or the bucket away
             print(f"what MLflow misses can't be written now: {_line(error)}")
+
+    def _write_owner(self, name: str) -> None:
+        """Say which process sends the messages while it lives; with an empty name any outbox may."""
+        owner = {"process": name, "server": self._server()}
+        storage.write_bytes(storage.join(self._folder, "owner.json"), json.dumps(owner).encode())
 
     def _work(self) -> None:
         while not self._stop.wait(RETRY_S):
@@ -209,7 +225,9 @@ class Outbox:
                     break
 
     def _send_kept(self) -> None:
-        """Send this outbox's messages in order, until one fails for want of a server."""
+        """Send what other outboxes left, then this one's messages in order, until one has to wait."""
+        if not self._queue or not self._send_others():
+            return
         sent = 0
         while True:
             with self._lock:
@@ -218,7 +236,9 @@ class Outbox:
                         self.away = False
                     break
                 message = self._queue[0]
-            if not self._deliver_kept(message.call, message.arguments, message.data):
+            try:
+                self._deliver_kept(message.call, message.arguments, message.data)
+            except Exception:  # the next try says so, if it has to
                 break
             with self._lock:
                 self._queue.popleft()
@@ -228,14 +248,27 @@ class Outbox:
             storage.remove_tree(self._folder)
             print(f"MLflow is back: {sent} messages sent")
 
-    def _send_folder(self, folder: str) -> None:
-        """Send what an outbox of another process left, unless that lives or spoke with another server."""
+    def _send_others(self) -> bool:
+        """Send what other outboxes left, in the order of their runs; False when the server or the workspace is away."""
+        try:
+            with _sending:
+                folders = storage.list_dir(storage.join(self._workspace, FOLDER))
+                folders = [folder for folder in folders if folder != self._folder]
+                while sent := [folder for folder in folders if self._send_folder(folder)]:
+                    folders = [folder for folder in folders if folder not in sent]
+        except Exception as error:  # the next run tries again
+            self._went_away(error)
+            return False
+        return True
+
+    def _send_folder(self, folder: str) -> bool:
+        """Send what an outbox left, unless its process lives or spoke with another server; whether all is sent."""
         try:
             owner = json.loads(storage.read_bytes(storage.join(folder, "owner.json")))
         except (OSError, ValueError):
-            return
+            return False
         if owner.get("server") != self._server() or is_alive(owner.get("process", "")):
-            return
+            return False
         messages = sorted(item for item in storage.list_dir(folder) if _is_message(item))
         for item in messages:
             number = int(storage.name(item).removesuffix(".json"))
@@ -244,21 +277,24 @@ class Outbox:
                 data = storage.read_bytes(storage.join(folder, f"{number:06d}.data")) if kept["data"] else None
             except (FileNotFoundError, KeyError, ValueError):
                 continue
-            if kept["call"] in CALLS and not self._deliver_kept(kept["call"], kept["arguments"], data):
-                return
+            try:
+                if kept["call"] in CALLS:
+                    self._deliver_kept(kept["call"], kept["arguments"], data)
+            except _UnsentError:
+                return False
             _remove(folder, number)
         storage.remove_tree(folder)
         print(f"MLflow got {len(messages)} messages that an earlier run could not send")
+        return True
 
-    def _deliver_kept(self, call: str, arguments: dict[str, Any], data: bytes | None) -> bool:
-        """Send a message that was kept; False when the server is away. One that the server refuses is dropped."""
+    def _deliver_kept(self, call: str, arguments: dict[str, Any], data: bytes | None) -> None:
+        """Send a message that was kept, or raise when it has to wait. One that the server refuses is dropped."""
         try:
             self._deliver(call, arguments, data, again=True)
         except Exception as error:
             if not _is_refusal(error):
-                return False
+                raise
             print(f"MLflow refuses {call}, which is left out: {_line(error)}")
-        return True
 
     def _deliver(self, call: str, arguments: Mapping[str, Any], data: bytes | None = None, again: bool = False) -> Any:
         """Make a call now, maybe `again`; ids of runs that the server got to know since are put in."""
@@ -300,13 +336,13 @@ class Outbox:
             self._client.log_batch(run_id, params=entities[start : start + 100])
 
     def _id(self, run_id: str) -> str:
-        """The server's id of a run; of one that is not there a `LookupError`."""
+        """The server's id of a run; `_UnsentError` where it does not know that yet."""
         if not run_id.startswith(UNSENT):
             return run_id
         if run_id not in self._ids:
             found = self._find(run_id, None)
             if found is None:
-                raise LookupError(f"the run {run_id} is not there")
+                raise _UnsentError(f"{run_id} is still to be sent")
             self._ids[run_id] = found
         return self._ids[run_id]
 

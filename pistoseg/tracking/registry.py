@@ -24,6 +24,8 @@ BUNDLE = "pistoseg.bundle"
 CHAMPION = "champion"
 PREVIOUS = "previous"
 FILES = ("model.json", "model.safetensors")
+MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "NOT_FOUND")
+"""MLflow's words for a model, version or alias that it does not have."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class Registry:
         """A version: `NAME@ALIAS` or `NAME/VERSION`, with or without `models:/`.
 
         Raises:
-            PistoSegError: it is not there.
+            PistoSegError: it is not there, or the server is away or lets nobody in.
         """
         name, alias, label = model.removeprefix("models:/").partition("@")
         if not alias:
@@ -101,26 +103,34 @@ class Registry:
         from mlflow.exceptions import MlflowException
 
         client = self._client(model)
-        try:
-            found = (client.get_model_version_by_alias if alias else client.get_model_version)(name, label)
-        except MlflowException as error:
-            raise PistoSegError(
-                f"is not in the registry at {self.uri} ({str(error).splitlines()[0]})",
-                file=model,
-                remedy="look at the names and aliases with `pistoseg models list`, or in `pistoseg ui`",
-            ) from error
+        with self._readable():
+            try:
+                found = (client.get_model_version_by_alias if alias else client.get_model_version)(name, label)
+            except MlflowException as error:
+                if error.error_code not in MISSING:
+                    raise
+                raise PistoSegError(
+                    f"is not in the registry at {self.uri} ({str(error).splitlines()[0]})",
+                    file=model,
+                    remedy="look at the names and aliases with `pistoseg models list`, or in `pistoseg ui`",
+                ) from error
         return _version(found, self._aliases(client, name))
 
     def versions(self, name: str | None = None) -> list[ModelVersion]:
-        """All versions, of one model or of all, by name and the newest first."""
+        """All versions, of one model or of all, by name and the newest first.
+
+        Raises:
+            PistoSegError: there is no model of that name, or the server is away or lets nobody in.
+        """
         client = self._client(name or "models")
-        names = [name] if name else sorted(model.name for model in client.search_registered_models())
         found = []
-        for each in names:
-            aliases = self._aliases(client, each)
-            quoted = each.replace("'", "\\'")
-            versions = client.search_model_versions(f"name='{quoted}'")
-            found += sorted((_version(item, aliases) for item in versions), key=lambda item: -int(item.version))
+        with self._readable():
+            names = [name] if name else sorted(model.name for model in client.search_registered_models())
+            for each in names:
+                quoted = each.replace("'", "\\'")
+                versions = client.search_model_versions(f"name='{quoted}'")
+                aliases = self._aliases(client, each)
+                found += sorted((_version(item, aliases) for item in versions), key=lambda item: -int(item.version))
         if name and not found:
             raise PistoSegError(
                 f"is not in the registry at {self.uri}", file=name, remedy="`pistoseg models list` shows what is"
@@ -139,7 +149,8 @@ class Registry:
             The version that had the alias before, if another one had it.
         """
         found = self.find(f"{name}/{version}")
-        return set_alias(self._client(name), name, found.version, alias)
+        with self._readable():
+            return set_alias(self._client(name), name, found.version, alias)
 
     def metrics(self, version: ModelVersion) -> dict[str, float]:
         """What its MLflow run measured; empty where that is gone."""
@@ -201,6 +212,20 @@ class Registry:
                 remedy="give --workspace or MLFLOW_TRACKING_URI",
             )
         return connect(self.config, self.workspace)
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        """Say what to do where the server is away or lets nobody in."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            yield
+        except (MlflowException, OSError) as error:
+            raise PistoSegError(
+                f"the registry can't be read ({str(error).splitlines()[0]})",
+                file=self.uri,
+                remedy="see that the server runs; check tracking.uri or MLFLOW_TRACKING_URI, its user and password",
+            ) from error
 
     def _aliases(self, client: MlflowClient, name: str) -> dict[str, list[str]]:
         """Aliases by version."""

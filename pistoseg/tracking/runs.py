@@ -44,9 +44,11 @@ class _Guard:
 
         try:
             return call(*arguments, **named)
-        except (MlflowException, RequestException, SQLAlchemyError, OSError, UnavailableError) as error:
+        # A LookupError is an answer that MLflow can't read, as of a proxy in its place.
+        except (MlflowException, RequestException, SQLAlchemyError, OSError, UnavailableError, LookupError) as error:
             self.broken = True
-            print(redact(f"MLflow can't be written, this run goes on without it: {str(error).splitlines()[0]}"))
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            print(redact(f"MLflow can't be written, this run goes on without it: {first}"))
             return None
 
 

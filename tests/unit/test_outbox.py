@@ -117,12 +117,13 @@ def test_what_a_run_could_not_send_the_next_one_sends_and_an_interrupted_sending
     box = Outbox(line, workspace)
     line.cut = True
     tell(box, tmp_path)
+    other = Outbox(line, workspace)
+    line.cut = False
+    other.send_left()
+    assert not line.search_experiments(filter_string="name = 'pistoseg'"), "its process lives: nobody else sends for it"
+    line.cut = True
     box.close()
     assert "still away" in capsys.readouterr().out
-    box.send_left()
-    assert storage.list_files(storage.join(workspace, outbox.FOLDER)), "its process lives: nobody else sends for it"
-    monkeypatch.setattr(outbox, "is_alive", lambda *_: False)
-    other = Outbox(line, workspace)
     line.cut = False
     sent = []
 
@@ -139,6 +140,92 @@ def test_what_a_run_could_not_send_the_next_one_sends_and_an_interrupted_sending
     check(line)
     assert storage.list_files(storage.join(workspace, outbox.FOLDER)) == []
     assert "earlier run" in capsys.readouterr().out
+
+
+def part_of(box, parent, name):
+    """A run below another one, with a metric; told and over."""
+    experiment, tags = box.experiment("pistoseg", None), {"mlflow.parentRunId": parent}
+    run_id = box.create_run(experiment, tags=tags, run_name=name).info.run_id
+    box.log_metric(run_id, "miou", 0.7)
+    box.set_terminated(run_id, "FINISHED")
+
+
+def check_part(line, workspace, name):
+    """MLflow has a part and what it is a part of, once, and nothing waits any more."""
+    runs = {run.info.run_name: run for run in line.search_runs([line.get_experiment_by_name("pistoseg").experiment_id])}
+    assert set(runs) == {"whole", name}
+    assert runs[name].data.tags["mlflow.parentRunId"] == runs["whole"].info.run_id
+    assert (runs[name].data.metrics, runs[name].info.status) == ({"miou": 0.7}, "FINISHED")
+    assert storage.list_dir(storage.join(workspace, outbox.FOLDER)) == []
+
+
+@pytest.mark.parametrize("begins_while_away", [True, False])
+def test_a_part_waits_for_the_run_that_another_outbox_has_still_to_send(line, workspace, capsys, begins_while_away):
+    line.cut = True
+    whole = Outbox(line, workspace)
+    run_id = whole.create_run(whole.experiment("pistoseg", None), run_name="whole").info.run_id
+    line.cut = begins_while_away
+    part = Outbox(line, workspace)
+    part_of(part, run_id, "row")
+    line.cut = False
+    part.close()
+    assert "sent by another run" in capsys.readouterr().out
+    whole.close()
+    check_part(line, workspace, "row")
+    assert "refuses" not in capsys.readouterr().out
+
+
+def test_a_run_that_goes_on_sends_what_it_said_before_it_was_killed_first(line, workspace, monkeypatch, capsys):
+    line.cut = True
+    monkeypatch.setattr(outbox, "process", dead_process)
+    killed = Outbox(line, workspace)
+    run_id = killed.create_run(killed.experiment("pistoseg", None), run_name="whole").info.run_id
+    monkeypatch.setattr(outbox, "process", process)
+    resumed = Outbox(line, workspace)
+    resumed.send_left()
+    resumed.update_run(run_id, status="RUNNING")
+    part_of(resumed, run_id, "trial")
+    line.cut = False
+    resumed.close()
+    check_part(line, workspace, "trial")
+    assert "refuses" not in capsys.readouterr().out
+
+
+def test_what_several_runs_left_is_sent_parents_first(line, workspace, monkeypatch):
+    line.cut = True
+    monkeypatch.setattr(outbox, "process", dead_process)
+    whole, part = Outbox(line, workspace), Outbox(line, workspace)
+    whole._folder, part._folder = (storage.join(workspace, outbox.FOLDER, name) for name in ("b", "a"))
+    part_of(part, whole.create_run(whole.experiment("pistoseg", None), run_name="whole").info.run_id, "row")
+    monkeypatch.setattr(outbox, "process", process)
+    line.cut = False
+    Outbox(line, workspace).send_left()
+    check_part(line, workspace, "row")
+
+
+def test_a_run_that_goes_on_with_one_that_mlflow_never_heard_of_keeps_its_messages(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    config, workspace = load_config("demo"), Workspace(str(tmp_path))
+    with Tracker.start(config, workspace, run_id="unsent-0123") as tracker:
+        tracker.run().metrics({"miou": 0.5})
+    assert "unsent-0123 is still to be sent" in capsys.readouterr().out
+    with Tracker.start(config, workspace, name="next"):
+        pass
+    left = storage.list_files(storage.join(workspace.root, outbox.FOLDER))
+    calls = [json.loads(storage.read_bytes(item))["call"] for item in left if item[-6].isdigit()]
+    assert calls == ["update_run", "set_tag", "log_metric", "set_terminated"]
+
+
+def test_an_answer_that_mlflow_cannot_read_does_not_end_a_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+    def proxy(*_, **__):
+        raise KeyError("run")
+
+    monkeypatch.setattr(Outbox, "create_run", proxy)
+    with Tracker.start(load_config("demo"), Workspace(str(tmp_path))) as tracker:
+        tracker.run().metrics({"miou": 0.5})
+    assert "goes on without it: 'run'" in capsys.readouterr().out
 
 
 def test_an_outage_in_the_middle_keeps_the_order(line, workspace, tmp_path):

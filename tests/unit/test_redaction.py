@@ -14,6 +14,9 @@ SIGNED = "https://host/b/x.svs?versionId=3&X-Amz-Signature=abc%2F123&X-Amz-Crede
     [
         ("s3://AKIA:s3cr3t@bucket/a [1].png is gone", "s3://***@bucket/a [1].png is gone"),
         ("postgresql://u:p%40w@db/mlflow", "postgresql://***@db/mlflow"),
+        ("postgresql://u:p@ss@db:5432/mlflow@1", "postgresql://***@db:5432/mlflow@1"),
+        ("http://me@lab.org:pw@mlflow:5000", "http://***@mlflow:5000"),
+        ("https://:token@host", "https://***@host"),
         (SIGNED, "https://host/b/x.svs?versionId=3&X-Amz-Signature=***&X-Amz-Credential=***"),
         ("https://h/x?sv=1&sig=a%3D", "https://h/x?sv=1&sig=***"),
     ],
@@ -22,6 +25,21 @@ def test_what_opens_doors_is_hidden(text, shown):
     assert redact(text) == shown
     assert has_secret(text)
     assert redact(shown) == shown
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "abfs://container@account.dfs.core.windows.net/runs/precise/x/bundle",
+        "abfs://container@account:443/x",
+        "sftp://me@host:22/x@y",
+        "hdfs://user@namenode/x",
+        "http://host:8080/a@b",
+    ],
+)
+def test_a_user_or_a_container_alone_is_no_password(uri):
+    assert redact(uri) == uri
+    assert not has_secret(uri)
 
 
 @pytest.mark.parametrize(

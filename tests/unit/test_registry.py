@@ -114,6 +114,41 @@ def test_the_terminal_shows_versions_scores_lineage_and_pictures(workspace, caps
     assert "models:/tissue@champion is version 2" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "arguments", [["list"], ["show", "tissue"], ["show", "tissue@champion"], ["promote", "tissue", "1"]]
+)
+def test_a_server_that_is_away_is_named_without_its_password(tmp_path, monkeypatch, capsys, arguments):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:hidden@127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    assert main(["models", *arguments, "--workspace", str(tmp_path)]) == 2
+    printed = capsys.readouterr()
+    assert "http://***@127.0.0.1:9" in printed.err
+    assert "Remedy: see that the server runs" in printed.err
+    assert "hidden" not in printed.out + printed.err
+
+
+def test_where_models_and_runs_are_is_shown_without_a_password(workspace, monkeypatch, capsys):
+    uri = "http://me:hidden@127.0.0.1:9"
+    monkeypatch.setattr("pistoseg.tracking.registry.tracking_uri", lambda *_: uri)  # the versions are the workspace's
+    assert main(["models", "list", "--workspace", workspace.root]) == 0
+    assert "Models at http://***@127.0.0.1:9" in capsys.readouterr().out
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    assert main(["ui", "--workspace", workspace.root]) == 0
+    assert capsys.readouterr().out == "runs are at http://***@127.0.0.1:9\n"
+
+
+@pytest.mark.parametrize("verb", [["models", "list"], ["models", "show", "tissue"], ["ui"]])
+def test_models_and_runs_are_those_of_the_server_that_the_settings_name(tmp_path, monkeypatch, capsys, verb):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:8")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    (tmp_path / "my.yaml").write_text("preset: demo\ntracking: {uri: 'http://127.0.0.1:9'}")
+    for settings in (["--config", str(tmp_path / "my.yaml")], ["--set", "tracking.uri=http://127.0.0.1:9"]):
+        main([*verb, "--workspace", str(tmp_path), *settings])
+        printed = capsys.readouterr()
+        assert "http://127.0.0.1:9" in printed.out + printed.err
+        assert "127.0.0.1:8" not in printed.out + printed.err
+
+
 def test_a_workspace_without_models_says_where_it_looked(tmp_path, capsys):
     assert main(["models", "list", "--workspace", str(tmp_path)]) == 2
     assert "mlflow.db is not there" in capsys.readouterr().err

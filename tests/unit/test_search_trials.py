@@ -71,6 +71,13 @@ def test_a_damaged_journal_names_the_file(tmp_path, space):
         Journal.open(str(tmp_path), IDENTITY)
 
 
+def test_files_that_are_no_trials_do_not_stop_a_search_from_going_on(tmp_path, space):
+    journal = filled(tmp_path, space, [0.1, 0.2])
+    for name in (".0123456789abcdef.part", ".DS_Store", "._00001.json", "notes.txt"):
+        storage.write_bytes(str(tmp_path / "trials" / name), b"\x00\xff{")
+    assert Journal.open(str(tmp_path), IDENTITY).records == journal.records
+
+
 def test_an_epoch_that_is_reported_twice_counts_once():
     record = TrialRecord(0, {}, {})
     for epoch, value in ((1, 0.1), (3, 0.3), (1, 0.9), (2, 0.2)):
@@ -155,6 +162,30 @@ def test_the_best_config_is_one_that_train_takes(tmp_path, config, space):
     assert read.precise == config.precise
     assert (read.data.uri, read.tracking.uri) == (None, None)
     assert yaml.safe_load(text)["synthesis"]["rotate"] == journal.best().point["synthesis.rotate"]
+
+
+def test_no_password_is_written_with_a_search(tmp_path, config, space):
+    pytest.importorskip("optuna")
+    from pistoseg.search.study import Search
+
+    signed = "https://host/b0.pth?X-Amz-Signature"
+    overrides = ["data.uri=s3://me:hunter2@b/d", "data.validation=s3://me:hunter2@b/v"]
+    secret = load_config(
+        "demo", overrides=["precise.masks=synthesized", f"precise.weights={signed}=hunter2", *overrides]
+    )
+    outcome = outcome_of(filled(tmp_path, space, [0.1, 0.4]), secret, space)
+    text = best_yaml(outcome, outcome.journal.best())
+    assert "hunter2" not in text
+    assert "--data DATA --set data.validation=DIR" in text
+    storage.write_bytes(str(tmp_path / "best.yaml"), text.encode())
+    read = load_config(file=str(tmp_path / "best.yaml"))
+    assert (read.data.uri, read.data.validation, read.precise.weights) == (None, None, f"{signed}=***")
+
+    def identity(config):
+        return Search("mine", config, space, None, outcome.search.objective, "tpe", False, None).identity()
+
+    assert "hunter2" not in json.dumps(identity(secret))
+    assert identity(config)["config"] == config.model_dump(mode="json", exclude={"compute", "tracking"})
 
 
 def test_trials_and_report_say_what_became_of_each(tmp_path, config, space):

@@ -75,6 +75,19 @@ def test_shares_and_registered_models_are_taken_as_they_are(tmp_path):
     assert packaged(tmp_path, *command) == command
 
 
+def test_a_container_or_a_user_in_a_uri_is_no_credential(tmp_path):
+    command = [
+        "segment",
+        "--model",
+        "abfs://c@account/m",
+        "--slides",
+        "sftp://me@host/slides",
+        "--out",
+        "hdfs://u@nn/o",
+    ]
+    assert packaged(tmp_path, *command) == command
+
+
 @pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "localhost:8265", "auto"])
 def test_a_cluster_on_this_machine_gets_absolute_paths(tmp_path, monkeypatch, address):
     monkeypatch.chdir(tmp_path)
@@ -96,9 +109,23 @@ def test_credentials_do_not_become_part_of_a_job(tmp_path):
     with pytest.raises(PistoSegError, match="holds credentials") as caught:
         packaged(tmp_path, "train", "--data", "s3://me:hunter2@bucket/data", "--workspace", "s3://bucket/runs")
     assert "hunter2" not in str(caught.value)
-    (tmp_path / "c.yaml").write_text("preset: demo\ndata: {validation: 's3://me:hunter2@bucket/v'}")
-    with pytest.raises(PistoSegError, match="holds credentials"):
+
+
+@pytest.mark.parametrize(
+    ("field", "section"),
+    [
+        ("data.validation", "data: {validation: 's3://me:hunter2@bucket/v'}"),
+        ("tracking.uri", "tracking: {uri: 'http://me:hunter2@mlflow:5000'}"),
+        ("precise.weights", "precise: {weights: 'https://host/b0.pth?X-Amz-Signature=hunter2'}"),
+        ("data.table", "data: {table: 'https://host/windows.csv?token=hunter2'}"),
+    ],
+)
+def test_credentials_in_settings_do_not_become_part_of_a_job(tmp_path, field, section):
+    (tmp_path / "c.yaml").write_text(f"preset: demo\n{section}")
+    with pytest.raises(PistoSegError, match=f"{field}: holds credentials") as caught:
         packaged(tmp_path / "job", "train", "--config", str(tmp_path / "c.yaml"), *DATA)
+    assert "hunter2" not in str(caught.value)
+    assert not (tmp_path / "job" / "job.yaml").exists()
 
 
 def test_wrong_settings_are_refused_before_anything_is_submitted(tmp_path):
