@@ -17,8 +17,9 @@ SECRET_VARIABLES = (
 )
 SHORTEST_SECRET = 8
 """Shorter values are not looked for: they would be found in ordinary words."""
-_PASSWORD = re.compile(r"(?<=://)[^/\s\"']*:[^/\s\"']*@")
-"""User and password up to the last @ of a URI's host; a user, or a container of Azure's, alone is no secret."""
+_PASSWORD = re.compile(r"(?i)(?:(?<=://)[^/\s\"']*:[^/\s\"']*|(?<=https://)[^/\s\"']+|(?<=http://)[^/\s\"']+)@")
+"""User and password up to the last @ of a URI's host. A user alone is no secret, nor is a container of Azure's;
+but what is alone in a web address may be a token."""
 _SIGNATURE = re.compile(
     r"(?i)([?&](?:x-amz-[a-z-]+|x-goog-[a-z-]+|awsaccesskeyid|signature|sig|token|access_token|password|secret|key)=)"
     r"[^&\s\"']+"

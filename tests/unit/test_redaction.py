@@ -17,6 +17,8 @@ SIGNED = "https://host/b/x.svs?versionId=3&X-Amz-Signature=abc%2F123&X-Amz-Crede
         ("postgresql://u:p@ss@db:5432/mlflow@1", "postgresql://***@db:5432/mlflow@1"),
         ("http://me@lab.org:pw@mlflow:5000", "http://***@mlflow:5000"),
         ("https://:token@host", "https://***@host"),
+        ("https://ghp_token@host/x@y", "https://***@host/x@y"),
+        ("HTTP://token@host", "HTTP://***@host"),
         (SIGNED, "https://host/b/x.svs?versionId=3&X-Amz-Signature=***&X-Amz-Credential=***"),
         ("https://h/x?sv=1&sig=a%3D", "https://h/x?sv=1&sig=***"),
     ],
