@@ -119,7 +119,7 @@ def plan(run: SlideRun) -> Plan:
         except UnavailableError:  # which is wrong with all of them
             raise
         except PistoSegError:  # segmenting it says what is wrong with it
-            return None, {}
+            return record, {}
 
     with ThreadPoolExecutor(LISTING_THREADS) as pool:
         looks = list(pool.map(look, entries))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import botocore.exceptions
@@ -68,6 +69,9 @@ def test_slides_whose_storage_is_away_end_the_run_and_one_that_is_not_there_is_i
 ) -> None:
     network.error = PistoSegError("does not exist")
     assert [entry.slide_id for entry, _ in slides.plan(run).todo] == ["a"]
+    record = {"format": results.FORMAT, "status": "failed", "made_from": {}, "attempts": 2}
+    storage.write_bytes("memory://bucket/out/slides/a/slide.json", json.dumps(record).encode())
+    assert [attempt for _, attempt in slides.plan(replace(run, only_failed=True)).todo] == [3]
     network.error = UnavailableError("does not answer")
     with pytest.raises(UnavailableError):
         slides.plan(run)
