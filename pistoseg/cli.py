@@ -22,8 +22,8 @@ EPILOG = """first steps:
   pistoseg train --preset wsss4luad --profile cpu --data DATA --workspace runs/mine
   pistoseg evaluate --model BUNDLE --data DIR --out DIR            score a model on images with masks
   pistoseg segment --model BUNDLE --slides DIR --out DIR           tissue maps and areas of whole slides
-  pistoseg ablate table1 --data DATA --workspace runs/mine         rerun a table of the paper
-  pistoseg search --space synthesis --data DATA --workspace runs/mine      find better settings, and prove it
+  pistoseg ablate table1 --profile cpu --data DATA --workspace runs/mine            rerun a table of the paper
+  pistoseg search --space synthesis --profile cpu --data DATA --workspace runs/mine   find better settings, and prove it
 """
 
 

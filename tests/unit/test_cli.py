@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 import pistoseg
-from pistoseg.cli import main
+from pistoseg.cli import EPILOG, _config, build_parser, main
+from pistoseg.pipeline import check_weights
 
 HEAVY = ("torch", "ray", "mlflow", "cv2", "pandas", "pyarrow", "PIL", "numpy", "timm", "fsspec")
 
@@ -29,6 +30,13 @@ def test_help_is_instant_and_shows_the_first_steps():
     assert "pistoseg demo" in printed
     for verb in ("train", "synthesize", "evaluate", "data", "config", "ui"):
         assert verb in printed
+
+
+def test_the_first_steps_have_the_weights_that_they_need():
+    steps = [line.split("   ")[0].split() for line in EPILOG.splitlines() if "--workspace" in line]
+    assert [step[1] for step in steps] == ["train", "ablate", "search"]
+    for step in steps:
+        check_weights(_config(build_parser().parse_args(step[1:])), ("evaluation",))
 
 
 def test_settings_are_shown_without_loading_what_they_set():
