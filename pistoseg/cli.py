@@ -278,7 +278,7 @@ def _config(options: argparse.Namespace) -> Config:
 def _quoted(text: str) -> str:
     import json
 
-    return json.dumps(text)
+    return json.dumps(text, ensure_ascii=False)  # YAML does not know JSON's pairs of surrogates
 
 
 def _train(options: argparse.Namespace) -> int:
