@@ -127,6 +127,15 @@ def test_every_command_in_the_files_is_one_that_pistoseg_takes():
             check_weights(load_config(options.preset, options.profile, options.config, options.overrides), TARGETS)
 
 
+def test_every_job_says_a_command_that_its_verb_takes():
+    jobs = sorted((ROOT / "jobs").glob("*.py"))
+    for file in jobs:
+        text = re.sub(r"\\\n\s*", " ", file.read_text())
+        (command,) = re.findall(rf"python jobs/{file.name} (.*)", text)
+        assert callable(build_parser().parse_args([file.stem, *shlex.split(command)]).run), command
+    assert len(jobs) == 6
+
+
 def test_the_aws_file_fits_the_schema_of_ray_up_and_ec2s_of_a_node():
     import botocore.session
     import jsonschema
