@@ -4,7 +4,11 @@
 #   sbatch cluster/slurm.sh segment --model s3://BUCKET/models/bundle --slides s3://BUCKET/slides \
 #       --out s3://BUCKET/results
 #   sbatch --nodes=4 --gres=gpu:2 cluster/slurm.sh train --preset wsss4luad --data /project/wsss4luad \
-#       --workspace /project/runs --set compute.train_workers=8
+#       --workspace /project/runs --set compute.train_workers=8 \
+#       --set classifier.weights=/project/resnet38d.pth --set refiner.weights=/project/resnet38d.pth
+#
+# No hub has ResNet38d's ImageNet weights: put the published .pth file there, or take the light networks of
+# --profile cpu.
 #
 # Everything after the script is a verb of pistoseg and its arguments. Data and workspace lie where all nodes see them:
 # a shared file system or object storage. Keys come from the environment of `sbatch` (AWS_PROFILE, or a file that only

@@ -1,6 +1,7 @@
-"""A job: a search over settings.
+r"""A job: a search over settings.
 
-    ray job submit --working-dir . -- python jobs/search.py --config s3://bucket/config.yaml --workspace s3://bucket/runs
+    ray job submit --working-dir . -- python jobs/search.py --space synthesis --config s3://bucket/config.yaml \
+        --workspace s3://bucket/runs
 
 Its arguments are those of `pistoseg search`; submit it again to go on where it stopped.
 """

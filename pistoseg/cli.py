@@ -22,8 +22,8 @@ EPILOG = """first steps:
   pistoseg train --preset wsss4luad --profile cpu --data DATA --workspace runs/mine
   pistoseg evaluate --model BUNDLE --data DIR --out DIR            score a model on images with masks
   pistoseg segment --model BUNDLE --slides DIR --out DIR           tissue maps and areas of whole slides
-  pistoseg ablate table1 --data DATA --workspace runs/mine         rerun a table of the paper
-  pistoseg search --space synthesis --data DATA --workspace runs/mine      find better settings, and prove it
+  pistoseg ablate table1 --profile cpu --data DATA --workspace runs/mine            rerun a table of the paper
+  pistoseg search --space synthesis --profile cpu --data DATA --workspace runs/mine   find better settings, and prove it
 """
 
 
@@ -279,7 +279,7 @@ def _config(options: argparse.Namespace) -> Config:
 def _quoted(text: str) -> str:
     import json
 
-    return json.dumps(text)
+    return json.dumps(text, ensure_ascii=False)  # YAML does not know JSON's pairs of surrogates
 
 
 def _train(options: argparse.Namespace) -> int:

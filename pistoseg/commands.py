@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Mapping
@@ -261,7 +262,7 @@ def demo(workspace: str, overrides: list[str]) -> None:
     if not storage.exists(storage.join(cohort, "phantom.json")):
         print(f"drawing a synthetic cohort (no patient's tissue): {cohort}", flush=True)
         write_cohort(cohort, seed=0, slides=1)
-    train(load_config("demo", overrides=[*overrides, f"data.uri={cohort}"]), workspace)
+    train(load_config("demo", overrides=[*overrides, f"data.uri={json.dumps(cohort, ensure_ascii=False)}"]), workspace)
     print("all images of this demo are synthetic; its scores say nothing about real tissue")
 
 

@@ -283,15 +283,17 @@ def _serve(stack: ExitStack, nodes: int, cpus: int, folder: str | None, env_file
 
 
 def _greeting(cluster: RayNodes, s3: S3Server, file: Path, kept: bool) -> list[str]:
+    cohort, python = f"s3://{BUCKET}/cohort", Path(sys.executable)
+    train = f"train --preset demo --data {cohort} --workspace s3://{BUCKET}/runs"
     return [
         f"Ray        {cluster.address}, {cluster.nodes} nodes of {cluster.cpus} CPUs",
         f"jobs       {cluster.jobs} (dashboard; asks for the token in the file below)",
         f"S3         s3://{BUCKET} at {s3.endpoint}",
-        "in another shell:",
+        "in another shell, a synthetic cohort into the bucket, and a training on it, from there or as a job:",
         f"  source {shlex.quote(str(file))}",
-        f"  pistoseg train --preset demo --data s3://{BUCKET}/cohort --workspace s3://{BUCKET}/runs",
-        f"  ray job submit -- {Path(sys.executable).name} -m pistoseg train --preset demo "
-        f"--data s3://{BUCKET}/cohort --workspace s3://{BUCKET}/runs",
+        f"  {python.name} -c 'from pistoseg.phantom import write_cohort; write_cohort(\"{cohort}\")'",
+        f"  pistoseg {train}",
+        f"  ray job submit -- {shlex.quote(str(python))} -m pistoseg {train}",
         "Ctrl-C ends it" + (f"; the buckets stay in {s3.folder}" if kept else " and deletes the buckets"),
     ]
 

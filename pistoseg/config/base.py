@@ -29,6 +29,9 @@ def read_yaml(uri: str) -> dict[str, Any]:
         value = yaml.safe_load(storage.read_text(uri))
     except FileNotFoundError:
         raise PistoSegError("does not exist", file=uri) from None
+    except OSError as error:
+        reason = f"can't be read: {error.strerror or error}"
+        raise PistoSegError(reason, file=uri, remedy="name a YAML file that you may read") from None
     except yaml.YAMLError as error:
         raise PistoSegError(f"is not valid YAML: {error}", file=uri) from None
     if not isinstance(value, dict):

@@ -42,6 +42,9 @@ def load_config(
     preset = preset or own.pop("preset", None) or (None if file else "wsss4luad")
     profile = profile or own.pop("profile", None)
     own = {key: value for key, value in own.items() if key not in ("preset", "profile")}
+    for key, name in (("preset", preset), ("profile", profile)):
+        if name and not isinstance(name, str):
+            raise PistoSegError(f"{name!r} is no name", file=file, field=key, remedy=f"name one {key}, as text")
     values: dict[str, Any] = {}
     if profile and not preset:
         raise PistoSegError(

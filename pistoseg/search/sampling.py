@@ -81,7 +81,7 @@ class PointSearcher(Searcher):
         if not self.journal.records:
             return self.journal.start(self.own, {}), self._asked_for(self.own)
         known = {self._settings(item) for item in self.journal.records.values()}
-        for attempt in range(TRIES):
+        for attempt in range(TRIES + len(self._grid)):  # of a grid that is gone on with, all points may be known
             point, asked = self._draw(len(self.journal.records), attempt)
             if point is None:
                 return None

@@ -12,9 +12,10 @@ from pistoseg.errors import PistoSegError
 from pistoseg.pipeline import needed
 from pistoseg.search.ablation import DATA, with_overrides
 from pistoseg.search.objective import Objective
-from pistoseg.search.spaces import Point, Space
+from pistoseg.search.spaces import Parameter, Point, Space
 
 POINTS = 12
+"""Points that are looked at for the space, and again for each of its parameters."""
 COMPARED = ("preliminary", "precise")
 """Networks whose epochs can be compared: both segment, and are validated alike."""
 
@@ -47,13 +48,12 @@ def analyse(space: Space, config: Config, objective: Objective, seed: int = 0) -
         PistoSegError: points are refused by the config, or nothing is left that varies.
     """
     rng = random.Random(seed)
-    points = [space.draw(rng) for _ in range(POINTS)]
-    for point in points:
-        _configured(space, point, config)
+    for _ in range(POINTS):
+        _configured(space, space.draw(rng), config)
     dead = {
         item.name: f"with these settings it does not change the model ({', '.join(objective.targets)})"
         for item in space.parameters
-        if not _matters(space, item.name, points, config, objective, rng)
+        if not _matters(space, item, config, objective, rng)
     }
     space = space.without(dead)
     if not space.parameters:
@@ -63,7 +63,9 @@ def analyse(space: Space, config: Config, objective: Objective, seed: int = 0) -
             remedy="look at precise.masks: the stages that lead to it are those that count",
         )
     own = keys(config, objective.targets)
-    others = [keys(_configured(space, space.draw(rng), config), objective.targets) for _ in range(POINTS)]
+    points = [space.draw(rng) for _ in range(POINTS)]
+    points += [point for item in space.parameters for point in _alternatives(space, item, rng)]
+    others = [keys(_configured(space, point, config), objective.targets) for point in points]
     names = list(own)
     shared = tuple(name for name in names if all(other.get(name) == own[name] for other in others))
     varied = tuple(name for name in names if name not in shared)
@@ -94,19 +96,25 @@ def _configured(space: Space, point: Mapping[str, object], config: Config) -> Co
         ) from None
 
 
-def _matters(
-    space: Space, name: str, points: list[Point], config: Config, objective: Objective, rng: random.Random
-) -> bool:
+def _matters(space: Space, item: Parameter, config: Config, objective: Objective, rng: random.Random) -> bool:
     """Whether another value of a parameter alone changes the fingerprint of what is scored."""
-    for point in points:
-        if name not in point:
-            continue
-        other: Point = {}
-        for item in space.parameters:
-            if item.active(other):
-                kept = item.name != name and item.name in point and item.holds(point[item.name], other)
-                other[item.name] = point[item.name] if kept else item.at(rng.random(), other)
-        pair = [keys(_configured(space, each, config), objective.targets) for each in (point, other)]
-        if any(pair[0][target] != pair[1][target] for target in objective.targets):
+    for _ in range(POINTS):
+        found = {
+            tuple(keys(_configured(space, point, config), objective.targets)[target] for target in objective.targets)
+            for point in _alternatives(space, item, rng)
+        }
+        if len(found) > 1:
             return True
     return False
+
+
+def _alternatives(space: Space, item: Parameter, rng: random.Random) -> list[Point]:
+    """A random point in which a parameter is active, with each of its options or both ends of its range.
+
+    What the other parameters are stays where it can; none where nothing makes the parameter active.
+    """
+    point = space.draw(rng, space.conditions(item.name))
+    if item.name not in point:
+        return []
+    kept = {name: (value,) for name, value in point.items()}
+    return [space.draw(rng, kept | {item.name: (value,)}) for value in item.levels(2, point)]

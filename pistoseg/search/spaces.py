@@ -80,7 +80,7 @@ class Parameter:
     def holds(self, value: Any, point: Mapping[str, Any]) -> bool:
         """Whether a value is one that it can have."""
         if self.options:
-            return value in self.options
+            return value in list(self.options)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             return False
         low, high = self.room(point)
@@ -123,13 +123,28 @@ class Space:
     parameters: tuple[Parameter, ...]
     notes: tuple[str, ...] = ()
 
-    def draw(self, rng: random.Random) -> Point:
-        """A random point."""
+    def draw(self, rng: random.Random, among: Mapping[str, Sequence[Any]] | None = None) -> Point:
+        """A random point.
+
+        Args:
+            rng: draws it.
+            among: name -> values of which the parameter, where it is active, gets one.
+        """
         point: Point = {}
         for parameter in self.parameters:
             if parameter.active(point):
-                point[parameter.name] = parameter.at(rng.random(), point)
+                values = [value for value in (among or {}).get(parameter.name, ()) if parameter.holds(value, point)]
+                point[parameter.name] = rng.choice(values) if values else parameter.at(rng.random(), point)
         return point
+
+    def conditions(self, name: str) -> dict[str, tuple[Any, ...]]:
+        """Name -> values of all earlier parameters with which a parameter is active; none where they exclude it."""
+        found: dict[str, tuple[Any, ...]] = {}
+        for item in reversed(self.parameters):
+            if item.name == name or item.name in found:
+                for parent, labels in item.when.items():
+                    found[parent] = tuple(label for label in labels if label in found.get(parent, labels))
+        return found
 
     def overrides(self, point: Mapping[str, Any]) -> dict[str, Any]:
         """What a point sets, by `section.key`."""

@@ -16,6 +16,7 @@ from pistoseg.errors import PistoSegError
 from pistoseg.models import bundle
 from pistoseg.outputs.pictures import Panel, sheet
 from pistoseg.patches.decode import decode_ids, encode_mask, encode_png
+from pistoseg.patches.layouts import scan_evaluation
 from pistoseg.patches.masked import MaskedImages
 from pistoseg.pipeline import StageContext
 from pistoseg.progress import Progress
@@ -24,6 +25,8 @@ from pistoseg.stages.validation import collect
 
 SHARD_IMAGES = 16
 PICTURES = 16
+WORK = ".evaluation"
+"""Folder of a report for what is only needed until it is written."""
 SCHEMA = pa.schema([("name", pa.string()), ("matrix", pa.list_(pa.int64())), ("prediction", pa.binary())])
 
 
@@ -38,6 +41,7 @@ def run(context: StageContext) -> dict[str, Any]:
         validation.uri,
         context.folder,
         context.config.evaluation,
+        parts=storage.join(context.folder, "parts"),
         classes=context.config.classes.tissue(),
         device=context.config.compute.device,
         seed=context.config.seed,
@@ -65,7 +69,7 @@ def evaluate_folder(
     Args:
         model: URI of a bundle.
         data: URI of the folder.
-        out: URI of a folder for `metrics.json`, `per_image.csv`, `predictions.png` and `parts/`.
+        out: URI of a folder for `metrics.json`, `per_image.csv` and `predictions.png`; what else is in it stays.
         config: protocol and confidence intervals.
         classes: what the values of the masks mean, class by class of the model; None: as the model says.
         device: where the network runs.
@@ -73,33 +77,35 @@ def evaluate_folder(
     Returns:
         What `metrics.json` holds.
     """
-    images = storage.join(out, "images")
-    for leftover in (images, storage.join(out, "parts")):
-        storage.remove_tree(leftover)  # of another model or other images, perhaps
-    with progress.stage("Reading images and masks"):
-        of_model = TissueClasses.from_json(bundle.read_info(model))
-        classes = classes or of_model
-        if len(classes) != len(of_model):
-            raise PistoSegError(
-                f"gives {len(classes)} classes, the model has {len(of_model)}: {', '.join(of_model.names)}",
-                field="--classes",
-                remedy="name the model's classes, in its order",
-            )
-        summary = collect(data, images, classes, max_pixels=DataConfig().max_pixels, actors=1, progress=progress)
-    with progress.stage("Scoring"):
-        report = evaluate(
-            model,
-            images,
-            out,
-            config,
-            classes=classes,
-            device=device,
-            seed=0,
-            missing=summary["missing_images"],
-            progress=progress,
+    of_model = TissueClasses.from_json(bundle.read_info(model))
+    classes = classes or of_model
+    if len(classes) != len(of_model):
+        raise PistoSegError(
+            f"gives {len(classes)} classes, the model has {len(of_model)}: {', '.join(of_model.names)}",
+            field="--classes",
+            remedy="name the model's classes, in its order",
         )
-    storage.remove_tree(images)
-    return report
+    scan_evaluation(data)
+    work = storage.join(out, WORK)
+    storage.remove_tree(work)  # of a run that was killed: another model or other images, perhaps
+    try:
+        with progress.stage("Reading images and masks"):
+            summary = collect(data, work, classes, max_pixels=DataConfig().max_pixels, actors=1, progress=progress)
+        with progress.stage("Scoring"):
+            return evaluate(
+                model,
+                work,
+                out,
+                config,
+                parts=storage.join(work, "parts"),
+                classes=classes,
+                device=device,
+                seed=0,
+                missing=summary["missing_images"],
+                progress=progress,
+            )
+    finally:
+        storage.remove_tree(work)
 
 
 def evaluate(
@@ -108,6 +114,7 @@ def evaluate(
     folder: str,
     config: EvaluationConfig,
     *,
+    parts: str,
     classes: TissueClasses,
     device: str,
     seed: int,
@@ -121,6 +128,7 @@ def evaluate(
         images: URI of the artifact.
         folder: where the report goes.
         config: protocol and confidence intervals.
+        parts: where the scores and predictions of images go first; what is there is not done again.
         classes: names and colours for the report.
         device: where the network runs.
         seed: of the bootstrap.
@@ -141,11 +149,11 @@ def evaluate(
             "device": device,
         },
         shards,
-        storage.join(folder, "parts"),
+        parts,
         config=ComputeConfig.model_validate({"device": device}),
         progress=progress,
     )
-    table = storage.read_parquet(storage.join(folder, "parts"))
+    table = storage.read_parquet(parts)
     matrices = np.array(table["matrix"].to_pylist(), np.int64).reshape(-1, len(classes), len(classes))
     report = _report(matrices, classes.names, config, seed) | {
         "protocol": config.protocol,

@@ -204,7 +204,7 @@ def test_evaluate_repeats_the_scores_of_the_pipeline(artifacts, cohort, tmp_path
     expected = json.loads((artifacts["evaluation"] / "metrics.json").read_text())
     for key in ("miou", "fwiou", "iou", "images", "protocol", "settings", "complete"):
         assert report[key] == expected[key], key
-    assert sorted(item.name for item in out.iterdir()) == ["metrics.json", "parts", "per_image.csv", "predictions.png"]
+    assert sorted(item.name for item in out.iterdir()) == ["metrics.json", "per_image.csv", "predictions.png"]
 
 
 def test_a_mask_without_its_image_makes_a_report_incomplete(artifacts, cohort, tmp_path, capsys):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -195,3 +198,19 @@ def test_validation_images_become_training_images_with_known_masks(layout, tmp_p
             inside = mask if layout == "names" else mask[window.y :, window.x :][: window.height, : window.width]
             present = [(inside == tissue).mean() >= known_masks.LEAST_SHARE for tissue in range(len(PHANTOM_CLASSES))]
             assert list(window.labels) == present
+
+
+def test_the_commands_that_the_documents_name_are_taken(monkeypatch):
+    root = Path(__file__).parents[2]
+    texts = [file.read_text() for file in sorted([*root.glob("*.md"), *root.glob("*/*.md")])]
+    found = [match for text in texts for match in re.findall(r"python -m benchmarks(\.\w+)?([^`\n]*)", text)]
+    assert {
+        module for module, _ in found if module and not (root / "benchmarks" / f"{module[1:]}.py").exists()
+    } == set()
+    given = [shlex.split(arguments) for module, arguments in found if not module]
+    assert ["--only", "inference"] in given
+    monkeypatch.setattr(all_benchmarks, "merge", lambda out, names: None)
+    monkeypatch.setattr(all_benchmarks.subprocess, "run", lambda command: SimpleNamespace(returncode=0))
+    for arguments in given:
+        monkeypatch.setattr("sys.argv", ["benchmarks", *arguments])
+        assert all_benchmarks.main() == 0

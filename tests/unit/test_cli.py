@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 import pistoseg
-from pistoseg.cli import main
+from pistoseg.cli import EPILOG, _config, build_parser, main
+from pistoseg.pipeline import check_weights
 
 HEAVY = ("torch", "ray", "mlflow", "cv2", "pandas", "pyarrow", "PIL", "numpy", "timm", "fsspec")
 
@@ -29,6 +30,13 @@ def test_help_is_instant_and_shows_the_first_steps():
     assert "pistoseg demo" in printed
     for verb in ("train", "synthesize", "evaluate", "data", "config", "ui"):
         assert verb in printed
+
+
+def test_the_first_steps_have_the_weights_that_they_need():
+    steps = [line.split("   ")[0].split() for line in EPILOG.splitlines() if "--workspace" in line]
+    assert [step[1] for step in steps] == ["train", "ablate", "search"]
+    for step in steps:
+        check_weights(_config(build_parser().parse_args(step[1:])), ("evaluation",))
 
 
 def test_settings_are_shown_without_loading_what_they_set():
@@ -137,13 +145,22 @@ def test_an_interrupt_says_how_to_go_on(monkeypatch, capsys):
 def test_arguments_reach_the_config(monkeypatch):
     seen = []
     monkeypatch.setattr("pistoseg.commands.train", lambda config, workspace: seen.append((config, workspace)))
-    data = "/data/a: [1, 0] #x"
+    data = "/data/a: [1, 0] #x 😀"
     assert (
         main(["train", "--preset", "glas", "--data", data, "--workers", "3", "--workspace", "w", "--set", "seed=4"])
         == 0
     )
     (config, workspace) = seen[0]
     assert (config.data.uri, config.compute.workers, config.seed, workspace) == (data, 3, 4, "w")
+
+
+@pytest.mark.parametrize("name", ["my demo #2", "a: b", "Übung 😀"])
+def test_the_workspace_of_the_demo_may_have_any_name(monkeypatch, tmp_path, name):
+    seen, drawn = [], []
+    monkeypatch.setattr("pistoseg.phantom.write_cohort", lambda cohort, **_: drawn.append(cohort))
+    monkeypatch.setattr("pistoseg.commands.train", lambda config, workspace: seen.append(config.data.uri))
+    assert main(["demo", "--workspace", str(tmp_path / name)]) == 0
+    assert seen == drawn == [str(tmp_path / name / "cohort")]
 
 
 def test_a_defect_keeps_its_traceback(monkeypatch):

@@ -12,12 +12,15 @@ import pytest
 import yaml
 
 from pistoseg.cli import build_parser
+from pistoseg.config import load_config
+from pistoseg.pipeline import check_weights
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "cluster"
 LOCK = (ROOT / "requirements.lock").read_text()
 RAY = re.search(r"^ray==(\S+)$", LOCK, re.MULTILINE)[1]
 IMAGE = "pistoseg:" + tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+TARGETS = ("preliminary_evaluation", "evaluation")
 UNITS = {"": 1, "m": 1e-3, "Mi": 2**20, "Gi": 2**30}
 
 
@@ -118,7 +121,19 @@ def commands():
 def test_every_command_in_the_files_is_one_that_pistoseg_takes():
     assert len(commands()) >= 5
     for command in commands():
-        assert callable(build_parser().parse_args(command).run), command
+        options = build_parser().parse_args(command)
+        assert callable(options.run), command
+        if options.verb == "train":
+            check_weights(load_config(options.preset, options.profile, options.config, options.overrides), TARGETS)
+
+
+def test_every_job_says_a_command_that_its_verb_takes():
+    jobs = sorted((ROOT / "jobs").glob("*.py"))
+    for file in jobs:
+        text = re.sub(r"\\\n\s*", " ", file.read_text())
+        (command,) = re.findall(rf"python jobs/{file.name} (.*)", text)
+        assert callable(build_parser().parse_args([file.stem, *shlex.split(command)]).run), command
+    assert len(jobs) == 6
 
 
 def test_the_aws_file_fits_the_schema_of_ray_up_and_ec2s_of_a_node():

@@ -1,10 +1,21 @@
+import errno
 import re
 
 import pytest
 import yaml
 
-from pistoseg.config import Config, EvaluationConfig, ScaleConfig, describe, load_config, presets, validate
+from pistoseg.config import (
+    Config,
+    EvaluationConfig,
+    ScaleConfig,
+    describe,
+    load_classes,
+    load_config,
+    presets,
+    validate,
+)
 from pistoseg.errors import PistoSegError
+from pistoseg.search.builtin import load_space
 
 
 def test_every_problem_is_reported_at_once_with_its_key():
@@ -228,6 +239,37 @@ def test_a_file_that_is_no_mapping_is_named(tmp_path, content):
     with pytest.raises(PistoSegError) as caught:
         load_config(file=str(file))
     assert caught.value.file == str(file)
+
+
+@pytest.mark.parametrize("content", ["profile: [cpu]", "profile: {cpu: 1}", "preset: [glas]", "profile: 1"])
+def test_a_preset_or_profile_that_is_no_name_is_refused(tmp_path, content):
+    file = tmp_path / "bad.yaml"
+    file.write_text(content)
+    with pytest.raises(PistoSegError, match="is no name") as caught:
+        load_config(file=str(file))
+    assert (caught.value.file, caught.value.field) == (str(file), content.split(":")[0])
+
+
+def unreadable(tmp_path, monkeypatch):
+    def refused(uri):
+        raise PermissionError(errno.EACCES, "Permission denied", uri)  # root may read everything
+
+    monkeypatch.setattr("pistoseg.storage.read_bytes", refused)
+    return str(tmp_path / "mine.yaml"), "Permission denied"
+
+
+@pytest.mark.parametrize("make", [lambda tmp_path, _: (str(tmp_path), "Is a directory"), unreadable])
+def test_a_folder_or_a_file_that_may_not_be_read_is_named_with_a_remedy(tmp_path, monkeypatch, make):
+    uri, reason = make(tmp_path, monkeypatch)
+    config = load_config("glas")
+    for read in (
+        lambda: load_config(file=uri),
+        lambda: load_classes(uri),
+        lambda: load_config("glas", overrides=[f"classes={uri}"]),
+        lambda: load_space(uri, config),
+    ):
+        with pytest.raises(PistoSegError, match=f"{uri}: can't be read: {reason}.*name a YAML file"):
+            read()
 
 
 def test_a_missing_file_and_an_unknown_preset_say_so(tmp_path):

@@ -1,17 +1,19 @@
 """What `pistoseg cluster local` does before anything starts; the cluster itself is in tests/integration."""
 
 import os
+import shlex
 import shutil
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from pistoseg import local_cluster
-from pistoseg.cli import main
+from pistoseg.cli import build_parser, main
 from pistoseg.errors import PistoSegError
 
 
@@ -41,6 +43,24 @@ def test_ports_are_free_and_so_are_those_of_their_other_protocol():
     for port in [*ports, *(port + 10_000 for port in ports)]:
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", port))
+
+
+def test_the_commands_that_it_prints_put_a_cohort_where_they_train_on_it(monkeypatch, tmp_path):
+    drawn, trained, cluster = [], [], SimpleNamespace(address="a", jobs="b", nodes=3, cpus=2)
+    monkeypatch.setattr("pistoseg.phantom.write_cohort", drawn.append)
+    lines = local_cluster._greeting(cluster, local_cluster.S3Server(tmp_path), tmp_path / "env.sh", kept=True)
+    commands = [shlex.split(line) for line in lines if line.startswith("  ")]
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    for command in commands[1:]:
+        if command[1] == "-c":
+            exec(command[2])
+            assert command[2] in readme
+        else:
+            options = build_parser().parse_args(command[command.index("train") :])
+            trained.append((options.data, len(drawn)))
+            assert shlex.join(command[command.index("train") :]) in readme
+    assert drawn == [f"s3://{local_cluster.BUCKET}/cohort"]
+    assert trained == [(drawn[0], 1)] * 2
 
 
 @pytest.mark.skipif(not shutil.which("setpriv"), reason="needs setpriv of util-linux")

@@ -149,6 +149,43 @@ def test_a_space_of_which_nothing_matters_is_refused(tmp_path):
         analyse(space, config, MASKS)
 
 
+RARE = {
+    "precise.architecture": {"values": ["unetplusplus", "unet", "fpn", "deeplabv3plus", "manet", "linknet", "pan"]},
+    "precise.optimizer": {"values": ["adamw", "sgd"], "when": {"precise.architecture": ["fpn", "pan"]}},
+    "precise.momentum": {"low": 0.5, "high": 0.9, "when": {"precise.optimizer": "sgd"}},
+    "refiner.lambda_cls": {"low": 0.1, "high": 1.0, "when": {"precise.optimizer": "sgd"}},
+    "precise.lr": {"low": 1e-4, "high": 1e-2, "when": {"precise.architecture": "unet", "precise.optimizer": "sgd"}},
+}
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_parameter_that_rarely_counts_is_judged_where_it_counts(tmp_path, seed):
+    config = config_of("wsss4luad", "precise.masks=synthesized")
+    space = read_space(space_file(tmp_path, RARE), config)
+    assert space.conditions("precise.momentum") == {
+        "precise.optimizer": ("sgd",),
+        "precise.architecture": ("fpn", "pan"),
+    }
+    assert space.conditions("precise.lr")["precise.architecture"] == ()
+    found, _ = analyse(space, config, MASKS, seed)
+    # The refining network is not used, and no optimizer is asked for with a UNet: these two never change the model.
+    assert {item.name for item in space.parameters} - {item.name for item in found.parameters} == {
+        "refiner.lambda_cls",
+        "precise.lr",
+    }
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_stage_that_one_of_many_options_varies_is_none_that_all_trials_share(tmp_path, seed):
+    config = config_of("wsss4luad", "precise.masks=pseudo")
+    usual = [{"precise.lr": 0.001 * step} for step in range(1, 40)]
+    options = [*usual, {"precise.lr": 0.05, "preliminary.epochs": 3}]
+    space = read_space(space_file(tmp_path, {"trained": {"options": options}}), config)
+    _, sharing = analyse(space, config, MASKS, seed)
+    assert {"preliminary", "pseudo_masks"} <= set(sharing.varied)
+    assert sharing.compared == ("preliminary", "precise")
+
+
 def test_a_grid_has_every_combination_once_and_no_inactive_value(tmp_path):
     uri = space_file(
         tmp_path,

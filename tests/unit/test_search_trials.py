@@ -279,6 +279,19 @@ def test_a_search_goes_on_with_what_was_cut_off_and_repeats_nothing_that_ended(
     assert len({record.key for record in journal.records.values()}) == 8
 
 
+def test_a_grid_goes_on_however_many_of_its_points_are_known(tmp_path, config, space, sampling):
+    journal = Journal.open(str(tmp_path), IDENTITY)
+    trials = 2 * sampling.TRIES
+    first = sampling.PointSearcher(space, journal, "grid", 0, trials, space.point_of(config))
+    for number in range(trials - 10):
+        record, _ = first._next()
+        record.state, record.value = "finished", 0.001 * number
+    second = sampling.PointSearcher(space, journal, "grid", 0, trials, space.point_of(config))
+    found = [run_trial(second, f"b{number}", 0.2) for number in range(11)]
+    assert [item["number"] for item in found[:10]] == list(range(trials - 10, trials))
+    assert found[10] == second.FINISHED
+
+
 def test_tpe_knows_the_trials_of_earlier_runs(tmp_path, config, space, sampling):
     journal = filled(tmp_path, space, [0.1, 0.4, 0.3, 0.2, 0.2], ["pruned", "failed"])
     searcher = sampling.PointSearcher(space, journal, "tpe", 0, None, space.point_of(config))

@@ -1,0 +1,87 @@
+"""What `evaluate` leaves in its folder; what the scores are is in tests/integration."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pistoseg import storage
+from pistoseg.classes import TissueClass, TissueClasses
+from pistoseg.config import EvaluationConfig
+from pistoseg.errors import PistoSegError
+from pistoseg.models import bundle, segmentation
+from pistoseg.progress import Progress
+from pistoseg.stages import cluster
+from pistoseg.stages.evaluation import WORK, evaluate_folder
+
+CLASSES = TissueClasses((TissueClass("tumor", (0, 64, 128)), TissueClass("stroma", (64, 128, 0))), 2)
+RESULTS = ["metrics.json", "per_image.csv", "predictions.png"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    torch.manual_seed(0)
+    network = segmentation.build("unet", "tu-mobilenetv3_small_050", 2, None, None).eval()
+    uri = str(tmp_path_factory.mktemp("bundles") / "model")
+    protocol = {"protocol": "single-scale", "tile": 64, "stride": 64, "scales": (1.0,), "symmetries": 1}
+    bundle.save(uri, network, classes=CLASSES, patch_size=64, scale={}, evaluation=protocol, lineage={}, metrics={})
+    return uri
+
+
+@pytest.fixture
+def own_files(tmp_path, monkeypatch):
+    """Files that were in the folder of the report before, and Ray's work done in this process."""
+
+    def here(worker, arguments, shards, folder, **_):
+        for number, shard in enumerate(shards):
+            worker(**arguments)(number, shard, storage.join(folder, cluster.part_name(number)))
+
+    monkeypatch.setattr(cluster, "run_shards", here)
+    monkeypatch.setattr(cluster, "run_networks", here)
+    files = [tmp_path / "out" / name for name in ("images/a.png", "parts/part-00000.parquet", "img/b.png")]
+    for file in files:
+        file.parent.mkdir(parents=True)
+        file.write_bytes(b"the user's")
+    return files
+
+
+def data_set(root):
+    for kind, pixels in (("img", (32, 32, 3)), ("mask", (32, 32))):
+        (root / kind).mkdir(parents=True)
+        for name in ("one.png", "two.png"):
+            Image.fromarray(np.ones(pixels, np.uint8)).save(root / kind / name)
+    return str(root)
+
+
+def evaluate(model, data, out):
+    config = EvaluationConfig.model_validate({"patch_size": 64, "bootstrap": 0})
+    return evaluate_folder(model, data, str(out), config, classes=None, device="cpu", progress=Progress())
+
+
+def test_a_report_goes_beside_the_users_files_and_leaves_no_other_folder(model, own_files, tmp_path):
+    out, data = tmp_path / "out", data_set(tmp_path / "data")
+    leftover = out / WORK / "images" / "part-00000.parquet"
+    leftover.parent.mkdir(parents=True)
+    leftover.write_bytes(b"of a run that was killed")
+    report = evaluate(model, data, out)
+    assert report["images"] == 2
+    assert json.loads((out / "metrics.json").read_text())["iou"] == report["iou"]
+    assert [file.read_bytes() for file in own_files] == [b"the user's"] * 3
+    assert sorted(item.name for item in out.iterdir()) == sorted([*RESULTS, "images", "img", "parts"])
+
+
+@pytest.mark.parametrize("make", [str, data_set])
+def test_an_evaluation_that_fails_deletes_nothing_and_keeps_the_earlier_report(model, own_files, tmp_path, make):
+    out, data = tmp_path / "out", make(tmp_path / "data")
+    earlier = [out / name for name in RESULTS]
+    for file in earlier:
+        file.write_bytes(b"the earlier report")
+    for mask in Path(data).glob("mask/one.png"):
+        mask.write_bytes(b"no picture")
+    with pytest.raises(PistoSegError, match="data"):
+        evaluate(model, data, out)
+    assert [file.read_bytes() for file in own_files + earlier] == [b"the user's"] * 3 + [b"the earlier report"] * 3
+    assert not (out / WORK).exists()
