@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from pistoseg.outputs.summary import versions
 from pistoseg.slides import results
 from pistoseg.slides.cache import SlideCache
 from pistoseg.slides.network import NO_TISSUE, Prepared, SlideNetwork, SlideSettings, regions_origin
+from pistoseg.slides.scratch import scratch_folder
 from pistoseg.slides.source import SlideEntry, list_slides
 from pistoseg.slides.stitching import MaskFile, Work
 
@@ -64,7 +64,7 @@ def segment_one(
         tissue_mask=storage.absolute(tissue_mask) if tissue_mask else entry.tissue_mask,
     )
     network = SlideNetwork(segmenter, SlideSettings(**settings), readers)
-    with tempfile.TemporaryDirectory(prefix="pistoseg-cache-") as folder:
+    with scratch_folder() as folder:
         cache = SlideCache(folder, shutil.disk_usage(folder).free)
         return segment_slide(network, entry, storage.absolute(out), cache=cache)
 

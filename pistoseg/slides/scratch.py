@@ -1,4 +1,4 @@
-"""Folders for what is made on a machine before it goes into object storage; those of killed processes are removed.
+"""Folders for what comes from object storage, and for what goes there; those of killed processes are removed.
 
 Whoever uses a folder holds a lock on a file in it, which the operating system frees when a process dies, however that
 happens. Another lock, on the folder above, keeps the others away until a new one has its own.
