@@ -251,6 +251,7 @@ def explain(error: BaseException, uri: str) -> PistoSegError | None:
     """An error of a storage as one that says what to do; None where it is of another kind."""
     code, names = code_of(error), _names(error)
     server = settings().endpoint or "AWS"
+    kind: type[PistoSegError] = UnavailableError
     if names & NO_KEYS or "Unable to locate credentials" in str(error):
         reason, remedy = "there are no credentials for it", "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
         remedy += f"AWS_PROFILE; for a public bucket {ANONYMOUS}=1 or storage.anonymous=true"
@@ -264,18 +265,20 @@ def explain(error: BaseException, uri: str) -> PistoSegError | None:
     elif code == "NoSuchBucket":
         bucket = uri.split("://", 1)[-1].split("/")[0]
         reason, remedy = f"there is no bucket {bucket!r} at {server}", "check its name, AWS_ENDPOINT_URL and AWS_REGION"
+        kind = PistoSegError  # others may be readable: so here and below
     elif code in ELSEWHERE:
         reason, remedy = f"the bucket is in another region ({code})", "set AWS_REGION or storage.region to the bucket's"
+        kind = PistoSegError
     elif code in REFUSED or isinstance(error, PermissionError):
         reason = f"{server} refuses access ({code or error})"
         remedy = "check the access key, and its rights to list, read and write there"
-        return PistoSegError(reason, file=uri, remedy=remedy)  # others may be readable
+        kind = PistoSegError
     elif code in TRANSIENT_CODES or names & TRANSIENT_ERRORS:
         reason = f"{server} does not answer ({code or type(error).__name__}), tried {RETRIES} times"
         remedy = "check AWS_ENDPOINT_URL and the network; the same command goes on where this one stopped"
     else:
         return None
-    return UnavailableError(reason, file=uri, remedy=remedy)
+    return kind(reason, file=uri, remedy=remedy)
 
 
 def _names(error: BaseException) -> set[str]:

@@ -18,6 +18,8 @@ from pistoseg.redaction import redacted
 from pistoseg.slides.scratch import scratch_folder
 
 RECORD = "slide.json"
+FAILURE = "failure.json"
+"""Record of a later try that failed, beside the complete results of an earlier one that were kept."""
 FORMAT = "pistoseg slide 1"
 
 
@@ -26,13 +28,13 @@ def slide_folder(out: str, slide_id: str) -> str:
     return storage.join(out, "slides", slide_id)
 
 
-def read_record(out: str, slide_id: str) -> dict[str, Any] | None:
-    """What slide.json says; None where there is none, or none in this format, so that the slide is done again.
+def read_record(out: str, slide_id: str, name: str = RECORD) -> dict[str, Any] | None:
+    """What slide.json says, or FAILURE; None where there is none in this format, so that the slide is done again.
 
     Raises:
         PistoSegError: it cannot be read, so that nobody knows whether the slide is done.
     """
-    uri = storage.join(slide_folder(out, slide_id), RECORD)
+    uri = storage.join(slide_folder(out, slide_id), name)
     try:
         record = json.loads(storage.read_bytes(uri))
     except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
@@ -99,8 +101,16 @@ def _beside(place: Path) -> Iterator[Path]:
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     """Write slide.json into a local folder."""
-    text = json.dumps({"format": FORMAT, **redacted(record)}, indent=2, ensure_ascii=False)
-    (folder / RECORD).write_text(text + "\n", encoding="utf-8")
+    (folder / RECORD).write_bytes(_as_json(record))
+
+
+def write_failure(out: str, slide_id: str, record: Mapping[str, Any]) -> None:
+    """Write FAILURE beside what is there; the slide's next results replace both."""
+    storage.write_bytes(storage.join(slide_folder(out, slide_id), FAILURE), _as_json(record))
+
+
+def _as_json(record: Mapping[str, Any]) -> bytes:
+    return (json.dumps({"format": FORMAT, **redacted(record)}, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _upload(folder: Path, target: str) -> None:

@@ -7,6 +7,7 @@ happens. Another lock, on the folder above, keeps the others away until a new on
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import shutil
 import tempfile
@@ -15,13 +16,17 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from pistoseg.liveness import machine
+
 _LOCK = ".lock"
 
 
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
     """A new local folder. It is removed when the block ends; where the process is killed, by whoever makes the next."""
-    above = Path(tempfile.gettempdir()) / f"pistoseg-scratch-{os.getuid()}"
+    # Machines that share their temporary folder may not see each other's locks.
+    here = hashlib.sha256(machine().encode()).hexdigest()[:8]
+    above = Path(tempfile.gettempdir()) / f"pistoseg-scratch-{os.getuid()}-{here}"
     above.mkdir(mode=0o700, exist_ok=True)
     folder = above / uuid.uuid4().hex
     with ExitStack() as stack:

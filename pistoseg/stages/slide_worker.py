@@ -198,7 +198,8 @@ def write_failure(
 ) -> dict[str, Any]:
     """Write slide.json of a slide that could not be segmented, in place of what an earlier run made of it.
 
-    Complete results stay where the fault is not the slide's: a disk that is full, a storage that is away.
+    Complete results stay where the fault is not the slide's: a disk that is full, a storage that is away. The failure
+    is written beside them, and `--only-failed` finds it.
 
     Args:
         network: of the run.
@@ -226,7 +227,9 @@ def write_failure(
     }
     try:
         before = results.read_record(out, entry.slide_id) if isinstance(known, UnavailableError) else None
-        if before is None or before.get("status") != "completed":
+        if before is not None and before.get("status") == "completed":
+            results.write_failure(out, entry.slide_id, record)
+        else:
             with results.published(results.slide_folder(out, entry.slide_id)) as (folder, _):
                 results.write_record(folder, record)
     except Exception as second:  # of the output: the summary at least says it

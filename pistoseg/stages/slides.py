@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -115,11 +115,14 @@ def plan(run: SlideRun) -> Plan:
     def look(entry: SlideEntry) -> tuple[dict[str, Any] | None, dict[str, str]]:
         record = results.read_record(run.out, entry.slide_id)
         try:
-            return record, network.made_from(entry)
+            made_from = network.made_from(entry)
         except UnavailableError:  # which is wrong with all of them
             raise
         except PistoSegError:  # segmenting it says what is wrong with it
-            return record, {}
+            made_from = {}
+        if record is not None and record.get("status") == "completed" and not results.is_current(record, made_from):
+            record = results.read_record(run.out, entry.slide_id, results.FAILURE) or record
+        return record, made_from
 
     with ThreadPoolExecutor(LISTING_THREADS) as pool:
         looks = list(pool.map(look, entries))
@@ -192,7 +195,8 @@ def segment(
             with closing(_records(run, found, compute, progress)) as records:
                 for record in records:
                     if claim is not None:
-                        claim.check()
+                        with suppress(UnavailableError):  # for whoever wants to take it over, too
+                            claim.check()
                     _say(record, progress)
                     rows.append(_row(_entry_of(record), record, record["status"]))
         storage.remove_tree(storage.join(run.out, PARTS))

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 Sample = tuple[NDArray[np.uint8], NDArray[np.uint8]]
 
-_AHEAD = 64
-"""Samples that are drawn at a time: for one alone, NumPy's calls would take twice as long as making it from them."""
+_AHEAD, _AHEAD_PX = 64, 2 << 20
+"""Samples that are drawn at a time: so many, or as few as have so many pixels, which is a block of a training's stream.
+For one alone NumPy's calls would take longer than all else; others make those that come after a block."""
 
 
 class Strategy(Protocol):
@@ -118,7 +119,7 @@ class CutMix:
 class Synthesizer:
     """Makes sample k of epoch e, a function of (seed, e, k) alone; for one thread at a time.
 
-    Whoever asks for one sample asks for the next one next, so that some are drawn at a time.
+    Whoever asks for one sample mostly asks for the next one next, so that some are drawn at a time.
 
     Args:
         bank: single-tissue images, packed for this config's crop.
@@ -140,8 +141,9 @@ class Synthesizer:
             self._ids = np.arange(256, dtype=np.uint8)
             self._ids[BACKGROUND] = background_id
         self._strategy = _strategy(bank, config, class_names)
-        self._next = (0, 0)
-        self._coming = self._from(*self._next)
+        self._ahead = max(1, min(_AHEAD, _AHEAD_PX // (config.height * config.width)))
+        self._next: tuple[int, int] | None = None
+        self._coming: Iterator[Sample] = iter(())
 
     def sample(self, epoch: int, index: int) -> Sample:
         """Sample `index` of `epoch`.
@@ -151,6 +153,7 @@ class Synthesizer:
         """
         if (epoch, index) != self._next:
             self._coming = self._from(epoch, index)
+        self._next = None  # one that fails is begun anew
         image, mask = next(self._coming)
         self._next = (epoch, index + 1)
         if self._ids is not None:
@@ -159,8 +162,8 @@ class Synthesizer:
 
     def _from(self, epoch: int, index: int) -> Iterator[Sample]:
         """The samples of an epoch from one on, without end."""
-        for first in count(index, _AHEAD):
-            yield from self._strategy.samples(Numbers(self._addresses, epoch, range(first, first + _AHEAD)))
+        for first in count(index, self._ahead):
+            yield from self._strategy.samples(Numbers(self._addresses, epoch, range(first, first + self._ahead)))
 
 
 def _strategy(bank: TissueBank, config: SynthesisConfig, class_names: Sequence[str]) -> Strategy:

@@ -7,7 +7,7 @@ import pytest
 
 from pistoseg import object_store, storage
 from pistoseg.config import StorageConfig, load_config
-from pistoseg.errors import PistoSegError
+from pistoseg.errors import PistoSegError, UnavailableError
 from pistoseg.patches import digest
 
 VARIABLES = ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_PROFILE"]
@@ -183,6 +183,13 @@ def test_what_does_not_pass_fails_at_once_with_the_remedy(error, message):
     with pytest.raises(PistoSegError, match=message) as caught:
         raise object_store.explain(error, "s3://bucket/a [1].png")
     assert caught.value.file == "s3://bucket/a [1].png"
+
+
+def test_what_holds_for_one_bucket_is_no_reason_to_give_up_the_others():
+    for code in ("NoSuchBucket", "PermanentRedirect", "AccessDenied"):
+        assert not isinstance(object_store.explain(translated(code), "s3://bucket/x"), UnavailableError)
+    for code in ("ExpiredToken", "SignatureDoesNotMatch"):
+        assert isinstance(object_store.explain(translated(code), "s3://bucket/x"), UnavailableError)
 
 
 def test_a_missing_key_is_no_problem_of_the_storage():

@@ -72,6 +72,13 @@ def test_slides_whose_storage_is_away_end_the_run_and_one_that_is_not_there_is_i
     record = {"format": results.FORMAT, "status": "failed", "made_from": {}, "attempts": 2}
     storage.write_bytes("memory://bucket/out/slides/a/slide.json", json.dumps(record).encode())
     assert [attempt for _, attempt in slides.plan(replace(run, only_failed=True)).todo] == [3]
+    network.error = None
+    storage.write_bytes(
+        "memory://bucket/out/slides/a/slide.json", json.dumps(record | {"status": "completed"}).encode()
+    )
+    assert slides.plan(replace(run, only_failed=True)).left == 1  # of other files
+    results.write_failure(run.out, "a", record | {"made_from": MADE_FROM})
+    assert [attempt for _, attempt in slides.plan(replace(run, only_failed=True)).todo] == [3]
     network.error = UnavailableError("does not answer")
     with pytest.raises(UnavailableError):
         slides.plan(run)

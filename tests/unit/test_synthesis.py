@@ -119,6 +119,17 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(strategy):
         assert not all(same(a, b) for a, b in zip(forward, others, strict=True))
 
 
+def test_a_sample_that_failed_can_be_asked_for_again(monkeypatch):
+    synth = synthesizer(colored_bank(), strategy="mosaic")
+    expected = [synth.sample(0, k) for k in range(3)]
+    synth.sample(0, 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(CropSource, "splice", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            synth.sample(0, 1)
+    assert all(same(synth.sample(0, k), expected[k]) for k in (1, 2))
+
+
 def _samples(arrays, indices):
     return [synthesizer(TissueBank.from_arrays(arrays), seed=7, background_threshold=0.2).sample(3, k) for k in indices]
 
