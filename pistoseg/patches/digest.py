@@ -94,7 +94,9 @@ def _table_digest(uri: str, tables: dict[str, str], config: Config, etag: Callab
     if not images and not outside:
         return ""
     content = hashlib.sha256(storage.read_bytes(table)).hexdigest() if outside else ""
-    return _hash([content, list(images), _versions(images.values(), etag)])
+    versions = _first_versions(images.values(), etag)
+    there = {name: version for name, version in zip(images, versions, strict=True) if version}
+    return _hash([content, list(there), list(there.values())]) if there or outside else ""
 
 
 def _slides_digest(uri: str, config: Config, etag: Callable[[str], str]) -> str:
@@ -118,6 +120,23 @@ def _versions(files: Iterable[str], etag: Callable[[str], str]) -> list[str]:
 
     with ThreadPoolExecutor(_THREADS) as pool:
         return list(pool.map(version, files))
+
+
+def _first_versions(places: Iterable[list[str]], etag: Callable[[str], str]) -> list[str | None]:
+    """The version of the first file in each of some lists of URIs; None where none is there."""
+
+    def version(uris: list[str]) -> str | None:
+        for uri in uris:
+            try:
+                return etag(uri)
+            except UnavailableError:
+                raise
+            except (PistoSegError, ValueError):  # not there, a folder, or no path at all: the stage `patches` says so
+                continue
+        return None
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(version, places))
 
 
 def _hash(value: object) -> str:

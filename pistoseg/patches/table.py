@@ -121,8 +121,10 @@ def is_elsewhere(file: str, uri: str) -> bool:
     return below == file or any(part.startswith(".") for part in below.split("/"))
 
 
-def images_elsewhere(table_uri: str, uri: str, list_files: Callable[[], dict[str, str]]) -> dict[str, str]:
-    """The images of a table that are not listed below the training folder: name -> URI, of those that are there.
+def images_elsewhere(table_uri: str, uri: str, list_files: Callable[[], dict[str, str]]) -> dict[str, list[str]]:
+    """The images of a table that are not listed below the training folder: name -> where each may be.
+
+    The first URI that is a file counts; the storage is not asked, as a table may name many images.
 
     Args:
         table_uri: the table.
@@ -136,8 +138,8 @@ def images_elsewhere(table_uri: str, uri: str, list_files: Callable[[], dict[str
         return {}
     files = list_files()
     find, listed = _ImageFinder(storage.name(table_uri), table_uri, uri, files), set(files.values())
-    found = {name: find.uri_of(name) for name in sorted(names)}
-    return {name: image for name, image in found.items() if image is not None and image not in listed}
+    found = {name: find.candidates(name) for name in sorted(names - files.keys())}
+    return {name: candidates for name, candidates in found.items() if listed.isdisjoint(candidates)}
 
 
 def _image_name(value: Any) -> str:
@@ -182,12 +184,14 @@ class _ImageFinder:
             self.elsewhere[name] = self._look(name)
         return self.elsewhere[name]
 
-    def _look(self, name: str) -> str | None:
+    def candidates(self, name: str) -> list[str]:
+        """Where an image that is not listed may be; the first that is a file counts."""
         if "://" in name or name.startswith("/"):
-            candidates = [name]
-        else:
-            candidates = [storage.join(folder, name) for folder in self.folders]
-        return next((c for c in candidates if storage.exists(c) and not storage.is_dir(c)), None)
+            return [name]
+        return list(dict.fromkeys(storage.join(folder, name) for folder in self.folders))
+
+    def _look(self, name: str) -> str | None:
+        return next((c for c in self.candidates(name) if storage.exists(c) and not storage.is_dir(c)), None)
 
 
 def _window(row: Row, number: int, header: list[str], classes: TissueClasses) -> Window:

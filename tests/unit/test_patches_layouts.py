@@ -233,6 +233,41 @@ def test_the_digest_follows_images_elsewhere_that_a_table_within_the_folder_name
         assert digest() != first
 
 
+def test_the_digest_asks_the_storage_once_for_an_image_elsewhere_and_leaves_out_what_is_not_there(
+    tmp_path, monkeypatch
+):
+    folder, header, asked = tmp_path / "training", "image,gland,stroma\n", []
+
+    def digest(*images):
+        asked.clear()
+        table(folder, [f"{image},0,1" for image in images], header)
+        return training_digest(config_of(folder), etag)
+
+    def counted(function):
+        def call(uri, *arguments):
+            if "/images" in uri:
+                asked.append(uri)
+            return function(uri, *arguments)
+
+        return call
+
+    images = [put(tmp_path, f"images/{number}.png") for number in range(20)]
+    for name in ("exists", "is_dir", "info"):
+        monkeypatch.setattr(storage, name, counted(getattr(storage, name)))
+    digest(*images, "../images/0.png")
+    assert sorted(asked) == sorted([*images, f"{folder}/../images/0.png"])
+    useless = (
+        f"{tmp_path}/images/gone.png",
+        f"{tmp_path}/images",
+        f"{images[0]}/a.png",
+        "nothing://images/a.png",
+        "../a\0.png",
+    )
+    assert digest(*useless) == _digest(str(folder))
+    put(tmp_path, "images/gone.png")
+    assert digest(*useless) != _digest(str(folder))
+
+
 def test_images_without_any_label_say_what_was_looked_for(tmp_path):
     put(tmp_path, "plain-1.png")
     with pytest.raises(PistoSegError) as caught:
