@@ -64,8 +64,6 @@ class Stage:
         settings: the settings its result depends on.
         inputs: role -> stage name.
         version: format version; raise it when the result changes for the same settings.
-        refresh: `module:function` in `pistoseg.stages`, called with the config and an artifact that is reused: brings
-            up to date what `settings` leave out, and returns what to say about it, or None.
     """
 
     name: str
@@ -74,23 +72,12 @@ class Stage:
     settings: Settings
     inputs: Inputs = field(default=lambda config: {})
     version: int = 1
-    refresh: str | None = None
 
     def run(self, context: StageContext) -> dict[str, Any]:
         """Import the stage's code and call it."""
-        summary: dict[str, Any] = _imported(self.function)(context)
+        module, function = self.function.split(":")
+        summary: dict[str, Any] = getattr(importlib.import_module(f"pistoseg.stages.{module}"), function)(context)
         return summary
-
-    def reuse(self, config: Config, artifact: Artifact) -> str | None:
-        """Bring a reused artifact up to date; what to say about it."""
-        said: str | None = _imported(self.refresh)(config, artifact) if self.refresh else None
-        return said
-
-
-def _imported(name: str) -> Callable[..., Any]:
-    module, function = name.split(":")
-    found: Callable[..., Any] = getattr(importlib.import_module(f"pistoseg.stages.{module}"), function)
-    return found
 
 
 def _dump(config: Config, *sections: str) -> dict[str, Any]:
@@ -187,7 +174,6 @@ STAGES = (
         "segmentation:preliminary",
         lambda config: _training(config, "preliminary"),
         lambda config: {"patches": "patches", "masks": "synthesis", "validation": "validation"},
-        refresh="segmentation:refresh",
     ),
     Stage(
         "preliminary_evaluation",
@@ -253,7 +239,6 @@ STAGES = (
         "segmentation:precise",
         lambda config: _training(config, "precise"),
         _precise_inputs,
-        refresh="segmentation:refresh",
     ),
     Stage(
         "evaluation",
@@ -370,7 +355,8 @@ def run_pipeline(
                     inputs = {role: artifacts[source] for role, source in step.inputs.items()}
                     found = _compute(step, inputs, config, workspace, progress, tracker, hooks)
                 else:
-                    _reuse(step, found, config, progress, tracker, hooks)
+                    tracker.reused(found)
+                    hooks.reused(found)
             artifacts[step.stage.name] = found
         tracker.finish(artifacts)
     return artifacts
@@ -385,13 +371,6 @@ def _check_placement(config: Config, workspace: Workspace, steps: list[Step], pr
         read = {"data.uri": config.data.uri, "data.validation": config.data.validation}
         placement.check_shared(workspace.root, read)
         placement.check(config, todo, progress.say)
-
-
-def _reuse(step: Step, artifact: Artifact, config: Config, progress: Progress, tracker: Tracker, hooks: Hooks) -> None:
-    if said := step.stage.reuse(config, artifact):
-        progress.say(said)
-    tracker.reused(artifact)
-    hooks.reused(artifact)
 
 
 def _compute(
@@ -413,7 +392,8 @@ def _compute(
             artifact = step.find(workspace)
             assert artifact is not None
             progress.say(f"{stage.name}/{key}: another run has finished it, reused")
-            _reuse(step, artifact, config, progress, tracker, hooks)
+            tracker.reused(artifact)
+            hooks.reused(artifact)
             return artifact
         storage.remove_parts(folder)
         with tracker.stage(stage.name, key, settings, inputs) as run:

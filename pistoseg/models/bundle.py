@@ -99,11 +99,6 @@ def read_info(uri: str) -> dict[str, Any]:
     return files.read_info(uri, FORMAT, _REQUIRED)
 
 
-def set_evaluation(uri: str, evaluation: Mapping[str, Any]) -> None:
-    """Put other defaults of prediction into a bundle, as `evaluation` of `save`; its weights stay."""
-    files.write_info(uri, read_info(uri) | {"evaluation": dict(evaluation)})
-
-
 def fingerprint(uri: str) -> str:
     """Hash of a bundle's files, 16 hexadecimal digits."""
     digest = hashlib.sha256()

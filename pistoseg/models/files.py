@@ -30,13 +30,8 @@ def write_model(uri: str, module: nn.Module, info: Mapping[str, Any]) -> None:
     """
     tensors = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
     versions = {"format": info["format"], "format_version": FORMAT_VERSION, "pistoseg_version": __version__}
+    text = json.dumps(versions | dict(info), indent=2, ensure_ascii=False, allow_nan=False, default=_plain)
     storage.write_bytes(storage.join(uri, WEIGHTS), safetensors.torch.save(tensors))
-    write_info(uri, versions | dict(info))
-
-
-def write_info(uri: str, info: Mapping[str, Any]) -> None:
-    """Write `model.json` alone, whole or not at all."""
-    text = json.dumps(info, indent=2, ensure_ascii=False, allow_nan=False, default=_plain)
     storage.write_bytes(storage.join(uri, INFO), (text + "\n").encode())
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import numpy as np
 import ray
 
 from pistoseg import storage
-from pistoseg.artifacts import Artifact
 from pistoseg.config import Config, PreciseConfig, SegmentationConfig
 from pistoseg.errors import PistoSegError
 from pistoseg.models import bundle, segmentation
@@ -64,37 +62,12 @@ def _run(context: StageContext, training: SegmentationConfig, source: SampleSour
             classes=classes,
             patch_size=source.size[0],
             scale=config.scale.model_dump(),
-            evaluation=_evaluation(config),
+            evaluation=config.evaluation.resolved() | {"config": config.evaluation.model_dump(mode="json")},
             lineage=lineage,
             metrics=metrics,
         )
 
     return train_stage(context, network, source, task, training, save)
-
-
-def _evaluation(config: Config) -> dict[str, Any]:
-    return config.evaluation.resolved() | {"config": config.evaluation.model_dump(mode="json")}
-
-
-def refresh(config: Config, artifact: Artifact) -> str | None:
-    """Give the bundle of a reused training this run's protocol, which is no reason to train again.
-
-    Settings that change no mask (`batch_size`, `bootstrap`) alone are left as they were: slides know a model by its
-    files.
-
-    Returns:
-        What to say where it had another protocol.
-    """
-    uri, wanted = artifact.path("bundle"), json.loads(json.dumps(_evaluation(config)))
-    if _masks_by(bundle.read_info(uri)["evaluation"]) == _masks_by(wanted):
-        return None
-    bundle.set_evaluation(uri, wanted)
-    return f"{uri}: predicts as this run's evaluation section says from now on; its weights are the same"
-
-
-def _masks_by(evaluation: dict[str, Any]) -> dict[str, Any]:
-    """What of a bundle's evaluation decides its masks, and the protocol's name."""
-    return evaluation | {"config": evaluation.get("config", {}).get("protocol")}
 
 
 def _labelled(context: StageContext) -> LabelledImages | None:

@@ -1,18 +1,14 @@
-import json
 import threading
 import time
 
 import pytest
 
-from pistoseg import claims, storage
+from pistoseg import claims
 from pistoseg.artifacts import Workspace
 from pistoseg.config import load_config
 from pistoseg.errors import PistoSegError
-from pistoseg.models import bundle, segmentation
 from pistoseg.pipeline import Stage, run_pipeline
 from pistoseg.progress import Progress
-from pistoseg.stages import placement
-from pistoseg.stages import segmentation as segmentation_stage
 
 
 @pytest.fixture
@@ -83,42 +79,3 @@ def test_a_run_that_was_taken_over_commits_nothing(config, tmp_path, monkeypatch
     with pytest.raises(PistoSegError, match="another run took this over"):
         run_pipeline(config, Workspace(str(tmp_path / "w")), ("patches",))
     assert not list((tmp_path / "w").rglob("manifest.json"))
-
-
-def test_a_reused_training_gets_the_protocol_of_the_run_and_is_not_trained_again(config, tmp_path, monkeypatch):
-    made, bundles = [], []
-
-    def run(stage, context):
-        made.append(stage.name)
-        if stage.name in ("preliminary", "precise"):
-            bundles.append(context.path("bundle"))
-            network = segmentation.build("unet", "tu-mobilenetv3_small_050", 5, None, None)
-            evaluation = segmentation_stage._evaluation(context.config)
-            classes = context.config.classes.tissue()
-            bundle.save(bundles[-1], network, classes=classes, patch_size=128, evaluation=evaluation)
-        return {"images": 0}
-
-    def pipeline(*overrides):
-        made.clear()
-        said = Said()
-        values = [f"data.uri={config.data.uri}", "tracking.enabled=false", "precise.masks=pseudo", *overrides]
-        run_pipeline(load_config("demo", overrides=values), Workspace(str(tmp_path / "w")), progress=said)
-        return said.lines, [storage.read_bytes(f"{uri}/model.json") for uri in bundles]
-
-    monkeypatch.setattr(Stage, "run", run)
-    monkeypatch.setattr(placement, "check", lambda *arguments: None)
-    _, first = pipeline()
-    assert pipeline("evaluation.bootstrap=7") == ([], first), "slides know a model by its files"
-    said, other = pipeline("evaluation.protocol=bcss-wsss")
-    assert made == ["preliminary_evaluation", "evaluation"]
-    assert [line.split(":")[0] for line in said] == bundles
-    changed = [json.loads(text)["evaluation"] for text in other]
-    assert [(item["symmetries"], item["window"], item["config"]["protocol"]) for item in changed] == [
-        (1, "mean", "bcss-wsss")
-    ] * 2
-    assert [json.loads(text) | {"evaluation": 0} for text in other] == [
-        json.loads(text) | {"evaluation": 0} for text in first
-    ]
-    assert pipeline("evaluation.protocol=bcss-wsss") == ([], other)
-    said, again = pipeline()
-    assert (len(said), again) == (2, first)
