@@ -108,7 +108,7 @@ def fingerprint(uri: str) -> str:
 
 
 class Segmenter:
-    """A loaded bundle: segments images with the settings that the model was scored with.
+    """A loaded bundle: segments images with the settings that the model's own run scored it with.
 
     Attributes:
         model: the network.

@@ -48,10 +48,26 @@ def run(context: StageContext) -> dict[str, Any]:
         missing=missing,
         progress=context.progress,
     )
+    if said := other_protocol(context.inputs["model"].path("bundle"), context.config.evaluation):
+        context.progress.say(said)
     scores = {key: report[key] for key in ("miou", "fwiou", "mean_dice", "pixel_accuracy")}
     scores |= {f"iou/{name}": value for name, value in report["iou"].items()}
     known = {key: value for key, value in scores.items() if value is not None}
     return {"images": report["images"], "metrics": known, "report": report, "pictures": ["predictions.png"]}
+
+
+def other_protocol(model: str, config: EvaluationConfig) -> str | None:
+    """What to say where a bundle predicts otherwise than a run scores it: the run has reused an earlier one's training.
+
+    Args:
+        model: URI of the bundle, which is not changed: it may be registered, and slides be segmented with it.
+        config: of the run.
+    """
+    own, ours = bundle.read_info(model)["evaluation"], json.loads(json.dumps(config.resolved()))
+    other = [f"{key} {own.get(key)}, here {value}" for key, value in ours.items() if own.get(key) != value]
+    if not other:
+        return None
+    return f"{model}: predicts by the evaluation section of the run that trained it ({'; '.join(other)})"
 
 
 def evaluate_folder(

@@ -15,7 +15,7 @@ from pistoseg.errors import PistoSegError
 from pistoseg.models import bundle, segmentation
 from pistoseg.progress import Progress
 from pistoseg.stages import cluster
-from pistoseg.stages.evaluation import WORK, evaluate_folder
+from pistoseg.stages.evaluation import WORK, evaluate_folder, other_protocol
 
 CLASSES = TissueClasses((TissueClass("tumor", (0, 64, 128)), TissueClass("stroma", (64, 128, 0))), 2)
 RESULTS = ["metrics.json", "per_image.csv", "predictions.png"]
@@ -26,7 +26,14 @@ def model(tmp_path_factory):
     torch.manual_seed(0)
     network = segmentation.build("unet", "tu-mobilenetv3_small_050", 2, None, None).eval()
     uri = str(tmp_path_factory.mktemp("bundles") / "model")
-    protocol = {"protocol": "single-scale", "tile": 64, "stride": 64, "scales": (1.0,), "symmetries": 1}
+    protocol = {
+        "protocol": "single-scale",
+        "tile": 64,
+        "stride": 64,
+        "scales": (1.0,),
+        "symmetries": 1,
+        "window": "gaussian",
+    }
     bundle.save(uri, network, classes=CLASSES, patch_size=64, scale={}, evaluation=protocol, lineage={}, metrics={})
     return uri
 
@@ -85,3 +92,14 @@ def test_an_evaluation_that_fails_deletes_nothing_and_keeps_the_earlier_report(m
         evaluate(model, data, out)
     assert [file.read_bytes() for file in own_files + earlier] == [b"the user's"] * 3 + [b"the earlier report"] * 3
     assert not (out / WORK).exists()
+
+
+def test_a_bundle_that_predicts_otherwise_than_it_is_scored_is_said_so_and_left_alone(model):
+    config = EvaluationConfig.model_validate(
+        {"protocol": "single-scale", "patch_size": 64, "stride": 64, "symmetries": 1}
+    )
+    assert other_protocol(model, config.model_copy(update={"bootstrap": 7})) is None
+    before = bundle.fingerprint(model)
+    said = other_protocol(model, config.model_copy(update={"symmetries": 8}))
+    assert said.endswith("run that trained it (symmetries 1, here 8)")
+    assert bundle.fingerprint(model) == before
