@@ -84,6 +84,7 @@ class Outbox:
         self._numbers = 0
         self._ids: dict[str, str] = {}
         self._alive: set[str] = set()
+        self._stuck: set[str] = set()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self.away = False
@@ -249,17 +250,44 @@ class Outbox:
             print(f"MLflow is back: {sent} messages sent")
 
     def _send_others(self) -> bool:
-        """Send what other outboxes left, in the order of their runs; False when the server or the workspace is away."""
-        try:
-            with _sending:
+        """Send what other outboxes left, in the order of their runs; False when the server is away.
+
+        What fails for another reason stays, and keeps nothing else from being sent.
+        """
+        with _sending:
+            try:
                 folders = storage.list_dir(storage.join(self._workspace, FOLDER))
-                folders = [folder for folder in folders if folder != self._folder]
-                while sent := [folder for folder in folders if self._send_folder(folder)]:
-                    folders = [folder for folder in folders if folder not in sent]
-        except Exception as error:  # the next run tries again
+            except Exception:  # the workspace is away, which the server need not be; the next run tries again
+                return True
+            folders = [folder for folder in folders if folder != self._folder]
+            sent = True
+            while sent:
+                sent = False
+                for folder in list(folders):
+                    try:
+                        if not self._send_folder(folder):
+                            continue
+                        sent = True
+                    except Exception as error:
+                        if not self._answers():
+                            return False
+                        self._say_stuck(folder, error)
+                    folders.remove(folder)
+        return True
+
+    def _answers(self) -> bool:
+        """Whether the server is there, asked after something failed."""
+        try:
+            self._client.search_experiments(max_results=1)
+        except Exception as error:
             self._went_away(error)
             return False
         return True
+
+    def _say_stuck(self, folder: str, error: Exception) -> None:
+        if folder not in self._stuck:
+            self._stuck.add(folder)
+            print(f"what an earlier run kept in {redact(folder)} can't be sent to MLflow now: {_line(error)}")
 
     def _send_folder(self, folder: str) -> bool:
         """Send what an outbox left, unless its process lives or spoke with another server; whether all is sent."""

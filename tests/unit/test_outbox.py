@@ -203,6 +203,41 @@ def test_what_several_runs_left_is_sent_parents_first(line, workspace, monkeypat
     check_part(line, workspace, "row")
 
 
+@pytest.mark.parametrize("server_is_back", [True, False])
+def test_a_kept_message_that_always_fails_keeps_no_other_from_being_sent(
+    line, workspace, monkeypatch, capsys, server_is_back
+):
+    def register(client, **arguments):
+        raise FileNotFoundError(2, "No such file", arguments["uri"])
+
+    line.cut = True
+    monkeypatch.setattr(outbox, "process", dead_process)
+    failing, healthy = Outbox(line, workspace, register), Outbox(line, workspace)
+    failing._folder, healthy._folder = (storage.join(workspace, outbox.FOLDER, name) for name in ("a", "b"))
+    for box, name in ((failing, "failing"), (healthy, "healthy")):
+        run_id = box.create_run(box.experiment("pistoseg", None), run_name=name).info.run_id
+        if box is failing:
+            box.register(run_id=run_id, name="tissue", uri="precise/x/bundle", fingerprint="x")
+        box.set_terminated(run_id, "FINISHED")
+    monkeypatch.setattr(outbox, "process", process)
+    line.cut = False
+    later = Outbox(line, workspace, register)
+    later.send_left()
+    assert not later.away
+    line.cut = not server_is_back
+    run_id = later.create_run(later.experiment("pistoseg", None), run_name="later").info.run_id
+    line.cut = False
+    later.set_terminated(run_id, "FINISHED")
+    later.close()
+    runs = line.search_runs([line.get_experiment_by_name("pistoseg").experiment_id])
+    states = {run.info.run_name: run.info.status for run in runs}
+    assert states == {"failing": "RUNNING", "healthy": "FINISHED", "later": "FINISHED"}
+    printed = capsys.readouterr().out
+    assert printed.count("can't be sent to MLflow now: [Errno 2] No such file") == 1
+    folder = storage.join(workspace, outbox.FOLDER)
+    assert [storage.name(item) for item in storage.list_dir(folder)] == ["a"]
+
+
 def test_a_run_that_goes_on_with_one_that_mlflow_never_heard_of_keeps_its_messages(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     config, workspace = load_config("demo"), Workspace(str(tmp_path))
