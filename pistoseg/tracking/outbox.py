@@ -3,7 +3,8 @@
 An `Outbox` stands in for an `MlflowClient`. A call that the server does not answer is written to
 `<workspace>/mlflow-unsent/<outbox>/` and everything after it too, in order, so that no run waits for MLflow or ends
 with it. Once a minute the outbox tries again; what is left at the end of a run is sent by the workspace's next run.
-What belongs to a run that another outbox has still to send waits for it.
+What belongs to a run that another outbox has still to send waits for it; what belongs to one that MLflow refused, or
+that no outbox keeps any more, is left out.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ CALLS = (
 Register = Callable[..., Any]
 _sending = threading.Lock()
 """Held while others' messages are sent: two outboxes of this process would make a run twice."""
+_unsent: set[str] = set()
+"""Runs that outboxes of this process have still to make, also where the workspace could not be written."""
 
 
 @dataclass
@@ -62,6 +65,14 @@ class _Message:
 
 class _UnsentError(Exception):
     """A message belongs to a run that the server does not know: another outbox, as of a parent, has to send that."""
+
+    def __init__(self, run_id: str) -> None:
+        super().__init__(f"{run_id} is still to be sent")
+        self.run_id = run_id
+
+
+class _GoneError(LookupError):
+    """A message belongs to a run that the server refused or that nobody can send any more."""
 
 
 class Outbox:
@@ -85,6 +96,8 @@ class Outbox:
         self._ids: dict[str, str] = {}
         self._alive: set[str] = set()
         self._stuck: set[str] = set()
+        self._gone: set[str] = set()
+        self._makes: dict[str, str | None] = {}
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self.away = False
@@ -188,6 +201,8 @@ class Outbox:
             self._numbers += 1
             message = _Message(self._numbers, call, arguments, data)
             self._queue.append(message)
+            if call == "create_run":
+                _unsent.add(arguments["tags"][RUN_TAG])
             self._write(message)
             self.away = True  # it may have come back just now; the order counts
         return None
@@ -308,8 +323,11 @@ class Outbox:
             try:
                 if kept["call"] in CALLS:
                     self._deliver_kept(kept["call"], kept["arguments"], data)
-            except _UnsentError:
-                return False
+            except _UnsentError as error:
+                if self._may_come(error.run_id):
+                    return False
+                self._leave_out(error.run_id)
+                print(f"MLflow has no run for {kept['call']}, which is left out with all of it: {error.run_id} is gone")
             _remove(folder, number)
         storage.remove_tree(folder)
         print(f"MLflow got {len(messages)} messages that an earlier run could not send")
@@ -322,7 +340,35 @@ class Outbox:
         except Exception as error:
             if not _is_refusal(error):
                 raise
-            print(f"MLflow refuses {call}, which is left out: {_line(error)}")
+            if not isinstance(error, _GoneError):  # that was said of the run
+                print(f"MLflow refuses {call}, which is left out: {_line(error)}")
+            if call == "create_run":
+                self._leave_out(arguments["tags"][RUN_TAG])
+
+    def _leave_out(self, run_id: str) -> None:
+        """Drop from now on what belongs to a run that MLflow will never have."""
+        _unsent.discard(run_id)
+        with self._lock:
+            self._gone.add(run_id)
+            self._alive.discard(run_id)
+
+    def _may_come(self, run_id: str) -> bool:
+        """Whether an outbox can still make a run; the server is asked last, as that may happen meanwhile."""
+        return run_id in _unsent or self._is_kept(run_id) or self._find(run_id, None) is not None
+
+    def _is_kept(self, run_id: str) -> bool:
+        for folder in storage.list_dir(storage.join(self._workspace, FOLDER)):
+            for item in filter(_is_message, storage.list_dir(folder)):
+                if item not in self._makes:  # each is read once; none ever changes
+                    try:
+                        kept = json.loads(storage.read_bytes(item))
+                        makes = kept["arguments"]["tags"][RUN_TAG] if kept["call"] == "create_run" else None
+                    except (FileNotFoundError, KeyError, ValueError):  # just sent, or nothing that can be sent
+                        continue
+                    self._makes[item] = makes
+                if self._makes[item] == run_id:
+                    return True
+        return False
 
     def _deliver(self, call: str, arguments: Mapping[str, Any], data: bytes | None = None, again: bool = False) -> Any:
         """Make a call now, maybe `again`; ids of runs that the server got to know since are put in."""
@@ -351,6 +397,7 @@ class Outbox:
         found = self._find(placeholder, named["experiment_id"]) if again else None
         run_id = found or str(self._client.create_run(**named).info.run_id)
         self._ids[placeholder] = run_id
+        _unsent.discard(placeholder)
         with self._lock:
             if placeholder in self._alive:
                 self._alive = (self._alive - {placeholder}) | {run_id}
@@ -364,13 +411,15 @@ class Outbox:
             self._client.log_batch(run_id, params=entities[start : start + 100])
 
     def _id(self, run_id: str) -> str:
-        """The server's id of a run; `_UnsentError` where it does not know that yet."""
+        """The server's id of a run; `_UnsentError` where it does not know that yet, `_GoneError` if it never will."""
         if not run_id.startswith(UNSENT):
             return run_id
+        if run_id in self._gone:
+            raise _GoneError(f"{run_id} is gone")
         if run_id not in self._ids:
             found = self._find(run_id, None)
             if found is None:
-                raise _UnsentError(f"{run_id} is still to be sent")
+                raise _UnsentError(run_id)
             self._ids[run_id] = found
         return self._ids[run_id]
 

@@ -238,17 +238,84 @@ def test_a_kept_message_that_always_fails_keeps_no_other_from_being_sent(
     assert [storage.name(item) for item in storage.list_dir(folder)] == ["a"]
 
 
-def test_a_run_that_goes_on_with_one_that_mlflow_never_heard_of_keeps_its_messages(tmp_path, monkeypatch, capsys):
+def gone_experiment(line):
+    """Name of an experiment that was deleted: the server refuses its runs."""
+    line.delete_experiment(line.create_experiment("gone"))
+    return "gone"
+
+
+@pytest.mark.parametrize("by", ["itself", "another process", "another process, one part each"])
+def test_what_belongs_to_a_run_that_the_server_refuses_is_left_out_and_the_rest_sent(
+    line, workspace, monkeypatch, capsys, by
+):
+    gone = gone_experiment(line)
+    line.cut = True
+    if by != "itself":
+        monkeypatch.setattr(outbox, "process", dead_process)
+    box = Outbox(line, workspace)
+    refused = box.create_run(box.experiment(gone, None), run_name="refused").info.run_id
+    box.log_metric(refused, "miou", 0.1)
+    part_of(Outbox(line, workspace) if by.endswith("each") else box, refused, "part")
+    whole = box.create_run(box.experiment("pistoseg", None), run_name="whole").info.run_id
+    part_of(box, whole, "row")
+    monkeypatch.setattr(outbox, "process", process)
+    line.cut = False
+    if by == "itself":
+        box.close()
+        with pytest.raises(LookupError):
+            box.log_metric(refused, "miou", 0.2)
+    else:
+        outbox._unsent.clear()  # of that process
+        Outbox(line, workspace).send_left()
+    check_part(line, workspace, "row")
+    assert capsys.readouterr().out.count("MLflow refuses create_run, which is left out") == 1
+
+
+def test_a_part_waits_for_a_run_that_is_kept_for_a_server_that_is_elsewhere(line, workspace, monkeypatch):
+    line.cut = True
+    monkeypatch.setattr(outbox, "process", dead_process)
+    whole, part = Outbox(line, workspace), Outbox(line, workspace)
+    whole._server = lambda: "elsewhere"
+    part_of(part, whole.create_run(whole.experiment("pistoseg", None), run_name="whole").info.run_id, "row")
+    monkeypatch.setattr(outbox, "process", process)
+    outbox._unsent.clear()
+    line.cut = False
+    before = storage.list_files(storage.join(workspace, outbox.FOLDER))
+    Outbox(line, workspace).send_left()
+    assert [item for item in before if not storage.exists(item)] == []
+
+
+def test_a_part_waits_for_a_run_of_this_process_that_could_not_be_kept(line, workspace, monkeypatch, capsys):
+    line.cut = True
+    with monkeypatch.context() as full:
+        full.setattr(outbox, "_write", lambda *_: 1 / 0)
+        whole = Outbox(line, workspace)
+        run_id = whole.create_run(whole.experiment("pistoseg", None), run_name="whole").info.run_id
+    part = Outbox(line, workspace)
+    part_of(part, run_id, "row")
+    part.close()
+    line.cut = False
+    Outbox(line, workspace).send_left()
+    whole.close()
+    check_part(line, workspace, "row")
+    assert "left out" not in capsys.readouterr().out
+
+
+def test_a_run_that_goes_on_with_one_that_mlflow_never_heard_of_keeps_its_messages_for_the_next_run(
+    tmp_path, monkeypatch, capsys
+):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     config, workspace = load_config("demo"), Workspace(str(tmp_path))
     with Tracker.start(config, workspace, run_id="unsent-0123") as tracker:
         tracker.run().metrics({"miou": 0.5})
     assert "unsent-0123 is still to be sent" in capsys.readouterr().out
-    with Tracker.start(config, workspace, name="next"):
-        pass
     left = storage.list_files(storage.join(workspace.root, outbox.FOLDER))
     calls = [json.loads(storage.read_bytes(item))["call"] for item in left if item[-6].isdigit()]
     assert calls == ["update_run", "set_tag", "log_metric", "set_terminated"]
+    with Tracker.start(config, workspace, name="next"):
+        pass
+    assert "unsent-0123 is gone" in capsys.readouterr().out
+    assert storage.list_files(storage.join(workspace.root, outbox.FOLDER)) == []
 
 
 def test_an_answer_that_mlflow_cannot_read_does_not_end_a_run(tmp_path, monkeypatch, capsys):
