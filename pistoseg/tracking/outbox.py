@@ -186,7 +186,7 @@ class Outbox:
         try:
             self._end_dead_runs()
         except Exception as error:  # the server or the workspace is away: the next run tries again
-            if not _is_refusal(error):
+            if not is_refusal(error):
                 self._went_away(error)
 
     def _say(self, call: str, arguments: dict[str, Any], data: bytes | None = None) -> Any:
@@ -194,7 +194,7 @@ class Outbox:
             try:
                 return self._deliver(call, arguments, data)
             except Exception as error:  # of any of MLflow's back ends and file stores
-                if _is_refusal(error):
+                if is_refusal(error):
                     raise
                 self._went_away(error)
         with self._lock:
@@ -211,7 +211,7 @@ class Outbox:
         if not self.away:
             self.away = True
             what = "lacks an earlier run" if isinstance(error, _UnsentError) else "can't be reached"
-            print(f"MLflow {what}, the run goes on; what it misses is sent later: {_line(error)}")
+            print(f"MLflow {what}, the run goes on; what it misses is sent later: {first_line(error)}")
 
     def _write(self, message: _Message) -> None:
         """Keep a message; where even that fails it stays in memory and is written with the next one."""
@@ -222,7 +222,7 @@ class Outbox:
                 if not waiting.written:
                     _write(self._folder, waiting)
         except Exception as error:  # MLflow's messages must not end a run when the disk is full or the bucket away
-            print(f"what MLflow misses can't be written now: {_line(error)}")
+            print(f"what MLflow misses can't be written now: {first_line(error)}")
 
     def _write_owner(self, name: str) -> None:
         """Say which process sends the messages while it lives; with an empty name any outbox may."""
@@ -302,7 +302,7 @@ class Outbox:
     def _say_stuck(self, folder: str, error: Exception) -> None:
         if folder not in self._stuck:
             self._stuck.add(folder)
-            print(f"what an earlier run kept in {redact(folder)} can't be sent to MLflow now: {_line(error)}")
+            print(f"what an earlier run kept in {redact(folder)} can't be sent to MLflow now: {first_line(error)}")
 
     def _send_folder(self, folder: str) -> bool:
         """Send what an outbox left, unless its process lives or spoke with another server; whether all is sent."""
@@ -338,10 +338,10 @@ class Outbox:
         try:
             self._deliver(call, arguments, data, again=True)
         except Exception as error:
-            if not _is_refusal(error):
+            if not is_refusal(error):
                 raise
             if not isinstance(error, _GoneError):  # that was said of the run
-                print(f"MLflow refuses {call}, which is left out: {_line(error)}")
+                print(f"MLflow refuses {call}, which is left out: {first_line(error)}")
             if call == "create_run":
                 self._leave_out(arguments["tags"][RUN_TAG])
 
@@ -441,7 +441,7 @@ class Outbox:
         try:
             return self._experiment(unknown)
         except Exception as error:
-            if _is_refusal(error):
+            if is_refusal(error):
                 raise
             self._went_away(error)
             return unknown
@@ -469,7 +469,7 @@ class Outbox:
         return hashlib.sha256(str(self._client.tracking_uri).encode()).hexdigest()[:16]
 
 
-def _is_refusal(error: Exception) -> bool:
+def is_refusal(error: Exception) -> bool:
     """Whether a server answered and will never take this, in contrast to one that is away."""
     from mlflow.exceptions import MlflowException
 
@@ -478,7 +478,7 @@ def _is_refusal(error: Exception) -> bool:
     return answered or isinstance(error, (LookupError, TypeError, AssertionError))
 
 
-def _line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """What an error says first, without the password that a server's address may hold."""
     return redact((str(error).splitlines() or [type(error).__name__])[0])
 
