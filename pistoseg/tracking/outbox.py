@@ -27,6 +27,7 @@ from pistoseg import storage
 from pistoseg.errors import UnavailableError
 from pistoseg.liveness import is_alive, process
 from pistoseg.redaction import redact
+from pistoseg.tracking.turn import turn
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -116,11 +117,7 @@ class Outbox:
             "run_name": run_name,
         }
         run_id = self._say("create_run", arguments) or placeholder
-        with self._lock:
-            self._alive.add(run_id)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, daemon=True)
-                self._thread.start()
+        self._keep_alive(run_id)
         return SimpleNamespace(info=SimpleNamespace(run_id=run_id))
 
     def log_params(self, run_id: str, values: Mapping[str, str]) -> None:
@@ -157,8 +154,7 @@ class Outbox:
             MlflowException: it is not there.
         """
         self._say("update_run", {"run_id": run_id, "status": status})
-        with self._lock:
-            self._alive.add(run_id)
+        self._keep_alive(run_id)
         self.set_tag(run_id, PROCESS_TAG, process())
 
     def register(self, **arguments: Any) -> Any:
@@ -226,11 +222,23 @@ class Outbox:
 
     def _write_owner(self, name: str) -> None:
         """Say which process sends the messages while it lives; with an empty name any outbox may."""
-        owner = {"process": name, "server": self._server()}
+        owner = {"process": name, "server": self._server(), "alive": int(time.time()) if name else 0}
         storage.write_bytes(storage.join(self._folder, "owner.json"), json.dumps(owner).encode())
+
+    def _keep_alive(self, run_id: str) -> None:
+        with self._lock:
+            self._alive.add(run_id)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, daemon=True)
+                self._thread.start()
 
     def _work(self) -> None:
         while not self._stop.wait(RETRY_S):
+            with self._lock:
+                is_written = any(message.written for message in self._queue)
+            if is_written:
+                with suppress(OSError, UnavailableError):  # the workspace is away, for those who would look, too
+                    self._write_owner(process())
             self._send_kept()
             with self._lock:
                 alive = [] if self.away else list(self._alive)
@@ -305,15 +313,23 @@ class Outbox:
             print(f"what an earlier run kept in {redact(folder)} can't be sent to MLflow now: {first_line(error)}")
 
     def _send_folder(self, folder: str) -> bool:
-        """Send what an outbox left, unless its process lives or spoke with another server; whether all is sent."""
+        """Send what an outbox left, unless its process lives or spoke with another server; whether all is sent.
+
+        Nothing is sent that another process is sending.
+        """
         try:
             owner = json.loads(storage.read_bytes(storage.join(folder, "owner.json")))
         except (OSError, ValueError):
             return False
-        if owner.get("server") != self._server() or is_alive(owner.get("process", "")):
+        if owner.get("server") != self._server() or is_alive(owner.get("process", ""), float(owner.get("alive", 0))):
             return False
+        with turn(folder) as go_on:
+            return go_on is not None and self._send_messages(folder, go_on)
+
+    def _send_messages(self, folder: str, go_on: Callable[[], None]) -> bool:
         messages = sorted(item for item in storage.list_dir(folder) if _is_message(item))
         for item in messages:
+            go_on()
             number = int(storage.name(item).removesuffix(".json"))
             try:
                 kept = json.loads(storage.read_bytes(item))
@@ -330,7 +346,8 @@ class Outbox:
                 print(f"MLflow has no run for {kept['call']}, which is left out with all of it: {error.run_id} is gone")
             _remove(folder, number)
         storage.remove_tree(folder)
-        print(f"MLflow got {len(messages)} messages that an earlier run could not send")
+        if messages:  # else another process has just sent them
+            print(f"MLflow got {len(messages)} messages that an earlier run could not send")
         return True
 
     def _deliver_kept(self, call: str, arguments: dict[str, Any], data: bytes | None) -> None:

@@ -1,9 +1,12 @@
 """MLflow's server away and back: nothing is lost, nothing is said twice, and runs of killed processes are ended."""
 
+import contextlib
 import json
 import shutil
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 import requests
@@ -12,7 +15,7 @@ from pistoseg import storage
 from pistoseg.artifacts import Artifact, Workspace
 from pistoseg.config import TrackingConfig, load_config
 from pistoseg.liveness import is_alive, process
-from pistoseg.tracking import Tracker, connect, outbox
+from pistoseg.tracking import Tracker, connect, outbox, turn
 from pistoseg.tracking.outbox import Outbox
 
 
@@ -236,6 +239,111 @@ def test_a_kept_message_that_always_fails_keeps_no_other_from_being_sent(
     assert printed.count("can't be sent to MLflow now: [Errno 2] No such file") == 1
     folder = storage.join(workspace, outbox.FOLDER)
     assert [storage.name(item) for item in storage.list_dir(folder)] == ["a"]
+
+
+def left(line, workspace):
+    """The folder of an outbox that was closed while the server was away."""
+    line.cut = True
+    box = Outbox(line, workspace)
+    part_of(box, box.create_run(box.experiment("pistoseg", None), run_name="whole").info.run_id, "row")
+    box.close()
+    line.cut = False
+    return box._folder
+
+
+def test_of_two_processes_one_sends_what_is_left(line, workspace, monkeypatch):
+    left(line, workspace)
+    monkeypatch.setattr(outbox, "_sending", contextlib.nullcontext())  # which two processes don't share
+    both, find = threading.Barrier(2), Outbox._find
+
+    def slow(*arguments):
+        found = find(*arguments)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(0.5)
+        return found
+
+    monkeypatch.setattr(Outbox, "_find", slow)
+    threads = [threading.Thread(target=Outbox(line, workspace).send_left) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(line.search_runs([line.get_experiment_by_name("pistoseg").experiment_id])) == 2
+    check_part(line, workspace, "row")
+
+
+@pytest.mark.parametrize(
+    ("who", "silent_s", "is_at_it"),
+    [("this", 9_000, True), ("dead", 0, False), ("elsewhere/1/5", 60, True), ("elsewhere/1/5", 9_000, False)],
+)
+@pytest.mark.parametrize("file", ["owner.json", "sending-000000007.json"])
+def test_what_a_living_process_sends_nobody_else_does(line, workspace, file, who, silent_s, is_at_it):
+    folder = left(line, workspace)
+    name = {"this": process, "dead": dead_process}.get(who, lambda: who)()
+    body = {"process": name, "alive": time.time() - silent_s, "server": Outbox(line, workspace)._server()}
+    storage.write_bytes(storage.join(folder, file), json.dumps(body).encode())
+    before = storage.list_files(folder)
+    Outbox(line, workspace).send_left()
+    if is_at_it:
+        assert storage.list_files(folder) == before
+    else:
+        check_part(line, workspace, "row")
+
+
+def test_a_folder_that_is_tried_again_and_again_does_not_fill_up(line, workspace, monkeypatch):
+    folder = left(line, workspace)
+    for _ in range(3):
+        box = Outbox(line, workspace)
+        monkeypatch.setattr(box, "_deliver", lambda *_, **__: 1 / 0)
+        box.send_left()
+    assert [item for item in storage.list_dir(folder) if "sending" in item] == [
+        storage.join(folder, "sending-000000003.json")
+    ]
+    Outbox(line, workspace).send_left()
+    check_part(line, workspace, "row")
+
+
+def test_one_that_looked_long_ago_leaves_a_folder_to_whoever_has_it_now(tmp_path, monkeypatch):
+    folder, look, looks = str(tmp_path), turn._turns, []
+    with turn.turn(folder):
+        pass
+
+    def others_meanwhile(folder):
+        found = look(folder)
+        if not looks:
+            looks.append(found)
+            for _ in range(2):
+                with turn.turn(folder) as mine:
+                    assert mine
+            storage.write_bytes(look(folder)[-1], json.dumps({"process": process(), "alive": 0}).encode())
+        return found
+
+    monkeypatch.setattr(turn, "_turns", others_meanwhile)
+    with turn.turn(folder) as mine:
+        assert mine is None
+    assert [storage.name(item) for item in looks[0]] == ["sending-000000001.json"]
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_an_outbox_says_that_it_lives_while_the_server_is_away(line, workspace, monkeypatch, goes_on):
+    monkeypatch.setattr(outbox, "RETRY_S", 0.05)
+    line.cut = True
+    box = Outbox(line, workspace)
+    if goes_on:
+        box.update_run("0123", status="RUNNING")
+    else:
+        box.create_run(box.experiment("pistoseg", None))
+    owner = storage.join(box._folder, "owner.json")
+    body = json.loads(storage.read_bytes(owner))
+    storage.write_bytes(owner, json.dumps(body | {"alive": 0}).encode())
+    for _ in range(200):
+        if json.loads(storage.read_bytes(owner))["alive"] >= body["alive"]:
+            break
+        time.sleep(0.05)
+    else:
+        pytest.fail("no sign of life")
+    box.close()
+    assert json.loads(storage.read_bytes(owner))["process"] == ""
 
 
 def gone_experiment(line):
