@@ -304,24 +304,25 @@ def test_a_folder_that_is_tried_again_and_again_does_not_fill_up(line, workspace
 
 
 def test_one_that_looked_long_ago_leaves_a_folder_to_whoever_has_it_now(tmp_path, monkeypatch):
-    folder, look, looks = str(tmp_path), turn._turns, []
+    folder, is_held = str(tmp_path), turn._is_held
     with turn.turn(folder):
         pass
+    with contextlib.ExitStack() as another:
 
-    def others_meanwhile(folder):
-        found = look(folder)
-        if not looks:
-            looks.append(found)
-            for _ in range(2):
-                with turn.turn(folder) as mine:
-                    assert mine
-            storage.write_bytes(look(folder)[-1], json.dumps({"process": process(), "alive": 0}).encode())
-        return found
+        def slow(uri):
+            found = is_held(uri)
+            monkeypatch.setattr(turn, "_is_held", is_held)
+            with turn.turn(folder) as theirs:
+                assert theirs
+            assert another.enter_context(turn.turn(folder))
+            return found
 
-    monkeypatch.setattr(turn, "_turns", others_meanwhile)
+        monkeypatch.setattr(turn, "_is_held", slow)
+        with turn.turn(folder) as mine:
+            assert mine is None
     with turn.turn(folder) as mine:
-        assert mine is None
-    assert [storage.name(item) for item in looks[0]] == ["sending-000000001.json"]
+        assert mine
+        assert [storage.name(item) for item in storage.list_dir(folder)] == ["sending-000000004.json"]
 
 
 @pytest.mark.parametrize("goes_on", [False, True])
