@@ -3,7 +3,8 @@
 An `Outbox` stands in for an `MlflowClient`. A call that the server does not answer is written to
 `<workspace>/mlflow-unsent/<outbox>/` and everything after it too, in order, so that no run waits for MLflow or ends
 with it. Once a minute the outbox tries again; what is left at the end of a run is sent by the workspace's next run.
-What belongs to a run that another outbox has still to send waits for it.
+What belongs to a run that another outbox has still to send waits for it; what belongs to one that MLflow refused, or
+that no outbox keeps any more, is left out.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from pistoseg import storage
 from pistoseg.errors import UnavailableError
 from pistoseg.liveness import is_alive, process
 from pistoseg.redaction import redact
+from pistoseg.tracking.turn import turn
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -47,6 +49,8 @@ CALLS = (
 Register = Callable[..., Any]
 _sending = threading.Lock()
 """Held while others' messages are sent: two outboxes of this process would make a run twice."""
+_unsent: set[str] = set()
+"""Runs that outboxes of this process have still to make, also where the workspace could not be written."""
 
 
 @dataclass
@@ -62,6 +66,14 @@ class _Message:
 
 class _UnsentError(Exception):
     """A message belongs to a run that the server does not know: another outbox, as of a parent, has to send that."""
+
+    def __init__(self, run_id: str) -> None:
+        super().__init__(f"{run_id} is still to be sent")
+        self.run_id = run_id
+
+
+class _GoneError(LookupError):
+    """A message belongs to a run that the server refused or that nobody can send any more."""
 
 
 class Outbox:
@@ -84,6 +96,9 @@ class Outbox:
         self._numbers = 0
         self._ids: dict[str, str] = {}
         self._alive: set[str] = set()
+        self._stuck: set[str] = set()
+        self._gone: set[str] = set()
+        self._makes: dict[str, str | None] = {}
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self.away = False
@@ -102,11 +117,7 @@ class Outbox:
             "run_name": run_name,
         }
         run_id = self._say("create_run", arguments) or placeholder
-        with self._lock:
-            self._alive.add(run_id)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, daemon=True)
-                self._thread.start()
+        self._keep_alive(run_id)
         return SimpleNamespace(info=SimpleNamespace(run_id=run_id))
 
     def log_params(self, run_id: str, values: Mapping[str, str]) -> None:
@@ -143,8 +154,7 @@ class Outbox:
             MlflowException: it is not there.
         """
         self._say("update_run", {"run_id": run_id, "status": status})
-        with self._lock:
-            self._alive.add(run_id)
+        self._keep_alive(run_id)
         self.set_tag(run_id, PROCESS_TAG, process())
 
     def register(self, **arguments: Any) -> Any:
@@ -172,7 +182,7 @@ class Outbox:
         try:
             self._end_dead_runs()
         except Exception as error:  # the server or the workspace is away: the next run tries again
-            if not _is_refusal(error):
+            if not is_refusal(error):
                 self._went_away(error)
 
     def _say(self, call: str, arguments: dict[str, Any], data: bytes | None = None) -> Any:
@@ -180,13 +190,15 @@ class Outbox:
             try:
                 return self._deliver(call, arguments, data)
             except Exception as error:  # of any of MLflow's back ends and file stores
-                if _is_refusal(error):
+                if is_refusal(error):
                     raise
                 self._went_away(error)
         with self._lock:
             self._numbers += 1
             message = _Message(self._numbers, call, arguments, data)
             self._queue.append(message)
+            if call == "create_run":
+                _unsent.add(arguments["tags"][RUN_TAG])
             self._write(message)
             self.away = True  # it may have come back just now; the order counts
         return None
@@ -195,7 +207,7 @@ class Outbox:
         if not self.away:
             self.away = True
             what = "lacks an earlier run" if isinstance(error, _UnsentError) else "can't be reached"
-            print(f"MLflow {what}, the run goes on; what it misses is sent later: {_line(error)}")
+            print(f"MLflow {what}, the run goes on; what it misses is sent later: {first_line(error)}")
 
     def _write(self, message: _Message) -> None:
         """Keep a message; where even that fails it stays in memory and is written with the next one."""
@@ -206,15 +218,27 @@ class Outbox:
                 if not waiting.written:
                     _write(self._folder, waiting)
         except Exception as error:  # MLflow's messages must not end a run when the disk is full or the bucket away
-            print(f"what MLflow misses can't be written now: {_line(error)}")
+            print(f"what MLflow misses can't be written now: {first_line(error)}")
 
     def _write_owner(self, name: str) -> None:
         """Say which process sends the messages while it lives; with an empty name any outbox may."""
-        owner = {"process": name, "server": self._server()}
+        owner = {"process": name, "server": self._server(), "alive": int(time.time()) if name else 0}
         storage.write_bytes(storage.join(self._folder, "owner.json"), json.dumps(owner).encode())
+
+    def _keep_alive(self, run_id: str) -> None:
+        with self._lock:
+            self._alive.add(run_id)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, daemon=True)
+                self._thread.start()
 
     def _work(self) -> None:
         while not self._stop.wait(RETRY_S):
+            with self._lock:
+                is_written = any(message.written for message in self._queue)
+            if is_written:
+                with suppress(OSError, UnavailableError):  # the workspace is away, for those who would look, too
+                    self._write_owner(process())
             self._send_kept()
             with self._lock:
                 alive = [] if self.away else list(self._alive)
@@ -249,28 +273,63 @@ class Outbox:
             print(f"MLflow is back: {sent} messages sent")
 
     def _send_others(self) -> bool:
-        """Send what other outboxes left, in the order of their runs; False when the server or the workspace is away."""
-        try:
-            with _sending:
+        """Send what other outboxes left, in the order of their runs; False when the server is away.
+
+        What fails for another reason stays, and keeps nothing else from being sent.
+        """
+        with _sending:
+            try:
                 folders = storage.list_dir(storage.join(self._workspace, FOLDER))
-                folders = [folder for folder in folders if folder != self._folder]
-                while sent := [folder for folder in folders if self._send_folder(folder)]:
-                    folders = [folder for folder in folders if folder not in sent]
-        except Exception as error:  # the next run tries again
+            except Exception:  # the workspace is away, which the server need not be; the next run tries again
+                return True
+            folders = [folder for folder in folders if folder != self._folder]
+            sent = True
+            while sent:
+                sent = False
+                for folder in list(folders):
+                    try:
+                        if not self._send_folder(folder):
+                            continue
+                        sent = True
+                    except Exception as error:
+                        if not self._answers():
+                            return False
+                        self._say_stuck(folder, error)
+                    folders.remove(folder)
+        return True
+
+    def _answers(self) -> bool:
+        """Whether the server is there, asked after something failed."""
+        try:
+            self._client.search_experiments(max_results=1)
+        except Exception as error:
             self._went_away(error)
             return False
         return True
 
+    def _say_stuck(self, folder: str, error: Exception) -> None:
+        if folder not in self._stuck:
+            self._stuck.add(folder)
+            print(f"what an earlier run kept in {redact(folder)} can't be sent to MLflow now: {first_line(error)}")
+
     def _send_folder(self, folder: str) -> bool:
-        """Send what an outbox left, unless its process lives or spoke with another server; whether all is sent."""
+        """Send what an outbox left, unless its process lives or spoke with another server; whether all is sent.
+
+        Nothing is sent that another process is sending.
+        """
         try:
             owner = json.loads(storage.read_bytes(storage.join(folder, "owner.json")))
         except (OSError, ValueError):
             return False
-        if owner.get("server") != self._server() or is_alive(owner.get("process", "")):
+        if owner.get("server") != self._server() or is_alive(owner.get("process", ""), float(owner.get("alive", 0))):
             return False
+        with turn(folder) as go_on:
+            return go_on is not None and self._send_messages(folder, go_on)
+
+    def _send_messages(self, folder: str, go_on: Callable[[], None]) -> bool:
         messages = sorted(item for item in storage.list_dir(folder) if _is_message(item))
         for item in messages:
+            go_on()
             number = int(storage.name(item).removesuffix(".json"))
             try:
                 kept = json.loads(storage.read_bytes(item))
@@ -280,11 +339,15 @@ class Outbox:
             try:
                 if kept["call"] in CALLS:
                     self._deliver_kept(kept["call"], kept["arguments"], data)
-            except _UnsentError:
-                return False
+            except _UnsentError as error:
+                if self._may_come(error.run_id):
+                    return False
+                self._leave_out(error.run_id)
+                print(f"MLflow has no run for {kept['call']}, which is left out with all of it: {error.run_id} is gone")
             _remove(folder, number)
         storage.remove_tree(folder)
-        print(f"MLflow got {len(messages)} messages that an earlier run could not send")
+        if messages:  # else another process has just sent them
+            print(f"MLflow got {len(messages)} messages that an earlier run could not send")
         return True
 
     def _deliver_kept(self, call: str, arguments: dict[str, Any], data: bytes | None) -> None:
@@ -292,9 +355,37 @@ class Outbox:
         try:
             self._deliver(call, arguments, data, again=True)
         except Exception as error:
-            if not _is_refusal(error):
+            if not is_refusal(error):
                 raise
-            print(f"MLflow refuses {call}, which is left out: {_line(error)}")
+            if not isinstance(error, _GoneError):  # that was said of the run
+                print(f"MLflow refuses {call}, which is left out: {first_line(error)}")
+            if call == "create_run":
+                self._leave_out(arguments["tags"][RUN_TAG])
+
+    def _leave_out(self, run_id: str) -> None:
+        """Drop from now on what belongs to a run that MLflow will never have."""
+        _unsent.discard(run_id)
+        with self._lock:
+            self._gone.add(run_id)
+            self._alive.discard(run_id)
+
+    def _may_come(self, run_id: str) -> bool:
+        """Whether an outbox can still make a run; the server is asked last, as that may happen meanwhile."""
+        return run_id in _unsent or self._is_kept(run_id) or self._find(run_id, None) is not None
+
+    def _is_kept(self, run_id: str) -> bool:
+        for folder in storage.list_dir(storage.join(self._workspace, FOLDER)):
+            for item in filter(_is_message, storage.list_dir(folder)):
+                if item not in self._makes:  # each is read once; none ever changes
+                    try:
+                        kept = json.loads(storage.read_bytes(item))
+                        makes = kept["arguments"]["tags"][RUN_TAG] if kept["call"] == "create_run" else None
+                    except (FileNotFoundError, KeyError, ValueError):  # just sent, or nothing that can be sent
+                        continue
+                    self._makes[item] = makes
+                if self._makes[item] == run_id:
+                    return True
+        return False
 
     def _deliver(self, call: str, arguments: Mapping[str, Any], data: bytes | None = None, again: bool = False) -> Any:
         """Make a call now, maybe `again`; ids of runs that the server got to know since are put in."""
@@ -323,6 +414,7 @@ class Outbox:
         found = self._find(placeholder, named["experiment_id"]) if again else None
         run_id = found or str(self._client.create_run(**named).info.run_id)
         self._ids[placeholder] = run_id
+        _unsent.discard(placeholder)
         with self._lock:
             if placeholder in self._alive:
                 self._alive = (self._alive - {placeholder}) | {run_id}
@@ -336,13 +428,15 @@ class Outbox:
             self._client.log_batch(run_id, params=entities[start : start + 100])
 
     def _id(self, run_id: str) -> str:
-        """The server's id of a run; `_UnsentError` where it does not know that yet."""
+        """The server's id of a run; `_UnsentError` where it does not know that yet, `_GoneError` if it never will."""
         if not run_id.startswith(UNSENT):
             return run_id
+        if run_id in self._gone:
+            raise _GoneError(f"{run_id} is gone")
         if run_id not in self._ids:
             found = self._find(run_id, None)
             if found is None:
-                raise _UnsentError(f"{run_id} is still to be sent")
+                raise _UnsentError(run_id)
             self._ids[run_id] = found
         return self._ids[run_id]
 
@@ -364,7 +458,7 @@ class Outbox:
         try:
             return self._experiment(unknown)
         except Exception as error:
-            if _is_refusal(error):
+            if is_refusal(error):
                 raise
             self._went_away(error)
             return unknown
@@ -392,7 +486,7 @@ class Outbox:
         return hashlib.sha256(str(self._client.tracking_uri).encode()).hexdigest()[:16]
 
 
-def _is_refusal(error: Exception) -> bool:
+def is_refusal(error: Exception) -> bool:
     """Whether a server answered and will never take this, in contrast to one that is away."""
     from mlflow.exceptions import MlflowException
 
@@ -401,7 +495,7 @@ def _is_refusal(error: Exception) -> bool:
     return answered or isinstance(error, (LookupError, TypeError, AssertionError))
 
 
-def _line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """What an error says first, without the password that a server's address may hold."""
     return redact((str(error).splitlines() or [type(error).__name__])[0])
 

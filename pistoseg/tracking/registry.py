@@ -15,6 +15,7 @@ from pistoseg import storage
 from pistoseg.artifacts import MANIFEST, Artifact, Workspace
 from pistoseg.config import TrackingConfig
 from pistoseg.errors import PistoSegError
+from pistoseg.tracking.outbox import first_line, is_refusal
 from pistoseg.tracking.server import connect, default_server, tracking_uri
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ class Registry:
                 if error.error_code not in MISSING:
                     raise
                 raise PistoSegError(
-                    f"is not in the registry at {self.uri} ({str(error).splitlines()[0]})",
+                    f"is not in the registry at {self.uri} ({first_line(error)})",
                     file=model,
                     remedy="look at the names and aliases with `pistoseg models list`, or in `pistoseg ui`",
                 ) from error
@@ -147,10 +148,23 @@ class Registry:
 
         Returns:
             The version that had the alias before, if another one had it.
+        Raises:
+            PistoSegError: there is no such version, the alias is refused, or the server is away or lets nobody in.
         """
+        from mlflow.exceptions import MlflowException
+
         found = self.find(f"{name}/{version}")
         with self._readable():
-            return set_alias(self._client(name), name, found.version, alias)
+            try:
+                return set_alias(self._client(name), name, found.version, alias)
+            except MlflowException as error:
+                if not is_refusal(error):
+                    raise
+                raise PistoSegError(
+                    f"the alias {alias!r} is refused ({first_line(error).rstrip('.')})",
+                    file=f"models:/{name}/{found.version}",
+                    remedy="name another one, of letters, digits, _ and -",
+                ) from error
 
     def metrics(self, version: ModelVersion) -> dict[str, float]:
         """What its MLflow run measured; empty where that is gone."""
@@ -180,7 +194,7 @@ class Registry:
                     )
             except (MlflowException, OSError) as error:
                 raise PistoSegError(
-                    f"its bundle is not there, and MLflow has no copy ({str(error).splitlines()[0]})",
+                    f"its bundle is not there, and MLflow has no copy ({first_line(error)})",
                     file=version.bundle,
                 ) from error
             found = next(Path(local).rglob(FILES[0]), None)
@@ -222,7 +236,7 @@ class Registry:
             yield
         except (MlflowException, OSError) as error:
             raise PistoSegError(
-                f"the registry can't be read ({str(error).splitlines()[0]})",
+                f"the registry can't be read ({first_line(error)})",
                 file=self.uri,
                 remedy="see that the server runs; check tracking.uri or MLFLOW_TRACKING_URI, its user and password",
             ) from error

@@ -22,7 +22,7 @@ from pistoseg.artifacts import Artifact, Workspace
 from pistoseg.config import Config, TrackingConfig
 from pistoseg.errors import UnavailableError
 from pistoseg.redaction import redact, redacted
-from pistoseg.tracking.outbox import Outbox
+from pistoseg.tracking.outbox import Outbox, first_line
 from pistoseg.tracking.server import connect, default_server, experiment_id
 
 MAX_PARAM = 500
@@ -47,8 +47,7 @@ class _Guard:
         # A LookupError is an answer that MLflow can't read, as of a proxy in its place.
         except (MlflowException, RequestException, SQLAlchemyError, OSError, UnavailableError, LookupError) as error:
             self.broken = True
-            first = (str(error).splitlines() or [type(error).__name__])[0]
-            print(redact(f"MLflow can't be written, this run goes on without it: {first}"))
+            print(f"MLflow can't be written, this run goes on without it: {first_line(error)}")
             return None
 
 

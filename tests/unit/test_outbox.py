@@ -1,9 +1,12 @@
 """MLflow's server away and back: nothing is lost, nothing is said twice, and runs of killed processes are ended."""
 
+import contextlib
 import json
 import shutil
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 import requests
@@ -12,7 +15,7 @@ from pistoseg import storage
 from pistoseg.artifacts import Artifact, Workspace
 from pistoseg.config import TrackingConfig, load_config
 from pistoseg.liveness import is_alive, process
-from pistoseg.tracking import Tracker, connect, outbox
+from pistoseg.tracking import Tracker, connect, outbox, turn
 from pistoseg.tracking.outbox import Outbox
 
 
@@ -203,17 +206,225 @@ def test_what_several_runs_left_is_sent_parents_first(line, workspace, monkeypat
     check_part(line, workspace, "row")
 
 
-def test_a_run_that_goes_on_with_one_that_mlflow_never_heard_of_keeps_its_messages(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("server_is_back", [True, False])
+def test_a_kept_message_that_always_fails_keeps_no_other_from_being_sent(
+    line, workspace, monkeypatch, capsys, server_is_back
+):
+    def register(client, **arguments):
+        raise FileNotFoundError(2, "No such file", arguments["uri"])
+
+    line.cut = True
+    monkeypatch.setattr(outbox, "process", dead_process)
+    failing, healthy = Outbox(line, workspace, register), Outbox(line, workspace)
+    failing._folder, healthy._folder = (storage.join(workspace, outbox.FOLDER, name) for name in ("a", "b"))
+    for box, name in ((failing, "failing"), (healthy, "healthy")):
+        run_id = box.create_run(box.experiment("pistoseg", None), run_name=name).info.run_id
+        if box is failing:
+            box.register(run_id=run_id, name="tissue", uri="precise/x/bundle", fingerprint="x")
+        box.set_terminated(run_id, "FINISHED")
+    monkeypatch.setattr(outbox, "process", process)
+    line.cut = False
+    later = Outbox(line, workspace, register)
+    later.send_left()
+    assert not later.away
+    line.cut = not server_is_back
+    run_id = later.create_run(later.experiment("pistoseg", None), run_name="later").info.run_id
+    line.cut = False
+    later.set_terminated(run_id, "FINISHED")
+    later.close()
+    runs = line.search_runs([line.get_experiment_by_name("pistoseg").experiment_id])
+    states = {run.info.run_name: run.info.status for run in runs}
+    assert states == {"failing": "RUNNING", "healthy": "FINISHED", "later": "FINISHED"}
+    printed = capsys.readouterr().out
+    assert printed.count("can't be sent to MLflow now: [Errno 2] No such file") == 1
+    folder = storage.join(workspace, outbox.FOLDER)
+    assert [storage.name(item) for item in storage.list_dir(folder)] == ["a"]
+
+
+def left(line, workspace):
+    """The folder of an outbox that was closed while the server was away."""
+    line.cut = True
+    box = Outbox(line, workspace)
+    part_of(box, box.create_run(box.experiment("pistoseg", None), run_name="whole").info.run_id, "row")
+    box.close()
+    line.cut = False
+    return box._folder
+
+
+def test_of_two_processes_one_sends_what_is_left(line, workspace, monkeypatch):
+    left(line, workspace)
+    monkeypatch.setattr(outbox, "_sending", contextlib.nullcontext())  # which two processes don't share
+    both, find = threading.Barrier(2), Outbox._find
+
+    def slow(*arguments):
+        found = find(*arguments)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(0.5)
+        return found
+
+    monkeypatch.setattr(Outbox, "_find", slow)
+    threads = [threading.Thread(target=Outbox(line, workspace).send_left) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(line.search_runs([line.get_experiment_by_name("pistoseg").experiment_id])) == 2
+    check_part(line, workspace, "row")
+
+
+@pytest.mark.parametrize(
+    ("who", "silent_s", "is_at_it"),
+    [("this", 9_000, True), ("dead", 0, False), ("elsewhere/1/5", 60, True), ("elsewhere/1/5", 9_000, False)],
+)
+@pytest.mark.parametrize("file", ["owner.json", "sending-000000007.json"])
+def test_what_a_living_process_sends_nobody_else_does(line, workspace, file, who, silent_s, is_at_it):
+    folder = left(line, workspace)
+    name = {"this": process, "dead": dead_process}.get(who, lambda: who)()
+    body = {"process": name, "alive": time.time() - silent_s, "server": Outbox(line, workspace)._server()}
+    storage.write_bytes(storage.join(folder, file), json.dumps(body).encode())
+    before = storage.list_files(folder)
+    Outbox(line, workspace).send_left()
+    if is_at_it:
+        assert storage.list_files(folder) == before
+    else:
+        check_part(line, workspace, "row")
+
+
+def test_a_folder_that_is_tried_again_and_again_does_not_fill_up(line, workspace, monkeypatch):
+    folder = left(line, workspace)
+    for _ in range(3):
+        box = Outbox(line, workspace)
+        monkeypatch.setattr(box, "_deliver", lambda *_, **__: 1 / 0)
+        box.send_left()
+    assert [item for item in storage.list_dir(folder) if "sending" in item] == [
+        storage.join(folder, "sending-000000003.json")
+    ]
+    Outbox(line, workspace).send_left()
+    check_part(line, workspace, "row")
+
+
+def test_one_that_looked_long_ago_leaves_a_folder_to_whoever_has_it_now(tmp_path, monkeypatch):
+    folder, is_held = str(tmp_path), turn._is_held
+    with turn.turn(folder):
+        pass
+    with contextlib.ExitStack() as another:
+
+        def slow(uri):
+            found = is_held(uri)
+            monkeypatch.setattr(turn, "_is_held", is_held)
+            with turn.turn(folder) as theirs:
+                assert theirs
+            assert another.enter_context(turn.turn(folder))
+            return found
+
+        monkeypatch.setattr(turn, "_is_held", slow)
+        with turn.turn(folder) as mine:
+            assert mine is None
+    with turn.turn(folder) as mine:
+        assert mine
+        assert [storage.name(item) for item in storage.list_dir(folder)] == ["sending-000000004.json"]
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_an_outbox_says_that_it_lives_while_the_server_is_away(line, workspace, monkeypatch, goes_on):
+    monkeypatch.setattr(outbox, "RETRY_S", 0.05)
+    line.cut = True
+    box = Outbox(line, workspace)
+    if goes_on:
+        box.update_run("0123", status="RUNNING")
+    else:
+        box.create_run(box.experiment("pistoseg", None))
+    owner = storage.join(box._folder, "owner.json")
+    body = json.loads(storage.read_bytes(owner))
+    storage.write_bytes(owner, json.dumps(body | {"alive": 0}).encode())
+    for _ in range(200):
+        if json.loads(storage.read_bytes(owner))["alive"] >= body["alive"]:
+            break
+        time.sleep(0.05)
+    else:
+        pytest.fail("no sign of life")
+    box.close()
+    assert json.loads(storage.read_bytes(owner))["process"] == ""
+
+
+def gone_experiment(line):
+    """Name of an experiment that was deleted: the server refuses its runs."""
+    line.delete_experiment(line.create_experiment("gone"))
+    return "gone"
+
+
+@pytest.mark.parametrize("by", ["itself", "another process", "another process, one part each"])
+def test_what_belongs_to_a_run_that_the_server_refuses_is_left_out_and_the_rest_sent(
+    line, workspace, monkeypatch, capsys, by
+):
+    gone = gone_experiment(line)
+    line.cut = True
+    if by != "itself":
+        monkeypatch.setattr(outbox, "process", dead_process)
+    box = Outbox(line, workspace)
+    refused = box.create_run(box.experiment(gone, None), run_name="refused").info.run_id
+    box.log_metric(refused, "miou", 0.1)
+    part_of(Outbox(line, workspace) if by.endswith("each") else box, refused, "part")
+    whole = box.create_run(box.experiment("pistoseg", None), run_name="whole").info.run_id
+    part_of(box, whole, "row")
+    monkeypatch.setattr(outbox, "process", process)
+    line.cut = False
+    if by == "itself":
+        box.close()
+        with pytest.raises(LookupError):
+            box.log_metric(refused, "miou", 0.2)
+    else:
+        outbox._unsent.clear()  # of that process
+        Outbox(line, workspace).send_left()
+    check_part(line, workspace, "row")
+    assert capsys.readouterr().out.count("MLflow refuses create_run, which is left out") == 1
+
+
+def test_a_part_waits_for_a_run_that_is_kept_for_a_server_that_is_elsewhere(line, workspace, monkeypatch):
+    line.cut = True
+    monkeypatch.setattr(outbox, "process", dead_process)
+    whole, part = Outbox(line, workspace), Outbox(line, workspace)
+    whole._server = lambda: "elsewhere"
+    part_of(part, whole.create_run(whole.experiment("pistoseg", None), run_name="whole").info.run_id, "row")
+    monkeypatch.setattr(outbox, "process", process)
+    outbox._unsent.clear()
+    line.cut = False
+    before = storage.list_files(storage.join(workspace, outbox.FOLDER))
+    Outbox(line, workspace).send_left()
+    assert [item for item in before if not storage.exists(item)] == []
+
+
+def test_a_part_waits_for_a_run_of_this_process_that_could_not_be_kept(line, workspace, monkeypatch, capsys):
+    line.cut = True
+    with monkeypatch.context() as full:
+        full.setattr(outbox, "_write", lambda *_: 1 / 0)
+        whole = Outbox(line, workspace)
+        run_id = whole.create_run(whole.experiment("pistoseg", None), run_name="whole").info.run_id
+    part = Outbox(line, workspace)
+    part_of(part, run_id, "row")
+    part.close()
+    line.cut = False
+    Outbox(line, workspace).send_left()
+    whole.close()
+    check_part(line, workspace, "row")
+    assert "left out" not in capsys.readouterr().out
+
+
+def test_a_run_that_goes_on_with_one_that_mlflow_never_heard_of_keeps_its_messages_for_the_next_run(
+    tmp_path, monkeypatch, capsys
+):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     config, workspace = load_config("demo"), Workspace(str(tmp_path))
     with Tracker.start(config, workspace, run_id="unsent-0123") as tracker:
         tracker.run().metrics({"miou": 0.5})
     assert "unsent-0123 is still to be sent" in capsys.readouterr().out
-    with Tracker.start(config, workspace, name="next"):
-        pass
     left = storage.list_files(storage.join(workspace.root, outbox.FOLDER))
     calls = [json.loads(storage.read_bytes(item))["call"] for item in left if item[-6].isdigit()]
     assert calls == ["update_run", "set_tag", "log_metric", "set_terminated"]
+    with Tracker.start(config, workspace, name="next"):
+        pass
+    assert "unsent-0123 is gone" in capsys.readouterr().out
+    assert storage.list_files(storage.join(workspace.root, outbox.FOLDER)) == []
 
 
 def test_an_answer_that_mlflow_cannot_read_does_not_end_a_run(tmp_path, monkeypatch, capsys):

@@ -56,6 +56,23 @@ def test_a_promotion_keeps_the_champion_before_as_previous(registry, workspace):
     }
 
 
+@pytest.mark.parametrize("alias", ["latest", "v2", "bad alias/"])
+def test_an_alias_that_mlflow_refuses_is_not_taken_for_a_server_that_is_away(workspace, capsys, alias):
+    assert main(["models", "promote", "tissue", "1", "--alias", alias, "--workspace", workspace.root]) == 2
+    printed = capsys.readouterr().err
+    assert f"models:/tissue/1: the alias {alias!r} is refused" in printed
+    assert "server runs" not in printed
+
+
+def test_a_server_that_breaks_off_without_a_word_is_said_to_be_away(registry, monkeypatch):
+    def silent(*_, **__):
+        raise ConnectionResetError
+
+    monkeypatch.setattr("mlflow.tracking.MlflowClient.get_model_version", silent)
+    with pytest.raises(PistoSegError, match=r"can't be read \(ConnectionResetError\)"):
+        registry.find("tissue/1")
+
+
 @pytest.mark.parametrize(("model", "version"), [("tissue", "2"), ("new", "1")])
 def test_a_registered_model_gets_its_tags_also_when_it_is_there_already(workspace, model, version):
     config = load_config("demo", overrides=[f"tracking.model={model}"])
