@@ -355,7 +355,8 @@ class Outbox:
         try:
             self._deliver(call, arguments, data, again=True)
         except Exception as error:
-            if not is_refusal(error):
+            deleted = call == "register" and isinstance(error, FileNotFoundError)  # its bundle, since
+            if not is_refusal(error) and not deleted:
                 raise
             if not isinstance(error, _GoneError):  # that was said of the run
                 print(f"MLflow refuses {call}, which is left out: {first_line(error)}")

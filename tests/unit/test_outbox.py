@@ -211,7 +211,7 @@ def test_a_kept_message_that_always_fails_keeps_no_other_from_being_sent(
     line, workspace, monkeypatch, capsys, server_is_back
 ):
     def register(client, **arguments):
-        raise FileNotFoundError(2, "No such file", arguments["uri"])
+        raise PermissionError(13, "Permission denied", arguments["uri"])
 
     line.cut = True
     monkeypatch.setattr(outbox, "process", dead_process)
@@ -236,9 +236,28 @@ def test_a_kept_message_that_always_fails_keeps_no_other_from_being_sent(
     states = {run.info.run_name: run.info.status for run in runs}
     assert states == {"failing": "RUNNING", "healthy": "FINISHED", "later": "FINISHED"}
     printed = capsys.readouterr().out
-    assert printed.count("can't be sent to MLflow now: [Errno 2] No such file") == 1
+    assert printed.count("can't be sent to MLflow now: [Errno 13] Permission denied") == 1
     folder = storage.join(workspace, outbox.FOLDER)
     assert [storage.name(item) for item in storage.list_dir(folder)] == ["a"]
+
+
+def test_a_model_whose_bundle_was_deleted_is_left_out(line, workspace, monkeypatch, capsys):
+    def register(client, **arguments):
+        raise FileNotFoundError(2, "No such file", arguments["uri"])
+
+    line.cut = True
+    monkeypatch.setattr(outbox, "process", dead_process)
+    earlier = Outbox(line, workspace, register)
+    run_id = earlier.create_run(earlier.experiment("pistoseg", None), run_name="earlier").info.run_id
+    earlier.register(run_id=run_id, name="tissue", uri="precise/x/bundle", fingerprint="x")
+    earlier.set_terminated(run_id, "FINISHED")
+    monkeypatch.setattr(outbox, "process", process)
+    line.cut = False
+    Outbox(line, workspace, register).send_left()
+    (run,) = line.search_runs([line.get_experiment_by_name("pistoseg").experiment_id])
+    assert (run.info.run_name, run.info.status) == ("earlier", "FINISHED")
+    assert "MLflow refuses register, which is left out" in capsys.readouterr().out
+    assert not storage.list_dir(storage.join(workspace, outbox.FOLDER))
 
 
 def left(line, workspace):
