@@ -83,6 +83,8 @@ class Recorder(Callback):
         record = self._record(trial)
         if result.get("finished"):
             details = json.loads(result["details"])
+            for epoch, value in details["curve"]:  # one whose report was lost with a driver
+                record.report(epoch, value)
             record.scores, record.artifacts, record.computed = (
                 details[key] for key in ("scores", "artifacts", "computed")
             )
@@ -123,7 +125,9 @@ class Recorder(Callback):
             return StageRun()
         if record.run_id:
             tracker.guard(tracker.client.update_run, record.run_id, status="RUNNING")
-            return StageRun(tracker.client, record.run_id, tracker.guard)
+            kept = StageRun(tracker.client, record.run_id, tracker.guard)
+            kept.skip_logged()
+            return kept
         tags = {"mlflow.parentRunId": tracker.run_id, "pistoseg.trial": str(record.number)}
         for stage, artifact in self.shared.items():
             tags[f"pistoseg.shared.{stage}"] = artifact.fingerprint
@@ -136,17 +140,22 @@ class Recorder(Callback):
 
     def _close(self, record: TrialRecord) -> None:
         ray.get(self.workers.release.remote(str(record.number)))
-        self.journal.save(record)
         run = self._runs.pop(record.number, None)
+        if run is not None and run.run_id is not None:
+            self._end(record, run)
+        self.journal.save(record)  # last: a trial whose run was not ended goes on in the next search, and ends it
         self.progress.say(f"trial {record.number}: {self._outcome(record)}")
-        if run is None or run.run_id is None:
-            return
+
+    def _end(self, record: TrialRecord, run: StageRun) -> None:
         tags: dict[str, str] = {"pistoseg.state": "cut off" if record.state == "running" else record.state}
         if record.reason:
             tags["pistoseg.reason"] = record.reason
         tags |= {f"pistoseg.artifact.{stage}": key for stage, key in record.artifacts.items()}
         tags |= {"pistoseg.computed": " ".join(record.computed)} if record.computed else {}
         run.tags(tags)
+        # Also what the driver of an earlier run had in the journal, but not in MLflow, when it was killed.
+        for epoch, value in record.curve:
+            run.metrics({"objective": value}, step=epoch)
         run.metrics(record.scores)
         if record.seconds is not None:
             run.metrics({"seconds": record.seconds})

@@ -131,11 +131,16 @@ class _TrialHooks(Hooks):
     def reused(self, artifact: Artifact) -> None:
         """Report the epochs of a network that is there, so that all trials are compared at the same ones."""
         self.found.add(artifact.stage)
-        if artifact.stage in self.offsets:
-            for row in json.loads(storage.read_bytes(artifact.path("epochs.json"))):
-                if self.job.objective.of_epoch in row:
-                    epoch = self.offsets[artifact.stage] + int(row["epoch"]) + 1
-                    tune.report({"objective": row[self.job.objective.of_epoch], "epoch": epoch})
+        for epoch, value in self.curve(artifact):
+            tune.report({"objective": value, "epoch": epoch})
+
+    def curve(self, artifact: Artifact) -> list[tuple[int, float]]:
+        """(epoch, objective) of a network that is done; empty for one that is not compared."""
+        if artifact.stage not in self.offsets:
+            return []
+        rows = json.loads(storage.read_bytes(artifact.path("epochs.json")))
+        first, score = self.offsets[artifact.stage] + 1, self.job.objective.of_epoch
+        return [(first + int(row["epoch"]), float(row[score])) for row in rows if score in row]
 
 
 def run_trial(parameters: Mapping[str, Any], job: TrialJob) -> None:
@@ -171,6 +176,7 @@ def _run(overrides: Mapping[str, Any], number: int, job: TrialJob) -> dict[str, 
         "scores": job.objective.scores(artifacts),
         "artifacts": {name: item.fingerprint for name, item in artifacts.items()},
         "computed": [name for name in artifacts if name not in hooks.found],
+        "curve": [point for item in artifacts.values() for point in hooks.curve(item)],
     }
     return {
         "objective": job.objective.value(artifacts),

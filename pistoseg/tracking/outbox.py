@@ -132,6 +132,19 @@ class Outbox:
         """Log one value, with the time of this call."""
         self._say("log_metric", {"run_id": run_id, "key": key, "value": value, "timestamp": _now(), "step": step})
 
+    def logged(self, run_id: str) -> set[tuple[str, int]]:
+        """(metric, step) of all that the server has of a run; nothing while it can't be asked."""
+        if self.away:
+            return set()
+        try:
+            known = self._id(run_id)
+            keys = self._client.get_run(known).data.metrics
+            return {(key, item.step) for key in keys for item in self._client.get_metric_history(known, key)}
+        except Exception as error:  # as in `_say`
+            if not is_refusal(error):
+                self._went_away(error)
+            return set()
+
     def set_tag(self, run_id: str, key: str, value: str) -> None:
         """Set one tag."""
         self._say("set_tag", {"run_id": run_id, "key": key, "value": value})

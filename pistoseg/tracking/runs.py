@@ -63,10 +63,16 @@ class StageRun:
         if self.client is None or self.run_id is None:
             return
         client, run_id = self.client, self.run_id
-        for key, value in values.items():
+        for name, value in values.items():
+            key = _key(name)
             if (key, step) not in self._logged and value == value:
                 self._logged.add((key, step))
-                self.guard(client.log_metric, run_id, _key(key), float(value), step=step)
+                self.guard(client.log_metric, run_id, key, float(value), step=step)
+
+    def skip_logged(self) -> None:
+        """Leave alone from now on what an earlier process logged."""
+        if self.client is not None and self.run_id is not None:
+            self._logged |= self.client.logged(self.run_id)
 
     def params(self, values: Mapping[str, Any]) -> None:
         """Log parameters, nested ones by their dotted names."""

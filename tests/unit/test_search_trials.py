@@ -414,3 +414,51 @@ def test_pictures_and_importance_are_drawn_of_spaces_with_conditions(tmp_path, c
     values = pictures.importance(outcome)
     assert sum(values.values()) == pytest.approx(1)
     assert list(values.values()) == sorted(values.values(), reverse=True)
+
+
+def test_what_mlflow_missed_of_a_trial_when_its_driver_was_killed_it_gets_from_the_next(
+    tmp_path, config, space, monkeypatch
+):
+    from pistoseg.artifacts import Workspace
+    from pistoseg.progress import Progress
+    from pistoseg.search import recording
+    from pistoseg.tracking import Tracker
+
+    workspace, journal = Workspace(str(tmp_path)), Journal.open(str(tmp_path / "search"), IDENTITY)
+    record, trial = journal.start({}, {}), SimpleNamespace(config={"number": 0}, last_result=None)
+    workers = SimpleNamespace(release=SimpleNamespace(remote=lambda owner: None))
+    monkeypatch.setattr(recording.ray, "get", lambda nothing: nothing)
+
+    def recorder(tracker):
+        objective = Objective("miou", masks=True, labels=False)
+        found = recording.Recorder(journal, tracker, objective, workers, None, {}, Progress(), workspace)
+        found.on_trial_start(0, [], trial)
+        return found
+
+    def ends(tracker):
+        details = {"scores": {"miou": 0.4}, "artifacts": {}, "computed": [], "curve": [(1, 0.1), (2, 0.2), (3, 0.3)]}
+        last = {"finished": True, "objective": 0.4, "seconds": 2.0, "epoch": 4, "details": json.dumps(details)}
+        trial.last_result = last
+        recorder(tracker).on_trial_complete(0, [], trial)
+
+    with Tracker.start(config, workspace, "search") as tracker:
+        first = recorder(tracker)
+        first.on_trial_result(0, [], trial, {"objective": 0.1, "epoch": 1})
+        record.report(2, 0.2)  # killed when that was in the journal alone; the third epoch was in a checkpoint alone
+        journal.save(record)
+    with Tracker.start(config, workspace, "search", run_id=tracker.run_id) as tracker:
+        monkeypatch.setattr(journal, "save", lambda record: None)  # killed again, before the journal had the end
+        ends(tracker)
+    with Tracker.start(config, workspace, "search", run_id=tracker.run_id) as tracker:
+        monkeypatch.undo()
+        monkeypatch.setattr(recording.ray, "get", lambda nothing: nothing)
+        record.state = "running"
+        ends(tracker)
+    assert Journal.open(str(tmp_path / "search"), IDENTITY).records[0].state == "finished"
+    run = tracker.client.get_run(record.run_id)
+    assert run.data.tags["pistoseg.state"] == "finished"
+    assert run.info.status == "FINISHED"
+    curve = tracker.client.get_metric_history(record.run_id, "objective")
+    assert sorted((item.step, item.value) for item in curve) == [(1, 0.1), (2, 0.2), (3, 0.3)] == record.curve
+    for name in ("miou", "seconds"):
+        assert len(tracker.client.get_metric_history(record.run_id, name)) == 1
