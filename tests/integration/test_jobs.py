@@ -8,7 +8,7 @@ import sys
 
 import pytest
 from conftest import committed
-from processes import command_line, descendants, wait_for
+from processes import STUCK_S, command_line, descendants, wait_for
 
 pytestmark = pytest.mark.processes
 COUNT = 3000  # mosaics, enough that some are made and some are not when the driver is killed
@@ -42,12 +42,14 @@ def cluster():
         assert url, "Ray did not start"
         yield f"http://{url}", environment, process.pid
         process.stdin.close()
-        process.wait(120)
+        process.wait(STUCK_S)
 
 
 def pistoseg(environment, *arguments, cwd):
     command = [sys.executable, "-m", "pistoseg", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment, cwd=cwd, check=False)
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=STUCK_S, env=environment, cwd=cwd, check=False
+    )
 
 
 def test_a_job_whose_driver_is_killed_goes_on_when_it_is_submitted_again(cluster, cohort, tiny, tmp_path):
@@ -60,7 +62,7 @@ def test_a_job_whose_driver_is_killed_goes_on_when_it_is_submitted_again(cluster
         wait_for(lambda: len(parts(tmp_path)) >= 2 or first.poll() is not None)
         (driver,) = (pid for pid in descendants(head) if b"-m\0pistoseg\0synthesize" in command_line(pid))
         os.kill(driver, signal.SIGKILL)
-        first.communicate(timeout=300)
+        first.communicate(timeout=STUCK_S)
     assert first.returncode == 128 + signal.SIGKILL
     done = parts(tmp_path)
     assert "synthesis" not in committed(tmp_path / "work")

@@ -1,7 +1,6 @@
 """The whole pipeline as a user runs it: one command, its files, its MLflow runs, and what a second run does."""
 
 import json
-import time
 
 import numpy as np
 import pytest
@@ -251,9 +250,7 @@ def test_a_sheet_of_mosaics_is_drawn_without_training(cohort, tiny, tmp_path, ca
 def test_the_same_command_again_computes_nothing(workspace, artifacts, client, cohort, tiny):
     before = {stage: contents(folder) for stage, folder in artifacts.items()}
     versions = client.search_model_versions("name='pistoseg'")
-    started = time.monotonic()
     assert train(workspace, cohort, tiny) == 0
-    assert time.monotonic() - started < 60
     assert {stage: contents(folder) for stage, folder in artifacts.items()} == before
     assert committed(workspace) == artifacts
     last = next(run for run in reversed(runs(client)) if "mlflow.parentRunId" not in run.data.tags)

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import yaml
 from conftest import TINY
+from processes import STUCK_S
 
 from pistoseg import claims, doctor, object_store, storage
 from pistoseg.errors import PistoSegError
@@ -45,14 +46,14 @@ def test_mosaics_are_made_from_bucket_to_bucket_and_made_again_for_nothing(s3, c
     workspace = storage.join(s3, "runs", "one")
     command = [sys.executable, "-m", "pistoseg", "synthesize", "--config", str(tmp_path / "s3.yaml")]
     command += ["--data", storage.join(s3, "cohort"), "--workspace", workspace]
-    first = subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=tmp_path, check=False)
+    first = subprocess.run(command, capture_output=True, text=True, timeout=STUCK_S, cwd=tmp_path, check=False)
     assert first.returncode == 0, first.stderr[-4000:]
     clear_listings()
     manifests = [item for item in storage.list_files(workspace) if item.endswith("/manifest.json")]
     assert {item.split("/")[-3] for item in manifests} == {"patches", "synthesis"}
 
     before = storage.list_details(workspace)
-    second = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=tmp_path, check=False)
+    second = subprocess.run(command, capture_output=True, text=True, timeout=STUCK_S, cwd=tmp_path, check=False)
     assert second.returncode == 0, second.stderr[-4000:]
     assert second.stderr.count("up to date, reused") == 2
     clear_listings()

@@ -9,6 +9,7 @@ from contextlib import closing
 
 import pytest
 import ray
+from processes import wait_for
 
 from pistoseg.errors import PistoSegError, explained
 from pistoseg.slides.source import SlideEntry
@@ -134,7 +135,4 @@ def test_tasks_come_and_go_while_others_run(tmp_path):
 def test_no_worker_stays_when_nobody_wants_more(tmp_path):
     with closing(pool_of(tmp_path, ["a", "slow"]).results(lambda *_: None)) as results:
         _, process = next(results)
-    deadline = time.monotonic() + 30
-    while os.path.exists(f"/proc/{process}") and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not os.path.exists(f"/proc/{process}")
+    wait_for(lambda: not os.path.exists(f"/proc/{process}"))

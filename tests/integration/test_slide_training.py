@@ -10,6 +10,7 @@ import numpy as np
 import openslide
 import pytest
 import tifffile
+from processes import STUCK_S
 
 from pistoseg import storage
 from pistoseg.artifacts import Workspace
@@ -127,7 +128,7 @@ def test_slides_in_object_storage_are_cut_and_read_there(s3, slides, tmp_path, m
         "    run_pipeline(config, Workspace(sys.argv[2]), ('patches',))\n"
     )
     command = [sys.executable, "-c", script, settings(out).model_dump_json(), str(tmp_path / "runs")]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=tmp_path, check=False)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=STUCK_S, cwd=tmp_path, check=False)
     assert run.returncode == 0, run.stderr[-4000:]
     (folder,) = (tmp_path / "runs" / "patches").iterdir()
     patches = PatchSet.open(str(folder))

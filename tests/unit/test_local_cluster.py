@@ -6,11 +6,11 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from processes import wait_for
 
 from pistoseg import local_cluster
 from pistoseg.cli import build_parser, main
@@ -77,10 +77,7 @@ def test_a_killed_command_takes_its_s3_server_with_it(tmp_path):
         server = Path("/proc") / command.stdout.readline().strip()
         assert b"weed" in (server / "cmdline").read_bytes()
         command.kill()
-    deadline = time.monotonic() + 30
-    while server.exists() and "(weed) Z" not in (server / "stat").read_text():
-        assert time.monotonic() < deadline, "SeaweedFS goes on"
-        time.sleep(0.1)
+    wait_for(lambda: not server.exists() or "(weed) Z" in (server / "stat").read_text())
 
 
 def test_a_temporary_folder_too_long_for_sockets_is_refused_before_ray_starts(monkeypatch, tmp_path):
