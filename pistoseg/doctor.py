@@ -24,7 +24,7 @@ from pistoseg import object_store, storage
 from pistoseg.artifacts import Workspace
 from pistoseg.config import Config
 from pistoseg.errors import PistoSegError
-from pistoseg.redaction import redact
+from pistoseg.redaction import first_line, redact
 
 Status = Literal["ok", "warning", "failed"]
 TARGETS = ("preliminary_evaluation", "evaluation")
@@ -252,7 +252,7 @@ def _mlflow(config: Config, workspace: str) -> Iterator[Finding]:
         yield Finding(
             "mlflow",
             "warning",
-            redact(f"{uri}: {str(error).splitlines()[0]}"),
+            f"{redact(uri)}: {first_line(error)}",
             "runs go on without it; check tracking.uri or MLFLOW_TRACKING_URI, and its user and password",
         )
         return

@@ -17,6 +17,8 @@ SECRET_VARIABLES = (
 )
 SHORTEST_SECRET = 8
 """Shorter values are not looked for: they would be found in ordinary words."""
+MAX_LINE = 300
+"""Longest text of an error, in characters, within a sentence of ours."""
 _PASSWORD = re.compile(r"(?i)(?:(?<=://)[^/\s\"']*:[^/\s\"']*|(?<=https://)[^/\s\"']+|(?<=http://)[^/\s\"']+)@")
 """User and password up to the last @ of a URI's host. A user alone is no secret, nor is a container of Azure's;
 but what is alone in a web address may be a token."""
@@ -45,6 +47,12 @@ def redacted(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [redacted(item) for item in value]
     return value
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first, redacted and without its full stop; its class where it says nothing."""
+    text = str(error).strip() or type(error).__name__
+    return redact(text.splitlines()[0])[:MAX_LINE].rstrip(".")
 
 
 def has_secret(text: str) -> bool:

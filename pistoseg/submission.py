@@ -28,7 +28,7 @@ import yaml
 import pistoseg
 from pistoseg import storage
 from pistoseg.errors import PistoSegError
-from pistoseg.redaction import has_secret, redact
+from pistoseg.redaction import first_line, has_secret, redact
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -246,7 +246,7 @@ def _client(address: str) -> JobSubmissionClient:
             remedy="set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to the cluster's token",
         ) from error
     except (ConnectionError, RuntimeError, ValueError) as error:
-        text = str(error).splitlines()[0]
+        text = first_line(error)
         remedy = "give the address of its dashboard, e.g. http://HOST:8265, and see that it runs"
         raise PistoSegError(f"can't be reached ({text})", file=address, field="--submit", remedy=remedy) from error
 
@@ -260,7 +260,7 @@ def _submitted(client: JobSubmissionClient, address: str, **job: Any) -> str:
         except (RuntimeError, OSError) as error:
             if "No available agent" not in str(error) or time.monotonic() > deadline:
                 raise PistoSegError(
-                    f"took no job ({str(error).splitlines()[0]})",
+                    f"took no job ({first_line(error)})",
                     file=address,
                     field="--submit",
                     remedy="see that the cluster's head and its dashboard run",
@@ -282,7 +282,7 @@ def _follow(client: JobSubmissionClient, job: str) -> int:
             lost = lost or time.monotonic()
             if time.monotonic() - lost > RECONNECT_S:
                 raise PistoSegError(
-                    f"can't be followed any more ({str(error).splitlines()[0]})",
+                    f"can't be followed any more ({first_line(error)})",
                     file=job,
                     remedy="see that the cluster's head runs; submit the same command again to go on",
                 ) from error

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pistoseg import storage
 from pistoseg.errors import PistoSegError
 from pistoseg.models.resnet38d import OUTPUT_STRIDE, ResNet38d
+from pistoseg.redaction import first_line
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -73,7 +74,7 @@ def _resnet38d(weights: str | None, depth: int, output_stride: int) -> nn.Module
 def unknown_encoder(encoder: str, error: Exception) -> PistoSegError:
     """What to tell a user whose encoder can't be built."""
     return PistoSegError(
-        f"encoder {encoder!r} can't be built: {_first_line(error)}",
+        f"encoder {encoder!r} can't be built: {first_line(error)}",
         field="encoder",
         remedy="use a name of segmentation_models_pytorch, or tu- and a timm name such as tu-tf_efficientnet_lite0",
     )
@@ -168,7 +169,7 @@ def _hub(encoder: str) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, KeyError, ValueError) as error:
-        why = "the hub can't be reached" if constants.HF_HUB_OFFLINE else _first_line(error)
+        why = "the hub can't be reached" if constants.HF_HUB_OFFLINE else first_line(error)
         raise PistoSegError(
             f"no ImageNet weights for encoder {encoder!r}: {why}",
             field="weights",
@@ -197,14 +198,14 @@ def _read(uri: str) -> dict[str, Tensor]:
     try:
         data = storage.read_bytes(uri)
     except OSError as error:
-        raise PistoSegError(f"can't be read: {_first_line(error)}", file=uri, field="weights") from error
+        raise PistoSegError(f"can't be read: {first_line(error)}", file=uri, field="weights") from error
     try:
         if uri.lower().endswith(".safetensors"):
             return safetensors.torch.load(data)
         content: Any = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, ValueError, EOFError, KeyError, _unpickling_error()) as error:
         raise PistoSegError(
-            f"is not a file of plain weights: {_first_line(error)}",
+            f"is not a file of plain weights: {first_line(error)}",
             file=uri,
             field="weights",
             remedy="save its state_dict as .safetensors; pickled objects are never loaded",
@@ -250,8 +251,3 @@ def _fit(module: nn.Module, state: Mapping[str, Tensor], source: str) -> dict[st
 
 def _plain(key: str) -> str:
     return key.replace(".", "_")
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(".")[:300]

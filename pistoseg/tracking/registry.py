@@ -15,7 +15,8 @@ from pistoseg import storage
 from pistoseg.artifacts import MANIFEST, Artifact, Workspace
 from pistoseg.config import TrackingConfig
 from pistoseg.errors import PistoSegError
-from pistoseg.tracking.outbox import first_line, is_refusal
+from pistoseg.redaction import first_line
+from pistoseg.tracking.delivery import is_refusal
 from pistoseg.tracking.server import connect, default_server, tracking_uri
 
 if TYPE_CHECKING:
@@ -161,7 +162,7 @@ class Registry:
                 if not is_refusal(error):
                     raise
                 raise PistoSegError(
-                    f"the alias {alias!r} is refused ({first_line(error).rstrip('.')})",
+                    f"the alias {alias!r} is refused ({first_line(error)})",
                     file=f"models:/{name}/{found.version}",
                     remedy="name another one, of letters, digits, _ and -",
                 ) from error

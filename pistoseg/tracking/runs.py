@@ -21,8 +21,8 @@ from pistoseg import storage
 from pistoseg.artifacts import Artifact, Workspace
 from pistoseg.config import Config, TrackingConfig
 from pistoseg.errors import UnavailableError
-from pistoseg.redaction import redact, redacted
-from pistoseg.tracking.outbox import Outbox, first_line
+from pistoseg.redaction import first_line, redact, redacted
+from pistoseg.tracking.outbox import Outbox
 from pistoseg.tracking.server import connect, default_server, experiment_id
 
 MAX_PARAM = 500

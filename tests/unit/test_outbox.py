@@ -15,7 +15,8 @@ from pistoseg import storage
 from pistoseg.artifacts import Artifact, Workspace
 from pistoseg.config import TrackingConfig, load_config
 from pistoseg.liveness import is_alive, process
-from pistoseg.tracking import Tracker, connect, outbox, turn
+from pistoseg.tracking import Tracker, connect, delivery, leftovers, messages, outbox, turn
+from pistoseg.tracking.delivery import Delivery
 from pistoseg.tracking.outbox import Outbox
 
 
@@ -38,6 +39,21 @@ class Line:
             return value(*arguments, **named)
 
         return call
+
+
+@pytest.fixture(autouse=True)
+def _no_outbox_goes_on(monkeypatch):
+    """One whose process is said to be dead is never closed; it would speak in the middle of later tests."""
+    made, begin = [], Outbox.__init__
+
+    def begins(box, *arguments):
+        begin(box, *arguments)
+        made.append(box)
+
+    monkeypatch.setattr(Outbox, "__init__", begins)
+    yield
+    for box in made:
+        box._stop.set()
 
 
 @pytest.fixture(scope="module")
@@ -104,14 +120,14 @@ def test_a_server_that_comes_back_gets_what_it_missed_with_its_times(line, works
     monkeypatch.setattr(outbox, "_now", lambda: 1_000_000_000_000)
     tell(box, tmp_path)
     assert "the run goes on" in capsys.readouterr().out
-    assert storage.list_files(storage.join(workspace, outbox.FOLDER))
+    assert storage.list_files(storage.join(workspace, messages.FOLDER))
     line.cut = False
     monkeypatch.setattr(outbox, "_now", lambda: 2_000_000_000_000)
     box.close()
     assert "MLflow is back" in capsys.readouterr().out
     child, metric = check(line)
     assert {metric.timestamp, child.info.start_time, child.info.end_time} == {1_000_000_000_000}
-    assert storage.list_files(storage.join(workspace, outbox.FOLDER)) == []
+    assert storage.list_files(storage.join(workspace, messages.FOLDER)) == []
 
 
 def test_what_a_run_could_not_send_the_next_one_sends_and_an_interrupted_sending_goes_on(
@@ -134,14 +150,14 @@ def test_what_a_run_could_not_send_the_next_one_sends_and_an_interrupted_sending
         if len(sent) == 4:
             raise requests.ConnectionError("again")
         sent.append(call)
-        return Outbox._deliver(other, call, *arguments, **named)
+        return Delivery.deliver(other._delivery, call, *arguments, **named)
 
-    other._deliver = twice
+    other._delivery.deliver = twice
     other.send_left()
     assert len(sent) == 4
     Outbox(line, workspace).send_left()
     check(line)
-    assert storage.list_files(storage.join(workspace, outbox.FOLDER)) == []
+    assert storage.list_files(storage.join(workspace, messages.FOLDER)) == []
     assert "earlier run" in capsys.readouterr().out
 
 
@@ -159,7 +175,7 @@ def check_part(line, workspace, name):
     assert set(runs) == {"whole", name}
     assert runs[name].data.tags["mlflow.parentRunId"] == runs["whole"].info.run_id
     assert (runs[name].data.metrics, runs[name].info.status) == ({"miou": 0.7}, "FINISHED")
-    assert storage.list_dir(storage.join(workspace, outbox.FOLDER)) == []
+    assert storage.list_dir(storage.join(workspace, messages.FOLDER)) == []
 
 
 @pytest.mark.parametrize("begins_while_away", [True, False])
@@ -194,11 +210,16 @@ def test_a_run_that_goes_on_sends_what_it_said_before_it_was_killed_first(line, 
     assert "refuses" not in capsys.readouterr().out
 
 
+def into(name, box):
+    """An outbox whose folder has a name, and so a place among others."""
+    box._folder = box._leftovers.own = storage.join(box._workspace, messages.FOLDER, name)
+    return box
+
+
 def test_what_several_runs_left_is_sent_parents_first(line, workspace, monkeypatch):
     line.cut = True
     monkeypatch.setattr(outbox, "process", dead_process)
-    whole, part = Outbox(line, workspace), Outbox(line, workspace)
-    whole._folder, part._folder = (storage.join(workspace, outbox.FOLDER, name) for name in ("b", "a"))
+    whole, part = into("b", Outbox(line, workspace)), into("a", Outbox(line, workspace))
     part_of(part, whole.create_run(whole.experiment("pistoseg", None), run_name="whole").info.run_id, "row")
     monkeypatch.setattr(outbox, "process", process)
     line.cut = False
@@ -215,8 +236,7 @@ def test_a_kept_message_that_always_fails_keeps_no_other_from_being_sent(
 
     line.cut = True
     monkeypatch.setattr(outbox, "process", dead_process)
-    failing, healthy = Outbox(line, workspace, register), Outbox(line, workspace)
-    failing._folder, healthy._folder = (storage.join(workspace, outbox.FOLDER, name) for name in ("a", "b"))
+    failing, healthy = into("a", Outbox(line, workspace, register)), into("b", Outbox(line, workspace))
     for box, name in ((failing, "failing"), (healthy, "healthy")):
         run_id = box.create_run(box.experiment("pistoseg", None), run_name=name).info.run_id
         if box is failing:
@@ -237,7 +257,7 @@ def test_a_kept_message_that_always_fails_keeps_no_other_from_being_sent(
     assert states == {"failing": "RUNNING", "healthy": "FINISHED", "later": "FINISHED"}
     printed = capsys.readouterr().out
     assert printed.count("can't be sent to MLflow now: [Errno 13] Permission denied") == 1
-    folder = storage.join(workspace, outbox.FOLDER)
+    folder = storage.join(workspace, messages.FOLDER)
     assert [storage.name(item) for item in storage.list_dir(folder)] == ["a"]
 
 
@@ -257,7 +277,7 @@ def test_a_model_whose_bundle_was_deleted_is_left_out(line, workspace, monkeypat
     (run,) = line.search_runs([line.get_experiment_by_name("pistoseg").experiment_id])
     assert (run.info.run_name, run.info.status) == ("earlier", "FINISHED")
     assert "MLflow refuses register, which is left out" in capsys.readouterr().out
-    assert not storage.list_dir(storage.join(workspace, outbox.FOLDER))
+    assert not storage.list_dir(storage.join(workspace, messages.FOLDER))
 
 
 def left(line, workspace):
@@ -272,8 +292,8 @@ def left(line, workspace):
 
 def test_of_two_processes_one_sends_what_is_left(line, workspace, monkeypatch):
     left(line, workspace)
-    monkeypatch.setattr(outbox, "_sending", contextlib.nullcontext())  # which two processes don't share
-    both, find = threading.Barrier(2), Outbox._find
+    monkeypatch.setattr(leftovers, "_sending", contextlib.nullcontext())  # which two processes don't share
+    both, find = threading.Barrier(2), Delivery.find
 
     def slow(*arguments):
         found = find(*arguments)
@@ -281,7 +301,7 @@ def test_of_two_processes_one_sends_what_is_left(line, workspace, monkeypatch):
             both.wait(0.5)
         return found
 
-    monkeypatch.setattr(Outbox, "_find", slow)
+    monkeypatch.setattr(Delivery, "find", slow)
     threads = [threading.Thread(target=Outbox(line, workspace).send_left) for _ in range(2)]
     for thread in threads:
         thread.start()
@@ -299,7 +319,7 @@ def test_of_two_processes_one_sends_what_is_left(line, workspace, monkeypatch):
 def test_what_a_living_process_sends_nobody_else_does(line, workspace, file, who, silent_s, is_at_it):
     folder = left(line, workspace)
     name = {"this": process, "dead": dead_process}.get(who, lambda: who)()
-    body = {"process": name, "alive": time.time() - silent_s, "server": Outbox(line, workspace)._server()}
+    body = {"process": name, "alive": time.time() - silent_s, "server": messages.digest(line.tracking_uri)}
     storage.write_bytes(storage.join(folder, file), json.dumps(body).encode())
     before = storage.list_files(folder)
     Outbox(line, workspace).send_left()
@@ -313,7 +333,7 @@ def test_a_folder_that_is_tried_again_and_again_does_not_fill_up(line, workspace
     folder = left(line, workspace)
     for _ in range(3):
         box = Outbox(line, workspace)
-        monkeypatch.setattr(box, "_deliver", lambda *_, **__: 1 / 0)
+        monkeypatch.setattr(box._delivery, "deliver", lambda *_, **__: 1 / 0)
         box.send_left()
     assert [item for item in storage.list_dir(folder) if "sending" in item] == [
         storage.join(folder, "sending-000000003.json")
@@ -393,7 +413,7 @@ def test_what_belongs_to_a_run_that_the_server_refuses_is_left_out_and_the_rest_
         with pytest.raises(LookupError):
             box.log_metric(refused, "miou", 0.2)
     else:
-        outbox._unsent.clear()  # of that process
+        delivery.unsent.clear()  # of that process
         Outbox(line, workspace).send_left()
     check_part(line, workspace, "row")
     assert capsys.readouterr().out.count("MLflow refuses create_run, which is left out") == 1
@@ -402,13 +422,14 @@ def test_what_belongs_to_a_run_that_the_server_refuses_is_left_out_and_the_rest_
 def test_a_part_waits_for_a_run_that_is_kept_for_a_server_that_is_elsewhere(line, workspace, monkeypatch):
     line.cut = True
     monkeypatch.setattr(outbox, "process", dead_process)
-    whole, part = Outbox(line, workspace), Outbox(line, workspace)
-    whole._server = lambda: "elsewhere"
+    elsewhere = Line(line.tracking_uri)
+    elsewhere.cut, elsewhere.tracking_uri = True, "elsewhere"
+    whole, part = Outbox(elsewhere, workspace), Outbox(line, workspace)
     part_of(part, whole.create_run(whole.experiment("pistoseg", None), run_name="whole").info.run_id, "row")
     monkeypatch.setattr(outbox, "process", process)
-    outbox._unsent.clear()
+    delivery.unsent.clear()
     line.cut = False
-    before = storage.list_files(storage.join(workspace, outbox.FOLDER))
+    before = storage.list_files(storage.join(workspace, messages.FOLDER))
     Outbox(line, workspace).send_left()
     assert [item for item in before if not storage.exists(item)] == []
 
@@ -416,7 +437,7 @@ def test_a_part_waits_for_a_run_that_is_kept_for_a_server_that_is_elsewhere(line
 def test_a_part_waits_for_a_run_of_this_process_that_could_not_be_kept(line, workspace, monkeypatch, capsys):
     line.cut = True
     with monkeypatch.context() as full:
-        full.setattr(outbox, "_write", lambda *_: 1 / 0)
+        full.setattr(messages, "write", lambda *_: 1 / 0)
         whole = Outbox(line, workspace)
         run_id = whole.create_run(whole.experiment("pistoseg", None), run_name="whole").info.run_id
     part = Outbox(line, workspace)
@@ -437,13 +458,13 @@ def test_a_run_that_goes_on_with_one_that_mlflow_never_heard_of_keeps_its_messag
     with Tracker.start(config, workspace, run_id="unsent-0123") as tracker:
         tracker.run().metrics({"miou": 0.5})
     assert "unsent-0123 is still to be sent" in capsys.readouterr().out
-    left = storage.list_files(storage.join(workspace.root, outbox.FOLDER))
+    left = storage.list_files(storage.join(workspace.root, messages.FOLDER))
     calls = [json.loads(storage.read_bytes(item))["call"] for item in left if item[-6].isdigit()]
     assert calls == ["update_run", "set_tag", "log_metric", "set_terminated"]
     with Tracker.start(config, workspace, name="next"):
         pass
     assert "unsent-0123 is gone" in capsys.readouterr().out
-    assert storage.list_files(storage.join(workspace.root, outbox.FOLDER)) == []
+    assert storage.list_files(storage.join(workspace.root, messages.FOLDER)) == []
 
 
 def test_an_answer_that_mlflow_cannot_read_does_not_end_a_run(tmp_path, monkeypatch, capsys):
@@ -500,9 +521,9 @@ def test_what_the_server_refuses_is_left_out_and_the_rest_sent(line, workspace, 
 
 
 def test_an_outbox_for_another_server_stays_and_one_with_other_calls_is_not_obeyed(line, workspace, tmp_path):
-    folder = storage.join(workspace, outbox.FOLDER, "left")
+    folder = storage.join(workspace, messages.FOLDER, "left")
     message = {"call": "delete_experiment", "arguments": {"experiment_id": "0"}, "data": False}
-    for server in ("another", Outbox(line, workspace)._server()):
+    for server in ("another", messages.digest(line.tracking_uri)):
         owner = {"process": "host/0/gone", "server": server}
         storage.write_bytes(storage.join(folder, "owner.json"), json.dumps(owner).encode())
         storage.write_bytes(storage.join(folder, "000001.json"), json.dumps(message).encode())

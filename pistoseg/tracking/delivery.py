@@ -1,0 +1,176 @@
+"""Calls to MLflow, made now or again, with the ids of runs that the server got to know meanwhile put in."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pistoseg import storage
+from pistoseg.redaction import first_line
+from pistoseg.tracking.messages import RUN_TAG, Message
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
+
+UNSENT = "unsent-"
+"""Begins what stands for the id of a run, or of an experiment, that the server does not know yet."""
+MOST_PARAMS = 100
+"""As many parameters a server takes in one call."""
+
+Register = Callable[..., Any]
+unsent: set[str] = set()
+"""Runs that outboxes of this process have still to make, also where the workspace could not be written."""
+
+
+class UnsentError(Exception):
+    """A message belongs to a run that the server does not know: another outbox, as of a parent, has to send that."""
+
+    def __init__(self, run_id: str) -> None:
+        super().__init__(f"{run_id} is still to be sent")
+        self.run_id = run_id
+
+
+class GoneError(LookupError):
+    """A message belongs to a run that the server refused or that nobody can send any more."""
+
+
+class Delivery:
+    """Makes calls on a server.
+
+    Args:
+        client: of the server.
+        register: called with the client and the arguments of a `register`.
+    """
+
+    def __init__(self, client: MlflowClient, register: Register | None = None) -> None:
+        self.client, self._register = client, register
+        self._ids: dict[str, str] = {}
+        self._gone: set[str] = set()
+
+    def deliver(self, call: str, arguments: Mapping[str, Any], data: bytes | None = None, again: bool = False) -> Any:
+        """Make a call of `messages.CALLS`.
+
+        Args:
+            call: its name.
+            arguments: by name.
+            data: bytes of a file to log.
+            again: it may have been made before.
+        Returns:
+            What the client returns; of a new run its id.
+        Raises:
+            UnsentError: its run is still to be sent by another outbox.
+            GoneError: its run never comes.
+            Exception: any that MLflow's back ends and file stores raise; `is_refusal` tells whether they ever take it.
+        """
+        named = dict(arguments)
+        if call == "create_run":
+            return self._create(named, again)
+        if "run_id" in named:
+            named["run_id"] = self.run_id(named["run_id"])
+        if call == "register":
+            assert self._register is not None
+            return self._register(self.client, **named)
+        if call == "log_batch":
+            return self._log_params(named["run_id"], named["params"])
+        if call == "log_artifact":
+            with tempfile.TemporaryDirectory() as folder:
+                file = Path(folder) / storage.name(named["name"])
+                file.write_bytes(data or b"")
+                return self.client.log_artifact(named["run_id"], str(file))
+        return getattr(self.client, call)(**named)
+
+    def deliver_kept(self, message: Message) -> None:
+        """Send a message that was kept, or raise when it has to wait. One that the server refuses is left out."""
+        try:
+            self.deliver(message.call, message.arguments, message.data, again=True)
+        except Exception as error:
+            deleted = message.call == "register" and isinstance(error, FileNotFoundError)  # its bundle, since
+            if not is_refusal(error) and not deleted:
+                raise
+            if not isinstance(error, GoneError):  # that was said of the run
+                print(f"MLflow refuses {message.call}, which is left out: {first_line(error)}")
+            if message.makes:
+                self.leave_out(message.makes)
+
+    def leave_out(self, run_id: str) -> None:
+        """Refuse from now on what belongs to a run that MLflow will never have."""
+        unsent.discard(run_id)
+        self._gone.add(run_id)
+
+    def run_id(self, run_id: str) -> str:
+        """The server's id of a run; `UnsentError` where it does not know that yet, `GoneError` if it never will."""
+        if not run_id.startswith(UNSENT):
+            return run_id
+        if run_id in self._gone:
+            raise GoneError(f"{run_id} is gone")
+        if run_id not in self._ids:
+            found = self.find(run_id)
+            if found is None:
+                raise UnsentError(run_id)
+            self._ids[run_id] = found
+        return self._ids[run_id]
+
+    def find(self, placeholder: str, experiment: str | None = None) -> str | None:
+        """The server's id of a run by what stood for it; None where it has no such run.
+
+        Args:
+            placeholder: what stands for the id.
+            experiment: id of its experiment; None: any.
+        """
+        places = [experiment] if experiment else self.experiments()
+        runs = self.client.search_runs(places, f"tags.`{RUN_TAG}` = '{placeholder}'", max_results=1)
+        return str(runs[0].info.run_id) if runs else None
+
+    def experiments(self) -> list[str]:
+        """Ids of the server's experiments."""
+        return [item.experiment_id for item in self.client.search_experiments()]
+
+    def experiment(self, experiment_id: str) -> str:
+        """The server's id of an experiment, which is made if it is not there; see `unknown_experiment`."""
+        if not experiment_id.startswith(UNSENT):
+            return experiment_id
+        wanted = json.loads(experiment_id.removeprefix(UNSENT))
+        found = self.client.get_experiment_by_name(wanted["name"])
+        if found is not None:
+            return str(found.experiment_id)
+        return str(self.client.create_experiment(wanted["name"], artifact_location=wanted["place"]))
+
+    def _create(self, named: dict[str, Any], again: bool) -> str:
+        placeholder, parent = named["tags"][RUN_TAG], named["tags"].get("mlflow.parentRunId")
+        if parent:
+            named["tags"] = {**named["tags"], "mlflow.parentRunId": self.run_id(parent)}
+        named["experiment_id"] = self.experiment(named["experiment_id"])
+        found = self.find(placeholder, named["experiment_id"]) if again else None
+        run_id = found or str(self.client.create_run(**named).info.run_id)
+        self._ids[placeholder] = run_id
+        unsent.discard(placeholder)
+        return run_id
+
+    def _log_params(self, run_id: str, params: Mapping[str, str]) -> None:
+        from mlflow.entities import Param
+
+        entities = [Param(key, value) for key, value in params.items()]
+        for start in range(0, len(entities), MOST_PARAMS):
+            self.client.log_batch(run_id, params=entities[start : start + MOST_PARAMS])
+
+
+def unknown_experiment(name: str, place: str | None) -> str:
+    """What stands for an experiment's id until it is made.
+
+    Args:
+        name: of the experiment.
+        place: URI of its files; None: the server's choice.
+    """
+    return UNSENT + json.dumps({"name": name, "place": place})
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether a server answered and will never take this, in contrast to one that is away."""
+    from mlflow.exceptions import MlflowException
+
+    refusals = ("INVALID_PARAMETER_VALUE", "RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST")
+    answered = isinstance(error, MlflowException) and error.error_code in (*refusals, "INVALID_STATE", "NOT_FOUND")
+    return answered or isinstance(error, (LookupError, TypeError, AssertionError))
