@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import botocore.exceptions
 import fsspec
@@ -13,10 +15,12 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from pistoseg import storage
 from pistoseg.errors import PistoSegError, UnavailableError
+from pistoseg.progress import Progress
 from pistoseg.slides import results
 from pistoseg.slides.network import SlideSettings
 from pistoseg.slides.source import SlideEntry
 from pistoseg.stages import slides
+from pistoseg.tracking import StageRun
 
 MADE_FROM = {"etag": "1"}
 AWAY = botocore.exceptions.EndpointConnectionError(endpoint_url="http://x")
@@ -82,3 +86,28 @@ def test_slides_whose_storage_is_away_end_the_run_and_one_that_is_not_there_is_i
     network.error = UnavailableError("does not answer")
     with pytest.raises(UnavailableError):
         slides.plan(run)
+
+
+@pytest.mark.parametrize(
+    ("error", "ends"), [(UnavailableError("does not answer"), False), (PistoSegError("was taken over"), True)]
+)
+def test_a_claim_that_is_lost_ends_a_batch_and_a_storage_that_is_away_for_it_does_not(
+    run: slides.SlideRun, network: Network, monkeypatch: pytest.MonkeyPatch, error: PistoSegError, ends: bool
+) -> None:
+    def check() -> None:
+        raise error
+
+    entries = [SlideEntry(name, f"{name}.svs") for name in "bc"]
+    records = [
+        {"slide_id": entry.slide_id, "slide": entry.uri, "status": "failed", "reason": "x", "seconds": 1}
+        for entry in entries
+    ]
+    network.model, network.decisive, network.classes = "model", {}, ()
+    monkeypatch.setattr(slides, "_records", lambda *_: (record for record in records))
+    monkeypatch.setattr(slides.cluster, "connected", lambda _: nullcontext())
+    monkeypatch.setattr(slides, "write_summary", lambda out, rows, *_: {"rows": rows})
+    monkeypatch.setattr(slides, "_track", lambda *_: None)
+    plan = slides.Plan(network, [(entry, 1) for entry in entries], [], 0)
+    claim = SimpleNamespace(check=check)
+    with pytest.raises(PistoSegError, match="taken over") if ends else nullcontext():
+        assert len(slides.segment(run, plan, Progress(), StageRun(), claim)["rows"]) == 2
