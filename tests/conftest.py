@@ -1,5 +1,6 @@
 """What all tests share: quiet tracking, and where real images are."""
 
+import atexit
 import os
 from pathlib import Path
 
@@ -14,6 +15,15 @@ def _no_foreign_services():
     """Tests talk to no server that the shell happens to name."""
     for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS", "AWS_ENDPOINT_URL"):
         os.environ.pop(name, None)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_alarm():
+    """Tests that call a worker's code in their own process must not be killed as that ends."""
+    yield
+    from pistoseg import actors
+
+    atexit.unregister(actors._set_alarm)
 
 
 @pytest.fixture(scope="session")
