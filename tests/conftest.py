@@ -8,6 +8,8 @@ import pytest
 
 # Tests run more threads than there are cores; one that waits must not keep a core from the others.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Ray's workers are nice and would get next to nothing beside the tests that need no Ray.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -15,7 +15,7 @@ from pistoseg.artifacts import Workspace
 from pistoseg.config import load_config
 from pistoseg.pipeline import run_pipeline
 
-COUNT = 3000
+COUNT = 6000
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_a_run_whose_disk_is_full_says_so_and_goes_on_when_there_is_room(tiny, c
     run = shlex.join([sys.executable, "-m", "pistoseg", "synthesize", *options])
     parts = f"{shlex.quote(str(disk))}/runs/synthesis/*/mosaics/part-*"
     done = unshared(
-        f"mount -t tmpfs -o size=5m tmpfs {shlex.quote(str(disk))} && {run}; echo exit $?; sha1sum {parts};"
+        f"mount -t tmpfs -o size=6m tmpfs {shlex.quote(str(disk))} && {run}; echo exit $?; sha1sum {parts};"
         f"mount -o remount,size=500m {shlex.quote(str(disk))} && {run}; echo exit $?; sha1sum {parts}"
     )
     assert re.findall(r"^exit (\d)$", done.stdout, re.M) == ["2", "0"], done.stdout + done.stderr

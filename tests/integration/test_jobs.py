@@ -11,7 +11,8 @@ from conftest import committed
 from processes import STUCK_S, command_line, descendants, wait_for
 
 pytestmark = pytest.mark.processes
-COUNT = 3000  # mosaics, enough that some are made and some are not when the driver is killed
+EQUAL = {"RAY_worker_niceness": "0"}  # see conftest.py
+COUNT = 6000  # mosaics, enough that some are made and some are not when the driver is killed
 
 CLUSTER = """
 import socket
@@ -34,7 +35,7 @@ cluster.shutdown()
 def cluster():
     """Address of the dashboard, the environment with the token, and the process that everything is started by."""
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16), "RAY_USAGE_STATS_ENABLED": "0"}
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | token
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | token | EQUAL
     with subprocess.Popen(
         [sys.executable, "-c", CLUSTER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     ) as process:

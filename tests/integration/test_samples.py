@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import ray
 from conftest import TINY
+from processes import STUCK_S
 
 from pistoseg import storage
 from pistoseg.actors import start_here
@@ -135,7 +136,7 @@ def test_batches_larger_than_what_is_made_ahead_of_need_arrive(monkeypatch):
     batches = iter(dataset.iter_torch_batches(batch_size=20, prefetch_batches=PREFETCHED))
     pool = ThreadPoolExecutor(1)
     for number in range(4):
-        batch = pool.submit(next, batches).result(timeout=60)  # the trainer would wait for ever
+        batch = pool.submit(next, batches).result(timeout=STUCK_S)  # the trainer would wait for ever
         assert batch["index"].tolist() == list(range(20 * number, 20 * number + 20))
         ray.get(progress.set_used.remote(20 * number + 20))
     pool.shutdown()

@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import pytest
+from processes import STUCK_S
 
 HANGING = """
 import ctypes
@@ -14,15 +15,19 @@ libc.__cxa_atexit(libc.pause, None, None)  # after Python has ended, as in the d
 
 
 def test_a_process_whose_exit_hangs_is_ended():
-    ended = subprocess.run([sys.executable, "-c", HANGING.format(call="exit_in_time(1)")], timeout=60)
+    ended = subprocess.run([sys.executable, "-c", HANGING.format(call="exit_in_time(1)")], timeout=STUCK_S)
     assert ended.returncode == -signal.SIGALRM
 
 
 def test_it_would_hang_without():
-    with pytest.raises(subprocess.TimeoutExpired):
-        subprocess.run([sys.executable, "-c", HANGING.format(call="")], timeout=5)
+    code = HANGING.format(call="print('ends now', flush=True)")
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline()
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=5)
+        process.kill()
 
 
 def test_an_exit_in_time_is_left_alone():
     code = "from pistoseg.actors import exit_in_time; exit_in_time(); raise SystemExit(3)"
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 3
+    assert subprocess.run([sys.executable, "-c", code], timeout=STUCK_S).returncode == 3

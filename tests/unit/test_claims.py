@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 import uuid
+from types import SimpleNamespace
 
 import pytest
 
@@ -40,7 +41,8 @@ def foreign(folder, generation=1, **fields):
     storage.write_bytes(storage.join(folder, claims.FOLDER, f"{generation:06d}.json"), json.dumps(body).encode())
 
 
-def test_of_many_that_want_a_folder_one_makes_it_and_the_others_use_it(tmp_path):
+def test_of_many_that_want_a_folder_one_makes_it_and_the_others_use_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "STALE_S", 90.0)
     folder, made, used, inside = str(tmp_path / "artifact"), [], [], []
 
     def ready():
@@ -94,23 +96,21 @@ def test_a_claim_without_a_sign_of_life_is_taken_over_and_the_wait_is_said(folde
     assert said == ["waiting: process 1 on node-7 is at it since 2026-01-01T00:00:00Z"]
 
 
-def test_a_claim_that_beats_is_waited_for_as_long_as_it_takes(folder):
+def test_a_claim_that_beats_is_waited_for_as_long_as_it_takes(folder, monkeypatch):
     foreign(folder)
-    done = threading.Event()
+    clock = [0.0]
 
-    def beat():
-        for number in range(1, 60):
-            foreign(folder, beat=number)
-            time.sleep(0.05)
-        storage.write_bytes(storage.join(folder, "manifest.json"), b"{}")
-        done.set()
+    def sleep(seconds):
+        clock[0] += 5 * seconds
+        if clock[0] < 3 * claims.STALE_S:
+            foreign(folder, beat=clock[0])
+        else:
+            storage.write_bytes(storage.join(folder, "manifest.json"), b"{}")
 
-    thread = threading.Thread(target=beat)
-    thread.start()
+    monkeypatch.setattr(claims, "time", SimpleNamespace(sleep=sleep, monotonic=lambda: clock[0]))
     with claimed(folder, lambda: storage.exists(storage.join(folder, "manifest.json")), lambda text: None) as claim:
-        assert claim is None  # three times STALE_S later
-    thread.join(10)
-    assert done.is_set()
+        assert claim is None
+    assert clock[0] >= 3 * claims.STALE_S
 
 
 def test_the_claim_of_a_dead_process_of_this_machine_is_taken_over_at_once(tmp_path, monkeypatch):

@@ -1,7 +1,7 @@
 import threading
-import time
 
 import pytest
+from processes import wait_for
 
 from pistoseg import claims
 from pistoseg.artifacts import Workspace
@@ -29,15 +29,17 @@ class Said(Progress):
 
 
 def test_of_runs_that_want_one_artifact_one_makes_it_and_the_others_use_it(config, tmp_path, monkeypatch):
-    made = []
+    made, found, said = [], [], [Said() for _ in range(4)]
+
+    def told(what):
+        return sum(what in line for progress in said for line in progress.lines)
 
     def run(stage, context):
         made.append(threading.get_ident())
-        time.sleep(0.5)
+        wait_for(lambda: told("waiting: process") == 3)
         return {"images": 1, "by": made[-1]}
 
     monkeypatch.setattr(Stage, "run", run)
-    found, said = [], [Said() for _ in range(4)]
 
     def work(progress):
         found.append(run_pipeline(config, Workspace(str(tmp_path / "w")), ("patches",), progress=progress)["patches"])
@@ -46,13 +48,11 @@ def test_of_runs_that_want_one_artifact_one_makes_it_and_the_others_use_it(confi
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join()
     assert len(made) == 1
     assert [artifact.summary["by"] for artifact in found] == made * 4
     assert len({artifact.uri for artifact in found}) == 1
-    told = [line for progress in said for line in progress.lines]
-    assert sum("waiting: process" in line for line in told) == 3
-    assert sum("another run has finished it, reused" in line for line in told) == 3
+    assert told("waiting: process") == told("another run has finished it, reused") == 3
     assert [item.name for item in (tmp_path / "w" / "patches" / found[0].fingerprint).iterdir()] == ["manifest.json"]
 
 
