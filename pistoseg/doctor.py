@@ -344,8 +344,9 @@ def _nodes(nodes: list[dict[str, Any]]) -> Iterator[Finding]:
         try:
             facts = ray.get(answer, timeout=NODE_S)
         except ray.exceptions.RayError as error:
-            first = (str(error).splitlines() or [type(error).__name__])[0]
-            yield Finding(name, "failed", first, "look at the node's logs; are PistoSeg and its packages there?")
+            yield Finding(
+                name, "failed", first_line(error), "look at the node's logs; are PistoSeg and its packages there?"
+            )
             continue
         other = {key: found for key, found in facts["versions"].items() if found != here["versions"][key]}
         if facts["python"] != here["python"]:
@@ -359,7 +360,7 @@ def _nodes(nodes: list[dict[str, Any]]) -> Iterator[Finding]:
             resources = node["Resources"]
             text = f"{resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs, versions as here"
             yield Finding(name, "ok", f"{text}{', ' + facts['device'] if facts['device'] else ''}")
-        if len(nodes) > 1:
+        if len(nodes) > 1 or facts["host"] != here["host"]:  # else it is this machine's, which was shown
             yield from _disk(name, facts)
 
 

@@ -48,12 +48,12 @@ def server_options(parser: argparse.ArgumentParser) -> None:
 
 def server(options: argparse.Namespace) -> TrackingConfig:
     """The MLflow server that the settings name; their object storage is what is used from now on."""
-    from pistoseg.config import load_config
+    from pistoseg.config import load_services
     from pistoseg.object_store import use
 
-    config = load_config(file=options.config, overrides=options.overrides)
-    use(config.storage)
-    return config.tracking
+    tracking, storage = load_services(options.config, options.overrides)
+    use(storage)
+    return tracking
 
 
 def _list(options: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import sys
 import threading
@@ -62,10 +63,18 @@ class JsonLines(io.TextIOBase):
             self.write("\n")
 
 
+class _JsonLog(logging.Handler):
+    """Writes what modules log, such as a storage that does not answer, as `log` events."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        json_line(sys.stderr, "log", level=record.levelname.lower(), text=record.getMessage())
+
+
 def run_with_json_log(run: Callable[[], int]) -> int:
     """Run a verb whose events, output and error are all lines of JSON; returns its exit code."""
-    before = os.environ.get(LOG_FORMAT)
+    before, logger, handler = os.environ.get(LOG_FORMAT), logging.getLogger("pistoseg"), _JsonLog()
     os.environ[LOG_FORMAT] = "json"
+    logger.addHandler(handler)
     try:
         with redirect_stdout(JsonLines(sys.stdout)) as lines, closing(lines):
             return run()
@@ -73,6 +82,7 @@ def run_with_json_log(run: Callable[[], int]) -> int:
         json_line(sys.stderr, "error", level="error", **error.fields())
         return 2
     finally:
+        logger.removeHandler(handler)
         os.environ.pop(LOG_FORMAT)
         if before is not None:
             os.environ[LOG_FORMAT] = before

@@ -74,7 +74,13 @@ def submit(arguments: Sequence[str], options: argparse.Namespace) -> int:
                 runtime_env={"working_dir": folder, "env_vars": {"PYTHONUNBUFFERED": "1"}},
                 metadata={"pistoseg": pistoseg.__version__, "verb": verb},
             )
-    print(f"submitted {job} to {redact(address)}", file=sys.stderr, flush=True)
+    from pistoseg.progress import json_line, logs_json
+
+    text = f"submitted {job} to {redact(address)}"
+    if logs_json():
+        json_line(sys.stderr, "submitted", text=text, job=job)
+    else:
+        print(text, file=sys.stderr, flush=True)
     try:
         return _follow(client, job)
     except KeyboardInterrupt:

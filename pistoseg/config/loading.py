@@ -11,8 +11,10 @@ from pydantic import BaseModel, ValidationError
 from pistoseg.classes import TissueClasses
 from pistoseg.config.base import read_yaml
 from pistoseg.config.root import Config
-from pistoseg.config.sections import ClassesConfig
+from pistoseg.config.sections import ClassesConfig, StorageConfig, TrackingConfig
 from pistoseg.errors import PistoSegError
+
+_HELP = "`pistoseg config show` prints every key with its meaning"
 
 
 def presets() -> list[str]:
@@ -67,6 +69,38 @@ def load_config(
     return validate(values, source=file or (f"preset {preset}" if preset else "config"))
 
 
+class _Services(BaseModel):
+    """Sections of a config that say which services are there, whatever is trained."""
+
+    tracking: TrackingConfig = TrackingConfig()
+    storage: StorageConfig = StorageConfig()
+
+
+def load_services(
+    file: str | None = None, overrides: list[str] | tuple[str, ...] = ()
+) -> tuple[TrackingConfig, StorageConfig]:
+    """The sections `tracking` and `storage` alone, of a file that need not be a whole config.
+
+    Args:
+        file: as in `load_config`.
+        overrides: as in `load_config`.
+
+    Raises:
+        PistoSegError: listing every problem of these sections, and sections that no config has.
+    """
+    values: dict[str, Any] = read_yaml(file) if file else {}
+    for item in overrides:
+        values = _merge(values, _parse_override(item))
+    source = file or "config"
+    if unknown := sorted(values.keys() - Config.model_fields - {"preset", "profile"}):
+        raise PistoSegError(f"has the unknown sections {', '.join(unknown)}", file=source, remedy=_HELP)
+    try:
+        services = _Services.model_validate(values)
+    except ValidationError as error:
+        raise _refusal(error, source) from None
+    return services.tracking, services.storage
+
+
 def load_classes(uri: str) -> TissueClasses:
     """Tissue classes from a YAML file with the keys of the config's `classes` section."""
     try:
@@ -94,7 +128,7 @@ def _refusal(error: ValidationError, source: str) -> PistoSegError:
     return PistoSegError(
         f"{len(lines)} problem(s) in the config:" + "".join(dict.fromkeys(lines)),
         file=source,
-        remedy="`pistoseg config show` prints every key with its meaning",
+        remedy=_HELP,
     )
 
 

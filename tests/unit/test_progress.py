@@ -1,5 +1,6 @@
 import io
 import json
+import logging
 import re
 
 import pytest
@@ -80,11 +81,15 @@ def test_a_stage_that_fails_is_an_event_of_its_own(monkeypatch):
 def test_results_and_errors_are_lines_of_json_too(monkeypatch, capsys):
     def train(config, workspace):
         print("one\ntwo", end="")
+        logging.getLogger("pistoseg.storage").warning("%s is slow", "s3://me:hunter2@b")
 
     monkeypatch.setattr("pistoseg.commands.train", train)
     assert main(["train", "--preset", "demo", "--log-format", "json"]) == 0
-    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    written = capsys.readouterr()
+    events = [json.loads(line) for line in written.out.splitlines()]
     assert [(event["event"], event["text"]) for event in events] == [("output", "one"), ("output", "two")]
+    (event,) = [json.loads(line) for line in written.err.splitlines()]
+    assert (event["event"], event["level"], event["text"]) == ("log", "warning", "s3://***@b is slow")
 
     def refuse(config, workspace):
         raise PistoSegError("is bad", file="s3://me:hunter2@b/x", field="y", remedy="mend it")
