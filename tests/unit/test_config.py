@@ -379,7 +379,7 @@ def test_the_sections_of_services_are_read_without_the_rest_of_a_config(tmp_path
     tracking, storage = load_services(str(file), ["storage.anonymous=true"])
     assert (tracking.uri, storage.anonymous) == ("http://a", True)
     assert load_services() == (TrackingConfig(), StorageConfig())
-    with pytest.raises(PistoSegError, match="tracking.url: unknown key"):
+    with pytest.raises(PistoSegError, match=r"tracking\.url: unknown key"):
         load_services(overrides=["tracking.url=http://a"])
     with pytest.raises(PistoSegError, match="unknown sections trakcing"):
         load_services(overrides=["trakcing.uri=http://a"])
