@@ -61,10 +61,10 @@ def decode_rgb(data: bytes, name: str, max_pixels: int = 50_000_000, min_size: i
     _check_size(image, name, max_pixels, min_size)
     _check_pixels(image, data, name, _COLOR_MODES)
     image = _load(image, name)
-    if image.mode in _ALPHA_MODES or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba)
-    return np.array(image.convert("RGB"))
+    try:
+        return np.array(_on_white(image).convert("RGB"))
+    except Exception as error:  # a colour mode that Pillow reads and does not convert
+        raise _unreadable(name, error) from error
 
 
 def decode_mask(
@@ -197,6 +197,16 @@ def _load(image: Image.Image, name: str) -> Image.Image:
         return ImageOps.exif_transpose(image)
     except Exception as error:  # decoders of untrusted bytes raise anything
         raise _unreadable(name, error) from error
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """The image over white where it has an alpha channel or a transparent colour, else as it is."""
+    if image.mode not in _ALPHA_MODES and "transparency" not in image.info:
+        return image
+    if image.mode == "La":  # associated alpha, which Pillow converts to no other mode
+        image = image.convert("LA")
+    rgba = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba)
 
 
 def _unreadable(name: str, error: Exception) -> PistoSegError:

@@ -48,6 +48,7 @@ def damaged(data, start, stop):
 
 
 PNG, JPEG, TIFF = encoded(RGB), encoded(RGB, "JPEG"), tiff(RGB)
+GREY_ALPHA = np.dstack([RGB[..., 0], np.full(RGB.shape[:2], 255, np.uint8)])
 FRAMES = [Image.fromarray(tissue(s)) for s in (1, 2)]
 
 BROKEN_FILES = {
@@ -112,6 +113,8 @@ GOOD_FILES = {
     "big-endian tiff": (tiff(RGB, byteorder=">"), 0),
     "png called jpg": (PNG, 0),
     "opaque alpha": (encoded(RGB, "PNG", "RGBA"), 0),
+    "grey tiff with alpha": (tiff(GREY_ALPHA, photometric="minisblack", extrasamples=["unassalpha"]), None),
+    "grey tiff with associated alpha": (tiff(GREY_ALPHA, photometric="minisblack", extrasamples=["assocalpha"]), None),
     "jpeg": (encoded(RGB // 8 + 100, "JPEG", quality=95, subsampling=0), None),
 }
 
@@ -139,6 +142,11 @@ def test_transparent_pixels_are_white():
     pixels = decode_rgb(encoded(rgba), "x")
     assert (pixels[:4, :4] == 255).all()
     assert np.array_equal(pixels[4:], RGB[4:])
+    half = np.full((20, 20, 2), 128, np.uint8)
+    half[..., 0] = 100
+    for kind, grey in (("assocalpha", 100), ("unassalpha", 50)):  # what of the 100 is seen
+        pixels = decode_rgb(tiff(half, photometric="minisblack", extrasamples=[kind]), "x")
+        assert (pixels == grey + 255 - 128).all()
     palette = Image.new("P", (20, 20), 0)
     palette.putpalette([10, 20, 30])
     assert (decode_rgb(encoded(palette, transparency=0), "x") == 255).all()
