@@ -3,12 +3,11 @@
 import io
 import os
 import struct
-import zlib
 
 import numpy as np
 import pytest
 import tifffile
-from patch_files import CLASSES, encoded, mask_png, put, tissue
+from patch_files import CLASSES, encoded, mask_png, png_file, put, tissue
 from PIL import Image
 
 from pistoseg.config import DataConfig, ScaleConfig
@@ -23,12 +22,7 @@ RGB = tissue()
 
 def png_header(width, height):
     """A PNG that claims a size and holds no pixels for it."""
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(b"\0" * 64)) + chunk(b"IEND", b"")
+    return png_file(width, height, 8, 2, b"\0" * 64)
 
 
 def tiff(pixels, **options):
