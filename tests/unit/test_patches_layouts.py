@@ -164,6 +164,7 @@ def test_a_bad_row_is_rejected_with_its_line_and_the_others_are_kept(tmp_path, r
         (HEADER.encode() + b"gone.png,0,0,8,8,1,0,0\n", "gone.png does not exist"),
         (b"\xff\xfe\x00\x01", "UTF-8"),
         (HEADER.encode() + b'"' + b"x" * 200_000, "not valid CSV"),
+        (b"x" * 200_000 + b",image\n", "row 1: is not valid CSV"),
     ],
 )
 def test_a_table_that_cannot_be_used_is_a_clear_error(tmp_path, content, says):
@@ -172,6 +173,22 @@ def test_a_table_that_cannot_be_used_is_a_clear_error(tmp_path, content, says):
     with pytest.raises(PistoSegError, match=says) as caught:
         scan(tmp_path)
     assert "patches.csv" in (caught.value.file or "")
+
+
+def test_blank_rows_of_spreadsheets_are_no_bad_rows_and_keep_their_numbers(tmp_path):
+    put(tmp_path, "a.png")
+    table(tmp_path, ["a.png,0,0,20,20,1,0,0", ",,,,,,,", "", " , ,,,,,,,,", "a.png,0,0,8,8,2,0,0", ",,,,,,,"])
+    listing = scan(tmp_path)
+    assert [len(image.windows) for image in listing.images] == [1]
+    assert [rejection.name for rejection in listing.rejected] == ["patches.csv row 6 (a.png)"]
+
+
+def test_rows_of_nulls_in_a_parquet_table_are_no_bad_rows(tmp_path):
+    put(tmp_path, "a.png")
+    rows = {"image": ["a.png", None], "tumor": [True, None], "stroma": [False, None], "normal": [0, None]}
+    storage.write_parquet(pa.table(rows), str(tmp_path / "labels.parquet"))
+    listing = scan(tmp_path)
+    assert (len(listing.images), listing.rejected) == (1, [])
 
 
 def test_a_broken_parquet_table_is_a_clear_error(tmp_path):

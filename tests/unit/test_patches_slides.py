@@ -245,6 +245,7 @@ def test_every_shape_of_a_qupath_export_is_read(tmp_path):
         (b"\xff\xfe\x00", "is not valid JSON"),
         (b'{"type": "Topology"}', "is no GeoJSON with features"),
         (b"[1, 2]", "is no GeoJSON with features"),
+        (b'[{"geometry": null, "properties": "x"}]', "properties of feature 1: are no object"),
         (b'[{"geometry": {"type": "Polygon", "coordinates": [[[0, 0]]]}}]', "geometry of feature 1: is broken"),
     ],
 )
