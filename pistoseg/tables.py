@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from pistoseg import storage
+from pistoseg.classes import folded
 from pistoseg.errors import PistoSegError
 
 Row = dict[str, Any]
-"""Values by casefolded column name; of a CSV file, text."""
+"""Values by folded column name (`pistoseg.classes.folded`); of a CSV file, text."""
 
 
 def refuse_extra_fields(row: Row) -> None:
@@ -26,7 +27,7 @@ def open_table(uri: str) -> tuple[list[str], Iterator[tuple[int, Row]]]:
     Args:
         uri: CSV, or Parquet by its ending.
     Returns:
-        Casefolded column names, and rows with their numbers: the line of a CSV file, whose header is line 1, or the row
+        Folded column names, and rows with their numbers: the line of a CSV file, whose header is line 1, or the row
         of a Parquet file, counted from 1. A row with more fields than columns keeps them under None. Blank rows, which
         spreadsheets leave below a table, are left out.
     Raises:
@@ -46,7 +47,7 @@ def _open_csv(uri: str) -> tuple[list[str], Iterator[tuple[int, Row]]]:
     delimiter = max(",;\t", key=first_line.count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
     lines = _lines(reader, uri)
-    header = [column.strip().casefold() for column in next(lines, [])]
+    header = [folded(column) for column in next(lines, [])]
 
     def rows() -> Iterator[tuple[int, Row]]:
         for values in lines:
@@ -78,7 +79,7 @@ def _open_parquet(uri: str) -> tuple[list[str], Iterator[tuple[int, Row]]]:
         raise PistoSegError(
             f"is not a Parquet file that can be read ({error})", file=uri, remedy="write it again"
         ) from error
-    header = [column.strip().casefold() for column in table.column_names]
+    header = [folded(column) for column in table.column_names]
 
     def rows() -> Iterator[tuple[int, Row]]:
         number = 0
