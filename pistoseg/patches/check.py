@@ -265,11 +265,9 @@ def _check_split(
     truths = [result for result in results if isinstance(result, _Truth)]
     counted = [truth.counts for truth in truths if truth.counts is not None]
     total = sum(counted, np.zeros(256, np.int64))
-    values = {
-        **dict(enumerate(classes.names)),
-        classes.background_id: "background",
-        IGNORE_ID: "unknown",
-    }
+    values = dict(enumerate(classes.names))
+    for value, name in ((classes.background_id, "background"), (IGNORE_ID, "unknown")):
+        values[value] = f"{name} (no class)" if name in classes.names else name
     found = SplitReport(
         images=len(listing.pairs),
         scored=len(counted),

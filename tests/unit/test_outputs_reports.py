@@ -51,6 +51,17 @@ def test_the_summary_in_all_its_files(tmp_path):
     assert record["cohort"]["classes"]["tumor"] == {"mm2": 4.0, "share": 0.5, "median_share": 0.5, "slides": 2}
 
 
+def test_a_class_called_tissue_leaves_the_area_of_all_classes_in_its_column(tmp_path):
+    classes = TissueClasses((TissueClass("tissue", (200, 30, 30)), TissueClass("fat", (0, 150, 110))))
+    counts = np.zeros(256, np.int64)
+    counts[:2] = 3_000_000, 1_000_000
+    row = SlideRow("a", "a.svs", "completed", areas=slide_areas(counts, 1.0, classes))
+    write_summary(str(tmp_path), [row], classes, {})
+    (found,) = pq.read_table(tmp_path / "summary.parquet").to_pylist()
+    names = ("tissue_mm2", "class_tissue_mm2", "fat_mm2", "tissue_share", "fat_share")
+    assert [found[name] for name in names] == [4.0, 3.0, 1.0, 0.75, 0.25]
+
+
 def test_the_readable_summary_names_failures_first(tmp_path):
     write_summary(str(tmp_path), ROWS, CLASSES, {})
     text = (tmp_path / "summary.md").read_text()

@@ -8,6 +8,7 @@ import pytest
 from patch_files import CLASSES, encoded, mask_png, put, tissue
 
 from pistoseg import storage
+from pistoseg.classes import TissueClass, TissueClasses
 from pistoseg.commands import data_check
 from pistoseg.config import DataConfig, load_config
 from pistoseg.errors import PistoSegError
@@ -92,6 +93,17 @@ def test_images_that_are_too_large_at_the_networks_pixel_size_are_rejected_as_th
     assert "128x128 px at the networks' pixel size" in rejection.reason
     assert rejected == asdict(rejection)
     assert "1 of 13" in capsys.readouterr().out
+
+
+def test_a_class_called_background_is_told_from_pixels_without_a_class(tmp_path):
+    write_good(tmp_path)
+    names = ("tumor", "background", "unknown")
+    classes = TissueClasses(tuple(TissueClass(name, (0, 0, k)) for k, name in enumerate(names)))
+    put(tmp_path, "validation/mask/v.png", encoded(np.tile(np.array([0, 2, 3, 3], np.uint8), (32, 10))))
+    report = check(str(tmp_path), classes, DataConfig(min_single_tissue=2), workers=2)
+    others = {"background (no class)": 640, "unknown (no class)": 0}
+    assert report.splits["validation"].pixels == {"tumor": 320, "background": 0, "unknown": 320} | others
+    assert report.warnings == ["no mask of validation shows background: the IoU there is undefined"]
 
 
 def test_bad_files_are_listed_and_too_many_of_them_are_a_problem(tmp_path):
