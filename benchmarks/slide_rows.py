@@ -14,13 +14,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from benchmarks import harness
 
 COLUMNS = ("rows", "plan_s", "first_row_s", "rows_s", "rows_per_s", "summary_s", "cpu_s", "peak_mb", "kb_per_row")
 
@@ -135,7 +136,6 @@ def measure(rows: int, workers: int) -> dict[str, float]:
 
             stage.segment(run, found, Progress(Console(file=quiet)), StageRun())
             ended, worked = time.monotonic(), time.process_time() - worked
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     assert len(arrivals) == rows
     return {
         "rows": rows,
@@ -145,7 +145,7 @@ def measure(rows: int, workers: int) -> dict[str, float]:
         "rows_per_s": round(rows / max(arrivals[-1] - planned, 1e-9), 1),
         "summary_s": round(ended - arrivals[-1], 1),
         "cpu_s": round(worked, 1),
-        "peak_mb": round(peak),
+        "peak_mb": round(harness.peak_mib()),
     }
 
 

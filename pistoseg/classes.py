@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -62,9 +63,9 @@ class TissueClasses:
         return [tissue.name for tissue in self.classes]
 
     def index(self, name: str) -> int:
-        """Class id of a name, whatever its case; `KeyError` when there is none."""
+        """Class id of a name, compared as `folded`; `KeyError` when there is none."""
         for position, tissue in enumerate(self.classes):
-            if tissue.name.casefold() == name.strip().casefold():
+            if folded(tissue.name) == folded(name):
                 return position
         raise KeyError(name)
 
@@ -98,21 +99,31 @@ class TissueClasses:
         )
 
 
+def composed(name: str) -> str:
+    """A name with its accents as most keyboards write them (NFC); those of Macs' files are letters of their own."""
+    return unicodedata.normalize("NFC", name)
+
+
+def folded(name: str) -> str:
+    """A name as names are compared: without spaces around it, case, and the way in which accents are written."""
+    return composed(name.strip()).casefold()
+
+
 def class_weights(weights: Mapping[str, float], names: Sequence[str]) -> list[float]:
     """The weight of every class, in the order of `names`, from weights by name, whatever their case.
 
     Raises:
         PistoSegError: a class has no weight or two, a name is no class, or the weights can't be drawn by.
     """
-    folded = {name.strip().casefold(): weight for name, weight in weights.items()}
-    expected = [name.strip().casefold() for name in names]
-    if len(folded) < len(weights) or set(folded) != set(expected):
+    given = {folded(name): weight for name, weight in weights.items()}
+    expected = [folded(name) for name in names]
+    if len(given) < len(weights) or set(given) != set(expected):
         raise PistoSegError(
             f"weights are given for {', '.join(weights)}, but the classes are {', '.join(names)}",
             field="class_sampling",
             remedy="give one weight per class name, 0 for a class to leave out",
         )
-    found = [float(folded[name]) for name in expected]
+    found = [float(given[name]) for name in expected]
     if not all(math.isfinite(weight) and weight >= 0 for weight in found) or not any(found):
         raise PistoSegError(
             "the weights must be finite, not negative, and not all 0",

@@ -204,7 +204,13 @@ def data_check(data: str, config: Config, out: str | None, workers: int | None) 
     data = storage.absolute(data)
     opener = SlideOpener(network_mpp(config.scale)) if is_manifest(data) else None
     report = check(
-        data, config.classes.tissue(), config.data, workers=workers or available_cpus(), out=out, opener=opener
+        data,
+        config.classes.tissue(),
+        config.data,
+        scale=config.scale,
+        workers=workers or available_cpus(),
+        out=out,
+        opener=opener,
     )
     print(report.to_text())
     return 0 if report.ok else 1

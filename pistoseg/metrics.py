@@ -249,6 +249,11 @@ def label_agreement(labels: ArrayLike, areas: ArrayLike) -> Scores:
     return _share(hits, hits + false + missed, true.any(0))
 
 
+def mean_over_classes(scores: Scores) -> float | None:
+    """Mean of (L,) scores over the classes that have one; None where none has."""
+    return _or_none(float(_mean(scores)))
+
+
 def _parts(counts: Counts) -> tuple[Scores, Scores, Scores]:
     """True positives, pixels of the truth and pixels of the prediction by class, (..., L) float64 each."""
     counts = np.asarray(counts)

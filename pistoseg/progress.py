@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, redirect_stdout
+from math import isfinite
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -36,10 +37,11 @@ def logs_json() -> bool:
 
 
 def json_line(stream: TextIO, event: str, *, level: str = "info", **fields: Any) -> None:
-    """Write one event as a line of JSON."""
+    """Write one event as a line of JSON, which has no word for a number that is not finite: it is null."""
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     known = {key: value for key, value in fields.items() if value not in (None, "")}
-    line = json.dumps({"time": now, "level": level, "event": event, **redacted(known)}, ensure_ascii=False)
+    finite = {key: None if isinstance(value, float) and not isfinite(value) else value for key, value in known.items()}
+    line = json.dumps({"time": now, "level": level, "event": event, **redacted(finite)}, ensure_ascii=False)
     print(line, file=stream, flush=True)
 
 

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from pistoseg import storage
+from pistoseg.classes import folded
 from pistoseg.errors import PistoSegError
 
 Row = dict[str, Any]
-"""Values by casefolded column name; of a CSV file, text."""
+"""Values by folded column name (`pistoseg.classes.folded`); of a CSV file, text."""
 
 
 def refuse_extra_fields(row: Row) -> None:
@@ -26,8 +27,9 @@ def open_table(uri: str) -> tuple[list[str], Iterator[tuple[int, Row]]]:
     Args:
         uri: CSV, or Parquet by its ending.
     Returns:
-        Casefolded column names, and rows with their numbers: the line of a CSV file, whose header is line 1, or the row
-        of a Parquet file, counted from 1. A row with more fields than columns keeps them under None.
+        Folded column names, and rows with their numbers: the line of a CSV file, whose header is line 1, or the row
+        of a Parquet file, counted from 1. A row with more fields than columns keeps them under None. Blank rows, which
+        spreadsheets leave below a table, are left out.
     Raises:
         PistoSegError: the table cannot be read; also while rows are read.
     """
@@ -44,27 +46,30 @@ def _open_csv(uri: str) -> tuple[list[str], Iterator[tuple[int, Row]]]:
     first_line = text.partition("\n")[0]
     delimiter = max(",;\t", key=first_line.count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
-    header = [column.strip().casefold() for column in next(reader, [])]
+    lines = _lines(reader, uri)
+    header = [folded(column) for column in next(lines, [])]
 
     def rows() -> Iterator[tuple[int, Row]]:
-        try:
-            for values in reader:
-                if not values:
-                    continue
-                row: Row = dict.fromkeys(header)
-                row.update(zip(header, values, strict=False))
-                if len(values) > len(header):
-                    row[None] = values[len(header) :]  # type: ignore[index]
-                yield reader.line_num, row
-        except csv.Error as error:
-            raise PistoSegError(
-                f"is not valid CSV ({error})",
-                file=uri,
-                field=f"row {reader.line_num}",
-                remedy="save it again as CSV",
-            ) from error
+        for values in lines:
+            if not any(value.strip() for value in values):
+                continue
+            row: Row = dict.fromkeys(header)
+            row.update(zip(header, values, strict=False))
+            if len(values) > len(header):
+                row[None] = values[len(header) :]  # type: ignore[index]
+            yield reader.line_num, row
 
     return header, rows()
+
+
+def _lines(reader: Any, uri: str) -> Iterator[list[str]]:
+    """What a `csv.reader` gives; `PistoSegError` where it is not valid."""
+    try:
+        yield from reader
+    except csv.Error as error:
+        raise PistoSegError(
+            f"is not valid CSV ({error})", file=uri, field=f"row {reader.line_num}", remedy="save it again as CSV"
+        ) from error
 
 
 def _open_parquet(uri: str) -> tuple[list[str], Iterator[tuple[int, Row]]]:
@@ -74,13 +79,14 @@ def _open_parquet(uri: str) -> tuple[list[str], Iterator[tuple[int, Row]]]:
         raise PistoSegError(
             f"is not a Parquet file that can be read ({error})", file=uri, remedy="write it again"
         ) from error
-    header = [column.strip().casefold() for column in table.column_names]
+    header = [folded(column) for column in table.column_names]
 
     def rows() -> Iterator[tuple[int, Row]]:
         number = 0
         for batch in table.rename_columns(header).to_batches():
             for row in batch.to_pylist():
                 number += 1
-                yield number, row
+                if any(value is not None for value in row.values()):
+                    yield number, row
 
     return header, rows()

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from pistoseg.classes import MAX_CLASSES, TissueClass, TissueClasses
+from pistoseg.classes import MAX_CLASSES, TissueClass, TissueClasses, folded
 from pistoseg.config.base import Channel, Positive, Section, Share, refuse_gaps
 from pistoseg.redaction import has_secret
 
@@ -30,7 +30,7 @@ class ClassesConfig(Section):
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:
-        names = [tissue.name.strip().casefold() for tissue in self.classes]
+        names = [folded(tissue.name) for tissue in self.classes]
         if len(set(names)) < len(names):
             raise ValueError("class names must differ (case and spaces around them do not count)")
         if 0 <= self.background_id < len(self.classes):

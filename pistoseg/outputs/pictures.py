@@ -13,6 +13,7 @@ from pistoseg.classes import TissueClasses
 CELL = 224
 MARGIN = 8
 TEXT = 16
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 @dataclass(frozen=True)
@@ -58,34 +59,37 @@ def sheet(rows: list[list[Panel]], classes: TissueClasses, columns: int = 2) -> 
     group = width * (CELL + MARGIN) + MARGIN
     lines = [rows[start : start + columns] for start in range(0, len(rows), columns)]
     heights = [TEXT + MARGIN + max(_fitted_size(panel.image)[1] for row in line for panel in row) for line in lines]
-    canvas = Image.new("RGB", (columns * group, sum(heights) + TEXT + 3 * MARGIN), "white")
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(12)
+    font = ImageFont.load_default(12)
+    places = legend_places(classes, columns * group - 2 * MARGIN, font)
+    canvas = Image.new("RGB", (columns * group, sum(heights) + places[-1][1] + TEXT + 3 * MARGIN), "white")
+    draw = ImageDraw.Draw(canvas)
     top = MARGIN
     for line, height in zip(lines, heights, strict=True):
         for number, row in enumerate(line):
-            for place, panel in enumerate(row):
-                x = MARGIN + number * group + place * (CELL + MARGIN)
+            for column, panel in enumerate(row):
+                x = MARGIN + number * group + column * (CELL + MARGIN)
                 draw.text((x, top), _short(panel.title), "black", font)
                 pixels = panel.image if panel.mask is None else overlay(panel.image, panel.mask, classes)
                 fitted = Image.fromarray(pixels).resize(_fitted_size(pixels), Image.Resampling.BILINEAR)
                 canvas.paste(fitted, (x, top + TEXT))
         top += height
-    legend(draw, classes, (MARGIN, top + MARGIN), font)
+    for tissue, place in zip(classes.classes, places, strict=True):
+        x, y = MARGIN + place[0], top + MARGIN + place[1]
+        draw.rectangle((x, y, x + TEXT - 4, y + TEXT - 4), tissue.color, "black")
+        draw.text((x + TEXT, y - 1), _short(tissue.name), "black", font)
     return np.asarray(canvas)
 
 
-def legend(
-    draw: ImageDraw.ImageDraw,
-    classes: TissueClasses,
-    origin: tuple[int, int],
-    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
-) -> None:
-    """Draw a square and a name for each class, from left to right."""
-    x, y = origin
+def legend_places(classes: TissueClasses, width: int, font: Font) -> list[tuple[int, int]]:
+    """Where the squares of a legend go, a name beside each, from left to right in lines of this width: x and y, px."""
+    places, x, y = [], 0, 0
     for tissue in classes.classes:
-        draw.rectangle((x, y, x + TEXT - 4, y + TEXT - 4), tissue.color, "black")
-        draw.text((x + TEXT, y - 1), tissue.name, "black", font)
-        x += TEXT + MARGIN * 2 + int(draw.textlength(tissue.name, font))
+        taken = TEXT + int(font.getlength(_short(tissue.name)))
+        if x and x + taken > width:
+            x, y = 0, y + TEXT
+        places.append((x, y))
+        x += taken + 2 * MARGIN
+    return places
 
 
 def _fitted_size(pixels: NDArray[np.uint8]) -> tuple[int, int]:

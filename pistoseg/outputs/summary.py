@@ -71,7 +71,8 @@ def write_summary(uri: str, rows: Iterable[SlideRow], classes: TissueClasses, ru
     Args:
         uri: the folder, local or not.
         rows: of all slides, in any order; failed ones come first, then by slide_id.
-        classes: of the model; each has the columns `<name>_mm2` and `<name>_share`.
+        classes: of the model; each has the columns `<name>_mm2` and `<name>_share`. That of the area of a class called
+            tissue is `class_tissue_mm2`: `tissue_mm2` is of all classes together.
         run: arguments, model and times of the run, as JSON has them.
     Returns:
         What run.json says: `run` with format, versions, slides by status and the cohort's areas.
@@ -124,7 +125,8 @@ def summary_table(rows: Sequence[SlideRow], classes: TissueClasses) -> pa.Table:
     for measure in ("mm2", "share"):
         for name in classes.names:
             values = [found and found["classes"][name][measure] for found in areas]
-            columns[f"{name}_{measure}"] = pa.array(values, pa.float64())
+            column = f"{name}_{measure}"
+            columns[f"class_{column}" if column in columns else column] = pa.array(values, pa.float64())
     columns["tumor_stroma_ratio"] = pa.array([found and found["tumor_stroma_ratio"] for found in areas], pa.float64())
     return pa.table(columns)
 

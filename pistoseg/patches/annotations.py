@@ -65,6 +65,8 @@ def read_annotations(uri: str, classes: TissueClasses) -> Annotations:
     unclassified = other = 0
     for number, feature in enumerate(_features(uri), 1):
         properties = feature.get("properties") or {}
+        if not isinstance(properties, dict):
+            raise PistoSegError("are no object", file=uri, field=f"properties of feature {number}", remedy=_EXPORT)
         parts = _polygons(feature.get("geometry"), uri, number)
         if not parts or properties.get("objectType", _REGIONS[0]) not in _REGIONS:
             other += 1

@@ -15,7 +15,7 @@ import numpy as np
 
 from pistoseg import storage
 from pistoseg.classes import IGNORE_ID, TissueClasses
-from pistoseg.config import DataConfig
+from pistoseg.config import DataConfig, ScaleConfig
 from pistoseg.errors import PistoSegError
 from pistoseg.outputs.pictures import Panel, sheet
 from pistoseg.patches.crops import Crop, CutNote, Opener, crops, note_lines
@@ -24,6 +24,7 @@ from pistoseg.patches.layouts import IMAGE_FOLDERS, MASK_FOLDERS, find_split, sc
 from pistoseg.patches.manifest import is_manifest, scan_slides
 from pistoseg.patches.report import Report, SplitReport
 from pistoseg.patches.source import EvaluationPair, Rejection, SlideSource, SourceImage, Window, outside
+from pistoseg.patches.store import network_size
 
 _EXAMPLES = 16
 _SHEETS = 24
@@ -57,6 +58,7 @@ def check(
     classes: TissueClasses,
     config: DataConfig,
     *,
+    scale: ScaleConfig | None = None,
     workers: int = 4,
     out: str | None = None,
     opener: Opener | None = None,
@@ -67,6 +69,7 @@ def check(
         data_uri: the data set, its training folder, a folder with img/ and mask/, or a manifest of slides.
         classes: what labels and masks must fit.
         config: layout, limits, and the validation folder where it lies elsewhere.
+        scale: the networks' pixel size; None: that of the images. Slides have it from their opener.
         workers: threads that read.
         out: folder or URI for report.json, report.txt and sheets of examples; None writes nothing.
         opener: opens the slides of a manifest; needed for one.
@@ -81,7 +84,7 @@ def check(
         assert opener is not None, "a manifest of slides needs a way to open them"
         read = _check_slides(data_uri, classes, config, report, workers, opener)
     elif training is not None:
-        read = _check_training(training, classes, config, report, workers)
+        read = _check_training(training, classes, config, scale or ScaleConfig(), report, workers)
     truths = {
         split: _check_split(split, folder, classes, config, report, workers)
         for split, folder in _evaluation_folders(data_uri, config).items()
@@ -113,7 +116,9 @@ def _evaluation_folders(data_uri: str, config: DataConfig) -> dict[str, str]:
     return {split: folder for split, folder in folders.items() if folder is not None}
 
 
-def _check_training(uri: str, classes: TissueClasses, config: DataConfig, report: Report, workers: int) -> list[_Read]:
+def _check_training(
+    uri: str, classes: TissueClasses, config: DataConfig, scale: ScaleConfig, report: Report, workers: int
+) -> list[_Read]:
     try:
         listing = scan_training(uri, classes, config)
     except PistoSegError as error:
@@ -123,9 +128,10 @@ def _check_training(uri: str, classes: TissueClasses, config: DataConfig, report
     def read(source: SourceImage) -> tuple[_Read | None, list[Rejection]]:
         try:
             pixels = read_rgb(source.uri, source.name, config.max_pixels, config.min_size)
+            height, width = pixels.shape[:2]
+            network_size(height, width, config, scale)
         except PistoSegError as error:
             return None, [Rejection.of(error, source.name)]
-        height, width = pixels.shape[:2]
         windows = [window.resolved(width, height) for window in source.windows]
         beyond = [outside(source, window, width, height) for window in windows]
         kept = tuple(window for window, rejection in zip(windows, beyond, strict=True) if rejection is None)
@@ -259,11 +265,9 @@ def _check_split(
     truths = [result for result in results if isinstance(result, _Truth)]
     counted = [truth.counts for truth in truths if truth.counts is not None]
     total = sum(counted, np.zeros(256, np.int64))
-    values = {
-        **dict(enumerate(classes.names)),
-        classes.background_id: "background",
-        IGNORE_ID: "unknown",
-    }
+    values = dict(enumerate(classes.names))
+    for value, name in ((classes.background_id, "background"), (IGNORE_ID, "unknown")):
+        values[value] = f"{name} (no class)" if name in classes.names else name
     found = SplitReport(
         images=len(listing.pairs),
         scored=len(counted),

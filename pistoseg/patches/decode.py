@@ -61,10 +61,10 @@ def decode_rgb(data: bytes, name: str, max_pixels: int = 50_000_000, min_size: i
     _check_size(image, name, max_pixels, min_size)
     _check_pixels(image, data, name, _COLOR_MODES)
     image = _load(image, name)
-    if image.mode in _ALPHA_MODES or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba)
-    return np.array(image.convert("RGB"))
+    try:
+        return np.array(_on_white(image).convert("RGB"))
+    except Exception as error:  # a colour mode that Pillow reads and does not convert
+        raise _unreadable(name, error) from error
 
 
 def decode_mask(
@@ -94,13 +94,14 @@ def decode_mask(
             "a mask cannot be a JPEG, whose compression changes values", file=name, remedy="save the mask as PNG"
         )
     _check_pixels(image, data, name, {"1", "L", "P", "RGB", "RGBA"})
+    step = _grey_step(image, data)
     image = _load(image, name)
     _check_expected(image, name, expected_size)
     if image.mode == "RGBA" and image.getchannel("A").getextrema() != (255, 255):
         raise PistoSegError("the mask has transparent pixels", file=name, remedy="save it without an alpha channel")
     if image.mode in ("RGB", "RGBA"):
         return _ids_of_colors(np.array(image.convert("RGB")), name, classes)
-    ids = np.array(image, dtype=np.uint8)
+    ids = np.array(image, dtype=np.uint8) // step
     allowed = {*range(len(classes)), classes.background_id, IGNORE_ID}
     foreign = sorted({int(v) for v in np.flatnonzero(np.bincount(ids.ravel(), minlength=256))} - allowed)
     if foreign:
@@ -199,6 +200,16 @@ def _load(image: Image.Image, name: str) -> Image.Image:
         raise _unreadable(name, error) from error
 
 
+def _on_white(image: Image.Image) -> Image.Image:
+    """The image over white where it has an alpha channel or a transparent colour, else as it is."""
+    if image.mode not in _ALPHA_MODES and "transparency" not in image.info:
+        return image
+    if image.mode == "La":  # associated alpha, which Pillow converts to no other mode
+        image = image.convert("LA")
+    rgba = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba)
+
+
 def _unreadable(name: str, error: Exception) -> PistoSegError:
     detail = str(error).strip().rstrip(".") or type(error).__name__
     return PistoSegError(
@@ -256,6 +267,12 @@ def _samples(image: Image.Image, data: bytes) -> tuple[tuple[int, ...], tuple[in
         formats = image.tag_v2.get(_SAMPLE_FORMAT, (1,))
         return tuple(np.atleast_1d(bits).tolist()), tuple(np.atleast_1d(formats).tolist())
     return (8,), (1,)
+
+
+def _grey_step(image: Image.Image, data: bytes) -> int:
+    """Between the values of a grey image: 85 or 17 of 2 or 4 bits, which Pillow spreads over 0 to 255; else 1."""
+    bits, _ = _samples(image, data)
+    return 255 // (2 ** bits[0] - 1) if image.mode == "L" else 1
 
 
 def _check_expected(image: Image.Image, name: str, expected_size: tuple[int, int] | None) -> None:

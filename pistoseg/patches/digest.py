@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from unicodedata import is_normalized
 
 from pistoseg import storage
 from pistoseg.config import Config
@@ -73,12 +74,13 @@ def _digest(uri: str, tables: dict[str, str] | None = None) -> str:
         uri: of their folder.
         tables: gets the CSV and Parquet files directly in it, name -> URI.
     """
-    digest = hashlib.sha256(b"[")
+    digest, normal = hashlib.sha256(b"["), True
     for number, item in enumerate(storage.iter_details(uri)):
+        normal = normal and is_normalized("NFC", item[0])
         digest.update(f"{', ' if number else ''}{json.dumps(item)}".encode())
         if tables is not None and "/" not in item[0] and item[0].lower().endswith((".csv", ".parquet")):
             tables[item[0]] = storage.join(uri, item[0])
-    digest.update(b"]")
+    digest.update(b"]" if normal else b"], composed")  # what an earlier version made of such names is not used
     return digest.hexdigest()[:16]
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from pistoseg import storage
-from pistoseg.classes import TissueClasses
+from pistoseg.classes import TissueClasses, composed
 from pistoseg.config import DataConfig
 from pistoseg.errors import PistoSegError
 from pistoseg.patches import labels, table
@@ -231,7 +231,7 @@ def _by_stem(folder: str) -> dict[str, str]:
     for name, uri in relative_files(folder).items():
         if not labels.is_image(name):
             continue
-        stem = labels.stem(name)
+        stem = composed(labels.stem(name))
         if stem in found:
             raise PistoSegError(
                 f"{storage.name(found[stem])} and {storage.name(uri)} have the same name but for the suffix",

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 import pyarrow as pa
 
 from pistoseg import storage
-from pistoseg.classes import TissueClasses
+from pistoseg.classes import TissueClasses, folded
 from pistoseg.errors import PistoSegError
 from pistoseg.patches.labels import class_named
 from pistoseg.patches.source import Rejection, SlideListing, SlideSource, Window
@@ -84,12 +84,12 @@ class _Reader:
 
     def __init__(self, uri: str, header: list[str], classes: TissueClasses) -> None:
         self.folder, self.classes, self.slides = posixpath.dirname(uri), classes, dict[str, _Found]()
-        self.has_flags = all(name.casefold() in header for name in classes.names)
+        self.has_flags = all(folded(name) in header for name in classes.names)
         self.names_column = next((column for column in ("labels", "class") if column in header), None)
         self.has_windows = any(column in header for column in BOX)
         missing = [column for column in ("slide", *(BOX if self.has_windows else ())) if column not in header]
         if self.has_windows and not self.has_flags and self.names_column is None:
-            missing += [name for name in classes.names if name.casefold() not in header]
+            missing += [name for name in classes.names if folded(name) not in header]
         elif not self.has_windows and "annotations" not in header:
             missing += [*BOX, "or annotations"]
         if missing:

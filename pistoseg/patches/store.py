@@ -63,14 +63,7 @@ def ingest(
     try:
         pixels = decode.read_rgb(source.uri, source.name, data.max_pixels, data.min_size)
         height, width = pixels.shape[:2]
-        factor = (scale.fit / height, scale.fit / width) if scale.fit else (scale.factor(), scale.factor())
-        size = (max(1, round(height * factor[0])), max(1, round(width * factor[1])))
-        if size[0] * size[1] > data.max_pixels:
-            raise PistoSegError(
-                f"is {size[1]}x{size[0]} px at the networks' pixel size, more than the {data.max_pixels:,} px allowed",
-                field="size",
-                remedy="cut it into smaller images, raise data.max_pixels, or correct the scale section",
-            )
+        factor, size = network_size(height, width, data, scale)
     except PistoSegError as error:
         return None, [], [Rejection.of(error, source.name)]
     image = resize_image(pixels, *size)
@@ -88,6 +81,31 @@ def ingest(
     if not windows:
         return None, [], rejected
     return image_row(source.index, source.name, image, scale), windows, rejected
+
+
+def network_size(
+    height: int, width: int, data: DataConfig, scale: ScaleConfig
+) -> tuple[tuple[float, float], tuple[int, int]]:
+    """How an image gets to the networks' pixel size.
+
+    Args:
+        height, width: of the image, px.
+        data: what is accepted.
+        scale: the pixel size.
+    Returns:
+        Network px per image px, and height and width in network px; (y, x) both.
+    Raises:
+        PistoSegError: it would be too large.
+    """
+    factor = (scale.fit / height, scale.fit / width) if scale.fit else (scale.factor(), scale.factor())
+    size = (max(1, round(height * factor[0])), max(1, round(width * factor[1])))
+    if size[0] * size[1] > data.max_pixels:
+        raise PistoSegError(
+            f"is {size[1]}x{size[0]} px at the networks' pixel size, more than the {data.max_pixels:,} px allowed",
+            field="size",
+            remedy="cut it into smaller images, raise data.max_pixels, or correct the scale section",
+        )
+    return factor, size
 
 
 def image_row(index: int, name: str, image: NDArray[np.uint8], scale: ScaleConfig) -> dict[str, Any]:

@@ -9,9 +9,10 @@ import math
 import posixpath
 from collections.abc import Callable
 from typing import Any
+from unicodedata import is_normalized
 
 from pistoseg import storage
-from pistoseg.classes import TissueClasses
+from pistoseg.classes import TissueClasses, composed, folded
 from pistoseg.errors import PistoSegError
 from pistoseg.patches.source import WHOLE, Rejection, SourceImage, Window
 from pistoseg.tables import Row, open_table, refuse_extra_fields
@@ -159,6 +160,7 @@ class _ImageFinder:
         self.table = table
         self.folders = (posixpath.dirname(table_uri), uri)
         self.files = files
+        self.composed = {composed(name): uri for name, uri in files.items() if not is_normalized("NFC", name)}
         self.uris: dict[str, str] = {}
         self.elsewhere: dict[str, str | None] = {}
 
@@ -178,8 +180,9 @@ class _ImageFinder:
 
     def uri_of(self, name: str) -> str | None:
         """Where the image of a name is, or None."""
-        if name in self.files:
-            return self.files[name]
+        listed = self.files.get(name) or self.files.get(composed(name)) or self.composed.get(composed(name))
+        if listed is not None:
+            return listed
         if name not in self.elsewhere:
             self.elsewhere[name] = self._look(name)
         return self.elsewhere[name]
@@ -214,10 +217,11 @@ def flags_in(row: Row, classes: TissueClasses) -> tuple[int, ...]:
     """The L flags of a row with a column for each class; `PistoSegError` naming the column that is wrong."""
     flags = []
     for name in classes.names:
-        flag = number_in(row[name.casefold()], name)
+        value = row[folded(name)]
+        flag = number_in(value, name)
         if flag not in (0, 1):
             raise PistoSegError(
-                f"is {row[name.casefold()]}, and a flag is 0 or 1",
+                f"is {value}, and a flag is 0 or 1",
                 field=name,
                 remedy="write 1 where the class is present",
             )
@@ -259,7 +263,7 @@ def repeated(first: Window, second: Window) -> PistoSegError:
 
 
 def _missing_columns(header: list[str], classes: TissueClasses) -> list[str]:
-    wanted = ["image", *(name.casefold() for name in classes.names)]
+    wanted = ["image", *map(folded, classes.names)]
     if any(column in header for column in BOX):
         wanted[1:1] = BOX
     return [column for column in wanted if column not in header]

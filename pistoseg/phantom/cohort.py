@@ -64,9 +64,14 @@ def write_cohort(
     Returns:
         The content of phantom.json: synthetic, version, settings, cases, patches per class and combination, slides.
     Raises:
-        PistoSegError: for sizes or counts that can't be drawn.
+        PistoSegError: for sizes or counts that can't be drawn, or where another cohort is.
     """
     _check(training, validation, slides, patch_size, validation_size, mpp)
+    settings = {
+        "seed": seed, "training": training, "validation": validation, "slides": slides, "patch_size": patch_size,
+        "validation_size": validation_size, "mpp": mpp, "slide_size": list(slide_size),
+    }  # fmt: skip
+    _refuse_another(out, settings)
     labels: dict[str, int] = {}
     training_cases: set[int] = set()
     for case, y, x, mask in _patches(seed, 0, _wanted(training, SINGLE_SHARE), patch_size, mpp):
@@ -87,10 +92,6 @@ def write_cohort(
             storage.write_bytes(uri, _png(image, mpp))
     first = max(validation_cases, default=first - 1) + 1
     written = {f"slide-{case:04d}": _slide(out, seed, case, slide_size, mpp) for case in range(first, first + slides)}
-    settings = {
-        "seed": seed, "training": training, "validation": validation, "slides": slides, "patch_size": patch_size,
-        "validation_size": validation_size, "mpp": mpp, "slide_size": list(slide_size),
-    }  # fmt: skip
     summary = {
         "synthetic": True,
         "version": __version__,
@@ -119,6 +120,16 @@ def _check(training: int, validation: int, slides: int, patch_size: int, validat
             raise PistoSegError(f"{value} is too small", field=field, remedy=f"give at least {least}")
     if not 0.1 <= mpp <= 4:
         raise PistoSegError(f"{mpp} um/px can't be drawn", field="mpp", remedy="give a value from 0.1 to 4")
+
+
+def _refuse_another(out: str, settings: dict[str, Any]) -> None:
+    """The images of two cohorts in one folder could not be told apart; the same cohort is drawn over itself."""
+    uri = storage.join(out, "phantom.json")
+    if not storage.exists(uri):
+        return
+    found = json.loads(storage.read_bytes(uri))
+    if (found.get("format"), found.get("settings")) != (FORMAT, settings):
+        raise PistoSegError("holds another cohort", file=out, remedy="give another folder, or delete this one")
 
 
 def case_seed(seed: int, case: int) -> int:

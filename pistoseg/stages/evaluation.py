@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import numpy as np
@@ -209,9 +210,12 @@ class _Score:
 def _report(matrices: np.ndarray, names: list[str], config: EvaluationConfig, seed: int) -> dict[str, Any]:
     report = {"images": len(matrices), **metrics.ConfusionMatrix(len(names), matrices.sum(0)).to_dict(names)}
     if config.bootstrap:
-        report["confidence_interval_95"] = {
-            name: list(metrics.bootstrap_interval(matrices, score, config.bootstrap, seed))
+        intervals = {
+            name: metrics.bootstrap_interval(matrices, score, config.bootstrap, seed)
             for name, score in (("miou", metrics.miou), ("fwiou", metrics.fwiou))
+        }
+        report["confidence_interval_95"] = {
+            name: [None if math.isnan(end) else end for end in ends] for name, ends in intervals.items()
         }
     return report
 

@@ -60,7 +60,7 @@ def run(context: StageContext) -> dict[str, Any]:
     ranked = metrics.multilabel_scores(labels, probabilities)
     report = {
         "windows": len(labels),
-        "label_iou": float(np.nanmean(agreement)),
+        "label_iou": metrics.mean_over_classes(agreement),
         "label_map": ranked["map"],
         "by_class": {name: None if math.isnan(value) else value for name, value in zip(names, agreement, strict=True)},
     }

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from pistoseg import metrics, storage
 from pistoseg.artifacts import MANIFEST, Artifact, Workspace
-from pistoseg.classes import TissueClasses
+from pistoseg.classes import TissueClasses, folded
 from pistoseg.errors import PistoSegError
 from pistoseg.patches import decode
 from pistoseg.patches.labels import is_image, stem
@@ -52,11 +52,11 @@ def score_masks(
     kinds = STAGES[artifact.stage]
     columns = [masks.column("png", kind) for kind in kinds]
     table = storage.read_parquet(artifact.path(masks.FOLDER), columns=["name", *columns])
-    files = {stem(name).casefold(): uri for name, uri in relative_files(truth).items() if is_image(name)}
+    files = {folded(stem(name)): uri for name, uri in relative_files(truth).items() if is_image(name)}
     by_stem = {storage.name(name): uri for name, uri in files.items()}
     rows = []
     for row in table.to_pylist():
-        name = stem(row["name"]).casefold()
+        name = folded(stem(row["name"]))
         uri = files.get(name) or by_stem.get(storage.name(name))
         if uri:
             rows.append((uri, [row[column] for column in columns]))

@@ -83,7 +83,21 @@ def collect(
     for kind, names in missing.items():
         if names:
             progress.say(f"warning: {len(names)} {kind.replace('_', ' ')} in {folder}: {', '.join(names[:5])}")
+    if not _shows_a_class(storage.join(out, FOLDER), len(classes)):
+        progress.say(
+            f"warning: no mask in {folder} has a pixel of any class, only background and unknown: no model can be "
+            "scored on it; are the values those of these classes?"
+        )
     return {"images": len(pairs), **missing}
+
+
+def _shows_a_class(folder: str, n_classes: int) -> bool:
+    """Whether any mask of an artifact's images has a class; of most artifacts, one part is read."""
+    for part in (item for item in storage.list_dir(folder) if item.endswith(".parquet")):
+        masks = storage.read_parquet(part, columns=["mask"])["mask"].to_pylist()
+        if any((decode.decode_ids(mask) < n_classes).any() for mask in masks):
+            return True
+    return False
 
 
 class _Read:

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from pistoseg import storage
+from pistoseg.classes import folded
 from pistoseg.config import Config
 from pistoseg.errors import PistoSegError
 from pistoseg.patches.check import count_windows
@@ -85,14 +86,14 @@ def _matched(entries: list[SlideEntry], annotations: str) -> tuple[list[SlideSou
         return [SlideSource(entries[0].slide_id, entries[0].uri, entries[0].mpp, annotations=uri)], []
     by_name: dict[str, str] = {}
     for item in found:
-        name = storage.name(item).rpartition(".")[0].casefold()
+        name = folded(storage.name(item).rpartition(".")[0])
         if name in by_name:
             raise PistoSegError(f"{by_name[name]} is named like it", file=item, remedy="keep one of the two")
         by_name[name] = item
     pairs, without, used = [], [], set[str]()
     for entry in entries:
         names = (entry.slide_id, storage.name(entry.uri), files.stem(entry.uri))
-        file = next((by_name[name.casefold()] for name in names if name.casefold() in by_name), None)
+        file = next((by_name[folded(name)] for name in names if folded(name) in by_name), None)
         if file is None:
             without.append(entry.slide_id)
         else:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from pistoseg.classes import IGNORE_ID, TissueClasses
 from pistoseg.config import RefinerConfig
-from pistoseg.metrics import ConfusionMatrix, label_agreement, multilabel_scores
+from pistoseg.metrics import ConfusionMatrix, label_agreement, mean_over_classes, multilabel_scores
 from pistoseg.models.bundle import Segmenter
 from pistoseg.models.classifier import Classifier, classification_loss, pool_regions
 from pistoseg.models.losses import segmentation_loss
@@ -51,7 +51,7 @@ class Task(Protocol):
         ...
 
     def scores(self, shares: list[Any]) -> dict[str, float]:
-        """The validation's scores from all workers' shares."""
+        """The validation's scores from all workers' shares, finite numbers; a score that has no value is left out."""
         ...
 
 
@@ -104,9 +104,9 @@ class SegmentationTask:
         """MIoU and fwIoU, or the mean agreement with labels."""
         if self.labelled is not None and self.validation is None:
             labels, areas = (np.concatenate(part) for part in zip(*shares, strict=True))
-            return {self.score: float(np.nanmean(label_agreement(labels, areas)))}
-        matrix = ConfusionMatrix(len(self.classes), np.sum(shares, axis=0))
-        return {self.score: matrix.miou(), "validation_fwiou": matrix.fwiou()}
+            return _known({self.score: mean_over_classes(label_agreement(labels, areas))})
+        found = ConfusionMatrix(len(self.classes), np.sum(shares, axis=0)).to_dict(self.classes.names)
+        return _known({self.score: found["miou"], "validation_fwiou": found["fwiou"]})
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class ClassificationTask:
         for kind in ("average_precision", "f1"):
             values = zip(self.class_names, found[kind], strict=True)
             scores |= {f"validation_{kind}/{name}": value for name, value in values}
-        return {name: float(value) for name, value in scores.items() if value is not None}
+        return _known(scores)
 
 
 @dataclass(frozen=True)
@@ -206,6 +206,10 @@ class RefiningTask:
     def scores(self, shares: list[Any]) -> dict[str, float]:
         """None."""
         return {}
+
+
+def _known(scores: dict[str, float | None]) -> dict[str, float]:
+    return {name: float(value) for name, value in scores.items() if value is not None}
 
 
 def labels_in_view(regions: Tensor, labels: Tensor) -> Tensor:

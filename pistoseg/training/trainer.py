@@ -152,12 +152,14 @@ def train(
             file=folder,
             remedy="look at that batch; a smaller lr, clip_norm, or precision=fp32 usually helps",
         )
-    checkpoint = result.get_best_checkpoint(task.score, "max") if by_score else result.checkpoint
-    assert checkpoint is not None
-    state = _load(checkpoint)
-    epochs = json.loads(state["history"])
-    full = json.loads(_load(result.checkpoint)["history"]) if result.checkpoint is not None else epochs
-    return Trained(state["kept"], len(epochs) - 1, full)
+    assert result.checkpoint is not None
+    state = _load(result.checkpoint)
+    full = json.loads(state["history"])
+    if by_score and any(task.score in row for row in full):  # no epoch is better than the last one without a score
+        best = result.get_best_checkpoint(task.score, "max")
+        assert best is not None
+        state = _load(best)
+    return Trained(state["kept"], len(json.loads(state["history"])) - 1, full)
 
 
 def worker_resources(threads: int, gpus: bool) -> dict[str, float]:

@@ -80,6 +80,16 @@ class Statistics(SegmentationTask):
         return {self.score: float(all(share == shares[0] for share in shares))}
 
 
+@dataclass(frozen=True)
+class Unscored(SegmentationTask):
+    """A validation that has nothing to score, as one on masks without any class."""
+
+    validates = True
+
+    def validate(self, network, device, rank, world):
+        return np.zeros((2, 2), np.int64)
+
+
 def run(folder, workers=1, spoil=(-1, -1), die_at=(-1, -1), network_of=ALL_USED, task=SegmentationTask, **changes):
     with first_weights(0):
         network = segmentation.build(n_classes=2, weights=None, **network_of)
@@ -147,6 +157,12 @@ def test_a_loss_that_is_no_number_ends_with_its_place_and_its_batch(tmp_path):
     assert batch["image"][:, 0, 0, :2].tolist() == [[1, index] for index in range(8, 16)]
     assert batch["mask"].shape == (8, 32, 32)
     assert [row["epoch"] for row in _last_history(str(tmp_path))] == [0]  # the next run goes on from here
+
+
+def test_of_epochs_that_have_no_score_the_last_one_is_kept(tmp_path):
+    trained, _ = run(tmp_path, task=Unscored)
+    assert trained.epoch == 1
+    assert "validation_miou" not in json.loads(json.dumps(trained.history, allow_nan=False))[1]
 
 
 def test_a_killed_worker_is_replaced_and_ends_every_epoch_as_if_it_had_lived(tmp_path):

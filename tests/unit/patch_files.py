@@ -1,6 +1,8 @@
 """Small images, written the ways that data sets write them."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 from PIL import Image
@@ -37,3 +39,13 @@ def put(root, name, data=None, seed=0):
 
 def mask_png(height=32, width=40, value=0):
     return encoded(np.full((height, width), value, np.uint8))
+
+
+def png_file(width, height, bits, color_type, rows):
+    """A PNG of given raw bytes: each row with its filter's byte in front."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, color_type, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")

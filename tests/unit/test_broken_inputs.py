@@ -3,12 +3,11 @@
 import io
 import os
 import struct
-import zlib
 
 import numpy as np
 import pytest
 import tifffile
-from patch_files import CLASSES, encoded, mask_png, put, tissue
+from patch_files import CLASSES, encoded, mask_png, png_file, put, tissue
 from PIL import Image
 
 from pistoseg.config import DataConfig, ScaleConfig
@@ -23,12 +22,7 @@ RGB = tissue()
 
 def png_header(width, height):
     """A PNG that claims a size and holds no pixels for it."""
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(b"\0" * 64)) + chunk(b"IEND", b"")
+    return png_file(width, height, 8, 2, b"\0" * 64)
 
 
 def tiff(pixels, **options):
@@ -48,6 +42,7 @@ def damaged(data, start, stop):
 
 
 PNG, JPEG, TIFF = encoded(RGB), encoded(RGB, "JPEG"), tiff(RGB)
+GREY_ALPHA = np.dstack([RGB[..., 0], np.full(RGB.shape[:2], 255, np.uint8)])
 FRAMES = [Image.fromarray(tissue(s)) for s in (1, 2)]
 
 BROKEN_FILES = {
@@ -112,6 +107,8 @@ GOOD_FILES = {
     "big-endian tiff": (tiff(RGB, byteorder=">"), 0),
     "png called jpg": (PNG, 0),
     "opaque alpha": (encoded(RGB, "PNG", "RGBA"), 0),
+    "grey tiff with alpha": (tiff(GREY_ALPHA, photometric="minisblack", extrasamples=["unassalpha"]), None),
+    "grey tiff with associated alpha": (tiff(GREY_ALPHA, photometric="minisblack", extrasamples=["assocalpha"]), None),
     "jpeg": (encoded(RGB // 8 + 100, "JPEG", quality=95, subsampling=0), None),
 }
 
@@ -139,6 +136,11 @@ def test_transparent_pixels_are_white():
     pixels = decode_rgb(encoded(rgba), "x")
     assert (pixels[:4, :4] == 255).all()
     assert np.array_equal(pixels[4:], RGB[4:])
+    half = np.full((20, 20, 2), 128, np.uint8)
+    half[..., 0] = 100
+    for kind, grey in (("assocalpha", 100), ("unassalpha", 50)):  # what of the 100 is seen
+        pixels = decode_rgb(tiff(half, photometric="minisblack", extrasamples=[kind]), "x")
+        assert (pixels == grey + 255 - 128).all()
     palette = Image.new("P", (20, 20), 0)
     palette.putpalette([10, 20, 30])
     assert (decode_rgb(encoded(palette, transparency=0), "x") == 255).all()

@@ -9,7 +9,8 @@ from PIL import Image
 
 from pistoseg.classes import TissueClass, TissueClasses
 from pistoseg.outputs.areas import slide_areas
-from pistoseg.outputs.overview import round_length, write_overview
+from pistoseg.outputs.overview import LEGEND, MARGIN, round_length, write_overview
+from pistoseg.outputs.pictures import Panel, sheet
 from pistoseg.outputs.summary import SlideRow, sheet_of_overviews, write_summary
 
 CLASSES = TissueClasses((TissueClass("tumor", (200, 30, 30)), TissueClass("stroma", (0, 150, 110))))
@@ -50,6 +51,17 @@ def test_the_summary_in_all_its_files(tmp_path):
     assert record["cohort"]["classes"]["tumor"] == {"mm2": 4.0, "share": 0.5, "median_share": 0.5, "slides": 2}
 
 
+def test_a_class_called_tissue_leaves_the_area_of_all_classes_in_its_column(tmp_path):
+    classes = TissueClasses((TissueClass("tissue", (200, 30, 30)), TissueClass("fat", (0, 150, 110))))
+    counts = np.zeros(256, np.int64)
+    counts[:2] = 3_000_000, 1_000_000
+    row = SlideRow("a", "a.svs", "completed", areas=slide_areas(counts, 1.0, classes))
+    write_summary(str(tmp_path), [row], classes, {})
+    (found,) = pq.read_table(tmp_path / "summary.parquet").to_pylist()
+    names = ("tissue_mm2", "class_tissue_mm2", "fat_mm2", "tissue_share", "fat_share")
+    assert [found[name] for name in names] == [4.0, 3.0, 1.0, 0.75, 0.25]
+
+
 def test_the_readable_summary_names_failures_first(tmp_path):
     write_summary(str(tmp_path), ROWS, CLASSES, {})
     text = (tmp_path / "summary.md").read_text()
@@ -77,9 +89,9 @@ def test_an_overview_shows_the_slide_and_the_map_in_the_classes_colours(tmp_path
         tmp_path / "o.png", thumbnail, mask, CLASSES, areas(3, 1), 8.0, title="Präparat " * 30, note="a note"
     )
     with Image.open(tmp_path / "o.png") as picture:
-        pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3)
-    half = (240 * 0.55 + np.array([200, 30, 30]) * 0.45).round()
-    for color in ((240, 240, 240), half, (200, 30, 30), (0, 150, 110)):
+        pixels = np.asarray(picture.convert("RGB"))[:, : -LEGEND - MARGIN].reshape(-1, 3)
+    fills = [(240 * 0.55 + np.array(tissue.color) * 0.45).round() for tissue in CLASSES.classes]
+    for color in ((240, 240, 240), *fills, (200, 30, 30), (0, 150, 110)):
         assert (np.abs(pixels - np.array(color)).max(axis=1) <= 1).sum() > 100
 
 
@@ -89,6 +101,17 @@ def test_an_overview_shows_the_slide_and_the_map_in_the_classes_colours(tmp_path
 )
 def test_scale_bars_have_round_lengths(longest, length, label):
     assert round_length(longest) == (length, label)
+
+
+@pytest.mark.parametrize(
+    ("count", "name", "lines"), [(4, "class", 1), (30, "class", 5), (4, "a rather long name" * 5, 2)]
+)
+def test_the_legend_of_a_sheet_names_every_class_within_the_picture(count, name, lines):
+    classes = TissueClasses(tuple(TissueClass(f"{name} {k}", (200, 0, 8 * k)) for k in range(count)))
+    pixels = sheet([[Panel("a", np.zeros((224, 224, 3), np.uint8))]], classes)
+    assert pixels.shape == (16 + 8 + 224 + 16 * lines + 3 * 8, 2 * (224 + 2 * 8), 3)
+    squares = [(pixels == tissue.color).all(2).sum() for tissue in classes.classes]
+    assert squares == [11 * 11] * count
 
 
 def test_overviews_share_a_sheet(tmp_path):

@@ -1,5 +1,6 @@
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -7,10 +8,14 @@ import pytest
 from patch_files import CLASSES, encoded, mask_png, put, tissue
 
 from pistoseg import storage
+from pistoseg.classes import TissueClass, TissueClasses
+from pistoseg.commands import data_check
 from pistoseg.config import DataConfig, load_config
 from pistoseg.errors import PistoSegError
 from pistoseg.patches.check import check
 from pistoseg.patches.decode import decode_rgb
+from pistoseg.patches.source import SourceImage
+from pistoseg.patches.store import ingest
 from pistoseg.stages import validation
 
 DATA = Path(os.environ.get("PISTOSEG_TEST_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
@@ -75,6 +80,30 @@ def test_equal_pixels_in_different_files_are_found_with_contradicting_labels_and
     ]
     assert report.leaks == [("2-[1, 0, 0].png", "validation/seen")]
     assert report.ok
+
+
+def test_images_that_are_too_large_at_the_networks_pixel_size_are_rejected_as_the_ingestion_does(tmp_path, capsys):
+    write_good(tmp_path)
+    big = put(tmp_path, "training/big-[1, 0, 0].png", encoded(tissue(9, 64, 64)))
+    settings = {"data.max_pixels": 10_000, "data.min_single_tissue": 2, "scale.fit": "null", "scale.resize": 2}
+    config = load_config("wsss4luad", overrides=[f"{key}={value}" for key, value in settings.items()])
+    assert data_check(str(tmp_path), config, str(tmp_path / "out"), workers=2) == 0
+    (rejected,) = json.loads((tmp_path / "out" / "report.json").read_text())["rejected"]
+    _, _, (rejection,) = ingest(SourceImage("big-[1, 0, 0].png", big, ()), config.data, config.scale)
+    assert "128x128 px at the networks' pixel size" in rejection.reason
+    assert rejected == asdict(rejection)
+    assert "1 of 13" in capsys.readouterr().out
+
+
+def test_a_class_called_background_is_told_from_pixels_without_a_class(tmp_path):
+    write_good(tmp_path)
+    names = ("tumor", "background", "unknown")
+    classes = TissueClasses(tuple(TissueClass(name, (0, 0, k)) for k, name in enumerate(names)))
+    put(tmp_path, "validation/mask/v.png", encoded(np.tile(np.array([0, 2, 3, 3], np.uint8), (32, 10))))
+    report = check(str(tmp_path), classes, DataConfig(min_single_tissue=2), workers=2)
+    others = {"background (no class)": 640, "unknown (no class)": 0}
+    assert report.splits["validation"].pixels == {"tumor": 320, "background": 0, "unknown": 320} | others
+    assert report.warnings == ["no mask of validation shows background: the IoU there is undefined"]
 
 
 def test_bad_files_are_listed_and_too_many_of_them_are_a_problem(tmp_path):

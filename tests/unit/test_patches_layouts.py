@@ -1,11 +1,14 @@
+from unicodedata import normalize
+
 import pyarrow as pa
 import pytest
 from patch_files import CLASSES, mask_png, put
 
 from pistoseg import storage
+from pistoseg.classes import TissueClass, TissueClasses
 from pistoseg.config import DataConfig, load_config
 from pistoseg.errors import PistoSegError
-from pistoseg.patches.digest import _digest, training_digest
+from pistoseg.patches.digest import _digest, _hash, training_digest
 from pistoseg.patches.layouts import find_split, scan_evaluation, scan_training
 from pistoseg.patches.source import WHOLE
 from pistoseg.slides.files import etag
@@ -96,6 +99,41 @@ def test_a_folder_per_class_is_found_and_other_folders_are_rejected(root):
     assert [(r.name, r.field) for r in listing.rejected] == [("muscle/3.png", "label")]
 
 
+ACCENTS = [("NFC", "NFD"), ("NFD", "NFC")]
+"""How names of classes and tables, and those of files, write accents: Macs' zip files hold NFD."""
+
+
+def accented(form):
+    return TissueClasses((TissueClass(normalize(form, "Drüse"), (1, 2, 3)), TissueClass("stroma", (4, 5, 6))))
+
+
+@pytest.mark.parametrize(("written", "filed"), ACCENTS)
+def test_a_class_is_found_however_its_accents_are_written(root, written, filed):
+    name = normalize(filed, "Drüse")
+    put(root, f"folders/{name}/1.png")
+    put(root, f"prefixes/{name}___1.png")
+    for layout in ("folders", "prefixes"):
+        (image,) = scan_training(storage.join(root, layout), accented(written), DataConfig()).images
+        assert image.windows[0].labels == (1, 0)
+
+
+@pytest.mark.parametrize(("written", "filed"), ACCENTS)
+def test_a_table_names_classes_and_images_however_their_accents_are_written(root, written, filed):
+    uri = put(root, f"{normalize(filed, 'Präparat')}.png")
+    name = normalize(written, "Präparat")
+    table(root, [f"{name}.png,1,0"], header=f"image,{normalize(filed, 'DRÜSE')},stroma\n")
+    (image,) = scan_training(root, accented(written), DataConfig()).images
+    assert (image.windows[0].labels, storage.read_bytes(image.uri)) == ((1, 0), storage.read_bytes(uri))
+
+
+def test_the_digest_of_names_that_are_compared_in_another_form_is_not_that_of_their_bytes(tmp_path):
+    for form in ("NFC", "NFD"):
+        put(tmp_path, f"{form}/{normalize(form, 'Präparat')}.png")
+    for form, same in (("NFC", True), ("NFD", False)):
+        folder = str(tmp_path / form)
+        assert (_digest(folder) == _hash(storage.list_details(folder))) == same
+
+
 def test_windows_come_from_a_table_with_columns_in_any_case_and_order(root):
     put(root, "images/a [1].png")
     table(root, ["1,0,1,8,8,0,0,images/a [1].png,x", "0,1.0,0,16,16,4,4,images/a [1].png,y"],
@@ -164,6 +202,7 @@ def test_a_bad_row_is_rejected_with_its_line_and_the_others_are_kept(tmp_path, r
         (HEADER.encode() + b"gone.png,0,0,8,8,1,0,0\n", "gone.png does not exist"),
         (b"\xff\xfe\x00\x01", "UTF-8"),
         (HEADER.encode() + b'"' + b"x" * 200_000, "not valid CSV"),
+        (b"x" * 200_000 + b",image\n", "row 1: is not valid CSV"),
     ],
 )
 def test_a_table_that_cannot_be_used_is_a_clear_error(tmp_path, content, says):
@@ -172,6 +211,22 @@ def test_a_table_that_cannot_be_used_is_a_clear_error(tmp_path, content, says):
     with pytest.raises(PistoSegError, match=says) as caught:
         scan(tmp_path)
     assert "patches.csv" in (caught.value.file or "")
+
+
+def test_blank_rows_of_spreadsheets_are_no_bad_rows_and_keep_their_numbers(tmp_path):
+    put(tmp_path, "a.png")
+    table(tmp_path, ["a.png,0,0,20,20,1,0,0", ",,,,,,,", "", " , ,,,,,,,,", "a.png,0,0,8,8,2,0,0", ",,,,,,,"])
+    listing = scan(tmp_path)
+    assert [len(image.windows) for image in listing.images] == [1]
+    assert [rejection.name for rejection in listing.rejected] == ["patches.csv row 6 (a.png)"]
+
+
+def test_rows_of_nulls_in_a_parquet_table_are_no_bad_rows(tmp_path):
+    put(tmp_path, "a.png")
+    rows = {"image": ["a.png", None], "tumor": [True, None], "stroma": [False, None], "normal": [0, None]}
+    storage.write_parquet(pa.table(rows), str(tmp_path / "labels.parquet"))
+    listing = scan(tmp_path)
+    assert (len(listing.images), listing.rejected) == (1, [])
 
 
 def test_a_broken_parquet_table_is_a_clear_error(tmp_path):
@@ -287,6 +342,15 @@ def test_evaluation_images_and_masks_are_matched_by_stem_and_what_is_missing_is_
     assert [pair.name for pair in listing.scored] == ["a [1]"]
     assert listing.pairs[0].background_uri
     assert (listing.missing_images, listing.missing_masks) == (["gone"], ["b"])
+
+
+@pytest.mark.parametrize(("one", "other"), ACCENTS)
+def test_an_image_and_its_mask_belong_together_however_their_accents_are_written(root, one, other):
+    image = put(root, f"img/{normalize(one, 'Präparat')}.png")
+    mask = put(root, f"mask/{normalize(other, 'Präparat')}.png", mask_png())
+    (pair,) = scan_evaluation(root).scored
+    assert storage.read_bytes(pair.image_uri) == storage.read_bytes(image)
+    assert storage.read_bytes(pair.mask_uri) == storage.read_bytes(mask)
 
 
 def test_evaluation_folders_may_be_called_images_and_masks(tmp_path):

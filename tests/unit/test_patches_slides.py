@@ -2,6 +2,7 @@ import json
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 import pyarrow as pa
@@ -23,8 +24,9 @@ from pistoseg.patches.manifest import in_shards, is_manifest, scan_slides, write
 from pistoseg.patches.source import SlideSource, Window
 from pistoseg.patches.windows import cut_windows
 from pistoseg.slides.files import etag
+from pistoseg.slides.source import SlideEntry
 from pistoseg.stages.slide_images import SlideOpener
-from pistoseg.stages.windows import write_windows
+from pistoseg.stages.windows import _matched, write_windows
 
 HEADER = "slide,x,y,width,height,tumor,stroma,normal"
 DATA = DataConfig(window=16, min_size=4)
@@ -245,6 +247,7 @@ def test_every_shape_of_a_qupath_export_is_read(tmp_path):
         (b"\xff\xfe\x00", "is not valid JSON"),
         (b'{"type": "Topology"}', "is no GeoJSON with features"),
         (b"[1, 2]", "is no GeoJSON with features"),
+        (b'[{"geometry": null, "properties": "x"}]', "properties of feature 1: are no object"),
         (b'[{"geometry": {"type": "Polygon", "coordinates": [[[0, 0]]]}}]', "geometry of feature 1: is broken"),
     ],
 )
@@ -456,6 +459,14 @@ def test_annotations_that_cannot_be_read_reject_the_slide_and_are_named(tmp_path
     (rejection,) = read(source, 0.5).rejected
     assert rejection.name == "a.tif"
     assert f"{tmp_path / 'a.geojson'} is not valid JSON" in rejection.reason
+
+
+def test_a_slide_finds_its_annotations_however_its_accents_are_written(tmp_path):
+    annotations = put(tmp_path, f"qupath/{normalize('NFC', 'Präparat')}.geojson", b"{}")
+    put(tmp_path, "qupath/other.geojson", b"{}")
+    slide = str(tmp_path / f"{normalize('NFD', 'Präparat')}.svs")
+    (source,), _ = _matched([SlideEntry("1", slide)], str(tmp_path / "qupath"))
+    assert (source.uri, source.annotations) == (slide, annotations)
 
 
 # --- the data set ------------------------------------------------------------------------------------------------

@@ -1,9 +1,10 @@
 import math
+import struct
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from patch_files import CLASSES, encoded, put, tissue
+from patch_files import CLASSES, encoded, png_file, put, tissue
 
 from pistoseg import storage
 from pistoseg.config import DataConfig, ScaleConfig
@@ -28,6 +29,26 @@ def patch_set(root, images, windows):
         pa.Table.from_pylist(windows, WINDOWS_SCHEMA), storage.join(root, "windows", "part-0.parquet")
     )
     return PatchSet.open(root)
+
+
+def packed(ids, bits):
+    """Rows of (H, W) values below 2**bits as bytes, the first pixel in the highest bits; W * bits fills bytes."""
+    return np.packbits(np.unpackbits(ids[..., None], axis=2)[..., -bits:].reshape(len(ids), -1), axis=1)
+
+
+def grey_png(ids, bits):
+    """A grey PNG of 1, 2, 4 or 8 bits, which Pillow does not write."""
+    rows = packed(ids, bits)
+    return png_file(ids.shape[1], ids.shape[0], bits, 0, b"".join(b"\0" + row.tobytes() for row in rows))
+
+
+def grey_tiff(ids, bits):
+    """A grey TIFF of one strip."""
+    pixels = packed(ids, bits).tobytes()
+    tags = {256: ids.shape[1], 257: len(ids), 258: bits, 259: 1, 262: 1, 273: 0, 277: 1, 278: len(ids)}
+    tags |= {273: 8 + 2 + 12 * (len(tags) + 1) + 4, 279: len(pixels)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + pixels
 
 
 def test_an_image_at_its_own_scale_is_kept_to_the_pixel(tmp_path):
@@ -130,6 +151,18 @@ def test_masks_survive_encoding_in_the_colours_of_their_classes():
 def test_masks_in_the_colours_of_the_classes_are_read():
     colors = np.array([[(0, 64, 128), (243, 152, 0)], [(255, 255, 255), (64, 128, 0)]], np.uint8)
     assert decode_mask(encoded(colors), "m.png", CLASSES).tolist() == [[0, 2], [3, 1]]
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("write", [grey_png, grey_tiff])
+def test_the_ids_of_a_grey_mask_are_read_whatever_its_depth(write, bits):
+    ids = np.arange(16, dtype=np.uint8).reshape(2, 8) % min(2**bits, 4)
+    assert np.array_equal(decode_mask(write(ids, bits), "m", CLASSES), ids)
+
+
+def test_a_value_that_is_no_class_is_named_as_the_file_has_it():
+    with pytest.raises(PistoSegError, match="has the values 15,"):
+        decode_mask(grey_png(np.full((2, 8), 15, np.uint8), 4), "m", CLASSES)
 
 
 def test_the_same_pixels_give_the_same_bytes():

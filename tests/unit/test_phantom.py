@@ -157,6 +157,16 @@ def test_the_cohort_says_that_it_is_synthetic(cohort: tuple[Path, dict[str, Any]
     assert "Synthetic" in (out / "README.txt").read_text()
 
 
+def test_a_second_cohort_is_not_mixed_into_a_folder_but_the_same_one_is_drawn_again(tmp_path: Path) -> None:
+    settings = {"training": 2, "validation": 0, "patch_size": 64}
+    first = write_cohort(str(tmp_path), **settings)
+    files = sorted(tmp_path.rglob("*"))
+    with pytest.raises(PistoSegError, match="holds another cohort"):
+        write_cohort(str(tmp_path), **settings | {"training": 3})
+    assert write_cohort(str(tmp_path), **settings) == first
+    assert sorted(tmp_path.rglob("*")) == files
+
+
 def test_a_cohort_can_be_written_to_a_uri() -> None:
     import fsspec
 

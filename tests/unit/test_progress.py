@@ -64,6 +64,15 @@ def test_json_has_the_same_events_as_objects(monkeypatch):
     assert all(event["time"].endswith("Z") for event in events)
 
 
+def test_a_number_that_is_not_finite_is_null_as_json_has_no_word_for_it(monkeypatch):
+    monkeypatch.setenv(progress.LOG_FORMAT, "json")
+    file = io.StringIO()
+    Progress(Console(file=file)).event("epoch", "epoch 1", loss=float("nan"), norm=float("inf"), lr=0.5)
+    assert "NaN" not in file.getvalue()
+    event = json.loads(file.getvalue())
+    assert (event["loss"], event["norm"], event["lr"]) == (None, None, 0.5)
+
+
 def test_a_stage_that_fails_is_an_event_of_its_own(monkeypatch):
     monkeypatch.setenv(progress.LOG_FORMAT, "json")
     file = io.StringIO()

@@ -1,5 +1,6 @@
 """What `evaluate` leaves in its folder; what the scores are is in tests/integration."""
 
+import io
 import json
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
 from pistoseg import storage
 from pistoseg.classes import TissueClass, TissueClasses
@@ -55,17 +57,18 @@ def own_files(tmp_path, monkeypatch):
     return files
 
 
-def data_set(root):
+def data_set(root, value=1):
     for kind, pixels in (("img", (32, 32, 3)), ("mask", (32, 32))):
         (root / kind).mkdir(parents=True)
         for name in ("one.png", "two.png"):
-            Image.fromarray(np.ones(pixels, np.uint8)).save(root / kind / name)
+            Image.fromarray(np.full(pixels, value, np.uint8)).save(root / kind / name)
     return str(root)
 
 
-def evaluate(model, data, out):
-    config = EvaluationConfig.model_validate({"patch_size": 64, "bootstrap": 0})
-    return evaluate_folder(model, data, str(out), config, classes=None, device="cpu", progress=Progress())
+def evaluate(model, data, out, bootstrap=0, said=None):
+    config = EvaluationConfig.model_validate({"patch_size": 64, "bootstrap": bootstrap})
+    progress = Progress(Console(file=said))
+    return evaluate_folder(model, data, str(out), config, classes=None, device="cpu", progress=progress)
 
 
 def test_a_report_goes_beside_the_users_files_and_leaves_no_other_folder(model, own_files, tmp_path):
@@ -78,6 +81,21 @@ def test_a_report_goes_beside_the_users_files_and_leaves_no_other_folder(model, 
     assert json.loads((out / "metrics.json").read_text())["iou"] == report["iou"]
     assert [file.read_bytes() for file in own_files] == [b"the user's"] * 3
     assert sorted(item.name for item in out.iterdir()) == sorted([*RESULTS, "images", "img", "parts"])
+
+
+@pytest.mark.parametrize(("value", "warned"), [(2, True), (255, True), (1, False)])
+def test_masks_without_any_class_are_warned_of_and_leave_a_report_that_is_json(
+    model, own_files, tmp_path, value, warned
+):
+    out, data, said = tmp_path / "out", data_set(tmp_path / "data", value), io.StringIO()
+    evaluate(model, data, out, bootstrap=10, said=said)
+    assert (f"no mask in {data} has a pixel of any class" in said.getvalue()) == warned
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    report = json.loads((out / "metrics.json").read_text(), parse_constant=refuse)
+    assert (report["miou"] is None, report["confidence_interval_95"]["miou"] == [None, None]) == (warned, warned)
 
 
 @pytest.mark.parametrize("make", [str, data_set])

@@ -6,9 +6,10 @@ import torch
 from torch.nn import functional as F
 
 from pistoseg.classes import IGNORE_ID, TissueClass, TissueClasses
-from pistoseg.config import RefinerConfig, TrainingConfig
+from pistoseg.config import DataConfig, RefinerConfig, TrainingConfig
 from pistoseg.models import classifier, segmentation
 from pistoseg.models.refiner import Refined
+from pistoseg.training.labelled_images import LabelledImages
 from pistoseg.training.loop import build_optimizer, learning_rate
 from pistoseg.training.tasks import ClassificationTask, RefiningTask, SegmentationTask, allowed_maps
 
@@ -29,6 +30,15 @@ def test_a_segmentation_task_scores_by_the_sum_of_all_workers_counts():
     scores = task.scores([first, second])
     assert scores["validation_miou"] == pytest.approx(np.mean([5 / 7, 3 / 5, 1]))
     assert not task.validates
+
+
+def test_validation_images_or_labels_without_any_class_give_no_score_instead_of_nan():
+    assert SegmentationTask(CLASSES, "bce", "masks").scores([np.zeros((3, 3), np.int64)] * 2) == {}
+    labels, areas = np.zeros((2, 3), np.uint8), np.full((2, 3), 0.5)
+    task = SegmentationTask(CLASSES, "bce", None, labelled=LabelledImages("held out", DataConfig()))
+    assert task.scores([(labels, areas)]) == {}
+    labels[0, 1] = 1
+    assert task.scores([(labels, areas)]) == {"validation_label_iou": pytest.approx(1 / 3)}
 
 
 def test_windows_are_judged_by_the_mean_of_the_class_map_over_them():
