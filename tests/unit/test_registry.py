@@ -1,6 +1,11 @@
 """The registry of a workspace's own database, with versions that no training had to make."""
 
+import contextlib
 import json
+import shutil
+import sqlite3
+import threading
+import types
 
 import pytest
 
@@ -129,6 +134,40 @@ def test_the_terminal_shows_versions_scores_lineage_and_pictures(workspace, caps
     assert f"{workspace.root}/evaluation/cccc/predictions.png" in shown
     assert main(["models", "promote", "tissue", "2", "--workspace", workspace.root]) == 0
     assert "models:/tissue@champion is version 2" in capsys.readouterr().out
+
+
+def test_a_database_is_opened_by_one_at_a_time(tmp_path, monkeypatch):
+    both, met = threading.Barrier(2), []
+
+    def opens(uri):
+        with contextlib.suppress(threading.BrokenBarrierError):
+            met.append(both.wait(0.5))
+        return types.SimpleNamespace(tracking_uri=uri)
+
+    monkeypatch.setattr("mlflow.tracking.MlflowClient", opens)
+    threads = [threading.Thread(target=connect, args=(TrackingConfig(), Workspace(str(tmp_path)))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert met == []
+
+
+def test_a_database_of_another_version_of_mlflow_is_upgraded_by_the_user(workspace, tmp_path, capsys):
+    file = shutil.copy(storage.join(workspace.root, "mlflow.db"), tmp_path)
+    with contextlib.closing(sqlite3.connect(file)) as database, database:
+        database.execute("UPDATE alembic_version SET version_num = 'bd07f7e963c5'")
+    assert main(["models", "list", "--workspace", str(tmp_path)]) == 2
+    assert f"`mlflow db upgrade sqlite:///{file}`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["damaged.db", "nowhere/mlflow.db"])
+def test_a_database_that_cannot_be_opened_is_named(tmp_path, monkeypatch, place):
+    (tmp_path / "damaged.db").write_bytes(b"no database")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / place}")
+    with pytest.raises(PistoSegError, match=f"{place}: MLflow can't open it") as caught:
+        connect(TrackingConfig(), Workspace(str(tmp_path / "w")))
+    assert "folder that can be written" in caught.value.remedy
 
 
 @pytest.mark.parametrize(
