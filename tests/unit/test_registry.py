@@ -91,6 +91,27 @@ def test_a_registered_model_gets_its_tags_also_when_it_is_there_already(workspac
     assert status == "RUNNING"
 
 
+def model_in(place):
+    made = place.commit("precise", "dddd", version=1, settings={}, inputs={}, summary={}, seconds=2)
+    storage.write_bytes(made.path("bundle", "model.json"), b"{}")
+    return made
+
+
+def test_a_known_model_whose_bundle_is_gone_is_led_to_the_one_that_was_made_again(workspace, tmp_path):
+    server = f"tracking.uri=sqlite:///{workspace.root}/mlflow.db"
+    config = load_config("demo", overrides=[server, "tracking.model=again"])
+    one, two = (model_in(Workspace(str(tmp_path / name))) for name in ("one", "two"))
+    client, registry = connect(config.tracking, workspace), Registry(config.tracking, workspace)
+    client.create_registered_model("again")
+    tags = {"pistoseg.bundle": one.path("bundle"), "pistoseg.fingerprint": "dddd"}
+    client.create_model_version("again", source=one.path("bundle"), tags=tags)
+    for bundle in (one.path("bundle"), two.path("bundle")):
+        with Tracker.start(config, Workspace(str(tmp_path / "two"))) as tracker:
+            assert tracker.register(two) == "1"
+        assert registry.find("again/1").bundle == bundle
+        storage.remove_tree(one.uri)
+
+
 def test_a_model_is_found_by_name_version_or_alias(registry):
     assert registry.newest("tissue").version == "3"
     assert registry.newest("tissue/2").version == "2"
