@@ -5,17 +5,19 @@ import json
 import shutil
 import sqlite3
 import threading
+import time
 import types
 
+import fsspec
 import pytest
 
-from pistoseg import storage
+from pistoseg import models_command, storage
 from pistoseg.artifacts import Workspace
 from pistoseg.cli import main
 from pistoseg.config import TrackingConfig, load_config
 from pistoseg.errors import PistoSegError
 from pistoseg.tracking import Tracker, connect
-from pistoseg.tracking.registry import Registry, lineage, set_alias
+from pistoseg.tracking.registry import ModelVersion, Registry, lineage, set_alias
 
 KEYS = ("aaaa", "bbbb", "cccc")
 
@@ -155,6 +157,38 @@ def test_the_terminal_shows_versions_scores_lineage_and_pictures(workspace, caps
     assert f"{workspace.root}/evaluation/cccc/predictions.png" in shown
     assert main(["models", "promote", "tissue", "2", "--workspace", workspace.root]) == 0
     assert "models:/tissue@champion is version 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("protocol", ["refusing", "no-such-protocol"])
+def test_a_version_whose_storage_cannot_be_opened_hides_no_other(workspace, monkeypatch, capsys, protocol):
+    opens = fsspec.core.url_to_fs
+
+    def open_unless_refused(uri):
+        if uri.startswith("refusing"):
+            raise PermissionError("403")
+        return opens(uri)
+
+    monkeypatch.setattr("fsspec.core.url_to_fs", open_unless_refused)
+    client = connect(TrackingConfig(), workspace)
+    client.create_registered_model(protocol)
+    bundle = f"{protocol}://bucket/w/precise/eeee/bundle"
+    client.create_model_version(protocol, source=workspace.root, tags={"pistoseg.bundle": bundle})
+    assert main(["models", "list", "--workspace", workspace.root]) == 0
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if bundle in line]
+    assert [cell.strip() for cell in row.split("│")][4] == "-"
+
+
+@pytest.mark.parametrize("newest", ["a", "b"])
+def test_of_several_evaluations_of_a_model_the_newest_is_shown(tmp_path, monkeypatch, newest):
+    place = Workspace(str(tmp_path))
+    model = model_in(place)
+    for key in ("a", "b"):
+        monkeypatch.setattr("pistoseg.artifacts.time.gmtime", lambda late=key == newest: time.localtime(9e8 + late))
+        metrics = {"miou": 0.9, "fwiou": 0.8} if key != newest else {"miou": 0.5}
+        summary = {"metrics": metrics}
+        place.commit("evaluation", key, version=1, settings={}, inputs={"model": model}, summary=summary, seconds=1)
+    version = ModelVersion("m", "1", (), {"pistoseg.bundle": model.path("bundle")}, None, 0)
+    assert models_command._scores(version) == {"miou": 0.5}
 
 
 def test_a_database_is_opened_by_one_at_a_time(tmp_path, monkeypatch):
