@@ -124,10 +124,15 @@ def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
     """A config with other values by `section.key`; `PistoSegError` names all problems."""
     values = config.model_dump(mode="json")
     for key, value in overrides.items():
-        *sections, field = key.split(".")
-        target = values
+        *sections, field = key.split(".", 2)  # a class's name, which may be the last part, may have dots
+        target: Any = values
         for section in sections:
             target = target[section]
+        if not isinstance(target, dict):
+            above = ".".join(sections)
+            raise PistoSegError(
+                f"can't be set where {above} is {target!r}", field=key, remedy=f"set {above} to a mapping"
+            )
         target[field] = value
     return validate(values)
 
