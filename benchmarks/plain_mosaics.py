@@ -1,8 +1,8 @@
-"""Mosaics as one would write them down: the paper's text step by step, and the way its authors' generator works.
+"""Mosaics as one would write them down: the paper's text step by step, from memory and from a file for every crop.
 
 `PaperText` has all images decoded in memory and does what the text says on whole images: it is the oracle of the
-distributions in the tests (tests/unit/mosaic_oracle.py). `Published` does the same, but like the published generator
-opens and decodes a file for every crop that it draws, and finds its background anew.
+distributions in the tests (tests/unit/mosaic_oracle.py). `FilePerCrop` does the same, but like the published generator
+opens and decodes a file for every crop that it draws, and finds its background anew. Neither is the authors' code.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class PaperText:
         return image, mask
 
 
-class Published(PaperText):
+class FilePerCrop(PaperText):
     """The same, decoding a file for every crop.
 
     Args:

@@ -20,6 +20,8 @@ from pistoseg.errors import PistoSegError
 from pistoseg.redaction import redacted
 
 MANIFEST = "manifest.json"
+CHECKPOINTS = "ray_train"
+"""Folder in an artifact, of a training that is not finished."""
 
 
 def fingerprint(stage: str, version: int, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:

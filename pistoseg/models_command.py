@@ -10,6 +10,7 @@ from rich.table import Table
 from pistoseg import storage
 from pistoseg.artifacts import Workspace
 from pistoseg.config import TrackingConfig
+from pistoseg.errors import PistoSegError
 from pistoseg.redaction import redact
 from pistoseg.tracking.registry import CHAMPION, PREVIOUS, ModelVersion, Registry, lineage, scored_by
 
@@ -18,13 +19,19 @@ WIDTH = 200
 
 
 def list_models(workspace: str, tracking: TrackingConfig) -> int:
-    """Print every version of every registered model with its aliases and mIoU."""
+    """Print every version of every registered model with its aliases and mIoU.
+
+    The mIoU is that of `_scores`; a dash where there is none, or where a version's storage can't be looked at.
+    """
     registry, console = _registry(workspace, tracking), _console()
     table = Table(title=f"Models at {redact(registry.uri)}", title_justify="left")
     for title in ("model", "version", "aliases", "mIoU", "registered", "bundle"):
         table.add_column(title, overflow="fold")
     for version in registry.versions():
-        scores = _scores(version)
+        try:
+            scores = _scores(version)
+        except (PistoSegError, OSError):  # one that is away, or is not to be opened from here, hides no other version
+            scores = {}
         miou = f"{scores['miou']:.4f}" if "miou" in scores else "-"
         bundle = version.tags.get("pistoseg.bundle", "-")
         table.add_row(version.name, version.version, ", ".join(version.aliases), miou, _date(version.created), bundle)
@@ -83,12 +90,15 @@ def _console() -> Console:
 
 
 def _scores(version: ModelVersion) -> dict[str, float]:
-    """Of the evaluations in the workspace that it was registered from."""
-    found: dict[str, float] = {}
+    """Of the newest evaluation, and the newest scores by labels, in the workspace that it was registered from.
+
+    A model may be scored by several protocols.
+    """
+    newest: dict[str, dict[str, float]] = {}
     if "pistoseg.bundle" in version.tags:
-        for artifact in scored_by(version.bundle):
-            found |= artifact.summary.get("metrics", {})
-    return found
+        for artifact in sorted(scored_by(version.bundle), key=lambda item: str(item.manifest["created"])):
+            newest[artifact.stage] = artifact.summary.get("metrics", {})
+    return {name: score for metrics in newest.values() for name, score in metrics.items()}
 
 
 def _pictures(version: ModelVersion) -> list[str]:

@@ -10,11 +10,12 @@ import importlib
 import json
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from pistoseg import object_store, storage
-from pistoseg.artifacts import Artifact, Workspace, fingerprint
+from pistoseg.artifacts import CHECKPOINTS, Artifact, Workspace, fingerprint
 from pistoseg.claims import claimed
 from pistoseg.config import Config
 from pistoseg.errors import PistoSegError
@@ -355,11 +356,23 @@ def run_pipeline(
                     inputs = {role: artifacts[source] for role, source in step.inputs.items()}
                     found = _compute(step, inputs, config, workspace, progress, tracker, hooks)
                 else:
+                    _tidy(found)
                     tracker.reused(found)
                     hooks.reused(found)
             artifacts[step.stage.name] = found
         tracker.finish(artifacts)
     return artifacts
+
+
+def _tidy(artifact: Artifact) -> None:
+    """Remove the checkpoints of a run that was killed when it had just finished an artifact."""
+    from pistoseg.stages.placement import TRAINED
+
+    if artifact.stage in TRAINED:
+        checkpoints = artifact.path(CHECKPOINTS)
+        with suppress(OSError, PistoSegError):  # the artifact may be another's, who alone may write it
+            if storage.exists(checkpoints):
+                storage.remove_tree(checkpoints)
 
 
 def _check_placement(config: Config, workspace: Workspace, steps: list[Step], progress: Progress) -> None:

@@ -13,6 +13,7 @@ import posixpath
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
@@ -320,7 +321,8 @@ def remove_tree(uri: str) -> None:
         object_store.remove_below(backend, inner)
     elif backend.exists(inner):
         for item in backend.find(inner):
-            backend.rm_file(item)
+            with suppress(FileNotFoundError):  # another process deletes it, too
+                backend.rm_file(item)
 
 
 def read_parquet(uri: str, columns: list[str] | None = None) -> pa.Table:

@@ -276,6 +276,7 @@ def _submitted(client: JobSubmissionClient, address: str, **job: Any) -> str:
 
 def _follow(client: JobSubmissionClient, job: str) -> int:
     """Print a job's log as it grows; returns its exit code."""
+    from aiohttp import ClientError  # what Ray's client follows logs with
     from ray.job_submission import JobStatus
 
     log, lost = _Log(), 0.0
@@ -284,7 +285,7 @@ def _follow(client: JobSubmissionClient, job: str) -> int:
             asyncio.run(log.tail(client, job))
             info = client.get_job_info(job)
             lost = 0.0
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, ClientError) as error:
             lost = lost or time.monotonic()
             if time.monotonic() - lost > RECONNECT_S:
                 raise PistoSegError(

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 import pistoseg
 from pistoseg import storage
+from pistoseg.errors import PistoSegError
 from pistoseg.models import bundle
 from pistoseg.redaction import redact
 
@@ -66,7 +67,7 @@ def register(
         name: of the registered model.
         uri: of the bundle.
         fingerprint: of its artifact, by which it is known again.
-        tags: of the version, also of one that is there.
+        tags: of the version, also of one that is there; one whose bundle is gone is led to this one.
     Returns:
         The version.
     """
@@ -75,6 +76,8 @@ def register(
     tags = dict(tags or {})
     for known in client.search_model_versions(f"name='{name}'"):
         if known.tags.get("pistoseg.fingerprint") == fingerprint:
+            if _is_gone(known.tags.get("pistoseg.bundle", "")):
+                tags["pistoseg.bundle"] = redact(uri)
             _set_tags(client, name, str(known.version), tags)
             return str(known.version)
     with tempfile.TemporaryDirectory() as folder:
@@ -99,6 +102,14 @@ def register(
     version = str(info.registered_model_version)
     _set_tags(client, name, version, {"pistoseg.fingerprint": fingerprint, "pistoseg.bundle": redact(uri)} | tags)
     return version
+
+
+def _is_gone(uri: str) -> bool:
+    """Whether a bundle is no longer there; one that can't be looked at may be."""
+    try:
+        return not storage.exists(storage.join(uri, "model.json"))
+    except (PistoSegError, OSError):
+        return False
 
 
 def _set_tags(client: MlflowClient, name: str, version: str, tags: Mapping[str, str]) -> None:

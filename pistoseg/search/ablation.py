@@ -10,7 +10,7 @@ from typing import Any
 from pistoseg import storage
 from pistoseg.artifacts import Artifact, Workspace
 from pistoseg.config import Config, validate
-from pistoseg.errors import PistoSegError
+from pistoseg.errors import PistoSegError, UnavailableError, explained
 from pistoseg.pipeline import check_weights, plan, run_pipeline
 from pistoseg.progress import Progress
 from pistoseg.search.tables import PaperScores, Row, Table, published_data
@@ -124,10 +124,15 @@ def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
     """A config with other values by `section.key`; `PistoSegError` names all problems."""
     values = config.model_dump(mode="json")
     for key, value in overrides.items():
-        *sections, field = key.split(".")
-        target = values
+        *sections, field = key.split(".", 2)  # a class's name, which may be the last part, may have dots
+        target: Any = values
         for section in sections:
             target = target[section]
+        if not isinstance(target, dict):
+            above = ".".join(sections)
+            raise PistoSegError(
+                f"can't be set where {above} is {target!r}", field=key, remedy=f"set {above} to a mapping"
+            )
         target[field] = value
     return validate(values)
 
@@ -237,6 +242,7 @@ def run(
         progress: where to say what happens.
     Raises:
         PistoSegError: settings of a row, or the images, are refused; there are no validation images.
+        UnavailableError: a disk is full or a storage away, which would end every row; a table of before stays.
     """
     from pistoseg.search.report import files
 
@@ -285,8 +291,13 @@ def _run(
                 job.config, workspace, TARGETS, progress=progress, run_name=job.name, parent_run=parent
             )
             scores = _scores(artifacts["evaluation"].summary["report"])
-        except PistoSegError as error:
-            problem = str(error)
+        except Exception as error:  # whatever ends a row is its result; the others go on
+            known = explained(error)
+            if isinstance(known, UnavailableError):  # it would end every other one, too
+                raise known from None
+            from pistoseg.search.trial import explain  # which needs `with_overrides`
+
+            problem = explain(known or error)
     found = {key: step.find(workspace) for key, step in steps.items()}
     missing = next((key for key, artifact in found.items() if artifact is None), None)
     if problem and missing:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pistoseg import storage
-from pistoseg.errors import UnavailableError
+from pistoseg.errors import PistoSegError, UnavailableError
 from pistoseg.liveness import is_alive
 
 FOLDER = "mlflow-unsent"
@@ -60,6 +60,8 @@ def read(folder: str, uri: str, whole: bool = True) -> Message | None:
         whole: with its data.
     Returns:
         None where it was just sent, or is nothing that can be.
+    Raises:
+        PistoSegError: the storage is away; the message is still there.
     """
     number = int(storage.name(uri).removesuffix(".json"))
     try:
@@ -67,6 +69,8 @@ def read(folder: str, uri: str, whole: bool = True) -> Message | None:
         has_data = whole and kept["data"]
         data = storage.read_bytes(storage.join(folder, f"{number:06d}.data")) if has_data else None
         message = Message(number, kept["call"], dict(kept["arguments"]), data, written=True)
+    except PistoSegError:  # a ValueError, but says nothing of the message
+        raise
     except (FileNotFoundError, KeyError, TypeError, ValueError):
         return None
     return message if message.call in CALLS else None

@@ -27,7 +27,6 @@ from pistoseg.tracking import messages
 from pistoseg.tracking.delivery import (
     UNSENT,
     Delivery,
-    GoneError,
     Register,
     UnsentError,
     is_refusal,
@@ -252,10 +251,9 @@ class Outbox:
         for run_id in alive:
             try:
                 self._delivery.deliver("set_tag", {"run_id": run_id, "key": LIFE_TAG, "value": str(int(time.time()))})
-            except GoneError:
-                continue
-            except Exception:  # said when the run has something to say
-                return
+            except Exception as error:  # said when the run has something to say
+                if not is_refusal(error):  # else only of this run, as of one that a user deleted
+                    return
 
     def _send_kept(self) -> None:
         """Send what other outboxes left, then this one's messages in order, until one has to wait."""

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pistoseg import storage
 from pistoseg.artifacts import Workspace
 from pistoseg.config import TrackingConfig
+from pistoseg.errors import PistoSegError
+from pistoseg.redaction import first_line
 from pistoseg.tracking.outbox import Outbox
 
 if TYPE_CHECKING:
@@ -61,11 +64,13 @@ def default_server(uri: str) -> Iterator[None]:
 
 
 def connect(config: TrackingConfig, workspace: Workspace) -> Outbox:
-    """A client of the config's server, or of the workspace's database, which is made if it is not there."""
+    """A client of the config's server, or of the workspace's database, which is made if it is not there.
+
+    Raises:
+        PistoSegError: the database can't be opened, or is that of another version of MLflow.
+    """
     for key, limit in {"GIT_PYTHON_REFRESH": "quiet", **HTTP_LIMITS}.items():
         os.environ.setdefault(key, limit)
-    from mlflow.tracking import MlflowClient
-
     uri = tracking_uri(config, workspace)
     if uri.startswith("sqlite:"):
         folder = _local_folder(workspace)
@@ -76,7 +81,42 @@ def connect(config: TrackingConfig, workspace: Workspace) -> Outbox:
             )
         folder.mkdir(parents=True, exist_ok=True)
         _quiet_migrations()
-    return Outbox(MlflowClient(uri), workspace.root, _register)
+    return Outbox(_client(uri), workspace.root, _register)
+
+
+def _client(uri: str) -> MlflowClient:
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        with _alone(uri):
+            return MlflowClient(uri)
+    except (MlflowException, SQLAlchemyError, OSError) as error:
+        remedy = "see that it is a database, in a folder that can be written, or set MLFLOW_TRACKING_URI to a server"
+        if "out-of-date database schema" in str(error):
+            remedy = f"keep a copy of it, then run `mlflow db upgrade {uri}`"
+        raise PistoSegError(f"MLflow can't open it ({first_line(error)})", file=uri, remedy=remedy) from error
+
+
+@contextmanager
+def _alone(uri: str) -> Iterator[None]:
+    """Let one process at a time open a SQLite database: MLflow makes the tables of a new one without a lock."""
+    from sqlalchemy.engine import make_url
+
+    name = make_url(uri).database if uri.startswith("sqlite:") else None
+    with ExitStack() as held:
+        if name and name != ":memory:":
+            database = Path(name)
+            try:
+                lock = held.enter_context(database.with_name(f".{database.name}.lock").open("a"))
+            except OSError:
+                if not database.exists():  # nor can MLflow make it, which it would try for minutes
+                    raise
+            else:
+                with suppress(OSError):  # a file system without locks
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _register(client: MlflowClient, **arguments: Any) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from pistoseg import storage
-from pistoseg.errors import UnavailableError
+from pistoseg.errors import PistoSegError, UnavailableError
 from pistoseg.liveness import is_alive, process
 
 BEAT_S = 60.0
@@ -69,6 +69,8 @@ def _is_held(uri: str) -> bool:
         return is_alive(body["process"], body["alive"])
     except FileNotFoundError:  # just done, or the next one's
         return True
+    except PistoSegError:  # a ValueError, but says nothing of the turn
+        raise
     except (KeyError, TypeError, ValueError):  # its machine broke down in the middle
         return False
 

@@ -17,6 +17,7 @@ from ray.train.torch import TorchTrainer
 
 from pistoseg import storage
 from pistoseg.actors import start_here
+from pistoseg.artifacts import CHECKPOINTS
 from pistoseg.config import ComputeConfig, TrainingConfig
 from pistoseg.errors import PistoSegError, explained
 from pistoseg.training.loop import CHECKPOINT, FAILURE, TrainingJob, train_worker
@@ -24,7 +25,6 @@ from pistoseg.training.progress import TrainingProgress
 from pistoseg.training.stream import SampleSource, sample_dataset
 from pistoseg.training.tasks import Task
 
-RUN = "ray_train"
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 """What `ray.train.Result.from_path` reads; Ray Train writes it with the first checkpoint."""
 POLL_S = 0.5
@@ -126,7 +126,7 @@ def train(
             resources_per_worker=worker_resources(threads, gpus),
         ),
         run_config=ray.train.RunConfig(
-            name=RUN,
+            name=CHECKPOINTS,
             storage_path=path,
             storage_filesystem=file_system,
             callbacks=list(callbacks),
@@ -171,7 +171,7 @@ def worker_resources(threads: int, gpus: bool) -> dict[str, float]:
 
 def remove_checkpoints(folder: str) -> None:
     """Delete the checkpoints of a finished training; its bundle holds the model."""
-    storage.remove_tree(storage.join(folder, RUN))
+    storage.remove_tree(storage.join(folder, CHECKPOINTS))
 
 
 def _load(checkpoint: ray.train.Checkpoint) -> dict[str, Any]:
@@ -182,7 +182,7 @@ def _load(checkpoint: ray.train.Checkpoint) -> dict[str, Any]:
 
 def _last_history(folder: str) -> list[dict[str, float]]:
     """Metrics of the epochs that a checkpoint holds."""
-    run = storage.join(folder, RUN)
+    run = storage.join(folder, CHECKPOINTS)
     if not storage.exists(storage.join(run, SNAPSHOT)):
         return []
     file_system, path = storage.arrow_filesystem(run)

@@ -11,10 +11,10 @@ import yaml
 from conftest import NETWORK, TINY, committed, contents
 from processes import kill_when
 
-from pistoseg.artifacts import Artifact, Workspace
+from pistoseg.artifacts import CHECKPOINTS, Artifact, Workspace
 from pistoseg.config import load_config
 from pistoseg.pipeline import run_pipeline
-from pistoseg.training.trainer import RUN, SNAPSHOT, _last_history
+from pistoseg.training.trainer import SNAPSHOT, _last_history
 
 pytestmark = pytest.mark.processes
 COUNT = 5000
@@ -55,7 +55,7 @@ def story(local_ray, tmp_path_factory, cohort):
     # One that was being written begins with a dot.
     story.parts = {name: part for name, part in contents(mosaics).items() if not name.startswith(".")}
 
-    kill_when(command, folder, lambda: bool(list(story.workspace.glob(f"preliminary/*/{RUN}/{SNAPSHOT}"))))
+    kill_when(command, folder, lambda: bool(list(story.workspace.glob(f"preliminary/*/{CHECKPOINTS}/{SNAPSHOT}"))))
     story.finished["epoch"] = snapshot(story.workspace)
     (training,) = story.workspace.glob("preliminary/*")
     story.epochs = _last_history(str(training))
@@ -112,4 +112,4 @@ def test_the_end_has_what_a_run_that_was_never_killed_has(story):
     assert set(story.finished["end"]) == set(stages)
     for stage in stages:
         assert len(list(story.workspace.glob(f"{stage}/*"))) == 1, "resumed, not begun anew"
-    assert list(story.workspace.glob(f"*/*/{RUN}")) == []
+    assert list(story.workspace.glob(f"*/*/{CHECKPOINTS}")) == []

@@ -30,7 +30,7 @@ from benchmarks import (
     slides,
     training,
 )
-from benchmarks.plain_mosaics import PaperText, Published
+from benchmarks.plain_mosaics import FilePerCrop, PaperText
 from pistoseg.config import DataConfig
 from pistoseg.patches.layouts import scan_training
 from pistoseg.phantom import PHANTOM_CLASSES, write_cohort
@@ -106,18 +106,18 @@ def test_mosaics_are_measured_without_ray(options):
         mosaics._one_process(item, options, report)
     mosaics._storing(material.mosaics(options)[0], options, report)
     for name in ("mosaic_7x32", "mosaic_2x112"):
-        assert {f"{name}_per_s", f"{name}_text_per_s", f"{name}_published_per_s"} <= set(report.figures)
+        assert {f"{name}_per_s", f"{name}_text_per_s", f"{name}_file_per_crop_per_s"} <= set(report.figures)
 
 
 def test_the_plain_implementations_show_what_ours_shows(options, tmp_path):
     item = material.mosaics(options)[0]
     ours = fresh_mosaics(mosaics.source_of(item))
     shares = []
-    text, published = PaperText(item), Published(item, tmp_path)
+    text, per_crop = PaperText(item), FilePerCrop(item, tmp_path)
     for samples in (
         [ours.sample(0, index) for index in range(60)],
         [text.sample() for _ in range(40)],
-        [published.sample() for _ in range(4)],
+        [per_crop.sample() for _ in range(4)],
     ):
         assert {(image.shape, mask.shape) for image, mask in samples} == {((224, 224, 3), (224, 224))}
         shares.append(np.bincount(np.concatenate([mask.ravel() for _, mask in samples]), minlength=6)[:6])

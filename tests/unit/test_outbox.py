@@ -14,6 +14,7 @@ import requests
 from pistoseg import storage
 from pistoseg.artifacts import Artifact, Workspace
 from pistoseg.config import TrackingConfig, load_config
+from pistoseg.errors import UnavailableError
 from pistoseg.liveness import is_alive, process
 from pistoseg.tracking import Tracker, connect, delivery, leftovers, messages, outbox, turn
 from pistoseg.tracking.delivery import Delivery
@@ -384,6 +385,59 @@ def test_an_outbox_says_that_it_lives_while_the_server_is_away(line, workspace, 
         pytest.fail("no sign of life")
     box.close()
     assert json.loads(storage.read_bytes(owner))["process"] == ""
+
+
+@pytest.mark.parametrize("file", ["b/000001.json", "b/000003.data", "a/000001.json"])
+def test_what_a_storage_that_is_away_for_a_moment_does_not_show_is_sent_later(
+    line, workspace, tmp_path, monkeypatch, capsys, file
+):
+    line.cut = True
+    monkeypatch.setattr(outbox, "process", dead_process)
+    parent, part = into("b", Outbox(line, workspace)), into("a", Outbox(line, workspace))
+    whole = parent.create_run(parent.experiment("pistoseg", None), run_name="whole").info.run_id
+    parent.set_tag(whole, "colour", "blue")
+    (tmp_path / "a.txt").write_text("text")
+    parent.log_artifact(whole, str(tmp_path / "a.txt"))
+    part_of(part, whole, "row")
+    monkeypatch.setattr(outbox, "process", process)
+    delivery.unsent.clear()  # of that process
+    line.cut = False
+    hidden = storage.join(workspace, messages.FOLDER, file)
+    read = storage.read_bytes
+
+    def away(uri):
+        if uri == hidden:
+            raise UnavailableError("does not answer", file=uri)
+        return read(uri)
+
+    with monkeypatch.context() as now:
+        now.setattr(storage, "read_bytes", away)
+        Outbox(line, workspace).send_left()
+    assert storage.exists(hidden)
+    assert "left out" not in capsys.readouterr().out
+    Outbox(line, workspace).send_left()
+    check_part(line, workspace, "row")
+    (run,) = line.search_runs([line.get_experiment_by_name("pistoseg").experiment_id], "tags.colour = 'blue'")
+    assert [item.path for item in line.list_artifacts(run.info.run_id)] == ["a.txt"]
+
+
+def test_a_turn_that_cannot_be_looked_at_is_not_taken(tmp_path, monkeypatch):
+    with turn.turn(str(tmp_path)) as mine:
+        assert mine
+        monkeypatch.setattr(storage, "read_bytes", lambda uri: (_ for _ in ()).throw(UnavailableError("away")))
+        with pytest.raises(UnavailableError), turn.turn(str(tmp_path)):
+            pass
+
+
+def test_a_run_that_was_deleted_keeps_no_other_from_saying_that_it_lives(line, workspace):
+    box = Outbox(line, workspace)
+    runs = [box.create_run(box.experiment("pistoseg", None)).info.run_id for _ in range(6)]
+    for run_id in runs[::2]:
+        line.delete_run(run_id)
+    for run_id in runs[1::2]:
+        line.set_tag(run_id, outbox.LIFE_TAG, "0")
+    box._say_alive()
+    assert "0" not in [line.get_run(run_id).data.tags[outbox.LIFE_TAG] for run_id in runs[1::2]]
 
 
 def gone_experiment(line):

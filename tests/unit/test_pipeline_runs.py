@@ -1,13 +1,14 @@
+import os
 import threading
 
 import pytest
 from processes import wait_for
 
-from pistoseg import claims
+from pistoseg import claims, storage
 from pistoseg.artifacts import Workspace
 from pistoseg.config import load_config
 from pistoseg.errors import PistoSegError
-from pistoseg.pipeline import Stage, run_pipeline
+from pistoseg.pipeline import Stage, plan, run_pipeline
 from pistoseg.progress import Progress
 
 
@@ -67,6 +68,22 @@ def test_what_only_an_unfinished_artifact_needs_is_removed_once_it_is_finished(c
     monkeypatch.setattr(Stage, "run", run)
     run_pipeline(config, Workspace(str(tmp_path / "w")), ("patches",))
     assert finished == [True]
+
+
+def test_checkpoints_that_a_kill_left_in_a_finished_training_are_removed_by_the_next_run(config, tmp_path, monkeypatch):
+    workspace, target = Workspace(str(tmp_path / "w")), ("preliminary",)
+    for step in plan(config, target):
+        made = workspace.commit(
+            step.stage.name, step.fingerprint, version=1, settings={}, inputs={}, summary={}, seconds=1
+        )
+        storage.write_bytes(made.path("ray_train", "checkpoint", "state.pt"), b"x")
+        storage.write_bytes(made.path("model", "model.json"), b"x")
+    with monkeypatch.context() as refused:
+        refused.setattr(storage, "remove_tree", lambda uri: os.remove(tmp_path / "nothing"))
+        found = run_pipeline(config, workspace, target)["preliminary"]
+    assert storage.exists(found.path("ray_train"))
+    run_pipeline(config, workspace, target)
+    assert [storage.name(item) for item in storage.list_dir(found.uri)] == ["manifest.json", "model"]
 
 
 def test_a_run_that_was_taken_over_commits_nothing(config, tmp_path, monkeypatch):

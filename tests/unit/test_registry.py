@@ -1,16 +1,23 @@
 """The registry of a workspace's own database, with versions that no training had to make."""
 
+import contextlib
 import json
+import shutil
+import sqlite3
+import threading
+import time
+import types
 
+import fsspec
 import pytest
 
-from pistoseg import storage
+from pistoseg import models_command, storage
 from pistoseg.artifacts import Workspace
 from pistoseg.cli import main
 from pistoseg.config import TrackingConfig, load_config
 from pistoseg.errors import PistoSegError
 from pistoseg.tracking import Tracker, connect
-from pistoseg.tracking.registry import Registry, lineage, set_alias
+from pistoseg.tracking.registry import ModelVersion, Registry, lineage, set_alias
 
 KEYS = ("aaaa", "bbbb", "cccc")
 
@@ -86,6 +93,27 @@ def test_a_registered_model_gets_its_tags_also_when_it_is_there_already(workspac
     assert status == "RUNNING"
 
 
+def model_in(place):
+    made = place.commit("precise", "dddd", version=1, settings={}, inputs={}, summary={}, seconds=2)
+    storage.write_bytes(made.path("bundle", "model.json"), b"{}")
+    return made
+
+
+def test_a_known_model_whose_bundle_is_gone_is_led_to_the_one_that_was_made_again(workspace, tmp_path):
+    server = f"tracking.uri=sqlite:///{workspace.root}/mlflow.db"
+    config = load_config("demo", overrides=[server, "tracking.model=again"])
+    one, two = (model_in(Workspace(str(tmp_path / name))) for name in ("one", "two"))
+    client, registry = connect(config.tracking, workspace), Registry(config.tracking, workspace)
+    client.create_registered_model("again")
+    tags = {"pistoseg.bundle": one.path("bundle"), "pistoseg.fingerprint": "dddd"}
+    client.create_model_version("again", source=one.path("bundle"), tags=tags)
+    for bundle in (one.path("bundle"), two.path("bundle")):
+        with Tracker.start(config, Workspace(str(tmp_path / "two"))) as tracker:
+            assert tracker.register(two) == "1"
+        assert registry.find("again/1").bundle == bundle
+        storage.remove_tree(one.uri)
+
+
 def test_a_model_is_found_by_name_version_or_alias(registry):
     assert registry.newest("tissue").version == "3"
     assert registry.newest("tissue/2").version == "2"
@@ -130,6 +158,72 @@ def test_the_terminal_shows_versions_scores_lineage_and_pictures(workspace, caps
     assert f"{workspace.root}/evaluation/cccc/predictions.png" in shown
     assert main(["models", "promote", "tissue", "2", "--workspace", workspace.root]) == 0
     assert "models:/tissue@champion is version 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("protocol", ["refusing", "no-such-protocol"])
+def test_a_version_whose_storage_cannot_be_opened_hides_no_other(workspace, monkeypatch, capsys, protocol):
+    opens = fsspec.core.url_to_fs
+
+    def open_unless_refused(uri):
+        if uri.startswith("refusing"):
+            raise PermissionError("403")
+        return opens(uri)
+
+    monkeypatch.setattr("fsspec.core.url_to_fs", open_unless_refused)
+    client = connect(TrackingConfig(), workspace)
+    client.create_registered_model(protocol)
+    bundle = f"{protocol}://bucket/w/precise/eeee/bundle"
+    client.create_model_version(protocol, source=workspace.root, tags={"pistoseg.bundle": bundle})
+    assert main(["models", "list", "--workspace", workspace.root]) == 0
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if bundle in line]
+    assert [cell.strip() for cell in row.split("│")][4] == "-"
+
+
+@pytest.mark.parametrize("newest", ["a", "b"])
+def test_of_several_evaluations_of_a_model_the_newest_is_shown(tmp_path, monkeypatch, newest):
+    place = Workspace(str(tmp_path))
+    model = model_in(place)
+    for key in ("a", "b"):
+        monkeypatch.setattr("pistoseg.artifacts.time.gmtime", lambda late=key == newest: time.localtime(9e8 + late))
+        metrics = {"miou": 0.9, "fwiou": 0.8} if key != newest else {"miou": 0.5}
+        summary = {"metrics": metrics}
+        place.commit("evaluation", key, version=1, settings={}, inputs={"model": model}, summary=summary, seconds=1)
+    version = ModelVersion("m", "1", (), {"pistoseg.bundle": model.path("bundle")}, None, 0)
+    assert models_command._scores(version) == {"miou": 0.5}
+
+
+def test_a_database_is_opened_by_one_at_a_time(tmp_path, monkeypatch):
+    both, met = threading.Barrier(2), []
+
+    def opens(uri):
+        with contextlib.suppress(threading.BrokenBarrierError):
+            met.append(both.wait(0.5))
+        return types.SimpleNamespace(tracking_uri=uri)
+
+    monkeypatch.setattr("mlflow.tracking.MlflowClient", opens)
+    threads = [threading.Thread(target=connect, args=(TrackingConfig(), Workspace(str(tmp_path)))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert met == []
+
+
+def test_a_database_of_another_version_of_mlflow_is_upgraded_by_the_user(workspace, tmp_path, capsys):
+    file = shutil.copy(storage.join(workspace.root, "mlflow.db"), tmp_path)
+    with contextlib.closing(sqlite3.connect(file)) as database, database:
+        database.execute("UPDATE alembic_version SET version_num = 'bd07f7e963c5'")
+    assert main(["models", "list", "--workspace", str(tmp_path)]) == 2
+    assert f"`mlflow db upgrade sqlite:///{file}`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["damaged.db", "nowhere/mlflow.db"])
+def test_a_database_that_cannot_be_opened_is_named(tmp_path, monkeypatch, place):
+    (tmp_path / "damaged.db").write_bytes(b"no database")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / place}")
+    with pytest.raises(PistoSegError, match=f"{place}: MLflow can't open it") as caught:
+        connect(TrackingConfig(), Workspace(str(tmp_path / "w")))
+    assert "folder that can be written" in caught.value.remedy
 
 
 @pytest.mark.parametrize(

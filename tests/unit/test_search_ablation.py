@@ -7,6 +7,7 @@ import types
 import numpy as np
 import pyarrow as pa
 import pytest
+import ray.train
 from patch_files import put
 from rich.console import Console
 
@@ -14,7 +15,7 @@ from pistoseg import storage
 from pistoseg.artifacts import Workspace
 from pistoseg.cli import main
 from pistoseg.config import load_config, presets
-from pistoseg.errors import PistoSegError
+from pistoseg.errors import PistoSegError, UnavailableError
 from pistoseg.patches.store import IMAGES_SCHEMA, WINDOWS_SCHEMA
 from pistoseg.pipeline import plan
 from pistoseg.search import ablation, report
@@ -284,6 +285,50 @@ def test_rows_share_what_they_do_not_vary_and_a_broken_one_stops_no_other(config
         "ablation.json",
         "ablation.md",
     ]
+
+
+def breaking(monkeypatch, mask, error):
+    """A pipeline whose precise model with some masks ends with an error."""
+    fake = ablation.run_pipeline
+
+    def run_pipeline(config, workspace, targets, **named):
+        if "evaluation" in targets and config.precise.masks == mask:
+            fake(config, workspace, ("synthesis",), **named)
+            raise error
+        return fake(config, workspace, targets, **named)
+
+    monkeypatch.setattr(ablation, "run_pipeline", run_pipeline)
+
+
+@pytest.mark.parametrize(
+    ("error", "problem"),
+    [
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "out of memory: RuntimeError: CUDA out of"),
+        (ray.train.WorkerGroupError("workers failed", {0: PistoSegError("the loss is nan")}), "the loss is nan."),
+    ],
+)
+def test_a_row_that_ends_with_any_error_is_a_failed_row_of_a_table_that_is_written(
+    config, pipeline, tmp_path, monkeypatch, error, problem
+):
+    breaking(monkeypatch, "synthesized", error)
+    out = tmp_path / "out"
+    table = Table("own", "Own", TABLES["table1"].rows[:2])
+    result = ablation.run(table, config, Workspace(str(tmp_path)), out=str(out))
+    assert result.rows[0].runs[0].problem.startswith(problem)
+    assert result.rows[1].mean("miou") == 0.5
+    assert json.loads((out / "ablation.json").read_text())["rows"][1]["mean"]["miou"] == 0.5
+
+
+@pytest.mark.parametrize("wrap", [lambda error: error, lambda error: ray.train.WorkerGroupError("failed", {0: error})])
+def test_an_outage_ends_the_ablation_and_leaves_the_table_before(config, pipeline, tmp_path, monkeypatch, wrap):
+    out = tmp_path / "out"
+    table = Table("own", "Own", TABLES["table1"].rows[:2])
+    ablation.run(table, config, Workspace(str(tmp_path)), out=str(out))
+    before = (out / "ablation.json").read_bytes()
+    breaking(monkeypatch, "pseudo", wrap(UnavailableError("no space is left on the disk")))
+    with pytest.raises(UnavailableError):
+        ablation.run(table, config, Workspace(str(tmp_path)), out=str(out))
+    assert (out / "ablation.json").read_bytes() == before
 
 
 def test_an_ablation_that_is_run_again_computes_nothing(config, pipeline, tmp_path):

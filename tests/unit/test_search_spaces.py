@@ -119,6 +119,20 @@ def test_points_that_the_config_refuses_stop_a_search_before_it_starts(tmp_path)
         analyse(space, config, MASKS)
 
 
+def test_a_class_weight_beside_a_sampling_without_weights_is_refused_by_name(tmp_path):
+    config = config_of("wsss4luad", "synthesis.class_sampling=natural")
+    space = read_space(space_file(tmp_path, {"synthesis.class_sampling.tumor": {"low": 0.5, "high": 2.0}}), config)
+    with pytest.raises(PistoSegError, match=r"class_sampling\.tumor.*class_sampling is 'natural'"):
+        analyse(space, config, MASKS)
+
+
+def test_a_class_whose_name_has_dots_gets_its_weight():
+    names = [{"name": name, "color": [number, 0, 0]} for number, name in enumerate(("T.1", "stroma"), 1)]
+    config = config_of("wsss4luad", f"classes.classes={names}", "synthesis.class_sampling={T.1: 1, stroma: 1}")
+    changed = with_overrides(config, {"synthesis.class_sampling.T.1": 2.5})
+    assert changed.synthesis.class_sampling == {"T.1": 2.5, "stroma": 1}
+
+
 def test_what_trials_share_and_what_changes_nothing_is_found_by_fingerprints():
     config = config_of("wsss4luad", "precise.masks=refined_cnn")
     space, sharing = analyse(load_space("losses", config), config, MASKS)

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import aiohttp
 import pytest
 import yaml
 
@@ -138,6 +139,7 @@ class Cluster:
 
     def __init__(self, exit_code, breaks=1):
         self.exit_code, self.breaks, self.submitted = exit_code, breaks, None
+        self.error = RuntimeError("WebSocket connection closed unexpectedly")
 
     def submit_job(self, **job):
         self.submitted = job
@@ -148,7 +150,7 @@ class Cluster:
         yield "one\ntw"
         if self.breaks:
             self.breaks -= 1
-            raise RuntimeError("WebSocket connection closed unexpectedly")
+            raise self.error
         yield "o\nthree\n"
 
     def get_job_info(self, job):
@@ -179,6 +181,21 @@ def test_the_log_is_shown_once_and_the_jobs_exit_code_is_returned(cluster, capsy
     assert words == ["python", "-m", "pistoseg", "train", *DATA, "--config", "job.yaml"]
     assert made.files == ["job.yaml", "pistoseg"]
     assert not Path(made.submitted["runtime_env"]["working_dir"]).exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [aiohttp.ServerDisconnectedError(), aiohttp.WSServerHandshakeError(SimpleNamespace(real_url=HEAD), (), status=503)],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_head_that_restarts_behind_a_proxy_is_waited_for(cluster, capsys, monkeypatch, error):
+    cluster(0).error = error
+    assert main(["train", "--preset", "demo", *DATA, "--submit", HEAD]) == 0
+    assert capsys.readouterr().out == "one\ntwo\nthree\n"
+    monkeypatch.setattr(submission, "RECONNECT_S", -1)
+    cluster(0).error = error
+    assert main(["train", "--preset", "demo", *DATA, "--submit", HEAD]) == 2
+    assert "can't be followed any more" in capsys.readouterr().err
 
 
 def test_a_job_whose_driver_was_lost_says_how_to_go_on(cluster, capsys):
