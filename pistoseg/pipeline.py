@@ -166,7 +166,7 @@ def _cams(config: Config) -> dict[str, Any]:
 
 
 STAGES = (
-    Stage("patches", "Reading training images", "patches:run", _training_images),
+    Stage("patches", "Reading training images", "patches:run", _training_images, version=2),
     Stage("validation", "Reading validation images", "validation:run", _validation_images, version=2),
     Stage("synthesis", "Making mosaics", "synthesis:run", _synthesis, lambda config: {"patches": "patches"}),
     Stage(

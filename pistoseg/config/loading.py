@@ -92,7 +92,7 @@ def load_services(
     for item in overrides:
         values = _merge(values, _parse_override(item))
     source = file or "config"
-    if unknown := sorted(values.keys() - Config.model_fields - {"preset", "profile"}):
+    if unknown := sorted(map(str, values.keys() - Config.model_fields - {"preset", "profile"})):
         raise PistoSegError(f"has the unknown sections {', '.join(unknown)}", file=source, remedy=_HELP)
     try:
         services = _Services.model_validate(values)

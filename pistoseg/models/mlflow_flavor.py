@@ -105,9 +105,9 @@ def register(
 
 
 def _is_gone(uri: str) -> bool:
-    """Whether a bundle is no longer there; one that can't be looked at may be."""
+    """Whether a bundle is no longer there; one that can't be looked at may be, as one on another machine's disk."""
     try:
-        return not storage.exists(storage.join(uri, "model.json"))
+        return not storage.is_local(uri) and not storage.exists(storage.join(uri, "model.json"))
     except (PistoSegError, OSError):
         return False
 

@@ -126,7 +126,9 @@ def summary_table(rows: Sequence[SlideRow], classes: TissueClasses) -> pa.Table:
         for name in classes.names:
             values = [found and found["classes"][name][measure] for found in areas]
             column = f"{name}_{measure}"
-            columns[f"class_{column}" if column in columns else column] = pa.array(values, pa.float64())
+            while column in columns:
+                column = f"class_{column}"
+            columns[column] = pa.array(values, pa.float64())
     columns["tumor_stroma_ratio"] = pa.array([found and found["tumor_stroma_ratio"] for found in areas], pa.float64())
     return pa.table(columns)
 

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from unicodedata import is_normalized
 
 from pistoseg import storage
 from pistoseg.config import Config
@@ -74,13 +73,12 @@ def _digest(uri: str, tables: dict[str, str] | None = None) -> str:
         uri: of their folder.
         tables: gets the CSV and Parquet files directly in it, name -> URI.
     """
-    digest, normal = hashlib.sha256(b"["), True
+    digest = hashlib.sha256(b"[")
     for number, item in enumerate(storage.iter_details(uri)):
-        normal = normal and is_normalized("NFC", item[0])
         digest.update(f"{', ' if number else ''}{json.dumps(item)}".encode())
         if tables is not None and "/" not in item[0] and item[0].lower().endswith((".csv", ".parquet")):
             tables[item[0]] = storage.join(uri, item[0])
-    digest.update(b"]" if normal else b"], composed")  # what an earlier version made of such names is not used
+    digest.update(b"]")
     return digest.hexdigest()[:16]
 
 

@@ -160,7 +160,7 @@ class _ImageFinder:
         self.table = table
         self.folders = (posixpath.dirname(table_uri), uri)
         self.files = files
-        self.composed = {composed(name): uri for name, uri in files.items() if not is_normalized("NFC", name)}
+        self.composed = {composed(name): name for name in files if not is_normalized("NFC", name)}
         self.uris: dict[str, str] = {}
         self.elsewhere: dict[str, str | None] = {}
 
@@ -175,17 +175,23 @@ class _ImageFinder:
                 field="image",
                 remedy="add the image, or remove the row",
             )
+        name = self._listed(name) or name
         self.uris[name] = uri
         return name
 
     def uri_of(self, name: str) -> str | None:
         """Where the image of a name is, or None."""
-        listed = self.files.get(name) or self.files.get(composed(name)) or self.composed.get(composed(name))
+        listed = self._listed(name)
         if listed is not None:
-            return listed
+            return self.files[listed]
         if name not in self.elsewhere:
             self.elsewhere[name] = self._look(name)
         return self.elsewhere[name]
+
+    def _listed(self, name: str) -> str | None:
+        """The name of a file below the training folder, however its accents are written in the table; or None."""
+        there = (other for other in (name, composed(name)) if other in self.files)
+        return next(there, None) or self.composed.get(composed(name))
 
     def candidates(self, name: str) -> list[str]:
         """Where an image that is not listed may be; the first that is a file counts."""

@@ -127,8 +127,12 @@ def _refuse_another(out: str, settings: dict[str, Any]) -> None:
     uri = storage.join(out, "phantom.json")
     if not storage.exists(uri):
         return
-    found = json.loads(storage.read_bytes(uri))
-    if (found.get("format"), found.get("settings")) != (FORMAT, settings):
+    try:
+        found = json.loads(storage.read_bytes(uri))
+        same = (found["format"], found["settings"]) == (FORMAT, settings)
+    except (ValueError, KeyError, TypeError):
+        same = False
+    if not same:
         raise PistoSegError("holds another cohort", file=out, remedy="give another folder, or delete this one")
 
 

@@ -34,8 +34,8 @@ from pistoseg.stages.slide_images import node_cache
 
 ASKED = "asked"
 """Ray's name for the threads that answer while slides are in work."""
-NICER = 10
-"""By how much the thread of a slide's results is nicer than its process."""
+NICER, NICEST = 10, 19
+"""By how much the thread of a slide's results is nicer than its process, and the nicest that Linux knows."""
 PARTS = ".parts"
 """Folder of the output for shares of slides that several workers map; empty when they are done."""
 
@@ -245,14 +245,19 @@ def give_way() -> None:
     """Let the calling thread run mostly where a CPU has nothing else to do, on Linux.
 
     The threads of a network go in step: one that shares its CPU holds all of them up. A slide's results have the time
-    of the next slide to be written in; when the network waits for them, the CPUs are theirs. Linux's idle policy would
-    give them next to nothing on a machine that has other work, too: 0.1 s of a CPU in 100 s beside two such processes.
+    of the next slide to be written in; when the network waits for them, the CPUs are theirs. They get a tenth of what a
+    network's thread gets: by ten steps of niceness, or by the idle policy where a process has not as many left, as
+    Ray's workers. The idle policy alone would give them next to nothing beside processes that are not nice.
     """
-    if sys.platform == "linux":  # elsewhere a thread has no niceness of its own
-        thread = threading.get_native_id()
-        nicest = min(19, os.getpriority(os.PRIO_PROCESS, thread) + NICER)
-        with suppress(OSError):  # a sandbox may forbid it
-            os.setpriority(os.PRIO_PROCESS, thread, nicest)
+    if sys.platform != "linux":  # elsewhere a thread has no niceness of its own
+        return
+    thread = threading.get_native_id()
+    nicer = os.getpriority(os.PRIO_PROCESS, thread) + NICER
+    with suppress(OSError):  # a sandbox may forbid it
+        if nicer <= NICEST:
+            os.setpriority(os.PRIO_PROCESS, thread, nicer)
+        else:
+            os.sched_setscheduler(thread, os.SCHED_IDLE, os.sched_param(0))
 
 
 def share_of_bands(plan: TilePlan, part: int, parts: int) -> range:

@@ -106,9 +106,10 @@ def _alone(uri: str) -> Iterator[None]:
 
     name = make_url(uri).database if uri.startswith("sqlite:") else None
     with ExitStack() as held:
-        if name and name != ":memory:":
+        if name and name != ":memory:" and not name.startswith("file:"):
             database = Path(name)
             try:
+                database.parent.mkdir(parents=True, exist_ok=True)  # as MLflow does
                 lock = held.enter_context(database.with_name(f".{database.name}.lock").open("a"))
             except OSError:
                 if not database.exists():  # nor can MLflow make it, which it would try for minutes

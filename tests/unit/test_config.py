@@ -381,5 +381,5 @@ def test_the_sections_of_services_are_read_without_the_rest_of_a_config(tmp_path
     assert load_services() == (TrackingConfig(), StorageConfig())
     with pytest.raises(PistoSegError, match=r"tracking\.url: unknown key"):
         load_services(overrides=["tracking.url=http://a"])
-    with pytest.raises(PistoSegError, match="unknown sections trakcing"):
-        load_services(overrides=["trakcing.uri=http://a"])
+    with pytest.raises(PistoSegError, match="unknown sections 1, trakcing"):
+        load_services(overrides=["trakcing.uri=http://a", "1.x=2"])

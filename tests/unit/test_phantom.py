@@ -165,6 +165,10 @@ def test_a_second_cohort_is_not_mixed_into_a_folder_but_the_same_one_is_drawn_ag
         write_cohort(str(tmp_path), **settings | {"training": 3})
     assert write_cohort(str(tmp_path), **settings) == first
     assert sorted(tmp_path.rglob("*")) == files
+    for damaged in ("{", "[]"):
+        (tmp_path / "phantom.json").write_text(damaged)
+        with pytest.raises(PistoSegError, match="holds another cohort"):
+            write_cohort(str(tmp_path), **settings)
 
 
 def test_a_cohort_can_be_written_to_a_uri() -> None:

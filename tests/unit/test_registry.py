@@ -99,18 +99,21 @@ def model_in(place):
     return made
 
 
-def test_a_known_model_whose_bundle_is_gone_is_led_to_the_one_that_was_made_again(workspace, tmp_path):
+@pytest.mark.parametrize("place", ["memory://registered", "a disk that others do not see"])
+def test_a_known_model_whose_bundle_is_gone_is_led_to_the_one_that_was_made_again(workspace, tmp_path, place):
+    remote = place.startswith("memory:")
+    root = place if remote else str(tmp_path / place)
     server = f"tracking.uri=sqlite:///{workspace.root}/mlflow.db"
-    config = load_config("demo", overrides=[server, "tracking.model=again"])
-    one, two = (model_in(Workspace(str(tmp_path / name))) for name in ("one", "two"))
+    config = load_config("demo", overrides=[server, f"tracking.model=again-{remote}"])
+    one, two = (model_in(Workspace(storage.join(root, name))) for name in ("one", "two"))
     client, registry = connect(config.tracking, workspace), Registry(config.tracking, workspace)
-    client.create_registered_model("again")
+    client.create_registered_model(config.tracking.model)
     tags = {"pistoseg.bundle": one.path("bundle"), "pistoseg.fingerprint": "dddd"}
-    client.create_model_version("again", source=one.path("bundle"), tags=tags)
-    for bundle in (one.path("bundle"), two.path("bundle")):
+    client.create_model_version(config.tracking.model, source=one.path("bundle"), tags=tags)
+    for bundle in (one.path("bundle"), (two if remote else one).path("bundle")):
         with Tracker.start(config, Workspace(str(tmp_path / "two"))) as tracker:
             assert tracker.register(two) == "1"
-        assert registry.find("again/1").bundle == bundle
+        assert registry.find(f"{config.tracking.model}/1").bundle == bundle
         storage.remove_tree(one.uri)
 
 
@@ -217,13 +220,19 @@ def test_a_database_of_another_version_of_mlflow_is_upgraded_by_the_user(workspa
     assert f"`mlflow db upgrade sqlite:///{file}`" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("place", ["damaged.db", "nowhere/mlflow.db"])
+@pytest.mark.parametrize("place", ["damaged.db", "damaged.db/mlflow.db"])
 def test_a_database_that_cannot_be_opened_is_named(tmp_path, monkeypatch, place):
     (tmp_path / "damaged.db").write_bytes(b"no database")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / place}")
     with pytest.raises(PistoSegError, match=f"{place}: MLflow can't open it") as caught:
         connect(TrackingConfig(), Workspace(str(tmp_path / "w")))
     assert "folder that can be written" in caught.value.remedy
+
+
+def test_the_folder_of_a_database_is_made(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/new/folder/mlflow.db")
+    connect(TrackingConfig(), Workspace(str(tmp_path / "w")))
+    assert (tmp_path / "new" / "folder" / "mlflow.db").exists()
 
 
 @pytest.mark.parametrize(
