@@ -204,7 +204,7 @@ def _run_trials(
     if own is None:
         progress.say("the own setting is outside of the space: trial 0 counts, but does not guide the search")
     searcher = PointSearcher(
-        search.space, journal, search.algorithm, search.config.seed, budget.trials, own, search.timed
+        search.space, journal, search.algorithm, search.config.seed, budget.trials, own, search.timed, progress.say
     )
     job = TrialJob(
         search.config,

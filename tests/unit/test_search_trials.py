@@ -17,6 +17,7 @@ from pistoseg.search.findings import best_yaml, pareto, report, trials_csv
 from pistoseg.search.journal import Journal, TrialRecord
 from pistoseg.search.objective import Objective
 from pistoseg.search.sharing import analyse
+from pistoseg.search.spaces import Parameter, Space
 from pistoseg.search.trial import Workers, explain
 
 IDENTITY = {"identity": {"space": 1}, "spent_s": 0.0}
@@ -290,6 +291,28 @@ def test_a_grid_goes_on_however_many_of_its_points_are_known(tmp_path, config, s
     found = [run_trial(second, f"b{number}", 0.2) for number in range(11)]
     assert [item["number"] for item in found[:10]] == list(range(trials - 10, trials))
     assert found[10] == second.FINISHED
+
+
+@pytest.mark.parametrize("algorithm", ["tpe", "random"])
+def test_a_space_of_options_is_searched_to_its_last_point_and_then_said_to_be_used_up(tmp_path, sampling, algorithm):
+    sizes = {"synthesis.n_h": 4, "synthesis.n_w": 3, "precise.epochs": 3}
+    parameters = [Parameter(name, options={size: {name: size} for size in range(n)}) for name, n in sizes.items()]
+    space, said = Space("options", tuple(parameters)), []
+    journal = Journal.open(str(tmp_path), IDENTITY)
+    own = dict.fromkeys(sizes, 0)
+    searcher = sampling.PointSearcher(space, journal, algorithm, 0, 30, own, say=said.append)
+    while (found := searcher.suggest(name := f"t{len(journal.records)}")) != searcher.FINISHED:
+        record = journal.records[found["number"]]
+        record.state, record.value = "finished", 1 / (1 + sum(record.point.values()))  # the sampler settles on zeros
+        searcher.on_trial_complete(name, {"objective": record.value, "finished": True, "seconds": 1.0})
+    assert len(journal.records) == 30
+    assert said == []
+    searcher = sampling.PointSearcher(space, journal, algorithm, 0, None, own, say=said.append)
+    while searcher.suggest(f"t{len(journal.records)}") != searcher.FINISHED:
+        pass
+    assert len({searcher._settings(record) for record in journal.records.values()}) == len(journal.records) == 36
+    assert len(said) == 1
+    assert "the space is used up" in said[0]
 
 
 def test_tpe_knows_the_trials_of_earlier_runs(tmp_path, config, space, sampling):
