@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 import time
@@ -26,11 +25,11 @@ from pistoseg.search.ablation import with_overrides
 from pistoseg.search.confirmation import Confirmation
 from pistoseg.search.journal import Journal, TrialRecord
 from pistoseg.search.objective import Objective
-from pistoseg.search.recording import Recorder
+from pistoseg.search.recording import Ending, Recorder
 from pistoseg.search.sampling import Algorithm, Halving, PointSearcher
 from pistoseg.search.sharing import Sharing
 from pistoseg.search.spaces import Space
-from pistoseg.search.trial import UNAVAILABLE, TrialJob, Workers, run_trial
+from pistoseg.search.trial import TrialJob, Workers, run_trial
 from pistoseg.stages import cluster
 from pistoseg.tracking import Tracker
 
@@ -198,8 +197,8 @@ def _run_trials(
         return
     parallel = _parallel(search.config, budget.parallel, progress)
     scheduler = _scheduler(search, journal)
-    workers = start_here(Workers)
-    recorder = Recorder(journal, tracker, search.objective, workers, scheduler, shared, progress, workspace)
+    workers, ending = start_here(Workers), Ending()
+    recorder = Recorder(journal, tracker, search.objective, workers, scheduler, shared, progress, workspace, ending)
     own = search.space.point_of(search.config)
     if own is None:
         progress.say("the own setting is outside of the space: trial 0 counts, but does not guide the search")
@@ -215,7 +214,7 @@ def _run_trials(
         workers,
         parallel,
     )
-    before, started, ending = journal.settings["spent_s"], time.monotonic(), _Ending()
+    before, started = journal.settings["spent_s"], time.monotonic()
     try:
         with _tune_settings(), tempfile.TemporaryDirectory() as scratch:
             tune.Tuner(
@@ -232,7 +231,7 @@ def _run_trials(
                     name="trials",
                     storage_path=scratch,
                     verbose=0,
-                    callbacks=[_Clock(journal, before), recorder],
+                    callbacks=[_Clock(journal, before, ending), recorder],
                     # What a trial raises is its result: one that fails here has lost its process, or its node.
                     failure_config=tune.FailureConfig(max_failures=search.config.compute.max_failures),
                     stop=ending,
@@ -240,38 +239,27 @@ def _run_trials(
             ).fit()
     finally:
         recorder.end_all()
-        journal.update(spent_s=before + time.monotonic() - started)
+        with ending.watching():
+            journal.update(spent_s=before + time.monotonic() - started)
         ray.kill(workers)
     if ending.problem:
         raise ending.problem
 
 
-class _Ending(tune.Stopper):
-    """Ends a search at the first trial that a full disk or a storage that is away cut off: the others would follow."""
-
-    def __init__(self) -> None:
-        self.problem: UnavailableError | None = None
-
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Look at a report; it ends by itself."""
-        if UNAVAILABLE in result:
-            self.problem = UnavailableError(**json.loads(result[UNAVAILABLE]))
-        return False
-
-    def stop_all(self) -> bool:
-        """Whether the search has to end."""
-        return self.problem is not None
-
-
 class _Clock(tune.Callback):
     """Keeps the time that a search has taken, so that hours count over a crash, too."""
 
-    def __init__(self, journal: Journal, before: float) -> None:
-        self.journal, self.before, self.started = journal, before, time.monotonic()
+    def __init__(self, journal: Journal, before: float, ending: Ending) -> None:
+        self.journal, self.before, self.started, self.ending = journal, before, time.monotonic(), ending
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune pickles its callbacks into a state that nobody reads."""
+        return {}
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         """A time to look at the clock."""
-        self.journal.update(spent_s=self.before + time.monotonic() - self.started)
+        with self.ending.watching():
+            self.journal.update(spent_s=self.before + time.monotonic() - self.started)
 
 
 def _parallel(config: Config, wanted: int | None, progress: Progress) -> int:

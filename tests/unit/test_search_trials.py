@@ -9,7 +9,7 @@ from scipy.stats import ttest_rel
 
 from pistoseg import storage
 from pistoseg.config import load_config
-from pistoseg.errors import PistoSegError
+from pistoseg.errors import PistoSegError, UnavailableError
 from pistoseg.metrics import label_agreement
 from pistoseg.search.builtin import load_space
 from pistoseg.search.confirmation import Confirmation, paired_interval, rank_correlation
@@ -19,6 +19,7 @@ from pistoseg.search.objective import Objective
 from pistoseg.search.sharing import analyse
 from pistoseg.search.spaces import Parameter, Space
 from pistoseg.search.trial import Workers, explain
+from pistoseg.tracking import StageRun
 
 IDENTITY = {"identity": {"space": 1}, "spent_s": 0.0}
 
@@ -386,7 +387,6 @@ def test_the_best_model_is_the_champion_only_if_it_holds_on_fresh_seeds(
 ):
     from pistoseg.artifacts import Workspace
     from pistoseg.search import study
-    from pistoseg.tracking import StageRun
 
     journal = filled(tmp_path, space, [0.1, 0.4, 0.3])
     best = journal.best().overrides
@@ -448,13 +448,14 @@ def test_what_mlflow_missed_of_a_trial_when_its_driver_was_killed_it_gets_from_t
     from pistoseg.tracking import Tracker
 
     workspace, journal = Workspace(str(tmp_path)), Journal.open(str(tmp_path / "search"), IDENTITY)
-    record, trial = journal.start({}, {}), SimpleNamespace(config={"number": 0}, last_result=None)
+    record, trial = journal.start({}, {}), SimpleNamespace(trial_id="t0", config={"number": 0}, last_result=None)
     workers = SimpleNamespace(release=SimpleNamespace(remote=lambda owner: None))
     monkeypatch.setattr(recording.ray, "get", lambda nothing: nothing)
 
     def recorder(tracker):
         objective = Objective("miou", masks=True, labels=False)
-        found = recording.Recorder(journal, tracker, objective, workers, None, {}, Progress(), workspace)
+        ending = recording.Ending()
+        found = recording.Recorder(journal, tracker, objective, workers, None, {}, Progress(), workspace, ending)
         found.on_trial_start(0, [], trial)
         return found
 
@@ -485,3 +486,53 @@ def test_what_mlflow_missed_of_a_trial_when_its_driver_was_killed_it_gets_from_t
     assert sorted((item.step, item.value) for item in curve) == [(1, 0.1), (2, 0.2), (3, 0.3)] == record.curve
     for name in ("miou", "seconds"):
         assert len(tracker.client.get_metric_history(record.run_id, name)) == 1
+
+
+@pytest.fixture
+def recorder(tmp_path, monkeypatch):
+    """A recorder without MLflow whose trial 0 was started, and that trial as Tune has it."""
+    from pistoseg.artifacts import Workspace
+    from pistoseg.progress import Progress
+    from pistoseg.search import recording
+    from pistoseg.tracking import Tracker
+
+    journal, workspace = Journal.open(str(tmp_path / "search"), IDENTITY), Workspace(str(tmp_path))
+    tracker = Tracker(load_config("demo"), workspace, None)
+    workers = SimpleNamespace(release=SimpleNamespace(remote=lambda owner: None))
+    monkeypatch.setattr(recording.ray, "get", lambda nothing: nothing)
+    objective, ending = Objective("miou", masks=True, labels=False), recording.Ending()
+    found = recording.Recorder(journal, tracker, objective, workers, None, {}, Progress(), workspace, ending)
+    details = {"scores": {"miou": 0.4}, "artifacts": {"evaluation": "abc"}, "computed": [], "curve": []}
+    last = {"finished": True, "objective": 0.4, "seconds": 2.0, "epoch": 4, "details": json.dumps(details)}
+    trial = SimpleNamespace(trial_id="t0", config={"number": 0}, last_result=last)
+    journal.start({}, {})
+    found.on_trial_start(0, [], trial)
+    return found, trial
+
+
+def test_a_storage_that_is_away_as_a_trial_ends_ends_the_search_and_no_trial_fails(recorder, monkeypatch):
+    recorder, trial = recorder
+    away = UnavailableError("is away", file="s3://b", remedy="run again")
+    assert not recorder.ending.stop_all()
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "write_bytes", lambda uri, data: (_ for _ in ()).throw(away))
+        recorder.on_trial_complete(0, [], trial)
+        recorder.end_all()
+    assert recorder.ending.problem is away
+    assert recorder.ending.stop_all()
+    assert Journal.open(recorder.journal.folder, IDENTITY).records[0].state == "running"  # the next run goes on with it
+
+
+def test_a_picture_that_was_deleted_costs_no_trial(recorder, tmp_path, capsys):
+    recorder, trial = recorder
+    folder = tmp_path / "evaluation" / "abc"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text(json.dumps({"summary": {"pictures": ["gone.png"]}}))
+    recorder._runs[0] = SimpleNamespace(
+        run_id="run", tags=dict, metrics=lambda *values, **step: None, pictures=StageRun("client", None).pictures
+    )
+    recorder.tracker.client = SimpleNamespace(set_terminated=lambda run_id, status: None)
+    recorder.on_trial_complete(0, [], trial)
+    assert recorder.ending.problem is None
+    assert Journal.open(recorder.journal.folder, IDENTITY).records[0].state == "finished"
+    assert "MLflow lacks pictures of evaluation" in capsys.readouterr().err
