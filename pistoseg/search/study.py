@@ -17,7 +17,7 @@ from pistoseg import storage
 from pistoseg.actors import start_here
 from pistoseg.artifacts import Artifact, Workspace
 from pistoseg.config import Config
-from pistoseg.errors import PistoSegError, UnavailableError
+from pistoseg.errors import UnavailableError, explained
 from pistoseg.pipeline import run_pipeline
 from pistoseg.progress import Progress
 from pistoseg.redaction import redacted
@@ -29,7 +29,7 @@ from pistoseg.search.recording import Ending, Recorder
 from pistoseg.search.sampling import Algorithm, Halving, PointSearcher
 from pistoseg.search.sharing import Sharing
 from pistoseg.search.spaces import Space
-from pistoseg.search.trial import TrialJob, Workers, run_trial
+from pistoseg.search.trial import TrialJob, Workers, explain, run_trial
 from pistoseg.stages import cluster
 from pistoseg.tracking import Tracker
 
@@ -147,13 +147,21 @@ def run(search: Search, workspace: Workspace, budget: Budget, progress: Progress
         tracker.run().tags({"pistoseg.search": search.name, "pistoseg.objective": search.objective.title})
         shared = _compute_shared(search, workspace, tracker, progress)
         _run_trials(search, workspace, budget, journal, tracker, shared, progress)
+        _report(Outcome(search, journal, None, None, shared), folder, tracker)  # stays if the confirmation is cut off
         confirmation, version = _confirm(search, workspace, budget, journal, tracker, progress)
         outcome = Outcome(search, journal, confirmation, version, shared)
-        for name, content in findings.files(outcome).items():
-            storage.write_bytes(storage.join(folder, name), content)
-            tracker.run().file(name, content)
+        _report(outcome, folder, tracker)
         tracker.run().metrics(findings.metrics(outcome))
     return outcome
+
+
+def _report(outcome: Outcome, folder: str, tracker: Tracker) -> None:
+    """Write what came out into the search's folder and its MLflow run."""
+    from pistoseg.search import findings
+
+    for name, content in findings.files(outcome).items():
+        storage.write_bytes(storage.join(folder, name), content)
+        tracker.run().file(name, content)
 
 
 def room(config: Config) -> int:
@@ -327,11 +335,13 @@ def _confirm(
             if overrides:
                 models.append(artifacts["precise"])
             return search.objective.value(artifacts)
-        except UnavailableError:
-            raise
-        except PistoSegError as error:
-            problems.append(f"{label}, seed {seed}: {error}")
-            progress.say(f"failed: {error}")
+        except Exception as error:  # as of a trial: a run that ran out of memory is one that failed
+            known = explained(error)
+            if isinstance(known, UnavailableError):
+                raise known from error
+            reason = explain(error)
+            problems.append(f"{label}, seed {seed}: {reason}")
+            progress.say(f"failed: {reason}")
             return None
 
     pairs = [_pair(best, seed, score) for seed in seeds]

@@ -8,7 +8,7 @@ import yaml
 from scipy.stats import ttest_rel
 
 from pistoseg import storage
-from pistoseg.config import load_config
+from pistoseg.config import TrackingConfig, load_config
 from pistoseg.errors import PistoSegError, UnavailableError
 from pistoseg.metrics import label_agreement
 from pistoseg.search.builtin import load_space
@@ -34,9 +34,9 @@ def space(config):
     return load_space("synthesis", config)
 
 
-def filled(folder, space, values, states=()):
+def filled(folder, space, values, states=(), identity=IDENTITY["identity"]):
     """A journal with a finished trial per value, the first at no overrides; `states` replaces the last ones'."""
-    journal, rng = Journal.open(str(folder), IDENTITY), random.Random(0)
+    journal, rng = Journal.open(str(folder), IDENTITY | {"identity": identity, "run_id": None}), random.Random(0)
     for number, value in enumerate(values):
         point = space.draw(rng)
         record = journal.start(point, space.overrides(point) if number else {})
@@ -423,6 +423,49 @@ def test_the_best_model_is_the_champion_only_if_it_holds_on_fresh_seeds(
     assert promoted == ([("client", config.tracking.model, "model 1")] if holds else [])
     assert version == ("model 1" if holds else None)
     assert journal.settings["confirmation"]["holds"] is holds
+
+
+@pytest.fixture
+def study_of(tmp_path, config, space, monkeypatch):
+    """A search of which only the confirmation is left, without MLflow; a function that runs it, and its folder."""
+    from pistoseg.artifacts import Workspace
+    from pistoseg.progress import Progress
+    from pistoseg.search import study
+
+    objective = Objective("miou", masks=True, labels=False)
+    space, sharing = analyse(space, config, objective)
+    untracked = config.model_copy(update={"tracking": TrackingConfig(enabled=False)})
+    search = study.Search("mine", untracked, space, sharing, objective, "tpe", False, None)
+    workspace = Workspace(str(tmp_path))
+    folder = tmp_path / "search" / "mine"
+    filled(folder, space, [0.1, 0.4, 0.3], identity=search.identity())
+    monkeypatch.setattr(study, "_compute_shared", lambda *arguments: {})
+    return lambda: study.run(search, workspace, study.Budget(3), Progress()), folder
+
+
+def test_a_confirmation_that_runs_out_of_memory_is_part_of_the_report(study_of, monkeypatch):
+    run, folder = study_of
+
+    def run_pipeline(*arguments, **options):
+        raise RuntimeError("CUDA out of memory. Tried\nmore")
+
+    monkeypatch.setattr("pistoseg.search.study.run_pipeline", run_pipeline)
+    outcome = run()
+    assert outcome.confirmation.best == outcome.confirmation.own == (None, None, None)
+    assert "own setting, seed 1: out of memory: more" in (folder / "report.md").read_text()
+
+
+def test_a_confirmation_that_is_cut_off_leaves_the_report_of_the_trials(study_of, monkeypatch):
+    run, folder = study_of
+
+    def run_pipeline(*arguments, **options):
+        raise UnavailableError("is away", file="s3://b")
+
+    monkeypatch.setattr("pistoseg.search.study.run_pipeline", run_pipeline)
+    with pytest.raises(UnavailableError, match="is away"):
+        run()
+    assert "Best: trial 1, 0.4000" in (folder / "report.md").read_text()
+    assert (folder / "best.yaml").exists()
 
 
 def test_pictures_and_importance_are_drawn_of_spaces_with_conditions(tmp_path, config, space):
