@@ -16,6 +16,7 @@ from ray import tune
 from pistoseg import storage
 from pistoseg.actors import start_here
 from pistoseg.artifacts import Artifact, Workspace
+from pistoseg.claims import claimed
 from pistoseg.config import Config
 from pistoseg.errors import UnavailableError, explained
 from pistoseg.pipeline import run_pipeline
@@ -135,11 +136,17 @@ def run(search: Search, workspace: Workspace, budget: Budget, progress: Progress
         budget: when it ends.
         progress: where to say what happens.
     """
-    from pistoseg.search import findings
-
     progress = progress or Progress()
     folder = folder_of(workspace, search.name)
-    journal = Journal.open(folder, {"identity": search.identity(), "spent_s": 0.0, "run_id": None})
+    with claimed(folder, say=progress.say) as claim:  # two runs of one search would overwrite each other's trials
+        assert claim is not None
+        settings = {"identity": search.identity(), "spent_s": 0.0, "run_id": None}
+        return _run(search, workspace, budget, Journal.open(folder, settings, claim.check), progress)
+
+
+def _run(search: Search, workspace: Workspace, budget: Budget, journal: Journal, progress: Progress) -> Outcome:
+    from pistoseg.search import findings
+
     for line in search.space.notes:
         progress.say(line)
     with Tracker.start(search.config, workspace, f"search {search.name}", run_id=journal.settings["run_id"]) as tracker:
@@ -147,20 +154,22 @@ def run(search: Search, workspace: Workspace, budget: Budget, progress: Progress
         tracker.run().tags({"pistoseg.search": search.name, "pistoseg.objective": search.objective.title})
         shared = _compute_shared(search, workspace, tracker, progress)
         _run_trials(search, workspace, budget, journal, tracker, shared, progress)
-        _report(Outcome(search, journal, None, None, shared), folder, tracker)  # stays if the confirmation is cut off
+        _report(Outcome(search, journal, None, None, shared), tracker)  # stays if the confirmation is cut off
         confirmation, version = _confirm(search, workspace, budget, journal, tracker, progress)
         outcome = Outcome(search, journal, confirmation, version, shared)
-        _report(outcome, folder, tracker)
+        _report(outcome, tracker)
         tracker.run().metrics(findings.metrics(outcome))
     return outcome
 
 
-def _report(outcome: Outcome, folder: str, tracker: Tracker) -> None:
+def _report(outcome: Outcome, tracker: Tracker) -> None:
     """Write what came out into the search's folder and its MLflow run."""
     from pistoseg.search import findings
 
-    for name, content in findings.files(outcome).items():
-        storage.write_bytes(storage.join(folder, name), content)
+    files = findings.files(outcome)
+    outcome.journal.check()
+    for name, content in files.items():
+        storage.write_bytes(storage.join(outcome.journal.folder, name), content)
         tracker.run().file(name, content)
 
 

@@ -440,7 +440,7 @@ def study_of(tmp_path, config, space, monkeypatch):
     folder = tmp_path / "search" / "mine"
     filled(folder, space, [0.1, 0.4, 0.3], identity=search.identity())
     monkeypatch.setattr(study, "_compute_shared", lambda *arguments: {})
-    return lambda: study.run(search, workspace, study.Budget(3), Progress()), folder
+    return lambda progress=None: study.run(search, workspace, study.Budget(3), progress or Progress()), folder
 
 
 def test_a_confirmation_that_runs_out_of_memory_is_part_of_the_report(study_of, monkeypatch):
@@ -466,6 +466,40 @@ def test_a_confirmation_that_is_cut_off_leaves_the_report_of_the_trials(study_of
         run()
     assert "Best: trial 1, 0.4000" in (folder / "report.md").read_text()
     assert (folder / "best.yaml").exists()
+
+
+class _WaitsError(Exception):
+    pass
+
+
+def test_a_search_that_is_running_is_waited_for(study_of):
+    from pistoseg.claims import claimed
+
+    run, folder = study_of
+
+    def say(text):
+        assert text.startswith("waiting: process")
+        raise _WaitsError
+
+    before = sorted(folder.rglob("*"))
+    with claimed(str(folder)), pytest.raises(_WaitsError):
+        run(SimpleNamespace(say=say))
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_search_that_was_taken_over_writes_nothing_more(study_of, monkeypatch):
+    run, folder = study_of
+
+    def run_pipeline(*arguments, **options):
+        storage.write_bytes(str(folder / ".claims" / "000002.json"), b"{}")
+        (folder / "report.md").write_text("the other run's")
+        raise ValueError
+
+    monkeypatch.setattr("pistoseg.search.study.run_pipeline", run_pipeline)
+    with pytest.raises(PistoSegError, match="took this over"):
+        run()
+    assert (folder / "report.md").read_text() == "the other run's"
+    assert "confirmation" not in json.loads((folder / "search.json").read_text())
 
 
 def test_pictures_and_importance_are_drawn_of_spaces_with_conditions(tmp_path, config, space):
