@@ -99,7 +99,7 @@ class Recorder(Callback):
             record = self._record(trial)
             run = self._open(record)
             self._runs[record.number] = run
-            record.run_id = run.run_id
+            record.run_id = run.run_id or record.run_id  # one without MLflow leaves it to the next
             self.journal.save(record)
             settings = ", ".join(f"{key}={value}" for key, value in record.overrides.items())
             self.progress.say(f"trial {record.number}: {settings or 'the own setting'}")
@@ -148,8 +148,7 @@ class Recorder(Callback):
         tracker = self.tracker
         if tracker.client is None or tracker.run_id is None:
             return StageRun()
-        if record.run_id:
-            tracker.guard(tracker.client.update_run, record.run_id, status="RUNNING")
+        if record.run_id and tracker.guard(tracker.goes_on, record.run_id):
             kept = StageRun(tracker.client, record.run_id, tracker.guard)
             kept.skip_logged()
             return kept

@@ -150,7 +150,7 @@ def _run(search: Search, workspace: Workspace, budget: Budget, journal: Journal,
     for line in search.space.notes:
         progress.say(line)
     with Tracker.start(search.config, workspace, f"search {search.name}", run_id=journal.settings["run_id"]) as tracker:
-        journal.update(run_id=tracker.run_id)
+        journal.update(run_id=tracker.run_id or journal.settings["run_id"])  # one without MLflow leaves it to the next
         tracker.run().tags({"pistoseg.search": search.name, "pistoseg.objective": search.objective.title})
         shared = _compute_shared(search, workspace, tracker, progress)
         _run_trials(search, workspace, budget, journal, tracker, shared, progress)

@@ -455,6 +455,15 @@ def test_a_confirmation_that_runs_out_of_memory_is_part_of_the_report(study_of, 
     assert "own setting, seed 1: out of memory: more" in (folder / "report.md").read_text()
 
 
+def test_a_search_that_goes_on_without_mlflow_keeps_the_id_of_its_run(study_of, monkeypatch):
+    run, folder = study_of
+    settings = json.loads((folder / "search.json").read_text())
+    (folder / "search.json").write_text(json.dumps(settings | {"run_id": "mine"}))
+    monkeypatch.setattr("pistoseg.search.study.run_pipeline", lambda *arguments, **options: {})
+    run()
+    assert json.loads((folder / "search.json").read_text())["run_id"] == "mine"
+
+
 def test_a_confirmation_that_is_cut_off_leaves_the_report_of_the_trials(study_of, monkeypatch):
     run, folder = study_of
 
@@ -613,3 +622,28 @@ def test_a_picture_that_was_deleted_costs_no_trial(recorder, tmp_path, capsys):
     assert recorder.ending.problem is None
     assert Journal.open(recorder.journal.folder, IDENTITY).records[0].state == "finished"
     assert "MLflow lacks pictures of evaluation" in capsys.readouterr().err
+
+
+def test_runs_that_were_deleted_in_mlflow_are_made_anew_and_are_kept_while_tracking_is_off(recorder):
+    from pistoseg.tracking import Tracker
+
+    recorder, trial = recorder
+    config, workspace, record = load_config("demo"), recorder.workspace, recorder.journal.records[0]
+
+    def begin(config):
+        with Tracker.start(config, workspace, "search", run_id=parents[-1]) as tracker:
+            recorder.tracker = tracker
+            recorder.on_trial_start(0, [], trial)
+            assert not tracker.guard.broken
+            return tracker.run_id, record.run_id, tracker.client
+
+    parents = [None]
+    parent, child, client = begin(config)
+    parents.append(parent)
+    for run_id in (parent, child):
+        client.delete_run(run_id)
+    found = begin(config)[:2]
+    assert {parent, child}.isdisjoint(found)
+    assert client.get_run(found[1]).data.tags["mlflow.parentRunId"] == found[0]
+    begin(config.model_copy(update={"tracking": TrackingConfig(enabled=False)}))
+    assert Journal.open(recorder.journal.folder, IDENTITY).records[0].run_id == found[1]
