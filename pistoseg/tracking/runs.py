@@ -83,11 +83,11 @@ class StageRun:
             self.guard(self.client.log_param, self.run_id, _key(key), str(value)[:MAX_PARAM])
 
     def tags(self, values: Mapping[str, str]) -> None:
-        """Set tags."""
+        """Set tags, without secrets."""
         if self.client is None or self.run_id is None:
             return
         for key, value in values.items():
-            self.guard(self.client.set_tag, self.run_id, _key(key), value)
+            self.guard(self.client.set_tag, self.run_id, _key(key), redact(value))
 
     def finish(self, artifact: Artifact) -> None:
         """Log a committed artifact's metrics, pictures and manifest."""

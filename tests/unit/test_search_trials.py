@@ -147,6 +147,16 @@ def test_failures_are_explained_in_a_line():
     assert explain(ValueError("odd")) == "ValueError: odd"
 
 
+def test_no_password_is_in_the_reason_of_a_failure_or_in_a_tag():
+    url = "https://me:hunter2@host/weights.pth"
+    for error in (OSError(f"{url} is away"), RuntimeError(f"out of memory\n{'-' * 490} {url}")):
+        assert "hunter2" not in explain(error)
+    tags = []
+    client = SimpleNamespace(set_tag=lambda *values: tags.append(values))
+    StageRun(client, "run").tags({"pistoseg.reason": f"{url} is away"})
+    assert tags == [("run", "pistoseg.reason", "https://***@host/weights.pth is away")]
+
+
 def outcome_of(journal, config, space, confirmation=None, timed=False):
     objective = Objective("miou", masks=True, labels=False)
     space, sharing = analyse(space, config, objective)
