@@ -13,16 +13,16 @@ from typing import Any
 import ray
 from ray import tune
 
-from pistoseg import storage
+from pistoseg import object_store, storage
 from pistoseg.actors import start_here
 from pistoseg.artifacts import Artifact, Workspace
 from pistoseg.claims import claimed
 from pistoseg.config import Config
-from pistoseg.errors import UnavailableError, explained
-from pistoseg.pipeline import run_pipeline
+from pistoseg.errors import PistoSegError, UnavailableError, explained
+from pistoseg.pipeline import plan, run_pipeline
 from pistoseg.progress import Progress
 from pistoseg.redaction import redacted
-from pistoseg.search.ablation import with_overrides
+from pistoseg.search.ablation import DATA, with_overrides
 from pistoseg.search.confirmation import Confirmation
 from pistoseg.search.journal import Journal, TrialRecord
 from pistoseg.search.objective import Objective
@@ -136,12 +136,30 @@ def run(search: Search, workspace: Workspace, budget: Budget, progress: Progress
         budget: when it ends.
         progress: where to say what happens.
     """
+    object_store.use(search.config.storage)
     progress = progress or Progress()
     folder = folder_of(workspace, search.name)
     with claimed(folder, say=progress.say) as claim:  # two runs of one search would overwrite each other's trials
         assert claim is not None
         settings = {"identity": search.identity(), "spent_s": 0.0, "run_id": None}
-        return _run(search, workspace, budget, Journal.open(folder, settings, claim.check), progress)
+        journal = Journal.open(folder, settings, claim.check)
+        _check_data(search, journal)
+        return _run(search, workspace, budget, journal, progress)
+
+
+def _check_data(search: Search, journal: Journal) -> None:
+    """Refuse to go on where images or labels are no longer those of the trials: their values could not be compared."""
+    data = {step.stage.name: step.fingerprint for step in plan(search.config, DATA)}  # of the own setting
+    known = journal.settings.get("data")
+    if known is None or not journal.records:
+        journal.update(data=data)
+    elif known != data:
+        changed = " and ".join(name for name in DATA if known.get(name) != data[name])
+        raise PistoSegError(
+            f"holds a search of other data: what the stage {changed} reads has changed since",
+            file=journal.folder,
+            remedy="give another --name",
+        )
 
 
 def _run(search: Search, workspace: Workspace, budget: Budget, journal: Journal, progress: Progress) -> Outcome:

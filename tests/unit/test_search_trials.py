@@ -444,7 +444,15 @@ def study_of(tmp_path, config, space, monkeypatch):
 
     objective = Objective("miou", masks=True, labels=False)
     space, sharing = analyse(space, config, objective)
-    untracked = config.model_copy(update={"tracking": TrackingConfig(enabled=False)})
+    image = tmp_path / "data" / "a-[1, 0].png"
+    image.parent.mkdir()
+    image.write_bytes(b"1")
+    untracked = config.model_copy(
+        update={
+            "tracking": TrackingConfig(enabled=False),
+            "data": config.data.model_copy(update={"uri": str(image.parent)}),
+        }
+    )
     search = study.Search("mine", untracked, space, sharing, objective, "tpe", False, None)
     workspace = Workspace(str(tmp_path))
     folder = tmp_path / "search" / "mine"
@@ -485,6 +493,18 @@ def test_a_confirmation_that_is_cut_off_leaves_the_report_of_the_trials(study_of
         run()
     assert "Best: trial 1, 0.4000" in (folder / "report.md").read_text()
     assert (folder / "best.yaml").exists()
+
+
+def test_a_search_does_not_go_on_with_other_data(study_of, tmp_path, monkeypatch):
+    run, folder = study_of
+    monkeypatch.setattr("pistoseg.search.study.run_pipeline", lambda *arguments, **options: {})
+    run()  # one of an earlier version, which did not know its data
+    run()
+    (tmp_path / "data" / "a-[1, 0].png").rename(tmp_path / "data" / "a-[0, 1].png")  # a corrected label
+    report = (folder / "report.md").stat().st_mtime_ns
+    with pytest.raises(PistoSegError, match=r"other data: what the stage patches reads .* give another --name"):
+        run()
+    assert (folder / "report.md").stat().st_mtime_ns == report
 
 
 class _WaitsError(Exception):
