@@ -287,9 +287,12 @@ class Halving(ASHAScheduler):
         grace: epochs before the first decision.
         factor: the best 1/factor of the trials goes on at each rung.
         past: trials of earlier runs.
+        begun: trials that an earlier run began and this one goes on with.
     """
 
-    def __init__(self, epochs: int, grace: int, factor: float, past: Sequence[TrialRecord]) -> None:
+    def __init__(
+        self, epochs: int, grace: int, factor: float, past: Sequence[TrialRecord], begun: Sequence[TrialRecord] = ()
+    ) -> None:
         # Who has come to the last epoch is let finish: its score costs less than its training did.
         super().__init__(
             time_attr="epoch",
@@ -301,6 +304,7 @@ class Halving(ASHAScheduler):
             stop_last_trials=False,
         )
         self.stopped: set[str] = set()
+        self._begun = {record.number: list(record.curve) for record in begun}
         for record in past:
             trial: Any = SimpleNamespace(trial_id=f"past {record.number}")
             self.on_trial_add(None, trial)
@@ -310,6 +314,10 @@ class Halving(ASHAScheduler):
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Whether a trial goes on."""
+        # The rungs that it passed in an earlier run would take the value of a later epoch.
+        for epoch, value in self._begun.pop(trial.config["number"], ()):
+            if epoch < result.get("epoch", 0):
+                super().on_trial_result(tune_controller, trial, {"epoch": epoch, "objective": value})
         decision = str(super().on_trial_result(tune_controller, trial, result))
         if decision == self.STOP and (trial.config["number"] == 0 or result.get("finished")):
             return str(self.CONTINUE)

@@ -311,7 +311,7 @@ def _scheduler(search: Search, journal: Journal) -> Halving | None:
     epochs = search.sharing.epochs(search.config)
     if search.pruning is None or epochs <= search.pruning.grace:
         return None
-    return Halving(epochs, search.pruning.grace, search.pruning.factor, journal.ended())
+    return Halving(epochs, search.pruning.grace, search.pruning.factor, journal.ended(), journal.cut_off())
 
 
 @contextmanager

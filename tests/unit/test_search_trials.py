@@ -383,6 +383,17 @@ def test_rungs_remember_the_curves_of_earlier_runs(sampling):
         assert scheduler.on_trial_result(None, trial, {"epoch": 1, "objective": 0.4}) == decision
 
 
+def test_a_rung_gets_the_value_of_its_own_epoch_also_of_a_trial_that_goes_on_at_a_later_one(sampling):
+    begun = [TrialRecord(1, {}, {}, curve=[(1, 0.1), (2, 0.5)])]
+    scheduler = sampling.Halving(9, grace=1, factor=3, past=[], begun=begun)
+    decisions = []
+    for number, epoch, value in ((1, 2, 0.5), (2, 1, 0.2)):
+        trial = trial_of(number)
+        scheduler.on_trial_add(None, trial)
+        decisions.append(scheduler.on_trial_result(None, trial, {"epoch": epoch, "objective": value}))
+    assert decisions == ["CONTINUE", "CONTINUE"]  # 0.2 after an epoch is more than 0.1, not to be compared with 0.5
+
+
 def test_a_trial_that_came_to_its_result_is_not_stopped_by_it(sampling):
     scheduler = sampling.Halving(4, grace=1, factor=2, past=[TrialRecord(1, {}, {}, "finished", curve=[(1, 0.9)])])
     trial = trial_of(2)
