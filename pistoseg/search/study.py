@@ -379,11 +379,16 @@ def _confirm(
     if not confirmation.holds or not models:
         return confirmation, None
     version = tracker.register(models[0], {"pistoseg.search": search.name})
-    if version is not None and tracker.client is not None:
-        from pistoseg.tracking.registry import set_alias
+    if version is None or tracker.client is None:
+        return confirmation, None
+    return confirmation, tracker.guard(_promote, tracker.client, search.config.tracking.model, version)
 
-        tracker.guard(set_alias, tracker.client, search.config.tracking.model, version)
-    return confirmation, version
+
+def _promote(client: Any, model: str, version: str) -> str:
+    from pistoseg.tracking.registry import set_alias
+
+    set_alias(client, model, version)
+    return version
 
 
 def _pair(

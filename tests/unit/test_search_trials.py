@@ -222,6 +222,17 @@ def test_trials_and_report_say_what_became_of_each(tmp_path, config, space):
     assert "![history](history.png)" in text
 
 
+def test_a_report_says_that_the_champion_was_not_set_where_mlflow_is_away_but_not_where_it_is_off(
+    tmp_path, config, space
+):
+    journal = filled(tmp_path, space, [0.1, 0.4])
+    confirmation = Confirmation((1, 2, 3), (0.4, 0.41, 0.42), (0.1, 0.12, 0.1))
+    outcome = outcome_of(journal, config, space, confirmation)
+    assert "It holds, but MLflow could not make the model the champion: run the same command" in report(outcome, [])
+    outcome.search.config = config.model_copy(update={"tracking": TrackingConfig(enabled=False)})
+    assert "champion" not in report(outcome, [])
+
+
 def test_the_front_holds_what_nothing_beats_in_score_and_time():
     rows = [(0.5, 30.0), (0.4, 10.0), (0.45, 40.0), (0.4, 20.0), (0.6, 90.0)]
     records = [TrialRecord(number, {}, {}, "finished", value, seconds) for number, (value, seconds) in enumerate(rows)]
@@ -402,9 +413,9 @@ def test_a_trial_that_came_to_its_result_is_not_stopped_by_it(sampling):
     assert scheduler.stopped == set()
 
 
-@pytest.mark.parametrize(("gain", "holds"), [(0.1, True), (0.0, False)])
+@pytest.mark.parametrize(("gain", "holds", "away"), [(0.1, True, False), (0.0, False, False), (0.1, True, True)])
 def test_the_best_model_is_the_champion_only_if_it_holds_on_fresh_seeds(
-    tmp_path, config, space, monkeypatch, gain, holds
+    tmp_path, config, space, monkeypatch, gain, holds, away
 ):
     from pistoseg.artifacts import Workspace
     from pistoseg.search import study
@@ -423,7 +434,7 @@ def test_the_best_model_is_the_champion_only_if_it_holds_on_fresh_seeds(
     tracker = SimpleNamespace(
         run_id="parent",
         client="client",
-        guard=lambda call, *arguments: call(*arguments),
+        guard=lambda call, *arguments: None if away else call(*arguments),
         register=lambda artifact, tags: artifact.fingerprint,
         run=StageRun,
     )
@@ -441,8 +452,8 @@ def test_the_best_model_is_the_champion_only_if_it_holds_on_fresh_seeds(
     assert best
     assert confirmation.holds is holds
     assert sorted(seen) == [(False, 1), (False, 2), (False, 3), (True, 1), (True, 2), (True, 3)]  # not the search's 0
-    assert promoted == ([("client", config.tracking.model, "model 1")] if holds else [])
-    assert version == ("model 1" if holds else None)
+    assert promoted == ([("client", config.tracking.model, "model 1")] if holds and not away else [])
+    assert version == ("model 1" if holds and not away else None)
     assert journal.settings["confirmation"]["holds"] is holds
 
 
