@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -74,24 +74,26 @@ class Journal:
 
     Args:
         folder: URI of the search's folder.
+        check: called before each writing; raises when the folder has become another run's.
     """
 
-    def __init__(self, folder: str) -> None:
-        self.folder = folder
+    def __init__(self, folder: str, check: Callable[[], None] = lambda: None) -> None:
+        self.folder, self.check = folder, check
         self.settings: dict[str, Any] = {}
         self.records: dict[int, TrialRecord] = {}
 
     @classmethod
-    def open(cls, folder: str, settings: Mapping[str, Any]) -> Journal:
+    def open(cls, folder: str, settings: Mapping[str, Any], check: Callable[[], None] = lambda: None) -> Journal:
         """Start a journal, or go on with the one that is there.
 
         Args:
             folder: URI of the search's folder.
             settings: what is searched, as JSON; `identity` decides whether a journal is of the same search.
+            check: as of the journal.
         Raises:
             PistoSegError: another search has that folder, or a file is damaged.
         """
-        journal = cls(folder)
+        journal = cls(folder, check)
         file = storage.join(folder, SEARCH)
         if storage.exists(file):
             found = _read(file)
@@ -112,11 +114,13 @@ class Journal:
 
     def update(self, **values: Any) -> None:
         """Change some of `settings`."""
+        self.check()
         self.settings |= values
         storage.write_bytes(storage.join(self.folder, SEARCH), json.dumps(self.settings, indent=1).encode())
 
     def save(self, record: TrialRecord) -> None:
         """Write one trial."""
+        self.check()
         self.records[record.number] = record
         file = storage.join(self.folder, TRIALS, f"{record.number:05d}.json")
         storage.write_bytes(file, json.dumps(asdict(record), indent=1).encode())

@@ -7,26 +7,58 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import ray
-from ray.tune import Callback
+from ray.tune import Callback, Stopper
 
 from pistoseg.artifacts import Artifact, Workspace
+from pistoseg.errors import PistoSegError, UnavailableError, explained
 from pistoseg.progress import Progress
+from pistoseg.redaction import first_line
 from pistoseg.search.journal import Journal, TrialRecord
 from pistoseg.search.objective import Objective
 from pistoseg.search.sampling import Halving
-from pistoseg.search.trial import explain
+from pistoseg.search.trial import UNAVAILABLE, explain
 from pistoseg.tracking import StageRun, Tracker
 
 STATUS = {"finished": "FINISHED", "pruned": "KILLED", "failed": "FAILED", "running": "KILLED"}
 """MLflow's word for a trial's state."""
 
 
+class Ending(Stopper):
+    """Ends a search with a problem that the other trials would meet, too: a full disk, a storage that is away."""
+
+    def __init__(self) -> None:
+        self.problem: Exception | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune pickles it into a state that nobody reads, and not every error can be."""
+        return {}
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Look at a report; the trial that sent it ends by itself."""
+        if UNAVAILABLE in result:
+            self.problem = UnavailableError(**json.loads(result[UNAVAILABLE]))
+        return False
+
+    def stop_all(self) -> bool:
+        """Whether the search has to end."""
+        return self.problem is not None
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Keep what the block raises, the first of several: Tune would take it for a failure of the trial at hand."""
+        try:
+            yield
+        except Exception as error:
+            self.problem = self.problem or explained(error) or error
+
+
 class Recorder(Callback):
-    """Tune's callback.
+    """Tune's callback; what goes wrong in it ends the search, but is no trial's fault.
 
     Args:
         journal: of the search.
@@ -37,6 +69,7 @@ class Recorder(Callback):
         shared: artifacts that all trials have.
         progress: where to say what became of a trial.
         workspace: of the artifacts.
+        ending: told what goes wrong.
     """
 
     def __init__(
@@ -49,10 +82,11 @@ class Recorder(Callback):
         shared: Mapping[str, Artifact],
         progress: Progress,
         workspace: Workspace,
+        ending: Ending,
     ) -> None:
         self.journal, self.tracker, self.objective = journal, tracker, objective
         self.workers, self.scheduler, self.shared = workers, scheduler, shared
-        self.progress, self.workspace = progress, workspace
+        self.progress, self.workspace, self.ending = progress, workspace, ending
         self._runs: dict[int, StageRun] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -61,26 +95,75 @@ class Recorder(Callback):
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Open the trial's MLflow run."""
-        record = self._record(trial)
-        run = self._open(record)
-        self._runs[record.number] = run
-        record.run_id = run.run_id
-        self.journal.save(record)
-        settings = ", ".join(f"{key}={value}" for key, value in record.overrides.items())
-        self.progress.say(f"trial {record.number}: {settings or 'the own setting'}")
+        with self.ending.watching():
+            record = self._record(trial)
+            run = self._open(record)
+            self._runs[record.number] = run
+            record.run_id = run.run_id or record.run_id  # one without MLflow leaves it to the next
+            self.journal.save(record)
+            settings = ", ".join(f"{key}={value}" for key, value in record.overrides.items())
+            self.progress.say(f"trial {record.number}: {settings or 'the own setting'}")
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         """An epoch of the trial is over."""
         if "objective" in result and not result.get("finished"):
-            record = self._record(trial)
-            record.report(int(result["epoch"]), float(result["objective"]))
-            self.journal.save(record)
-            self._runs[record.number].metrics({"objective": result["objective"]}, step=int(result["epoch"]))
+            with self.ending.watching():
+                record = self._record(trial)
+                record.report(int(result["epoch"]), float(result["objective"]))
+                self.journal.save(record)
+                self._runs[record.number].metrics({"objective": result["objective"]}, step=int(result["epoch"]))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """The trial finished, failed with a reason, was stopped by ASHA, or the time is over."""
-        result = trial.last_result or {}
-        record = self._record(trial)
+        with self.ending.watching():
+            record = self._record(trial)
+            self._fill(record, trial.last_result or {}, trial.trial_id)
+            self._close(record)
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """The trial's process or node was lost; it starts again."""
+        with self.ending.watching():
+            record = self._record(trial)
+            ray.get(self.workers.release.remote(str(record.number)))
+            self.progress.say(f"trial {record.number}: its process was lost, it starts again")
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """The trial's process died once too often."""
+        with self.ending.watching():
+            record = self._record(trial)
+            error = trial.get_error()
+            record.state, record.reason = "failed", explain(error) if error else "its process died"
+            self._close(record)
+
+    def end_all(self) -> None:
+        """End the runs of trials that were cut off."""
+        for number in list(self._runs):
+            with self.ending.watching():
+                self._close(self.journal.records[number])
+
+    def _record(self, trial: Any) -> TrialRecord:
+        return self.journal.records[trial.config["number"]]
+
+    def _open(self, record: TrialRecord) -> StageRun:
+        tracker = self.tracker
+        if tracker.client is None or tracker.run_id is None:
+            return StageRun()
+        if record.run_id and tracker.guard(tracker.goes_on, record.run_id):
+            kept = StageRun(tracker.client, record.run_id, tracker.guard)
+            kept.skip_logged()
+            return kept
+        tags = {"mlflow.parentRunId": tracker.run_id, "pistoseg.trial": str(record.number)}
+        for stage, artifact in self.shared.items():
+            tags[f"pistoseg.shared.{stage}"] = artifact.fingerprint
+        run = tracker.guard(
+            tracker.client.create_run, tracker.experiment_id, tags=tags, run_name=f"trial {record.number}"
+        )
+        opened = StageRun(tracker.client if run else None, run.info.run_id if run else None, tracker.guard)
+        opened.params(record.point if record.point is not None else record.overrides)
+        return opened
+
+    def _fill(self, record: TrialRecord, result: Mapping[str, Any], trial_id: str) -> None:
+        """Note what became of a trial by its last report."""
         if result.get("finished"):
             details = json.loads(result["details"])
             for epoch, value in details["curve"]:  # one whose report was lost with a driver
@@ -94,49 +177,8 @@ class Recorder(Callback):
                 record.value, record.state, record.reason = None, "failed", "the objective is no number"
         elif "problem" in result:
             record.state, record.reason = "failed", str(result["problem"])
-        elif self.scheduler is not None and trial.trial_id in self.scheduler.stopped:
+        elif self.scheduler is not None and trial_id in self.scheduler.stopped:
             record.state = "pruned"
-        self._close(record)
-
-    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """The trial's process or node was lost; it starts again."""
-        record = self._record(trial)
-        ray.get(self.workers.release.remote(str(record.number)))
-        self.progress.say(f"trial {record.number}: its process was lost, it starts again")
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """The trial's process died once too often."""
-        record = self._record(trial)
-        error = trial.get_error()
-        record.state, record.reason = "failed", explain(error) if error else "its process died"
-        self._close(record)
-
-    def end_all(self) -> None:
-        """End the runs of trials that were cut off."""
-        for number in list(self._runs):
-            self._close(self.journal.records[number])
-
-    def _record(self, trial: Any) -> TrialRecord:
-        return self.journal.records[trial.config["number"]]
-
-    def _open(self, record: TrialRecord) -> StageRun:
-        tracker = self.tracker
-        if tracker.client is None or tracker.run_id is None:
-            return StageRun()
-        if record.run_id:
-            tracker.guard(tracker.client.update_run, record.run_id, status="RUNNING")
-            kept = StageRun(tracker.client, record.run_id, tracker.guard)
-            kept.skip_logged()
-            return kept
-        tags = {"mlflow.parentRunId": tracker.run_id, "pistoseg.trial": str(record.number)}
-        for stage, artifact in self.shared.items():
-            tags[f"pistoseg.shared.{stage}"] = artifact.fingerprint
-        run = tracker.guard(
-            tracker.client.create_run, tracker.experiment_id, tags=tags, run_name=f"trial {record.number}"
-        )
-        opened = StageRun(tracker.client if run else None, run.info.run_id if run else None, tracker.guard)
-        opened.params(record.point if record.point is not None else record.overrides)
-        return opened
 
     def _close(self, record: TrialRecord) -> None:
         ray.get(self.workers.release.remote(str(record.number)))
@@ -164,9 +206,12 @@ class Recorder(Callback):
 
     def _pictures(self, record: TrialRecord, run: StageRun) -> None:
         for stage in ("synthesis", *self.objective.targets):
-            found = self.workspace.find(stage, record.artifacts[stage]) if stage in record.artifacts else None
-            if found is not None:
-                run.pictures(found)
+            try:
+                found = self.workspace.find(stage, record.artifacts[stage]) if stage in record.artifacts else None
+                if found is not None:
+                    run.pictures(found)
+            except (OSError, PistoSegError) as error:  # deleted, or a storage that is away: no picture is worth a trial
+                self.progress.say(f"trial {record.number}: MLflow lacks pictures of {stage}: {first_line(error)}")
 
     def _outcome(self, record: TrialRecord) -> str:
         if record.state == "finished" and record.value is not None:

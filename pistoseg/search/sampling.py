@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 
 Algorithm = Literal["tpe", "random", "grid"]
 GRID_LEVELS = 3
-TRIES = 100
-"""Draws of a point before a space counts as used up."""
+TRIES = 20
+"""Points of an algorithm that may be known before random ones are looked at."""
+DRAWS = 1000
+"""Random points that may be known before a space counts as used up."""
 
 
 class PointSearcher(Searcher):
@@ -39,6 +41,7 @@ class PointSearcher(Searcher):
         trials: most trials in all, with those of earlier runs; None: no limit.
         own: the config's own setting as a point, None where it is none of the space.
         timed: whether the trials' time is a second objective.
+        say: told when the space is used up.
     """
 
     def __init__(
@@ -50,10 +53,11 @@ class PointSearcher(Searcher):
         trials: int | None,
         own: Point | None,
         timed: bool = False,
+        say: Callable[[str], None] = print,
     ) -> None:
         super().__init__(metric="objective", mode="max")
         self.space, self.journal, self.trials, self.own = space, journal, trials, own
-        self.algorithm, self.seed, self.timed = algorithm, seed, timed
+        self.algorithm, self.seed, self.timed, self.say = algorithm, seed, timed, say
         self._waiting = journal.cut_off()
         self._grid = grid_points(space, GRID_LEVELS, trials, seed) if algorithm == "grid" else []
         self._study = _study(space, journal, seed, trials, timed) if algorithm == "tpe" else None
@@ -90,6 +94,17 @@ class PointSearcher(Searcher):
                 return self.journal.start(point, overrides), asked
             if asked is not None and self._study is not None:
                 self._study.tell(asked, state=_states().FAIL)
+        return self._at_random(known)
+
+    def _at_random(self, known: set[str]) -> tuple[TrialRecord, optuna.Trial | None] | None:
+        """A new point where the algorithm finds none, as a sampler that has settled on some options; None without."""
+        number = len(self.journal.records)
+        for attempt in range(TRIES, TRIES + DRAWS):
+            point = self.space.draw(random.Random(f"{self.seed}/{number}/{attempt}"))
+            overrides = self.space.overrides(point)
+            if json.dumps(overrides, sort_keys=True) not in known:
+                return self.journal.start(point, overrides), self._asked_for(point)
+        self.say(f"the space is used up: {DRAWS} random points of it are known, no new trials")
         return None
 
     def _settings(self, record: TrialRecord) -> str:
@@ -272,9 +287,12 @@ class Halving(ASHAScheduler):
         grace: epochs before the first decision.
         factor: the best 1/factor of the trials goes on at each rung.
         past: trials of earlier runs.
+        begun: trials that an earlier run began and this one goes on with.
     """
 
-    def __init__(self, epochs: int, grace: int, factor: float, past: Sequence[TrialRecord]) -> None:
+    def __init__(
+        self, epochs: int, grace: int, factor: float, past: Sequence[TrialRecord], begun: Sequence[TrialRecord] = ()
+    ) -> None:
         # Who has come to the last epoch is let finish: its score costs less than its training did.
         super().__init__(
             time_attr="epoch",
@@ -286,6 +304,7 @@ class Halving(ASHAScheduler):
             stop_last_trials=False,
         )
         self.stopped: set[str] = set()
+        self._begun = {record.number: list(record.curve) for record in begun}
         for record in past:
             trial: Any = SimpleNamespace(trial_id=f"past {record.number}")
             self.on_trial_add(None, trial)
@@ -295,6 +314,10 @@ class Halving(ASHAScheduler):
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Whether a trial goes on."""
+        # The rungs that it passed in an earlier run would take the value of a later epoch.
+        for epoch, value in self._begun.pop(trial.config["number"], ()):
+            if epoch < result.get("epoch", 0):
+                super().on_trial_result(tune_controller, trial, {"epoch": epoch, "objective": value})
         decision = str(super().on_trial_result(tune_controller, trial, result))
         if decision == self.STOP and (trial.config["number"] == 0 or result.get("finished")):
             return str(self.CONTINUE)

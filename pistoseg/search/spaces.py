@@ -84,7 +84,7 @@ class Parameter:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             return False
         low, high = self.room(point)
-        return low <= value <= high
+        return low <= value <= high and not (self.integer and value != round(value))
 
     def levels(self, count: int, point: Mapping[str, Any]) -> list[Any]:
         """Its values in a grid: all options, or `count` numbers from end to end."""

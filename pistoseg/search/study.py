@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 import time
@@ -14,23 +13,24 @@ from typing import Any
 import ray
 from ray import tune
 
-from pistoseg import storage
+from pistoseg import object_store, storage
 from pistoseg.actors import start_here
 from pistoseg.artifacts import Artifact, Workspace
+from pistoseg.claims import claimed
 from pistoseg.config import Config
-from pistoseg.errors import PistoSegError, UnavailableError
-from pistoseg.pipeline import run_pipeline
+from pistoseg.errors import PistoSegError, UnavailableError, explained
+from pistoseg.pipeline import plan, run_pipeline
 from pistoseg.progress import Progress
 from pistoseg.redaction import redacted
-from pistoseg.search.ablation import with_overrides
+from pistoseg.search.ablation import DATA, with_overrides
 from pistoseg.search.confirmation import Confirmation
 from pistoseg.search.journal import Journal, TrialRecord
 from pistoseg.search.objective import Objective
-from pistoseg.search.recording import Recorder
+from pistoseg.search.recording import Ending, Recorder
 from pistoseg.search.sampling import Algorithm, Halving, PointSearcher
 from pistoseg.search.sharing import Sharing
 from pistoseg.search.spaces import Space
-from pistoseg.search.trial import UNAVAILABLE, TrialJob, Workers, run_trial
+from pistoseg.search.trial import TrialJob, Workers, explain, run_trial
 from pistoseg.stages import cluster
 from pistoseg.tracking import Tracker
 
@@ -136,25 +136,59 @@ def run(search: Search, workspace: Workspace, budget: Budget, progress: Progress
         budget: when it ends.
         progress: where to say what happens.
     """
-    from pistoseg.search import findings
-
+    object_store.use(search.config.storage)
     progress = progress or Progress()
     folder = folder_of(workspace, search.name)
-    journal = Journal.open(folder, {"identity": search.identity(), "spent_s": 0.0, "run_id": None})
+    with claimed(folder, say=progress.say) as claim:  # two runs of one search would overwrite each other's trials
+        assert claim is not None
+        settings = {"identity": search.identity(), "spent_s": 0.0, "run_id": None}
+        journal = Journal.open(folder, settings, claim.check)
+        _check_data(search, journal)
+        return _run(search, workspace, budget, journal, progress)
+
+
+def _check_data(search: Search, journal: Journal) -> None:
+    """Refuse to go on where images or labels are no longer those of the trials: their values could not be compared."""
+    data = {step.stage.name: step.fingerprint for step in plan(search.config, DATA)}  # of the own setting
+    known = journal.settings.get("data")
+    if known is None or not journal.records:
+        journal.update(data=data)
+    elif known != data:
+        changed = " and ".join(name for name in DATA if known.get(name) != data[name])
+        raise PistoSegError(
+            f"holds a search of other data: what the stage {changed} reads has changed since",
+            file=journal.folder,
+            remedy="give another --name",
+        )
+
+
+def _run(search: Search, workspace: Workspace, budget: Budget, journal: Journal, progress: Progress) -> Outcome:
+    from pistoseg.search import findings
+
     for line in search.space.notes:
         progress.say(line)
     with Tracker.start(search.config, workspace, f"search {search.name}", run_id=journal.settings["run_id"]) as tracker:
-        journal.update(run_id=tracker.run_id)
+        journal.update(run_id=tracker.run_id or journal.settings["run_id"])  # one without MLflow leaves it to the next
         tracker.run().tags({"pistoseg.search": search.name, "pistoseg.objective": search.objective.title})
         shared = _compute_shared(search, workspace, tracker, progress)
         _run_trials(search, workspace, budget, journal, tracker, shared, progress)
+        _report(Outcome(search, journal, None, None, shared), tracker)  # stays if the confirmation is cut off
         confirmation, version = _confirm(search, workspace, budget, journal, tracker, progress)
         outcome = Outcome(search, journal, confirmation, version, shared)
-        for name, content in findings.files(outcome).items():
-            storage.write_bytes(storage.join(folder, name), content)
-            tracker.run().file(name, content)
+        _report(outcome, tracker)
         tracker.run().metrics(findings.metrics(outcome))
     return outcome
+
+
+def _report(outcome: Outcome, tracker: Tracker) -> None:
+    """Write what came out into the search's folder and its MLflow run."""
+    from pistoseg.search import findings
+
+    files = findings.files(outcome)
+    outcome.journal.check()
+    for name, content in files.items():
+        storage.write_bytes(storage.join(outcome.journal.folder, name), content)
+        tracker.run().file(name, content)
 
 
 def room(config: Config) -> int:
@@ -198,13 +232,13 @@ def _run_trials(
         return
     parallel = _parallel(search.config, budget.parallel, progress)
     scheduler = _scheduler(search, journal)
-    workers = start_here(Workers)
-    recorder = Recorder(journal, tracker, search.objective, workers, scheduler, shared, progress, workspace)
+    workers, ending = start_here(Workers), Ending()
+    recorder = Recorder(journal, tracker, search.objective, workers, scheduler, shared, progress, workspace, ending)
     own = search.space.point_of(search.config)
     if own is None:
         progress.say("the own setting is outside of the space: trial 0 counts, but does not guide the search")
     searcher = PointSearcher(
-        search.space, journal, search.algorithm, search.config.seed, budget.trials, own, search.timed
+        search.space, journal, search.algorithm, search.config.seed, budget.trials, own, search.timed, progress.say
     )
     job = TrialJob(
         search.config,
@@ -215,7 +249,7 @@ def _run_trials(
         workers,
         parallel,
     )
-    before, started, ending = journal.settings["spent_s"], time.monotonic(), _Ending()
+    before, started = journal.settings["spent_s"], time.monotonic()
     try:
         with _tune_settings(), tempfile.TemporaryDirectory() as scratch:
             tune.Tuner(
@@ -232,7 +266,7 @@ def _run_trials(
                     name="trials",
                     storage_path=scratch,
                     verbose=0,
-                    callbacks=[_Clock(journal, before), recorder],
+                    callbacks=[_Clock(journal, before, ending), recorder],
                     # What a trial raises is its result: one that fails here has lost its process, or its node.
                     failure_config=tune.FailureConfig(max_failures=search.config.compute.max_failures),
                     stop=ending,
@@ -240,38 +274,27 @@ def _run_trials(
             ).fit()
     finally:
         recorder.end_all()
-        journal.update(spent_s=before + time.monotonic() - started)
+        with ending.watching():
+            journal.update(spent_s=before + time.monotonic() - started)
         ray.kill(workers)
     if ending.problem:
         raise ending.problem
 
 
-class _Ending(tune.Stopper):
-    """Ends a search at the first trial that a full disk or a storage that is away cut off: the others would follow."""
-
-    def __init__(self) -> None:
-        self.problem: UnavailableError | None = None
-
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Look at a report; it ends by itself."""
-        if UNAVAILABLE in result:
-            self.problem = UnavailableError(**json.loads(result[UNAVAILABLE]))
-        return False
-
-    def stop_all(self) -> bool:
-        """Whether the search has to end."""
-        return self.problem is not None
-
-
 class _Clock(tune.Callback):
     """Keeps the time that a search has taken, so that hours count over a crash, too."""
 
-    def __init__(self, journal: Journal, before: float) -> None:
-        self.journal, self.before, self.started = journal, before, time.monotonic()
+    def __init__(self, journal: Journal, before: float, ending: Ending) -> None:
+        self.journal, self.before, self.started, self.ending = journal, before, time.monotonic(), ending
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune pickles its callbacks into a state that nobody reads."""
+        return {}
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         """A time to look at the clock."""
-        self.journal.update(spent_s=self.before + time.monotonic() - self.started)
+        with self.ending.watching():
+            self.journal.update(spent_s=self.before + time.monotonic() - self.started)
 
 
 def _parallel(config: Config, wanted: int | None, progress: Progress) -> int:
@@ -288,7 +311,7 @@ def _scheduler(search: Search, journal: Journal) -> Halving | None:
     epochs = search.sharing.epochs(search.config)
     if search.pruning is None or epochs <= search.pruning.grace:
         return None
-    return Halving(epochs, search.pruning.grace, search.pruning.factor, journal.ended())
+    return Halving(epochs, search.pruning.grace, search.pruning.factor, journal.ended(), journal.cut_off())
 
 
 @contextmanager
@@ -339,11 +362,13 @@ def _confirm(
             if overrides:
                 models.append(artifacts["precise"])
             return search.objective.value(artifacts)
-        except UnavailableError:
-            raise
-        except PistoSegError as error:
-            problems.append(f"{label}, seed {seed}: {error}")
-            progress.say(f"failed: {error}")
+        except Exception as error:  # as of a trial: a run that ran out of memory is one that failed
+            known = explained(error)
+            if isinstance(known, UnavailableError):
+                raise known from error
+            reason = explain(error)
+            problems.append(f"{label}, seed {seed}: {reason}")
+            progress.say(f"failed: {reason}")
             return None
 
     pairs = [_pair(best, seed, score) for seed in seeds]
@@ -354,11 +379,16 @@ def _confirm(
     if not confirmation.holds or not models:
         return confirmation, None
     version = tracker.register(models[0], {"pistoseg.search": search.name})
-    if version is not None and tracker.client is not None:
-        from pistoseg.tracking.registry import set_alias
+    if version is None or tracker.client is None:
+        return confirmation, None
+    return confirmation, tracker.guard(_promote, tracker.client, search.config.tracking.model, version)
 
-        tracker.guard(set_alias, tracker.client, search.config.tracking.model, version)
-    return confirmation, version
+
+def _promote(client: Any, model: str, version: str) -> str:
+    from pistoseg.tracking.registry import set_alias
+
+    set_alias(client, model, version)
+    return version
 
 
 def _pair(

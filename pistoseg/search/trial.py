@@ -20,6 +20,7 @@ from pistoseg.errors import PistoSegError, UnavailableError, below, explained
 from pistoseg.hooks import Hooks
 from pistoseg.pipeline import Step, run_pipeline
 from pistoseg.progress import Progress
+from pistoseg.redaction import redact
 from pistoseg.search.ablation import with_overrides
 from pistoseg.search.objective import Objective
 from pistoseg.stages import cluster
@@ -188,10 +189,10 @@ def _run(overrides: Mapping[str, Any], number: int, job: TrialJob) -> dict[str, 
 
 
 def explain(error: BaseException) -> str:
-    """Why a trial failed, in a line or two."""
+    """Why a trial failed, in a line or two without secrets."""
     if isinstance(error, PistoSegError):
-        return str(error)
-    text = f"{type(error).__name__}: {error}".strip()
+        return redact(str(error))
+    text = redact(f"{type(error).__name__}: {error}".strip())
     if isinstance(error, MemoryError) or "out of memory" in text.casefold() or "OutOfMemory" in text:
         return f"out of memory: {_last_line(text)}"
     return _last_line(text) if "\n" in text else text

@@ -22,6 +22,7 @@ from pistoseg.artifacts import Artifact, Workspace
 from pistoseg.config import Config, TrackingConfig
 from pistoseg.errors import UnavailableError
 from pistoseg.redaction import first_line, redact, redacted
+from pistoseg.tracking.delivery import is_refusal
 from pistoseg.tracking.outbox import Outbox
 from pistoseg.tracking.server import connect, default_server, experiment_id
 
@@ -82,11 +83,11 @@ class StageRun:
             self.guard(self.client.log_param, self.run_id, _key(key), str(value)[:MAX_PARAM])
 
     def tags(self, values: Mapping[str, str]) -> None:
-        """Set tags."""
+        """Set tags, without secrets."""
         if self.client is None or self.run_id is None:
             return
         for key, value in values.items():
-            self.guard(self.client.set_tag, self.run_id, _key(key), value)
+            self.guard(self.client.set_tag, self.run_id, _key(key), redact(value))
 
     def finish(self, artifact: Artifact) -> None:
         """Log a committed artifact's metrics, pictures and manifest."""
@@ -171,8 +172,7 @@ class Tracker:
     def _open(self) -> None:
         assert self.client is not None
         self.experiment_id = experiment_id(self.client, self.config.tracking, self.workspace)
-        if self.run_id:
-            self.client.update_run(self.run_id, status="RUNNING")
+        if self.run_id and self.goes_on(self.run_id):
             return
         tags = _tags(self.workspace)
         if self.parent:
@@ -180,6 +180,18 @@ class Tracker:
         name = redact(self.name or storage.name(self.config.data.uri or "pipeline"))
         self.run_id = self.client.create_run(self.experiment_id, tags=tags, run_name=name).info.run_id
         self.client.log_params(self.run_id, _params(self.config.model_dump(mode="json", exclude={"tracking"})))
+
+    def goes_on(self, run_id: str) -> bool:
+        """Go on with a run that is there; False where MLflow refuses, as one that was deleted or another server's."""
+        assert self.client is not None
+        try:
+            self.client.update_run(run_id, status="RUNNING")
+        except Exception as error:
+            if not is_refusal(error):
+                raise
+            print(f"MLflow does not go on with run {run_id}, a new one takes its place: {first_line(error)}")
+            return False
+        return True
 
     @contextmanager
     def stage(

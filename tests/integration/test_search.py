@@ -11,6 +11,7 @@ from processes import Killer, kill_when
 from pistoseg.artifacts import Workspace
 from pistoseg.cli import main
 from pistoseg.config import TrackingConfig, load_config
+from pistoseg.pipeline import plan
 from pistoseg.tracking import tracking_uri
 
 pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("local_ray")]
@@ -109,10 +110,12 @@ def test_values_and_curves_are_those_of_the_trainings(workspace, trials):
             assert dict(map(tuple, trial["curve"])) == pytest.approx(rows)
 
 
-def test_the_best_config_trains_without_computing_anything(outcome, workspace, trials, cohort):
+def test_the_best_config_is_one_whose_every_stage_the_search_has_computed(outcome, workspace, trials, cohort):
     folder = workspace / "search" / "mine"
     best = max((trial for trial in trials if trial["state"] == "finished"), key=lambda trial: trial["value"])
-    config = load_config(file=str(folder / "best.yaml"))
+    config = load_config(file=str(folder / "best.yaml"), overrides=(f"data.uri={cohort}",))
+    found = {step.stage.name: step.find(Workspace(str(workspace))) for step in plan(config, ("evaluation",))}
+    assert {name: item and item.fingerprint for name, item in found.items()} == best["artifacts"]
     assert config.precise.lr == best["overrides"].get("precise.lr", RATES[0])
     assert {"report.md", "trials.csv"} <= {file.name for file in folder.iterdir()}
     assert f"Best: trial {best['number']}" in (folder / "report.md").read_text()

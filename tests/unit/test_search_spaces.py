@@ -90,6 +90,13 @@ def test_a_users_space_may_name_any_key_with_ranges_scales_and_conditions(tmp_pa
     assert 0.4 < below < 0.6  # the middle of a logarithmic range
 
 
+def test_an_own_setting_between_whole_numbers_is_no_point_of_a_range_of_whole_numbers(tmp_path):
+    uri = space_file(tmp_path, {"synthesis.rotate": {"low": 0, "high": 90}})
+    for rotate, point in ((22.5, None), (22.0, {"synthesis.rotate": 22})):
+        config = config_of("wsss4luad", f"synthesis.rotate={rotate}")
+        assert read_space(uri, config).point_of(config) == point
+
+
 @pytest.mark.parametrize(
     ("parameters", "words"),
     [

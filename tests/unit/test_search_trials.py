@@ -8,8 +8,8 @@ import yaml
 from scipy.stats import ttest_rel
 
 from pistoseg import storage
-from pistoseg.config import load_config
-from pistoseg.errors import PistoSegError
+from pistoseg.config import TrackingConfig, load_config
+from pistoseg.errors import PistoSegError, UnavailableError
 from pistoseg.metrics import label_agreement
 from pistoseg.search.builtin import load_space
 from pistoseg.search.confirmation import Confirmation, paired_interval, rank_correlation
@@ -17,7 +17,9 @@ from pistoseg.search.findings import best_yaml, pareto, report, trials_csv
 from pistoseg.search.journal import Journal, TrialRecord
 from pistoseg.search.objective import Objective
 from pistoseg.search.sharing import analyse
+from pistoseg.search.spaces import Parameter, Space
 from pistoseg.search.trial import Workers, explain
+from pistoseg.tracking import StageRun
 
 IDENTITY = {"identity": {"space": 1}, "spent_s": 0.0}
 
@@ -32,9 +34,9 @@ def space(config):
     return load_space("synthesis", config)
 
 
-def filled(folder, space, values, states=()):
+def filled(folder, space, values, states=(), identity=IDENTITY["identity"]):
     """A journal with a finished trial per value, the first at no overrides; `states` replaces the last ones'."""
-    journal, rng = Journal.open(str(folder), IDENTITY), random.Random(0)
+    journal, rng = Journal.open(str(folder), IDENTITY | {"identity": identity, "run_id": None}), random.Random(0)
     for number, value in enumerate(values):
         point = space.draw(rng)
         record = journal.start(point, space.overrides(point) if number else {})
@@ -145,6 +147,16 @@ def test_failures_are_explained_in_a_line():
     assert explain(ValueError("odd")) == "ValueError: odd"
 
 
+def test_no_password_is_in_the_reason_of_a_failure_or_in_a_tag():
+    url = "https://me:hunter2@host/weights.pth"
+    for error in (OSError(f"{url} is away"), RuntimeError(f"out of memory\n{'-' * 490} {url}")):
+        assert "hunter2" not in explain(error)
+    tags = []
+    client = SimpleNamespace(set_tag=lambda *values: tags.append(values))
+    StageRun(client, "run").tags({"pistoseg.reason": f"{url} is away"})
+    assert tags == [("run", "pistoseg.reason", "https://***@host/weights.pth is away")]
+
+
 def outcome_of(journal, config, space, confirmation=None, timed=False):
     objective = Objective("miou", masks=True, labels=False)
     space, sharing = analyse(space, config, objective)
@@ -208,6 +220,17 @@ def test_trials_and_report_say_what_became_of_each(tmp_path, config, space):
     assert "| patches | 1 | 4 |" in text
     assert "| precise | 4 | 4 |" in text
     assert "![history](history.png)" in text
+
+
+def test_a_report_says_that_the_champion_was_not_set_where_mlflow_is_away_but_not_where_it_is_off(
+    tmp_path, config, space
+):
+    journal = filled(tmp_path, space, [0.1, 0.4])
+    confirmation = Confirmation((1, 2, 3), (0.4, 0.41, 0.42), (0.1, 0.12, 0.1))
+    outcome = outcome_of(journal, config, space, confirmation)
+    assert "It holds, but MLflow could not make the model the champion: run the same command" in report(outcome, [])
+    outcome.search.config = config.model_copy(update={"tracking": TrackingConfig(enabled=False)})
+    assert "champion" not in report(outcome, [])
 
 
 def test_the_front_holds_what_nothing_beats_in_score_and_time():
@@ -292,6 +315,28 @@ def test_a_grid_goes_on_however_many_of_its_points_are_known(tmp_path, config, s
     assert found[10] == second.FINISHED
 
 
+@pytest.mark.parametrize("algorithm", ["tpe", "random"])
+def test_a_space_of_options_is_searched_to_its_last_point_and_then_said_to_be_used_up(tmp_path, sampling, algorithm):
+    sizes = {"synthesis.n_h": 4, "synthesis.n_w": 3, "precise.epochs": 3}
+    parameters = [Parameter(name, options={size: {name: size} for size in range(n)}) for name, n in sizes.items()]
+    space, said = Space("options", tuple(parameters)), []
+    journal = Journal.open(str(tmp_path), IDENTITY)
+    own = dict.fromkeys(sizes, 0)
+    searcher = sampling.PointSearcher(space, journal, algorithm, 0, 30, own, say=said.append)
+    while (found := searcher.suggest(name := f"t{len(journal.records)}")) != searcher.FINISHED:
+        record = journal.records[found["number"]]
+        record.state, record.value = "finished", 1 / (1 + sum(record.point.values()))  # the sampler settles on zeros
+        searcher.on_trial_complete(name, {"objective": record.value, "finished": True, "seconds": 1.0})
+    assert len(journal.records) == 30
+    assert said == []
+    searcher = sampling.PointSearcher(space, journal, algorithm, 0, None, own, say=said.append)
+    while searcher.suggest(f"t{len(journal.records)}") != searcher.FINISHED:
+        pass
+    assert len({searcher._settings(record) for record in journal.records.values()}) == len(journal.records) == 36
+    assert len(said) == 1
+    assert "the space is used up" in said[0]
+
+
 def test_tpe_knows_the_trials_of_earlier_runs(tmp_path, config, space, sampling):
     journal = filled(tmp_path, space, [0.1, 0.4, 0.3, 0.2, 0.2], ["pruned", "failed"])
     searcher = sampling.PointSearcher(space, journal, "tpe", 0, None, space.point_of(config))
@@ -349,6 +394,17 @@ def test_rungs_remember_the_curves_of_earlier_runs(sampling):
         assert scheduler.on_trial_result(None, trial, {"epoch": 1, "objective": 0.4}) == decision
 
 
+def test_a_rung_gets_the_value_of_its_own_epoch_also_of_a_trial_that_goes_on_at_a_later_one(sampling):
+    begun = [TrialRecord(1, {}, {}, curve=[(1, 0.1), (2, 0.5)])]
+    scheduler = sampling.Halving(9, grace=1, factor=3, past=[], begun=begun)
+    decisions = []
+    for number, epoch, value in ((1, 2, 0.5), (2, 1, 0.2)):
+        trial = trial_of(number)
+        scheduler.on_trial_add(None, trial)
+        decisions.append(scheduler.on_trial_result(None, trial, {"epoch": epoch, "objective": value}))
+    assert decisions == ["CONTINUE", "CONTINUE"]  # 0.2 after an epoch is more than 0.1, not to be compared with 0.5
+
+
 def test_a_trial_that_came_to_its_result_is_not_stopped_by_it(sampling):
     scheduler = sampling.Halving(4, grace=1, factor=2, past=[TrialRecord(1, {}, {}, "finished", curve=[(1, 0.9)])])
     trial = trial_of(2)
@@ -357,13 +413,12 @@ def test_a_trial_that_came_to_its_result_is_not_stopped_by_it(sampling):
     assert scheduler.stopped == set()
 
 
-@pytest.mark.parametrize(("gain", "holds"), [(0.1, True), (0.0, False)])
+@pytest.mark.parametrize(("gain", "holds", "away"), [(0.1, True, False), (0.0, False, False), (0.1, True, True)])
 def test_the_best_model_is_the_champion_only_if_it_holds_on_fresh_seeds(
-    tmp_path, config, space, monkeypatch, gain, holds
+    tmp_path, config, space, monkeypatch, gain, holds, away
 ):
     from pistoseg.artifacts import Workspace
     from pistoseg.search import study
-    from pistoseg.tracking import StageRun
 
     journal = filled(tmp_path, space, [0.1, 0.4, 0.3])
     best = journal.best().overrides
@@ -379,7 +434,7 @@ def test_the_best_model_is_the_champion_only_if_it_holds_on_fresh_seeds(
     tracker = SimpleNamespace(
         run_id="parent",
         client="client",
-        guard=lambda call, *arguments: call(*arguments),
+        guard=lambda call, *arguments: None if away else call(*arguments),
         register=lambda artifact, tags: artifact.fingerprint,
         run=StageRun,
     )
@@ -397,9 +452,115 @@ def test_the_best_model_is_the_champion_only_if_it_holds_on_fresh_seeds(
     assert best
     assert confirmation.holds is holds
     assert sorted(seen) == [(False, 1), (False, 2), (False, 3), (True, 1), (True, 2), (True, 3)]  # not the search's 0
-    assert promoted == ([("client", config.tracking.model, "model 1")] if holds else [])
-    assert version == ("model 1" if holds else None)
+    assert promoted == ([("client", config.tracking.model, "model 1")] if holds and not away else [])
+    assert version == ("model 1" if holds and not away else None)
     assert journal.settings["confirmation"]["holds"] is holds
+
+
+@pytest.fixture
+def study_of(tmp_path, config, space, monkeypatch):
+    """A search of which only the confirmation is left, without MLflow; a function that runs it, and its folder."""
+    from pistoseg.artifacts import Workspace
+    from pistoseg.progress import Progress
+    from pistoseg.search import study
+
+    objective = Objective("miou", masks=True, labels=False)
+    space, sharing = analyse(space, config, objective)
+    image = tmp_path / "data" / "a-[1, 0].png"
+    image.parent.mkdir()
+    image.write_bytes(b"1")
+    untracked = config.model_copy(
+        update={
+            "tracking": TrackingConfig(enabled=False),
+            "data": config.data.model_copy(update={"uri": str(image.parent)}),
+        }
+    )
+    search = study.Search("mine", untracked, space, sharing, objective, "tpe", False, None)
+    workspace = Workspace(str(tmp_path))
+    folder = tmp_path / "search" / "mine"
+    filled(folder, space, [0.1, 0.4, 0.3], identity=search.identity())
+    monkeypatch.setattr(study, "_compute_shared", lambda *arguments: {})
+    return lambda progress=None: study.run(search, workspace, study.Budget(3), progress or Progress()), folder
+
+
+def test_a_confirmation_that_runs_out_of_memory_is_part_of_the_report(study_of, monkeypatch):
+    run, folder = study_of
+
+    def run_pipeline(*arguments, **options):
+        raise RuntimeError("CUDA out of memory. Tried\nmore")
+
+    monkeypatch.setattr("pistoseg.search.study.run_pipeline", run_pipeline)
+    outcome = run()
+    assert outcome.confirmation.best == outcome.confirmation.own == (None, None, None)
+    assert "own setting, seed 1: out of memory: more" in (folder / "report.md").read_text()
+
+
+def test_a_search_that_goes_on_without_mlflow_keeps_the_id_of_its_run(study_of, monkeypatch):
+    run, folder = study_of
+    settings = json.loads((folder / "search.json").read_text())
+    (folder / "search.json").write_text(json.dumps(settings | {"run_id": "mine"}))
+    monkeypatch.setattr("pistoseg.search.study.run_pipeline", lambda *arguments, **options: {})
+    run()
+    assert json.loads((folder / "search.json").read_text())["run_id"] == "mine"
+
+
+def test_a_confirmation_that_is_cut_off_leaves_the_report_of_the_trials(study_of, monkeypatch):
+    run, folder = study_of
+
+    def run_pipeline(*arguments, **options):
+        raise UnavailableError("is away", file="s3://b")
+
+    monkeypatch.setattr("pistoseg.search.study.run_pipeline", run_pipeline)
+    with pytest.raises(UnavailableError, match="is away"):
+        run()
+    assert "Best: trial 1, 0.4000" in (folder / "report.md").read_text()
+    assert (folder / "best.yaml").exists()
+
+
+def test_a_search_does_not_go_on_with_other_data(study_of, tmp_path, monkeypatch):
+    run, folder = study_of
+    monkeypatch.setattr("pistoseg.search.study.run_pipeline", lambda *arguments, **options: {})
+    run()  # one of an earlier version, which did not know its data
+    run()
+    (tmp_path / "data" / "a-[1, 0].png").rename(tmp_path / "data" / "a-[0, 1].png")  # a corrected label
+    report = (folder / "report.md").stat().st_mtime_ns
+    with pytest.raises(PistoSegError, match=r"other data: what the stage patches reads .* give another --name"):
+        run()
+    assert (folder / "report.md").stat().st_mtime_ns == report
+
+
+class _WaitsError(Exception):
+    pass
+
+
+def test_a_search_that_is_running_is_waited_for(study_of):
+    from pistoseg.claims import claimed
+
+    run, folder = study_of
+
+    def say(text):
+        assert text.startswith("waiting: process")
+        raise _WaitsError
+
+    before = sorted(folder.rglob("*"))
+    with claimed(str(folder)), pytest.raises(_WaitsError):
+        run(SimpleNamespace(say=say))
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_search_that_was_taken_over_writes_nothing_more(study_of, monkeypatch):
+    run, folder = study_of
+
+    def run_pipeline(*arguments, **options):
+        storage.write_bytes(str(folder / ".claims" / "000002.json"), b"{}")
+        (folder / "report.md").write_text("the other run's")
+        raise ValueError
+
+    monkeypatch.setattr("pistoseg.search.study.run_pipeline", run_pipeline)
+    with pytest.raises(PistoSegError, match="took this over"):
+        run()
+    assert (folder / "report.md").read_text() == "the other run's"
+    assert "confirmation" not in json.loads((folder / "search.json").read_text())
 
 
 def test_pictures_and_importance_are_drawn_of_spaces_with_conditions(tmp_path, config, space):
@@ -425,13 +586,14 @@ def test_what_mlflow_missed_of_a_trial_when_its_driver_was_killed_it_gets_from_t
     from pistoseg.tracking import Tracker
 
     workspace, journal = Workspace(str(tmp_path)), Journal.open(str(tmp_path / "search"), IDENTITY)
-    record, trial = journal.start({}, {}), SimpleNamespace(config={"number": 0}, last_result=None)
+    record, trial = journal.start({}, {}), SimpleNamespace(trial_id="t0", config={"number": 0}, last_result=None)
     workers = SimpleNamespace(release=SimpleNamespace(remote=lambda owner: None))
     monkeypatch.setattr(recording.ray, "get", lambda nothing: nothing)
 
     def recorder(tracker):
         objective = Objective("miou", masks=True, labels=False)
-        found = recording.Recorder(journal, tracker, objective, workers, None, {}, Progress(), workspace)
+        ending = recording.Ending()
+        found = recording.Recorder(journal, tracker, objective, workers, None, {}, Progress(), workspace, ending)
         found.on_trial_start(0, [], trial)
         return found
 
@@ -462,3 +624,78 @@ def test_what_mlflow_missed_of_a_trial_when_its_driver_was_killed_it_gets_from_t
     assert sorted((item.step, item.value) for item in curve) == [(1, 0.1), (2, 0.2), (3, 0.3)] == record.curve
     for name in ("miou", "seconds"):
         assert len(tracker.client.get_metric_history(record.run_id, name)) == 1
+
+
+@pytest.fixture
+def recorder(tmp_path, monkeypatch):
+    """A recorder without MLflow whose trial 0 was started, and that trial as Tune has it."""
+    from pistoseg.artifacts import Workspace
+    from pistoseg.progress import Progress
+    from pistoseg.search import recording
+    from pistoseg.tracking import Tracker
+
+    journal, workspace = Journal.open(str(tmp_path / "search"), IDENTITY), Workspace(str(tmp_path))
+    tracker = Tracker(load_config("demo"), workspace, None)
+    workers = SimpleNamespace(release=SimpleNamespace(remote=lambda owner: None))
+    monkeypatch.setattr(recording.ray, "get", lambda nothing: nothing)
+    objective, ending = Objective("miou", masks=True, labels=False), recording.Ending()
+    found = recording.Recorder(journal, tracker, objective, workers, None, {}, Progress(), workspace, ending)
+    details = {"scores": {"miou": 0.4}, "artifacts": {"evaluation": "abc"}, "computed": [], "curve": []}
+    last = {"finished": True, "objective": 0.4, "seconds": 2.0, "epoch": 4, "details": json.dumps(details)}
+    trial = SimpleNamespace(trial_id="t0", config={"number": 0}, last_result=last)
+    journal.start({}, {})
+    found.on_trial_start(0, [], trial)
+    return found, trial
+
+
+def test_a_storage_that_is_away_as_a_trial_ends_ends_the_search_and_no_trial_fails(recorder, monkeypatch):
+    recorder, trial = recorder
+    away = UnavailableError("is away", file="s3://b", remedy="run again")
+    assert not recorder.ending.stop_all()
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "write_bytes", lambda uri, data: (_ for _ in ()).throw(away))
+        recorder.on_trial_complete(0, [], trial)
+        recorder.end_all()
+    assert recorder.ending.problem is away
+    assert recorder.ending.stop_all()
+    assert Journal.open(recorder.journal.folder, IDENTITY).records[0].state == "running"  # the next run goes on with it
+
+
+def test_a_picture_that_was_deleted_costs_no_trial(recorder, tmp_path, capsys):
+    recorder, trial = recorder
+    folder = tmp_path / "evaluation" / "abc"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text(json.dumps({"summary": {"pictures": ["gone.png"]}}))
+    recorder._runs[0] = SimpleNamespace(
+        run_id="run", tags=dict, metrics=lambda *values, **step: None, pictures=StageRun("client", None).pictures
+    )
+    recorder.tracker.client = SimpleNamespace(set_terminated=lambda run_id, status: None)
+    recorder.on_trial_complete(0, [], trial)
+    assert recorder.ending.problem is None
+    assert Journal.open(recorder.journal.folder, IDENTITY).records[0].state == "finished"
+    assert "MLflow lacks pictures of evaluation" in capsys.readouterr().err
+
+
+def test_runs_that_were_deleted_in_mlflow_are_made_anew_and_are_kept_while_tracking_is_off(recorder):
+    from pistoseg.tracking import Tracker
+
+    recorder, trial = recorder
+    config, workspace, record = load_config("demo"), recorder.workspace, recorder.journal.records[0]
+
+    def begin(config):
+        with Tracker.start(config, workspace, "search", run_id=parents[-1]) as tracker:
+            recorder.tracker = tracker
+            recorder.on_trial_start(0, [], trial)
+            assert not tracker.guard.broken
+            return tracker.run_id, record.run_id, tracker.client
+
+    parents = [None]
+    parent, child, client = begin(config)
+    parents.append(parent)
+    for run_id in (parent, child):
+        client.delete_run(run_id)
+    found = begin(config)[:2]
+    assert {parent, child}.isdisjoint(found)
+    assert client.get_run(found[1]).data.tags["mlflow.parentRunId"] == found[0]
+    begin(config.model_copy(update={"tracking": TrackingConfig(enabled=False)}))
+    assert Journal.open(recorder.journal.folder, IDENTITY).records[0].run_id == found[1]
