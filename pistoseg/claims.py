@@ -86,7 +86,7 @@ class Claim:
 
 @contextmanager
 def claimed(
-    folder: str, ready: Callable[[], bool] = lambda: False, say: Callable[[str], None] = print
+    folder: str, ready: Callable[[], bool] = lambda: False, say: Callable[[str], None] = print, keep: bool = False
 ) -> Iterator[Claim | None]:
     """Hold the claim of a folder during the block.
 
@@ -94,6 +94,8 @@ def claimed(
         folder: URI.
         ready: asked before waiting, while waiting, and once the claim is held: whether the folder is done already.
         say: told once, before waiting.
+        keep: whether the claim stays when the block ends well: a folder that is written again and again is never done,
+            and one that was taken over long ago has to see it.
     Yields:
         The claim; None when `ready` said yes, so that there is nothing to do.
     """
@@ -104,7 +106,7 @@ def claimed(
         done = True
     finally:
         if claim is not None:
-            claim.release(done)
+            claim.release(done and not keep)
 
 
 def _acquire(folder: str, ready: Callable[[], bool], say: Callable[[str], None]) -> Claim | None:

@@ -285,6 +285,7 @@ def _run(
     problem = next(
         (f"needs {key[0]}, which failed in {failed[key]}" for key in steps if key in failed and not before[key]), None
     )
+    lost = False
     if problem is None:
         try:
             artifacts = run_pipeline(
@@ -295,12 +296,12 @@ def _run(
             known = explained(error)
             if isinstance(known, UnavailableError):  # it would end every other one, too
                 raise known from None
-            from pistoseg.search.trial import explain  # which needs `with_overrides`
+            from pistoseg.search.trial import explain, is_lost  # which need `with_overrides`
 
-            problem = explain(known or error)
+            problem, lost = explain(known or error), is_lost(error)
     found = {key: step.find(workspace) for key, step in steps.items()}
     missing = next((key for key, artifact in found.items() if artifact is None), None)
-    if problem and missing:
+    if problem and missing and not lost:  # a process that went away says nothing of other rows
         failed.setdefault(missing, job.name)
     seconds: dict[bool, dict[str, float]] = {True: {}, False: {}}
     for key, artifact in found.items():

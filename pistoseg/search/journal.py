@@ -94,13 +94,8 @@ class Journal:
             PistoSegError: another search has that folder, or a file is damaged.
         """
         journal = cls(folder, check)
-        file = storage.join(folder, SEARCH)
-        if storage.exists(file):
-            found = _read(file)
-            if found.get("identity") != settings["identity"]:
-                raise PistoSegError(
-                    "holds a search of other settings or another space", file=folder, remedy="give another --name"
-                )
+        found = cls.refuse_another(folder, settings)
+        if found is not None:
             journal.settings = found
             for item in storage.list_dir(storage.join(folder, TRIALS)):
                 if not storage.name(item).endswith(".json") or storage.name(item).startswith("."):
@@ -111,6 +106,23 @@ class Journal:
         else:
             journal.update(**settings)
         return journal
+
+    @staticmethod
+    def refuse_another(folder: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The settings of the search that has a folder, None where there is none.
+
+        Raises:
+            PistoSegError: it is another search than that of `settings`, or the file is damaged.
+        """
+        file = storage.join(folder, SEARCH)
+        if not storage.exists(file):
+            return None
+        found = _read(file)
+        if found.get("identity") != settings["identity"]:
+            raise PistoSegError(
+                "holds a search of other settings or another space", file=folder, remedy="give another --name"
+            )
+        return found
 
     def update(self, **values: Any) -> None:
         """Change some of `settings`."""

@@ -41,7 +41,7 @@ class Ending(Stopper):
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         """Look at a report; the trial that sent it ends by itself."""
         if UNAVAILABLE in result:
-            self.problem = UnavailableError(**json.loads(result[UNAVAILABLE]))
+            self.problem = self.problem or UnavailableError(**json.loads(result[UNAVAILABLE]))
         return False
 
     def stop_all(self) -> bool:
@@ -182,6 +182,7 @@ class Recorder(Callback):
 
     def _close(self, record: TrialRecord) -> None:
         ray.get(self.workers.release.remote(str(record.number)))
+        self.journal.check()  # whoever took the search over has the runs, too
         run = self._runs.pop(record.number, None)
         if run is not None and run.run_id is not None:
             self._end(record, run)

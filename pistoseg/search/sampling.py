@@ -314,11 +314,15 @@ class Halving(ASHAScheduler):
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Whether a trial goes on."""
-        # The rungs that it passed in an earlier run would take the value of a later epoch.
+        # The rungs that it passed in an earlier run would take the value of a later epoch. At its last one it may have
+        # been stopped, which that run had no time to note.
+        decision = str(self.CONTINUE)
         for epoch, value in self._begun.pop(trial.config["number"], ()):
             if epoch < result.get("epoch", 0):
-                super().on_trial_result(tune_controller, trial, {"epoch": epoch, "objective": value})
-        decision = str(super().on_trial_result(tune_controller, trial, result))
+                past = {"epoch": epoch, "objective": value}
+                decision = str(super().on_trial_result(tune_controller, trial, past))
+        if decision != self.STOP:
+            decision = str(super().on_trial_result(tune_controller, trial, result))
         if decision == self.STOP and (trial.config["number"] == 0 or result.get("finished")):
             return str(self.CONTINUE)
         if decision == self.STOP:

@@ -24,13 +24,13 @@ from pistoseg.progress import Progress
 from pistoseg.redaction import redacted
 from pistoseg.search.ablation import DATA, with_overrides
 from pistoseg.search.confirmation import Confirmation
-from pistoseg.search.journal import Journal, TrialRecord
+from pistoseg.search.journal import Journal, TrialRecord, digest
 from pistoseg.search.objective import Objective
 from pistoseg.search.recording import Ending, Recorder
 from pistoseg.search.sampling import Algorithm, Halving, PointSearcher
 from pistoseg.search.sharing import Sharing
 from pistoseg.search.spaces import Space
-from pistoseg.search.trial import TrialJob, Workers, explain, run_trial
+from pistoseg.search.trial import TrialJob, Workers, explain, is_lost, run_trial
 from pistoseg.stages import cluster
 from pistoseg.tracking import Tracker
 
@@ -139,17 +139,21 @@ def run(search: Search, workspace: Workspace, budget: Budget, progress: Progress
     object_store.use(search.config.storage)
     progress = progress or Progress()
     folder = folder_of(workspace, search.name)
-    with claimed(folder, say=progress.say) as claim:  # two runs of one search would overwrite each other's trials
+    settings = {"identity": search.identity(), "spent_s": 0.0, "run_id": None}
+    Journal.refuse_another(folder, settings)  # before it waits for that to end
+    # Two runs of one search would overwrite each other's trials.
+    with claimed(folder, say=progress.say, keep=True) as claim:
         assert claim is not None
-        settings = {"identity": search.identity(), "spent_s": 0.0, "run_id": None}
         journal = Journal.open(folder, settings, claim.check)
         _check_data(search, journal)
+        if 0 in journal.records and search.space.point_of(search.config) is None:
+            journal.records[0].point = None  # an earlier version may have taken it for one of the space
         return _run(search, workspace, budget, journal, progress)
 
 
 def _check_data(search: Search, journal: Journal) -> None:
     """Refuse to go on where images or labels are no longer those of the trials: their values could not be compared."""
-    data = {step.stage.name: step.fingerprint for step in plan(search.config, DATA)}  # of the own setting
+    data = {step.stage.name: digest(step.settings) for step in plan(search.config, DATA)}  # of the own setting
     known = journal.settings.get("data")
     if known is None or not journal.records:
         journal.update(data=data)
@@ -158,7 +162,7 @@ def _check_data(search: Search, journal: Journal) -> None:
         raise PistoSegError(
             f"holds a search of other data: what the stage {changed} reads has changed since",
             file=journal.folder,
-            remedy="give another --name",
+            remedy="give another --name; where files were only copied anew, remove `data` from search.json",
         )
 
 
@@ -172,7 +176,8 @@ def _run(search: Search, workspace: Workspace, budget: Budget, journal: Journal,
         tracker.run().tags({"pistoseg.search": search.name, "pistoseg.objective": search.objective.title})
         shared = _compute_shared(search, workspace, tracker, progress)
         _run_trials(search, workspace, budget, journal, tracker, shared, progress)
-        _report(Outcome(search, journal, None, None, shared), tracker)  # stays if the confirmation is cut off
+        if "confirmation" not in journal.settings:  # stays if the confirmation is cut off
+            _report(Outcome(search, journal, None, None, shared), tracker)
         confirmation, version = _confirm(search, workspace, budget, journal, tracker, progress)
         outcome = Outcome(search, journal, confirmation, version, shared)
         _report(outcome, tracker)
@@ -366,6 +371,8 @@ def _confirm(
             known = explained(error)
             if isinstance(known, UnavailableError):
                 raise known from error
+            if is_lost(error):  # that says nothing of the setting; the same command goes on
+                raise
             reason = explain(error)
             problems.append(f"{label}, seed {seed}: {reason}")
             progress.say(f"failed: {reason}")

@@ -157,7 +157,7 @@ def run_trial(parameters: Mapping[str, Any], job: TrialJob) -> None:
         known = explained(error)
         if isinstance(known, UnavailableError):  # it would end every other one, too
             tune.report({UNAVAILABLE: json.dumps(known.fields())})
-        elif any(isinstance(item, LOST) for item in below(error)):
+        elif is_lost(error):
             raise  # no result: Tune starts it again
         else:
             tune.report({"problem": explain(error)})
@@ -186,6 +186,11 @@ def _run(overrides: Mapping[str, Any], number: int, job: TrialJob) -> dict[str, 
         "seconds": sum(item.manifest["seconds"] for item in own),
         "details": json.dumps(details),  # Tune takes keys with slashes apart
     }
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether processes or nodes went away, which says nothing of what they were at."""
+    return any(isinstance(item, LOST) for item in below(error))
 
 
 def explain(error: BaseException) -> str:

@@ -18,6 +18,7 @@ from pistoseg.config import load_config, presets
 from pistoseg.errors import PistoSegError, UnavailableError
 from pistoseg.patches.store import IMAGES_SCHEMA, WINDOWS_SCHEMA
 from pistoseg.pipeline import plan
+from pistoseg.progress import Progress
 from pistoseg.search import ablation, report
 from pistoseg.search.ablation import AblationReport, Job, RowResult, RunResult, equal_budget, outline, prepare
 from pistoseg.search.tables import PUBLISHED, TABLES, PaperScores, Row, Table, published_data
@@ -317,6 +318,21 @@ def test_a_row_that_ends_with_any_error_is_a_failed_row_of_a_table_that_is_writt
     assert result.rows[0].runs[0].problem.startswith(problem)
     assert result.rows[1].mean("miou") == 0.5
     assert json.loads((out / "ablation.json").read_text())["rows"][1]["mean"]["miou"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("error", "tried"), [(ray.exceptions.NodeDiedError("gone"), True), (PistoSegError("the loss is nan"), False)]
+)
+def test_rows_that_want_what_a_lost_process_was_at_are_tried_all_the_same(
+    config, pipeline, tmp_path, monkeypatch, error, tried
+):
+    breaking(monkeypatch, "synthesized", error)
+    job = prepare(Table("own", "Own", TABLES["table1"].rows[:1]), config)[0][0]
+    failed = {}
+    for _ in range(2):
+        last = ablation._run(job, Workspace(str(tmp_path)), Progress(), None, failed)
+        assert last.problem
+    assert last.problem.startswith("needs") != tried
 
 
 @pytest.mark.parametrize("wrap", [lambda error: error, lambda error: ray.train.WorkerGroupError("failed", {0: error})])

@@ -4,10 +4,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import ray
 import yaml
 from scipy.stats import ttest_rel
 
-from pistoseg import storage
+from pistoseg import claims, storage
 from pistoseg.config import TrackingConfig, load_config
 from pistoseg.errors import PistoSegError, UnavailableError
 from pistoseg.metrics import label_agreement
@@ -405,6 +406,19 @@ def test_a_rung_gets_the_value_of_its_own_epoch_also_of_a_trial_that_goes_on_at_
     assert decisions == ["CONTINUE", "CONTINUE"]  # 0.2 after an epoch is more than 0.1, not to be compared with 0.5
 
 
+def test_a_trial_that_was_stopped_when_its_driver_was_killed_is_stopped_again(sampling):
+    past = [TrialRecord(number, {}, {}, "finished", curve=[(1, 0.9)]) for number in (1, 2, 3)]
+    begun = [TrialRecord(4, {}, {}, curve=[(1, 0.1)]), TrialRecord(5, {}, {}, curve=[(1, 0.1), (2, 0.95)])]
+    scheduler = sampling.Halving(9, grace=1, factor=3, past=past, begun=begun)
+    decisions = []
+    for number, epoch in ((4, 2), (5, 3)):
+        trial = trial_of(number)
+        scheduler.on_trial_add(None, trial)
+        decisions.append(scheduler.on_trial_result(None, trial, {"epoch": epoch, "objective": 0.95}))
+    assert decisions == ["STOP", "CONTINUE"]  # the second one had been let pass
+    assert len(scheduler.stopped) == 1
+
+
 def test_a_trial_that_came_to_its_result_is_not_stopped_by_it(sampling):
     scheduler = sampling.Halving(4, grace=1, factor=2, past=[TrialRecord(1, {}, {}, "finished", curve=[(1, 0.9)])])
     trial = trial_of(2)
@@ -504,14 +518,15 @@ def test_a_search_that_goes_on_without_mlflow_keeps_the_id_of_its_run(study_of, 
     assert json.loads((folder / "search.json").read_text())["run_id"] == "mine"
 
 
-def test_a_confirmation_that_is_cut_off_leaves_the_report_of_the_trials(study_of, monkeypatch):
+@pytest.mark.parametrize("error", [UnavailableError("is away"), ray.exceptions.NodeDiedError("is away")])
+def test_a_confirmation_that_is_cut_off_leaves_the_report_of_the_trials(study_of, monkeypatch, error):
     run, folder = study_of
 
     def run_pipeline(*arguments, **options):
-        raise UnavailableError("is away", file="s3://b")
+        raise error
 
     monkeypatch.setattr("pistoseg.search.study.run_pipeline", run_pipeline)
-    with pytest.raises(UnavailableError, match="is away"):
+    with pytest.raises(type(error), match="is away"):
         run()
     assert "Best: trial 1, 0.4000" in (folder / "report.md").read_text()
     assert (folder / "best.yaml").exists()
@@ -534,8 +549,6 @@ class _WaitsError(Exception):
 
 
 def test_a_search_that_is_running_is_waited_for(study_of):
-    from pistoseg.claims import claimed
-
     run, folder = study_of
 
     def say(text):
@@ -543,9 +556,42 @@ def test_a_search_that_is_running_is_waited_for(study_of):
         raise _WaitsError
 
     before = sorted(folder.rglob("*"))
-    with claimed(str(folder)), pytest.raises(_WaitsError):
+    with claims.claimed(str(folder)), pytest.raises(_WaitsError):
         run(SimpleNamespace(say=say))
     assert sorted(folder.rglob("*")) == before
+
+
+def test_a_confirmed_report_stays_where_a_later_confirmation_is_cut_off(study_of, monkeypatch):
+    run, folder = study_of
+
+    def run_pipeline(*arguments, **options):
+        raise RuntimeError("fails")
+
+    monkeypatch.setattr("pistoseg.search.study.run_pipeline", run_pipeline)
+    run()
+    before = (folder / "report.md").read_text()
+    monkeypatch.setattr("pistoseg.search.study._confirm", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run()
+    assert (folder / "report.md").read_text() == before
+
+
+def test_another_search_is_refused_before_it_waits(study_of):
+    run, folder = study_of
+    (folder / "search.json").write_text(json.dumps({"identity": "another"}))
+    with claims.claimed(str(folder)), pytest.raises(PistoSegError, match="another space"):
+        run()
+
+
+def test_a_search_that_was_taken_over_sees_it_also_when_the_other_run_has_ended(study_of, monkeypatch):
+    run, folder = study_of
+    monkeypatch.setattr("pistoseg.search.study.run_pipeline", lambda *arguments, **options: {})
+    run()
+    first = claims.Claim(str(folder), 1)
+    first.check()
+    run()
+    with pytest.raises(PistoSegError, match="took this over"):
+        first.check()
 
 
 def test_a_search_that_was_taken_over_writes_nothing_more(study_of, monkeypatch):
