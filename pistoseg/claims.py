@@ -3,7 +3,7 @@
 A claim is the file `<folder>/.claims/<generation>.json`, made by conditional creation. Its owner changes it every
 `BEAT_S`. One that has not changed for `STALE_S`, or whose process on this machine is gone, is taken over by creating
 the next generation, which only one waiter can do; the highest generation owns the folder. Clocks of machines are not
-compared, and no claim is deleted before the folder is done.
+compared, and no claim is deleted before the folder is done; a claim whose file is gone was taken over before that.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Claim:
 
     def check(self) -> None:
         """Raise when someone else has taken the folder over, as happens to a process that was stopped for minutes."""
-        if storage.exists(_file(self.folder, self.generation + 1)):
+        if not self._holds():
             raise PistoSegError(
                 f"another run took this over, as this one gave no sign of life for {STALE_S:.0f} s",
                 file=self.folder,
@@ -66,8 +66,8 @@ class Claim:
         self._stop.set()
         self._thread.join()
         with suppress(OSError, PistoSegError):  # a claim that stays goes stale
-            if storage.exists(_file(self.folder, self.generation + 1)):
-                return  # whoever took it over has it
+            if not self._holds():
+                return  # whoever took it over has it, or had it
             if done:
                 storage.remove_tree(storage.join(self.folder, FOLDER))
             else:
@@ -78,7 +78,19 @@ class Claim:
         while not self._stop.wait(BEAT_S):
             self._body["beat"] += 1
             with suppress(OSError, PistoSegError):  # the storage is away: for the waiters, too
+                if not self._holds():
+                    return
                 storage.write_bytes(self.uri, self._bytes())
+
+    def _holds(self) -> bool:
+        """Whether the folder is still this claim's: whoever took it over and finished it has deleted all claims."""
+        if storage.exists(_file(self.folder, self.generation + 1)):
+            return False
+        try:
+            body = json.loads(storage.read_bytes(self.uri))
+        except (FileNotFoundError, json.JSONDecodeError):
+            return False
+        return body.get("token") == self._body["token"]
 
     def _bytes(self) -> bytes:
         return json.dumps(self._body).encode()
@@ -86,7 +98,7 @@ class Claim:
 
 @contextmanager
 def claimed(
-    folder: str, ready: Callable[[], bool] = lambda: False, say: Callable[[str], None] = print, keep: bool = False
+    folder: str, ready: Callable[[], bool] = lambda: False, say: Callable[[str], None] = print
 ) -> Iterator[Claim | None]:
     """Hold the claim of a folder during the block.
 
@@ -94,8 +106,6 @@ def claimed(
         folder: URI.
         ready: asked before waiting, while waiting, and once the claim is held: whether the folder is done already.
         say: told once, before waiting.
-        keep: whether the claim stays when the block ends well: a folder that is written again and again is never done,
-            and one that was taken over long ago has to see it.
     Yields:
         The claim; None when `ready` said yes, so that there is nothing to do.
     """
@@ -106,7 +116,7 @@ def claimed(
         done = True
     finally:
         if claim is not None:
-            claim.release(done and not keep)
+            claim.release(done)
 
 
 def _acquire(folder: str, ready: Callable[[], bool], say: Callable[[str], None]) -> Claim | None:

@@ -142,7 +142,7 @@ def run(search: Search, workspace: Workspace, budget: Budget, progress: Progress
     settings = {"identity": search.identity(), "spent_s": 0.0, "run_id": None}
     Journal.refuse_another(folder, settings)  # before it waits for that to end
     # Two runs of one search would overwrite each other's trials.
-    with claimed(folder, say=progress.say, keep=True) as claim:
+    with claimed(folder, say=progress.say) as claim:
         assert claim is not None
         journal = Journal.open(folder, settings, claim.check)
         _check_data(search, journal)

@@ -164,3 +164,26 @@ def test_one_that_was_taken_over_leaves_the_claim_of_the_other_when_it_ends(fold
         foreign(folder, generation=2)  # it thought that this process was dead
     assert claim.generation == 1
     assert "000002.json" in files(folder)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_one_that_was_taken_over_sees_it_also_when_the_other_has_finished(folder, monkeypatch, again):
+    monkeypatch.setattr(claims, "BEAT_S", 1000.0)
+    with claimed(folder) as sleeper:
+        monkeypatch.setattr(claims, "_is_dead", lambda body: True)
+        with claimed(folder, say=lambda text: None) as other:
+            assert other.generation == 2
+        assert files(folder) == []
+        if again:  # a third one is at it, with the number of the first
+            foreign(folder)
+        with pytest.raises(PistoSegError, match="another run took this over"):
+            sleeper.check()
+    assert files(folder) == (["000001.json"] if again else [])
+
+
+def test_one_that_was_taken_over_gives_no_sign_of_life_any_more(folder):
+    with claimed(folder) as sleeper:
+        storage.remove_tree(storage.join(folder, claims.FOLDER))  # as whoever took it over and finished it does
+        sleeper._thread.join(20 * claims.BEAT_S)
+        assert not sleeper._thread.is_alive()
+    assert files(folder) == []

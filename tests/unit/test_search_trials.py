@@ -583,17 +583,6 @@ def test_another_search_is_refused_before_it_waits(study_of):
         run()
 
 
-def test_a_search_that_was_taken_over_sees_it_also_when_the_other_run_has_ended(study_of, monkeypatch):
-    run, folder = study_of
-    monkeypatch.setattr("pistoseg.search.study.run_pipeline", lambda *arguments, **options: {})
-    run()
-    first = claims.Claim(str(folder), 1)
-    first.check()
-    run()
-    with pytest.raises(PistoSegError, match="took this over"):
-        first.check()
-
-
 def test_a_search_that_was_taken_over_writes_nothing_more(study_of, monkeypatch):
     run, folder = study_of
 
