@@ -19,6 +19,9 @@ from pistoseg.phantom.noise import stream
 from pistoseg.phantom.slides import write_slide
 
 FORMAT = 2
+COMPLETE = "phantom.json"
+BEGUN = ".phantom.json"
+"""Format and settings of a cohort that is being drawn."""
 MIN_SHARE = 0.02
 """A class is labelled present when it covers this share of a patch."""
 SINGLE_SHARE = 0.58
@@ -49,7 +52,7 @@ def write_cohort(
 ) -> dict[str, Any]:
     """Draw a cohort: labelled training patches, validation images with masks, and slides with masks.
 
-    `phantom.json` is written last: where it is, the cohort is complete.
+    `phantom.json` is written last: where it is, the cohort is complete. Until then `.phantom.json` says what is drawn.
 
     Args:
         out: folder or URI; see README.txt in it for the layout.
@@ -72,6 +75,8 @@ def write_cohort(
         "validation_size": validation_size, "mpp": mpp, "slide_size": list(slide_size),
     }  # fmt: skip
     _refuse_another(out, settings)
+    begun = storage.join(out, BEGUN)
+    storage.write_bytes(begun, json.dumps({"format": FORMAT, "settings": settings}).encode())
     labels: dict[str, int] = {}
     training_cases: set[int] = set()
     for case, y, x, mask in _patches(seed, 0, _wanted(training, SINGLE_SHARE), patch_size, mpp):
@@ -104,7 +109,8 @@ def write_cohort(
         "slides": written,
     }
     storage.write_bytes(storage.join(out, "README.txt"), _README.encode())
-    storage.write_bytes(storage.join(out, "phantom.json"), json.dumps(summary, indent=1).encode())
+    storage.write_bytes(storage.join(out, COMPLETE), json.dumps(summary, indent=1).encode())
+    storage.remove_file(begun)
     return summary
 
 
@@ -124,16 +130,20 @@ def _check(training: int, validation: int, slides: int, patch_size: int, validat
 
 def _refuse_another(out: str, settings: dict[str, Any]) -> None:
     """The images of two cohorts in one folder could not be told apart; the same cohort is drawn over itself."""
-    uri = storage.join(out, "phantom.json")
-    if not storage.exists(uri):
-        return
-    try:
-        found = json.loads(storage.read_bytes(uri))
-        same = (found["format"], found["settings"]) == (FORMAT, settings)
-    except (ValueError, KeyError, TypeError):
-        same = False
-    if not same:
-        raise PistoSegError("holds another cohort", file=out, remedy="give another folder, or delete this one")
+    for name in (COMPLETE, BEGUN):
+        uri = storage.join(out, name)
+        if not storage.exists(uri):
+            continue
+        try:
+            found = json.loads(storage.read_bytes(uri))
+            same = (found["format"], found["settings"]) == (FORMAT, settings)
+        except (ValueError, KeyError, TypeError):
+            same = False
+        if not same:
+            part = "" if name == COMPLETE else "a part of "
+            raise PistoSegError(
+                f"holds {part}another cohort", file=out, remedy="give another folder, or delete this one"
+            )
 
 
 def case_seed(seed: int, case: int) -> int:

@@ -171,6 +171,18 @@ def test_a_second_cohort_is_not_mixed_into_a_folder_but_the_same_one_is_drawn_ag
             write_cohort(str(tmp_path), **settings)
 
 
+def test_a_cohort_that_was_cut_off_is_not_mixed_with_another_one(tmp_path: Path, monkeypatch) -> None:
+    settings = {"training": 2, "validation": 1, "patch_size": 64, "validation_size": 64, "slide_size": (512, 512)}
+    monkeypatch.setattr("pistoseg.phantom.cohort._slide", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write_cohort(str(tmp_path), **settings, slides=1)
+    monkeypatch.undo()
+    with pytest.raises(PistoSegError, match="holds a part of another cohort"):
+        write_cohort(str(tmp_path), **settings, slides=0)
+    write_cohort(str(tmp_path), **settings, slides=1)
+    assert not (tmp_path / ".phantom.json").exists()
+
+
 def test_a_cohort_can_be_written_to_a_uri() -> None:
     import fsspec
 
