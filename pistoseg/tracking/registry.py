@@ -70,11 +70,19 @@ def bundle_uri(model: str, config: TrackingConfig, workspace: Workspace) -> str:
         config: of the server.
         workspace: where the database is unless the config names a server.
     Raises:
-        PistoSegError: there is no such model, or it was not registered by PistoSeg.
+        PistoSegError: there is no such model, it was not registered by PistoSeg, or its bundle was deleted.
     """
     if not model.startswith("models:/"):
         return storage.absolute(model)
-    return Registry(config, workspace).find(model).bundle
+    version = Registry(config, workspace).find(model)
+    if not storage.exists(storage.join(version.bundle, FILES[0])):
+        raise PistoSegError(
+            f"its bundle {version.bundle} is not there",
+            file=model,
+            remedy=f"write MLflow's copy to a folder with `pistoseg models export {version.name}/{version.version} "
+            "--out FOLDER`, and give that folder",
+        )
+    return version.bundle
 
 
 class Registry:

@@ -17,7 +17,7 @@ from pistoseg.cli import main
 from pistoseg.config import TrackingConfig, load_config
 from pistoseg.errors import PistoSegError
 from pistoseg.tracking import Tracker, connect
-from pistoseg.tracking.registry import ModelVersion, Registry, lineage, set_alias
+from pistoseg.tracking.registry import ModelVersion, Registry, bundle_uri, lineage, set_alias
 
 KEYS = ("aaaa", "bbbb", "cccc")
 
@@ -123,6 +123,13 @@ def test_a_model_is_found_by_name_version_or_alias(registry):
     for wrong in ("nothing", "tissue@nobody", "tissue/9"):
         with pytest.raises(PistoSegError, match="is not in the registry"):
             registry.newest(wrong)
+
+
+def test_a_registered_model_whose_bundle_was_deleted_says_where_a_copy_is(workspace, monkeypatch):
+    assert bundle_uri("models:/tissue/2", TrackingConfig(), workspace).endswith("/precise/bbbb/bundle")
+    monkeypatch.setattr(storage, "exists", lambda uri: False)
+    with pytest.raises(PistoSegError, match=r"bundle is not there.*pistoseg models export tissue/2 --out FOLDER"):
+        bundle_uri("models:/tissue/2", TrackingConfig(), workspace)
 
 
 def test_lineage_leads_from_the_bundle_to_the_images(registry):
