@@ -155,7 +155,8 @@ class Space:
             if parameter.options:
                 values |= parameter.options[point[parameter.name]]
                 continue
-            parent = next((key for key in values if parameter.name.startswith(f"{key}.")), None)
+            parents = (key for key, value in values.items() if isinstance(value, Mapping))
+            parent = next((key for key in parents if parameter.name.startswith(f"{key}.")), None)
             if parent is None:
                 values[parameter.name] = point[parameter.name]
             else:  # a weight of synthesis.class_sampling: the class's name may have dots

@@ -126,10 +126,13 @@ def test_points_that_the_config_refuses_stop_a_search_before_it_starts(tmp_path)
         analyse(space, config, MASKS)
 
 
-def test_a_class_weight_beside_a_sampling_without_weights_is_refused_by_name(tmp_path):
+@pytest.mark.parametrize("ways", [None, ["natural", "balanced"]])
+def test_a_class_weight_beside_a_sampling_without_weights_is_refused_by_name(tmp_path, ways):
     config = config_of("wsss4luad", "synthesis.class_sampling=natural")
-    space = read_space(space_file(tmp_path, {"synthesis.class_sampling.tumor": {"low": 0.5, "high": 2.0}}), config)
-    with pytest.raises(PistoSegError, match=r"class_sampling\.tumor.*class_sampling is 'natural'"):
+    parameters = {"synthesis.class_sampling": {"values": ways}} if ways else {}
+    parameters["synthesis.class_sampling.tumor"] = {"low": 0.5, "high": 2.0}
+    space = read_space(space_file(tmp_path, parameters), config)
+    with pytest.raises(PistoSegError, match=r"class_sampling\.tumor.*class_sampling is '(natural|balanced)'"):
         analyse(space, config, MASKS)
 
 
