@@ -127,12 +127,16 @@ def _network(config: Config, section: str) -> dict[str, Any]:
 
 
 def _training(config: Config, section: str) -> dict[str, Any]:
+    from pistoseg.patches.digest import validation_folder
+
     settings = _network(config, section) | {
         "train_workers": config.compute.train_workers,
         "validation": config.evaluation.model_dump(include={"patch_size"}),
     }
     if settings[section]["samples_per_epoch"] is None:
         settings["count"] = config.synthesis.count  # the length of an epoch on streamed mosaics
+    if config.data.label_holdout and validation_folder(config) is None:
+        settings["label_agreement"] = 2  # version of the score by which the best epoch is kept
     return settings
 
 
@@ -254,6 +258,7 @@ STAGES = (
         "label_scores:run",
         lambda config: _dump(config, "evaluation") | _background(config),
         lambda config: {"model": "precise", "patches": "patches"},
+        version=2,
     ),
 )
 BY_NAME = {stage.name: stage for stage in STAGES}
