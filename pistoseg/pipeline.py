@@ -137,7 +137,18 @@ def _training(config: Config, section: str) -> dict[str, Any]:
         settings["count"] = config.synthesis.count  # the length of an epoch on streamed mosaics
     if config.data.label_holdout and validation_folder(config) is None:
         settings["label_agreement"] = 2  # version of the score by which the best epoch is kept
+    if section == "precise" and _takes_other_normalization(config):
+        settings["normalization"] = "preliminary"
     return settings
+
+
+def _takes_other_normalization(config: Config) -> bool:
+    """Whether the preliminary model, from which the precise one starts, may have another than goes with its weights."""
+    precise, preliminary = config.precise, config.preliminary
+    # That of timm's encoders goes by their names; of the others only ImageNet's weights may have one of their own.
+    by_weights = not precise.encoder.startswith("tu-")
+    same = (precise.weights == "imagenet") == (preliminary.weights == "imagenet")
+    return precise.initial == "preliminary" and by_weights and not same
 
 
 MASK_STAGES = {"synthesized": "synthesis", "pseudo": "pseudo_masks", "cam": "cams"}
