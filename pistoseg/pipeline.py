@@ -375,6 +375,7 @@ def run_pipeline(
                     _tidy(found)
                     tracker.reused(found)
                     hooks.reused(found)
+                _refuse_rejected(found, config)
             artifacts[step.stage.name] = found
         tracker.finish(artifacts)
     return artifacts
@@ -389,6 +390,14 @@ def _tidy(artifact: Artifact) -> None:
         with suppress(OSError, PistoSegError):  # the artifact may be another's, who alone may write it
             if storage.exists(checkpoints):
                 storage.remove_tree(checkpoints)
+
+
+def _refuse_rejected(artifact: Artifact, config: Config) -> None:
+    """Hold images that were read under another limit against that of the config."""
+    if artifact.stage == "patches" and artifact.summary.get("rejected"):
+        from pistoseg.stages.patches import refuse_rejected
+
+        refuse_rejected(artifact.summary, config.data, artifact.path("rejected.parquet"))
 
 
 def _check_placement(config: Config, workspace: Workspace, steps: list[Step], progress: Progress) -> None:
