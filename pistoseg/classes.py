@@ -69,6 +69,10 @@ class TissueClasses:
                 return position
         raise KeyError(name)
 
+    def no_class(self, name: str) -> str:
+        """What reports call pixels of no class: the name, told from a class that has it."""
+        return f"{name} (no class)" if name in self.names else name
+
     def palette(self) -> NDArray[np.uint8]:
         """Colours by mask value, (256, 3) uint8; values without a meaning are grey."""
         import numpy as np

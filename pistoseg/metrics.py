@@ -237,7 +237,7 @@ def label_agreement(labels: ArrayLike, areas: ArrayLike) -> Scores:
         labels: (n, L) flags of n windows.
         areas: (n, L) share of a window that each class covers.
     Returns:
-        (L,) in 0..1; nan for a class that no window names.
+        (L,) in 0..1; 0 for a class that no window shows, nan for one that no window names.
     """
     true, given = np.asarray(labels) == 1, np.asarray(areas, np.float64)
     if true.shape != given.shape or true.ndim != 2:
@@ -246,7 +246,8 @@ def label_agreement(labels: ArrayLike, areas: ArrayLike) -> Scores:
     hits = (given * true).sum(0)
     false = (given * ~true).sum(0)
     missed = ((1 - given) * alone).sum(0)
-    return _share(hits, hits + false + missed, true.any(0))
+    whole = hits + false + missed  # 0 as well for a class that is named beside others only and is never found
+    return _share(hits, np.where(whole > 0, whole, 1), true.any(0))
 
 
 def mean_over_classes(scores: Scores) -> float | None:

@@ -127,13 +127,28 @@ def _network(config: Config, section: str) -> dict[str, Any]:
 
 
 def _training(config: Config, section: str) -> dict[str, Any]:
+    from pistoseg.patches.digest import validation_folder
+
     settings = _network(config, section) | {
         "train_workers": config.compute.train_workers,
         "validation": config.evaluation.model_dump(include={"patch_size"}),
     }
     if settings[section]["samples_per_epoch"] is None:
         settings["count"] = config.synthesis.count  # the length of an epoch on streamed mosaics
+    if config.data.label_holdout and validation_folder(config) is None:
+        settings["label_agreement"] = 2  # version of the score by which the best epoch is kept
+    if section == "precise" and _takes_other_normalization(config):
+        settings["normalization"] = "preliminary"
     return settings
+
+
+def _takes_other_normalization(config: Config) -> bool:
+    """Whether the preliminary model, from which the precise one starts, may have another than goes with its weights."""
+    precise, preliminary = config.precise, config.preliminary
+    # That of timm's encoders goes by their names; of the others only ImageNet's weights may have one of their own.
+    by_weights = not precise.encoder.startswith("tu-")
+    same = (precise.weights == "imagenet") == (preliminary.weights == "imagenet")
+    return precise.initial == "preliminary" and by_weights and not same
 
 
 MASK_STAGES = {"synthesized": "synthesis", "pseudo": "pseudo_masks", "cam": "cams"}
@@ -254,6 +269,7 @@ STAGES = (
         "label_scores:run",
         lambda config: _dump(config, "evaluation") | _background(config),
         lambda config: {"model": "precise", "patches": "patches"},
+        version=2,
     ),
 )
 BY_NAME = {stage.name: stage for stage in STAGES}
@@ -359,6 +375,7 @@ def run_pipeline(
                     _tidy(found)
                     tracker.reused(found)
                     hooks.reused(found)
+                _refuse_rejected(found, config)
             artifacts[step.stage.name] = found
         tracker.finish(artifacts)
     return artifacts
@@ -373,6 +390,14 @@ def _tidy(artifact: Artifact) -> None:
         with suppress(OSError, PistoSegError):  # the artifact may be another's, who alone may write it
             if storage.exists(checkpoints):
                 storage.remove_tree(checkpoints)
+
+
+def _refuse_rejected(artifact: Artifact, config: Config) -> None:
+    """Hold images that were read under another limit against that of the config."""
+    if artifact.stage == "patches" and artifact.summary.get("rejected"):
+        from pistoseg.stages.patches import refuse_rejected
+
+        refuse_rejected(artifact.summary, config.data, artifact.path("rejected.parquet"))
 
 
 def _check_placement(config: Config, workspace: Workspace, steps: list[Step], progress: Progress) -> None:

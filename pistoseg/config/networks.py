@@ -135,8 +135,21 @@ class LabelledCropConfig(TrainingConfig):
         "imagenet", description="Start from `weights`, or from the preliminary model's encoder where it is the same."
     )
     output_stride: Literal[8, 16, 32] = Field(16, description="Network px per cell of the last feature map.")
-    patch_size: int = Field(224, ge=32, le=4096, description="Height and width of a crop (network px).")
+    patch_size: int = Field(
+        224, ge=32, le=4096, description="Height and width of a crop (network px); a multiple of output_stride."
+    )
     regions: int = Field(1, ge=1, le=64, description="Most labelled windows of a crop that are learned at once.")
+
+    @model_validator(mode="after")
+    def _whole_cells(self) -> Self:
+        """A last cell that lies partly outside of the crop would shift the class map against the windows in it."""
+        size, stride = self.patch_size, self.output_stride
+        if size % stride:
+            below = size - size % stride
+            raise ValueError(
+                f"patch_size ({size}) must be a multiple of output_stride ({stride}): {below} or {below + stride}"
+            )
+        return self
 
 
 class ClassifierConfig(LabelledCropConfig):

@@ -193,8 +193,30 @@ class Predictor:
         Returns:
             (L, H, W) float32 each.
         """
+        return self.logits_each(images, lambda _, maps: maps, factor, companions)
+
+    def logits_each(
+        self,
+        images: Sequence[Image],
+        finish: Callable[[int, Maps], Result],
+        factor: float = 1.0,
+        companions: Sequence[Maps] | None = None,
+    ) -> list[Result]:
+        """`logits_many` for who needs no image's maps any more once something is made of them: many together are large.
+
+        Args:
+            images, factor, companions: as in `logits_many`.
+            finish: gets an image's number and its logits, (L, H, W) float32, as soon as its last tile is done.
+        Returns:
+            What `finish` made of each image.
+        """
         return self._run(
-            images, factor, softmax_tiles=False, softmax_scales=False, finish=_to_numpy, companions=companions
+            images,
+            factor,
+            softmax_tiles=False,
+            softmax_scales=False,
+            finish=lambda index, maps: finish(index, _to_numpy(maps)),
+            companions=companions,
         )
 
     def probabilities_many(self, images: Sequence[Image], factor: float = 1.0) -> list[Maps]:
@@ -242,7 +264,9 @@ class Predictor:
 
     def _probable(self, images: Sequence[Image], factor: float, finish: Callable[[Tensor], Result]) -> list[Result]:
         by_tile = self.average == "probabilities"
-        return self._run(images, factor, softmax_tiles=by_tile, softmax_scales=not by_tile, finish=finish)
+        return self._run(
+            images, factor, softmax_tiles=by_tile, softmax_scales=not by_tile, finish=lambda _, maps: finish(maps)
+        )
 
     def _run(
         self,
@@ -250,7 +274,7 @@ class Predictor:
         factor: float,
         softmax_tiles: bool,
         softmax_scales: bool,
-        finish: Callable[[Tensor], Result],
+        finish: Callable[[int, Tensor], Result],
         companions: Sequence[Maps] | None = None,
     ) -> list[Result]:
         """Fill batches with tiles of one shape, whichever images they are from; finish an image with its last tile."""
@@ -271,7 +295,7 @@ class Predictor:
                     output = self._add_scale(job, softmax_scales)
                     if output.scales == len(self.scales):
                         assert isinstance(output.total, Tensor)
-                        results[output.index] = finish(output.total / output.scales)
+                        results[output.index] = finish(output.index, output.total / output.scales)
 
         with self._inference():
             for index, (image, maps) in enumerate(zip(images, beside_images, strict=True)):

@@ -267,7 +267,7 @@ def _check_split(
     total = sum(counted, np.zeros(256, np.int64))
     values = dict(enumerate(classes.names))
     for value, name in ((classes.background_id, "background"), (IGNORE_ID, "unknown")):
-        values[value] = f"{name} (no class)" if name in classes.names else name
+        values[value] = classes.no_class(name)
     found = SplitReport(
         images=len(listing.pairs),
         scored=len(counted),

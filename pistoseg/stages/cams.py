@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from pistoseg import storage
 from pistoseg.config import Config
@@ -44,10 +46,13 @@ class _Activate:
 
     def __call__(self, number: int, shard: list[int], part: str) -> None:
         images = [self.patches.image(position) for position in shard]
-        rows = []
-        for position, image, maps in zip(shard, images, self.predictor.logits_many(images), strict=True):
+
+        def row(index: int, maps: NDArray[np.float32]) -> dict[str, Any]:
+            position, image = shard[index], images[index]
             grid = masks.grid_size(image, self.settings)
             allowed = masks.allowed_on_grid(self.patches.allowed(position), grid)
             scores = cams.normalize_cams(masks.to_grid(maps, grid), allowed)
-            rows.append(self.writer.row(position, image, {"": scores}, logits=False))
+            return self.writer.row(position, image, {"": scores}, logits=False)
+
+        rows = self.predictor.logits_each(images, row)
         storage.write_parquet(pa.Table.from_pylist(rows, masks.schema()), part, row_group_size=64)

@@ -158,18 +158,22 @@ class _Judge:
 
     def __call__(self, number: int, shard: list[int], part: str) -> None:
         images = [self.patches.image(position) for position in shard]
-        rows = []
-        for position, maps in zip(shard, self.predictor.logits_many(images), strict=True):
-            for window, (x, y, width, height) in self.patches.boxes(position):
+
+        def windows(index: int, maps: NDArray[np.float32]) -> list[dict[str, Any]]:
+            rows = []
+            for window, (x, y, width, height) in self.patches.boxes(shard[index]):
                 logits = maps[:, y : y + height, x : x + width].mean((1, 2))
                 rows.append(
                     {
                         "window": window,
-                        "image": position,
+                        "image": shard[index],
                         "labels": self.patches.labels[window],
                         "probabilities": 1 / (1 + np.exp(-logits)),
                     }
                 )
+            return rows
+
+        rows = [row for found in self.predictor.logits_each(images, windows) for row in found]
         storage.write_parquet(pa.Table.from_pylist(rows, SCHEMA), part)
 
 

@@ -78,14 +78,15 @@ class _Score:
         protocol = {"tile": window, "stride": window * 3 // 4, "window": "gaussian"}
         protocol["batch_size"] = config.evaluation.batch_size
         info = loaded.info | {"evaluation": protocol}
-        self.segmenter = bundle.Segmenter(loaded.model, info, loaded.classes, loaded.device)
+        # Not the segmenter itself, which would bring the images to the network's pixel size once more.
+        self.predictor = bundle.Segmenter(loaded.model, info, loaded.classes, loaded.device).predictor()
         self.patches, self.images = PatchSet.open(images), LabelledImages(images, config.data)
 
     def __call__(self, number: int, shard: list[int], part: str) -> None:
         rows = []
         for position in shard:
             image = self.patches.image(position)
-            given = self.segmenter.probabilities(image)
+            given = self.predictor.probabilities(image)
             labels, areas = window_areas(
                 self.patches, position, given.argmax(0).astype(np.uint8), self.images.tissue(image)
             )

@@ -245,7 +245,8 @@ def _shares(pngs: pa.ChunkedArray, classes: TissueClasses) -> dict[str, float]:
     counts = np.zeros(256, np.int64)
     for png in pngs:
         counts += np.bincount(decode_ids(png.as_py()).ravel(), minlength=256)
-    names = [*enumerate(classes.names), (classes.background_id, "background"), (IGNORE_ID, "ignored")]
+    others = ((classes.background_id, "background"), (IGNORE_ID, "ignored"))
+    names = [*enumerate(classes.names), *((value, classes.no_class(name)) for value, name in others)]
     return {name: round(float(counts[value] / counts.sum()), 4) for value, name in names}
 
 

@@ -198,10 +198,27 @@ def _summary(patches: PatchSet, classes: TissueClasses, layout: str, rejected: l
 
 def _judge(summary: dict[str, Any], data: DataConfig, classes: TissueClasses, context: StageContext) -> None:
     """Say what is odd about the training images; refuse what can't be trained on."""
-    refused = summary["rejected"]
     file = context.path("rejected.parquet")
-    if refused:
-        context.progress.say(f"{refused} images or windows were rejected; reasons: {file}")
+    if summary["rejected"]:
+        context.progress.say(f"{summary['rejected']} images or windows were rejected; reasons: {file}")
+    refuse_rejected(summary, data, file)
+    for name, count in summary["single_tissue"].items():
+        if count < data.min_single_tissue:
+            context.progress.say(
+                f"warning: class {name!r} has {count} single-tissue images (fewer than data.min_single_tissue = "
+                f"{data.min_single_tissue}); mosaics will repeat them"
+            )
+
+
+def refuse_rejected(summary: dict[str, Any], data: DataConfig, file: str) -> None:
+    """Refuse training images of which too many are bad.
+
+    Args:
+        summary: of the artifact.
+        data: how many may be.
+        file: that lists them.
+    """
+    refused = summary["rejected"]
     if not summary["images"] or refused > data.max_rejected * (refused + summary["windows"]):
         raise PistoSegError(
             f"{refused} of {refused + summary['windows']} images or windows are bad, more than data.max_rejected "
@@ -209,9 +226,3 @@ def _judge(summary: dict[str, Any], data: DataConfig, classes: TissueClasses, co
             file=file,
             remedy="mend them (`pistoseg data check` lists them), or raise data.max_rejected",
         )
-    for name, count in summary["single_tissue"].items():
-        if count < data.min_single_tissue:
-            context.progress.say(
-                f"warning: class {name!r} has {count} single-tissue images (fewer than data.min_single_tissue = "
-                f"{data.min_single_tissue}); mosaics will repeat them"
-            )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from pistoseg import storage
 from pistoseg.config import Config
@@ -38,8 +40,10 @@ class _Predict:
 
     def __call__(self, number: int, shard: list[int], part: str) -> None:
         images = [self.patches.image(position) for position in shard]
-        rows = []
-        for position, image, logits in zip(shard, images, self.predictor.logits_many(images), strict=True):
-            scores = masks.to_grid(logits, masks.grid_size(image, self.settings))
-            rows.append(self.writer.row(position, image, {"": scores}, logits=True))
+
+        def row(index: int, logits: NDArray[np.float32]) -> dict[str, Any]:
+            scores = masks.to_grid(logits, masks.grid_size(images[index], self.settings))
+            return self.writer.row(shard[index], images[index], {"": scores}, logits=True)
+
+        rows = self.predictor.logits_each(images, row)
         storage.write_parquet(pa.Table.from_pylist(rows, masks.schema()), part, row_group_size=64)

@@ -96,13 +96,13 @@ class _Refine:
     def __call__(self, number: int, shard: list[int], part: str) -> None:
         images = [self.patches.image(position) for position in shard]
         companions = [self._companions(position) for position in shard]
-        rows = []
-        for position, image, maps in zip(
-            shard, images, self.predictor.logits_many(images, companions=companions), strict=True
-        ):
-            grid = mask_files.to_grid(maps, mask_files.grid_size(image, self.settings))
+
+        def row(index: int, maps: NDArray[np.float32]) -> dict[str, Any]:
+            grid = mask_files.to_grid(maps, mask_files.grid_size(images[index], self.settings))
             scores = dict(zip(mask_files.KINDS, np.split(grid, len(mask_files.KINDS)), strict=True))
-            rows.append(self.writer.row(position, image, scores, logits=False))
+            return self.writer.row(shard[index], images[index], scores, logits=False)
+
+        rows = self.predictor.logits_each(images, row, companions=companions)
         schema = mask_files.schema(mask_files.KINDS)
         storage.write_parquet(pa.Table.from_pylist(rows, schema), part, row_group_size=64)
 

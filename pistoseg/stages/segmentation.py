@@ -44,7 +44,9 @@ def _run(context: StageContext, training: SegmentationConfig, source: SampleSour
             training.architecture, training.encoder, len(classes), training.weights, training.decoder_attention
         )
     if "initial" in context.inputs:
-        network.load_state_dict(bundle.load(context.inputs["initial"].path("bundle"), "cpu").model.state_dict())
+        initial = bundle.load(context.inputs["initial"].path("bundle"), "cpu").model
+        network.load_state_dict(initial.state_dict())
+        network.normalization = initial.normalization
     has_validation = context.inputs["validation"].summary["images"] > 0
     validation = context.inputs["validation"].uri if has_validation else None
     task = SegmentationTask(

@@ -103,5 +103,5 @@ def _shares(samples: list[tuple[np.ndarray, np.ndarray]], config: Config) -> dic
     classes = config.classes.tissue()
     counts = np.bincount(np.concatenate([mask.ravel() for _, mask in samples]), minlength=256)
     named = dict(zip(classes.names, counts[: len(classes)].tolist(), strict=True))
-    named.setdefault("background", int(counts[classes.background_id]))  # a class may have that name
+    named[classes.no_class("background")] = int(counts[classes.background_id])
     return {name: round(count / counts.sum(), 4) for name, count in named.items()}

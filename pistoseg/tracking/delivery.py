@@ -167,6 +167,14 @@ def unknown_experiment(name: str, place: str | None) -> str:
     return UNSENT + json.dumps({"name": name, "place": place})
 
 
+def quoted(text: str) -> str:
+    """A text as a search takes it, in quotes; MLflow has no way to write both kinds in one, and finds nothing then."""
+    if "'" in text and '"' not in text:
+        return f'"{text}"'
+    escaped = text.replace("'", "\\'")  # so that the search can be read
+    return f"'{escaped}'"
+
+
 def is_refusal(error: Exception) -> bool:
     """Whether a server answered and will never take this, in contrast to one that is away."""
     from mlflow.exceptions import MlflowException

@@ -9,7 +9,7 @@ from pistoseg import storage
 from pistoseg.liveness import is_alive
 from pistoseg.redaction import first_line, redact
 from pistoseg.tracking import messages
-from pistoseg.tracking.delivery import Delivery, UnsentError, unsent
+from pistoseg.tracking.delivery import Delivery, UnsentError, quoted, unsent
 from pistoseg.tracking.turn import turn
 
 PROCESS_TAG, LIFE_TAG, WORKSPACE_TAG = (f"pistoseg.{name}" for name in ("process", "alive", "workspace"))
@@ -66,7 +66,7 @@ class Leftovers:
     def end_dead_runs(self) -> None:
         """Runs of the workspace that MLflow believes to go on, and whose process is no more, were killed."""
         client = self.delivery.client
-        asked = f"attributes.status = 'RUNNING' and tags.`{WORKSPACE_TAG}` = '{_quoted(redact(self.workspace))}'"
+        asked = f"attributes.status = 'RUNNING' and tags.`{WORKSPACE_TAG}` = {quoted(redact(self.workspace))}"
         for run in client.search_runs(self.delivery.experiments(), asked, max_results=MOST_RUNS):
             tags = run.data.tags
             if PROCESS_TAG in tags and not is_alive(tags[PROCESS_TAG], float(tags.get(LIFE_TAG, 0))):
@@ -121,7 +121,3 @@ class Leftovers:
                 if self._makes[uri] == run_id:
                     return True
         return False
-
-
-def _quoted(text: str) -> str:
-    return text.replace("'", "\\'")

@@ -16,7 +16,7 @@ from pistoseg.artifacts import MANIFEST, Artifact, Workspace
 from pistoseg.config import TrackingConfig
 from pistoseg.errors import PistoSegError
 from pistoseg.redaction import first_line
-from pistoseg.tracking.delivery import is_refusal
+from pistoseg.tracking.delivery import is_refusal, quoted
 from pistoseg.tracking.server import connect, default_server, tracking_uri
 
 if TYPE_CHECKING:
@@ -137,8 +137,7 @@ class Registry:
         with self._readable():
             names = [name] if name else sorted(model.name for model in client.search_registered_models())
             for each in names:
-                quoted = each.replace("'", "\\'")
-                versions = client.search_model_versions(f"name='{quoted}'")
+                versions = client.search_model_versions(f"name={quoted(each)}")
                 aliases = self._aliases(client, each)
                 found += sorted((_version(item, aliases) for item in versions), key=lambda item: -int(item.version))
         if name and not found:

@@ -36,9 +36,10 @@ class LabelledImages:
         chosen = np.unique(np.linspace(0, len(patches) - 1, min(MOST, len(patches))).round().astype(int))
         classes = patches.labels.shape[1]
         labels, areas = [np.zeros((0, classes), np.uint8)], [np.zeros((0, classes))]
+        predictor = segmenter.predictor()  # the segmenter itself would bring the images to its pixel size once more
         for position in chosen[rank::world].tolist():
             image = patches.image(position)
-            flags, shares = window_areas(patches, position, segmenter.predict(image), self.tissue(image))
+            flags, shares = window_areas(patches, position, predictor.predict(image), self.tissue(image))
             labels.append(flags)
             areas.append(shares)
         return np.concatenate(labels), np.concatenate(areas)

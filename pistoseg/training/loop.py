@@ -125,6 +125,7 @@ class _Training:
             average = get_ema_multi_avg_fn(job.config.average_decay)
             self.average = AveragedModel(self.network, multi_avg_fn=average, use_buffers=True)
         self.bf16 = resolve_precision(job.config.precision, self.device) == "bf16"
+        self.own_loss = torch.zeros(())  # of the last step, before it is averaged over the workers
         self.history: list[dict[str, float]] = []
         self.epoch = 0
         self._resume()
@@ -186,6 +187,7 @@ class _Training:
         seed = self._seed(epoch, step)
         batch = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
         losses = self.task.losses(self._forward, augment(batch, self.config.augmentation, seed))
+        self.own_loss = losses["loss"].detach()
         self.optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
         limit = self.config.clip_norm or math.inf
@@ -251,12 +253,20 @@ class _Training:
             self.job.progress.step.remote(done, used, f"epoch {epoch + 1}, loss {loss:.3f}")
 
     def _fail(self, batch: dict[str, Tensor], epoch: int, step: int, loss: float) -> None:
-        name = f"failed-batch-rank{self.rank}.safetensors"
+        own = bool(torch.isfinite(self.own_loss))
+        finite = [own]
+        if self.world > 1:
+            finite = [True] * self.world
+            torch.distributed.all_gather_object(finite, own)
+        name = "failed-batch-rank{}.safetensors"
         storage.write_bytes(
-            storage.join(self.job.folder, name), save({key: value.contiguous() for key, value in batch.items()})
+            storage.join(self.job.folder, name.format(self.rank)),
+            save({key: value.contiguous() for key, value in batch.items()}),
         )
         if self.rank == 0:
-            reason = {"epoch": epoch, "step": step, "loss": str(loss), "batch": name}
+            # Of a gradient that is not finite, which all workers have in common, any batch may be the reason.
+            guilty = 0 if all(finite) else finite.index(False)
+            reason = {"epoch": epoch, "step": step, "loss": str(loss), "batch": name.format(guilty)}
             storage.write_bytes(storage.join(self.job.folder, FAILURE), json.dumps(reason).encode())
 
 

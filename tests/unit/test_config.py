@@ -347,6 +347,8 @@ def test_the_refining_module_of_the_faithful_presets_is_the_published_one():
     [
         ({"refiner": {"lambda_cls": 0, "lambda_cross": 0, "lambda_pseudo": 0}}, "nothing would be learned"),
         ({"classifier": {"encoder": "resnet38d", "output_stride": 16}}, "resnet38d has output_stride 8"),
+        ({"classifier": {"patch_size": 112, "output_stride": 32}}, r"classifier: .*output_stride \(32\): 96 or 128"),
+        ({"refiner": {"patch_size": 100}}, r"refiner: .*output_stride \(16\): 96 or 112"),
         ({"refiner": {"initial": "preliminary", "encoder": "resnet18"}}, "needs the encoder of preliminary"),
         ({"precise": {"masks": "refined"}}, "precise.masks"),
         ({"cams": {"scales": []}}, "cams.scales"),

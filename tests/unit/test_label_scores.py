@@ -98,10 +98,35 @@ def test_a_model_is_scored_on_every_window_as_it_segments_it(tmp_path, model):
     score(0, [0, 2], str(tmp_path / "part.parquet"))
     rows = storage.read_parquet(str(tmp_path / "part.parquet")).to_pylist()
     assert [row["labels"] for row in rows] == [[1, 0, 0], [0, 1, 0]] * 2
-    mask = score.segmenter.predict(patches.image(2))
+    mask = score.predictor.predict(patches.image(2))
     assert rows[2]["areas"] == pytest.approx([(mask[:, : SIZE // 2] == c).mean() for c in range(3)])
-    given = score.segmenter.probabilities(patches.image(2))[:, :, SIZE // 2 :]
+    given = score.predictor.probabilities(patches.image(2))[:, :, SIZE // 2 :]
     assert rows[3]["probabilities"] == pytest.approx(given.mean((1, 2)), rel=1e-4)
+
+
+def test_held_out_images_have_the_networks_pixel_size_and_are_not_resized_once_more(tmp_path, model):
+    held_out(tmp_path / "held")
+    loaded = bundle.load(model, "cpu")
+    halving = str(tmp_path / "halving")
+    bundle.save(halving, loaded.model, classes=CLASSES, patch_size=SIZE, scale={"mpp": 1.0, "source_mpp": 0.5})
+    config = load_config("demo", overrides=["evaluation.patch_size=64", "data.background=none"])
+    parts = []
+    for uri in (model, halving):
+        parts.append(str(tmp_path / f"{storage.name(uri)}.parquet"))
+        _Score(config, uri, str(tmp_path / "held"))(0, [0, 1, 2], parts[-1])
+    assert storage.read_parquet(parts[0]) == storage.read_parquet(parts[1])
+    images = LabelledImages(str(tmp_path / "held"), config.data)
+    assert (images.areas(bundle.load(halving, "cpu"))[1] == images.areas(loaded)[1]).all()
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_the_version_of_the_agreement_is_a_setting_of_trainings_that_nothing_else_validates(tmp_path, masks):
+    storage.write_bytes(str(tmp_path / "training" / "x+0[1 0 1 1].png"), b"")
+    for folder in ("img", "mask") if masks else ():
+        storage.write_bytes(str(tmp_path / "validation" / folder / "a.png"), b"")
+    for share, version in ((0, None), (0.1, None if masks else 2)):
+        config = load_config("demo", overrides=[f"data.uri={tmp_path}", f"data.label_holdout={share}"])
+        assert BY_NAME["precise"].settings(config).get("label_agreement") == version
 
 
 def test_without_images_held_out_the_scores_name_the_setting():

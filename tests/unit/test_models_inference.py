@@ -1,3 +1,5 @@
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -125,6 +127,21 @@ def test_several_images_give_what_each_gives_alone():
     for one, many in zip([shared.predict(item) for item in images], shared.predict_many(images), strict=True):
         np.testing.assert_array_equal(one, many)
     assert shared.predict_many([]) == []
+
+
+def test_each_of_several_images_is_finished_with_its_last_tile_and_its_maps_are_let_go():
+    images = [image(64, 64 + 32 * (number % 2), seed=number) for number in range(4)]
+    shared = predictor(Pointwise(), batch_size=1)
+    tiles, finished = [], []
+    shared.model.register_forward_hook(lambda *_: tiles.append(None))
+
+    def finish(index, maps):
+        assert all(reference() is None for reference in finished)
+        finished.append(weakref.ref(maps))
+        return index, len(tiles), float(maps.sum())
+
+    expected = [float(maps.sum()) for maps in predictor(Pointwise(), batch_size=1).logits_many(images)]
+    assert shared.logits_each(images, finish) == list(zip(range(4), (1, 3, 4, 6), expected, strict=True))
 
 
 def test_small_images_share_forward_passes():

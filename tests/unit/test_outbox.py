@@ -607,20 +607,21 @@ def test_a_process_is_alive_until_it_ends_and_one_of_another_machine_until_it_is
     assert is_alive(f"{here.split()[0]} {here.split()[1]} 1/{pid}/{since}1", 9_900.0)
 
 
-def test_the_next_run_in_a_workspace_ends_those_of_killed_processes_and_no_others(tmp_path, monkeypatch):
+@pytest.mark.parametrize("own", ["w", "o'neill's"])
+def test_the_next_run_in_a_workspace_ends_those_of_killed_processes_and_no_others(tmp_path, monkeypatch, own):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    config, workspace = load_config("demo"), Workspace(str(tmp_path / "w"))
+    config, workspace = load_config("demo"), Workspace(str(tmp_path / own))
     with Tracker.start(config, workspace, name="live") as live:
         client = live.client
         monkeypatch.setattr(outbox, "process", dead_process)
-        for place in ("w", "elsewhere"):
+        for place in (own, "elsewhere"):
             box = Outbox(client._client, str(tmp_path / place))
             box.create_run(live.experiment_id, run_name=f"killed in {place}")
         monkeypatch.setattr(outbox, "process", process)
         with Tracker.start(config, workspace, name="next"):
             runs = client.search_runs([live.experiment_id])
             states = {run.info.run_name: run.info.status for run in runs}
-    wanted = {"live": "RUNNING", "next": "RUNNING", "killed in w": "KILLED", "killed in elsewhere": "RUNNING"}
+    wanted = {"live": "RUNNING", "next": "RUNNING", f"killed in {own}": "KILLED", "killed in elsewhere": "RUNNING"}
     assert states == wanted
 
 

@@ -57,6 +57,19 @@ def test_of_runs_that_want_one_artifact_one_makes_it_and_the_others_use_it(confi
     assert [item.name for item in (tmp_path / "w" / "patches" / found[0].fingerprint).iterdir()] == ["manifest.json"]
 
 
+def test_images_that_are_there_are_held_against_a_smaller_limit_of_bad_ones(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(Stage, "run", lambda stage, context: {"images": 95, "windows": 95, "rejected": 5})
+
+    def run(limit):
+        changed = config.model_copy(update={"data": config.data.model_copy(update={"max_rejected": limit})})
+        return run_pipeline(changed, Workspace(str(tmp_path / "w")), ("patches",))["patches"].uri
+
+    made = run(0.1)
+    with pytest.raises(PistoSegError, match=r"5 of 100 images or windows are bad, more than .*\(4%\) allows"):
+        run(0.04)
+    assert run(0.05) == made
+
+
 def test_what_only_an_unfinished_artifact_needs_is_removed_once_it_is_finished(config, tmp_path, monkeypatch):
     finished = []
 

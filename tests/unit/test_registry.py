@@ -93,6 +93,14 @@ def test_a_registered_model_gets_its_tags_also_when_it_is_there_already(workspac
     assert status == "RUNNING"
 
 
+def test_a_model_with_an_apostrophe_in_its_name_is_registered_once_and_found(workspace):
+    config = load_config("demo", overrides=["tracking.model=o'neill"])
+    for _ in range(2):
+        with Tracker.start(config, workspace) as tracker:
+            assert tracker.register(workspace.find("precise", "bbbb")) == "1"
+    assert [item.version for item in Registry(config.tracking, workspace).versions("o'neill")] == ["1"]
+
+
 def model_in(place):
     made = place.commit("precise", "dddd", version=1, settings={}, inputs={}, summary={}, seconds=2)
     storage.write_bytes(made.path("bundle", "model.json"), b"{}")

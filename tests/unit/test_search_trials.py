@@ -131,6 +131,11 @@ def test_agreement_with_labels_asks_nothing_of_how_tissues_share_a_window():
     assert np.isnan(label_agreement([[1, 0]], [[1.0, 0.0]])[1])
 
 
+def test_a_class_that_is_named_beside_others_only_and_never_found_agrees_with_no_label():
+    labels = [[1, 1], [1, 0], [1, 1]]
+    assert label_agreement(labels, [[1.0, 0.0]] * 3).tolist() == [1, 0]
+
+
 def test_the_places_of_a_trials_workers_are_freed_with_it_and_no_others(monkeypatch):
     freed = []
     monkeypatch.setattr("pistoseg.search.trial.remove_placement_group", freed.append)

@@ -1,5 +1,7 @@
 """From scores on a grid to masks: what the labels allow, how sure a mask is, and how it compares with the truth."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -12,7 +14,7 @@ from pistoseg.errors import PistoSegError
 from pistoseg.models.cams import normalize_cams
 from pistoseg.patches.decode import decode_ids, encode_mask, encode_png
 from pistoseg.patches.store import IMAGES_SCHEMA, WINDOWS_SCHEMA, PatchSet
-from pistoseg.stages import mask_scores, masks
+from pistoseg.stages import mask_scores, masks, synthesis
 
 CLASSES = TissueClasses(tuple(TissueClass(name, (0, 0, number)) for number, name in enumerate("abc")))
 
@@ -107,6 +109,23 @@ def test_bright_pixels_become_background_in_every_kind():
     mask = decode_ids(row["png"])
     assert (mask[:, :4] == CLASSES.background_id).all()
     assert (mask[:, 4:] == 0).all()
+
+
+def test_shares_of_classes_called_background_and_ignored_are_told_from_pixels_of_no_class():
+    classes = TissueClasses(tuple(TissueClass(name, (0, 0, k)) for k, name in enumerate(("background", "ignored"))))
+    mask = np.array([[0, 0, 0, 0, 1, 1, 2, IGNORE_ID]], np.uint8)
+    assert masks._shares(pa.chunked_array([[encode_mask(mask, classes)]]), classes) == {
+        "background": 0.5,
+        "ignored": 0.25,
+        "background (no class)": 0.125,
+        "ignored (no class)": 0.125,
+    }
+    config = SimpleNamespace(classes=SimpleNamespace(tissue=lambda: classes))
+    assert synthesis._shares([(np.zeros((1, 6, 3), np.uint8), mask[:, 1:7])], config) == {
+        "background": 0.5,
+        "ignored": 0.3333,
+        "background (no class)": 0.1667,
+    }
 
 
 def artifact(root, scores, labels=((1, 1, 0), (1, 0, 0))):

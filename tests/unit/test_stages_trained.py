@@ -2,12 +2,16 @@
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 from torch import nn
 
 from pistoseg.config import load_config
-from pistoseg.pipeline import StageContext
+from pistoseg.models import bundle, segmentation
+from pistoseg.models.segmentation import Normalization
+from pistoseg.pipeline import BY_NAME, StageContext
 from pistoseg.progress import Progress
+from pistoseg.stages import segmentation as stage
 from pistoseg.stages import trained
 from pistoseg.stages.trained import first_weights, train_stage
 from pistoseg.tracking import StageRun
@@ -47,3 +51,51 @@ def test_checkpoints_stay_until_the_artifact_is_finished(tmp_path, monkeypatch):
     for tidy in context.afterwards:
         tidy()
     assert not (tmp_path / "ray_train").exists()
+
+
+def models(encoder, weights):
+    """Overrides that give the preliminary and the precise model one network, and weights of their own."""
+    network = "{architecture: unet, encoder: %s, decoder_attention: null, weights: %s}"
+    sections = zip(("preliminary", "precise"), weights, strict=True)
+    return ["refiner.initial=imagenet", *(f"{name}={network % (encoder, own)}" for name, own in sections)]
+
+
+def test_a_precise_model_that_starts_from_the_preliminary_one_gets_its_images_normalised_as_that_did(
+    tmp_path, monkeypatch
+):
+    overrides = [*models("mobilenet_v2", ("null", "null")), "precise.initial=preliminary"]
+    config = load_config("demo", overrides=overrides)
+    classes = config.classes.tissue()
+    first = segmentation.build("unet", "mobilenet_v2", len(classes), None, None)
+    first.normalization = Normalization((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    bundle.save(str(tmp_path / "bundle"), first, classes=classes, patch_size=64)
+    inputs = {
+        "initial": SimpleNamespace(path=lambda name: str(tmp_path / name)),
+        "validation": SimpleNamespace(summary={"images": 0}),
+    }
+    started = []
+    monkeypatch.setattr(stage, "train_stage", lambda context, network, *_: started.append(network))
+    stage._run(SimpleNamespace(config=config, inputs=inputs), config.precise, None)
+    assert started[0].normalization == first.normalization
+    assert torch.equal(next(started[0].parameters()), next(first.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("encoder", "weights", "changed"),
+    [
+        ("xception", ("imagenet", "null"), True),
+        ("xception", ("null", "imagenet"), True),
+        ("xception", ("imagenet", "imagenet"), False),
+        ("xception", ("null", "/a.pth"), False),
+        ("tu-mobilenetv3_small_050", ("imagenet", "null"), False),
+    ],
+)
+def test_only_precise_models_that_may_have_had_another_normalisation_are_trained_anew(
+    tmp_path, encoder, weights, changed
+):
+    (tmp_path / "x+0[1 0 1 1].png").write_bytes(b"")
+    for initial in ("preliminary", "imagenet"):
+        overrides = [f"data.uri={tmp_path}", *models(encoder, weights), f"precise.initial={initial}"]
+        config = load_config("demo", overrides=overrides)
+        assert ("normalization" in BY_NAME["precise"].settings(config)) == (changed and initial == "preliminary")
+        assert "normalization" not in BY_NAME["preliminary"].settings(config)

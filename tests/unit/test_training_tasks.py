@@ -1,5 +1,8 @@
 """What each task makes of a batch, against the same computed by hand."""
 
+import json
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +13,7 @@ from pistoseg.config import DataConfig, RefinerConfig, TrainingConfig
 from pistoseg.models import classifier, segmentation
 from pistoseg.models.refiner import Refined
 from pistoseg.training.labelled_images import LabelledImages
-from pistoseg.training.loop import build_optimizer, learning_rate
+from pistoseg.training.loop import _Training, build_optimizer, learning_rate
 from pistoseg.training.tasks import ClassificationTask, RefiningTask, SegmentationTask, allowed_maps
 
 CLASSES = TissueClasses(tuple(TissueClass(name, (0, 0, number)) for number, name in enumerate("abc")))
@@ -111,6 +114,22 @@ def test_a_refining_task_hands_both_maps_on_and_counts_windows_only():
     assert float(losses["loss_cls"]) == pytest.approx(np.log(2), rel=1e-5), "logits of 0"
     total = losses["loss_cls"] + losses["loss_cons"] + losses["loss_cross"]
     assert float(losses["loss"]) == pytest.approx(float(total), rel=1e-5)
+
+
+@pytest.mark.parametrize(("finite", "named"), [([True, False], 1), ([False, False], 0), ([True, True], 0)])
+def test_a_failure_names_the_batch_of_a_worker_whose_own_loss_is_not_finite(tmp_path, monkeypatch, finite, named):
+    def gather(found, own):
+        assert own == finite[0]
+        found[:] = finite
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    training = object.__new__(_Training)
+    training.job, training.rank, training.world = SimpleNamespace(folder=str(tmp_path)), 0, 2
+    training.own_loss = torch.tensor(1.0 if finite[0] else np.nan)
+    training._fail({"image": torch.zeros(1, 8, 8, 3)}, 0, 1, np.nan)
+    reason = json.loads((tmp_path / "failure.json").read_bytes())
+    assert reason == {"epoch": 0, "step": 1, "loss": "nan", "batch": f"failed-batch-rank{named}.safetensors"}
+    assert (tmp_path / "failed-batch-rank0.safetensors").exists()
 
 
 def test_learning_rates_follow_their_schedule():
