@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -12,9 +12,12 @@ import numpy as np
 import torch
 
 from pistoseg import storage
-from pistoseg.config import TrainingConfig
+from pistoseg.config import Config, SegmentationConfig, TrainingConfig
+from pistoseg.errors import PistoSegError
+from pistoseg.models import encoders, segmentation
 from pistoseg.pipeline import StageContext
 from pistoseg.stages import cluster
+from pistoseg.stages.placement import TRAINED
 from pistoseg.training.stream import SampleSource
 from pistoseg.training.tasks import Task
 from pistoseg.training.trainer import remove_checkpoints, train
@@ -29,6 +32,35 @@ def first_weights(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
+
+
+def check_networks(config: Config, stages: Sequence[str]) -> None:
+    """Refuse networks that can't be built, and files of weights that are not there: no weights are read or fetched.
+
+    Args:
+        config: of the run.
+        stages: names of those that are to be computed; the ones that train no network are passed over.
+    Raises:
+        PistoSegError: naming the setting.
+    """
+    # The sub-categories are learned by a network like the classifier.
+    names = ("classifier" if stage == "subcategories" else stage for stage in stages if stage in TRAINED)
+    for name in dict.fromkeys(names):
+        settings = getattr(config, name)
+        try:
+            encoders.require_file(settings.weights)
+            _build(settings, len(config.classes.tissue()))
+        except PistoSegError as error:
+            field = f"{name}.{error.field}" if error.field else name
+            raise type(error)(error.reason, file=error.file, field=field, remedy=error.remedy) from error
+
+
+def _build(settings: Any, n_classes: int) -> None:
+    with first_weights(0):
+        if isinstance(settings, SegmentationConfig):
+            segmentation.build(settings.architecture, settings.encoder, n_classes, None, settings.decoder_attention)
+        else:
+            encoders.create(settings.encoder, None, output_stride=settings.output_stride)
 
 
 def train_stage(
