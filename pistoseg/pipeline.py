@@ -376,7 +376,7 @@ def _tidy(artifact: Artifact) -> None:
 
 
 def _check(config: Config, workspace: Workspace, steps: list[Step], progress: Progress) -> None:
-    """Refuse networks that can't be built, and what the cluster can't give, before the first stage runs."""
+    """Refuse networks that can't be built or trained, and what the cluster can't give, before the first stage runs."""
     from pistoseg.stages import placement
 
     todo = [step.stage.name for step in steps if step.find(workspace) is None]
@@ -384,6 +384,7 @@ def _check(config: Config, workspace: Workspace, steps: list[Step], progress: Pr
         from pistoseg.stages import trained
 
         trained.check_networks(config, todo)
+        trained.check_batches(config, todo, progress.say)
     if todo:
         read = {"data.uri": config.data.uri, "data.validation": config.data.validation}
         placement.check_shared(workspace.root, read)

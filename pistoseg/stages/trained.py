@@ -20,8 +20,10 @@ from pistoseg.stages import cluster
 from pistoseg.stages.placement import TRAINED
 from pistoseg.training.stream import SampleSource
 from pistoseg.training.tasks import Task
-from pistoseg.training.trainer import remove_checkpoints, train
+from pistoseg.training.trainer import images_per_worker, remove_checkpoints, train
 
+POOLED = ("deeplabv3plus", "pan")
+"""Architectures with a batch norm on maps that are pooled to one cell, which has no variance over one image."""
 Save = Callable[[dict[str, str], dict[str, float]], None]
 """Writes the trained network, given its lineage and the metrics of the epoch that is kept."""
 
@@ -43,16 +45,48 @@ def check_networks(config: Config, stages: Sequence[str]) -> None:
     Raises:
         PistoSegError: naming the setting.
     """
-    # The sub-categories are learned by a network like the classifier.
-    names = ("classifier" if stage == "subcategories" else stage for stage in stages if stage in TRAINED)
-    for name in dict.fromkeys(names):
-        settings = getattr(config, name)
+    for name, settings in _trainings(config, stages):
         try:
             encoders.require_file(settings.weights)
             _build(settings, len(config.classes.tissue()))
         except PistoSegError as error:
             field = f"{name}.{error.field}" if error.field else name
             raise type(error)(error.reason, file=error.file, field=field, remedy=error.remedy) from error
+
+
+def check_batches(config: Config, stages: Sequence[str], say: Callable[[str], None]) -> None:
+    """Refuse batches that a network can't be trained on; say which ones are not of the size that is set.
+
+    Args:
+        config: of the run.
+        stages: names of those that are to be computed; the ones that train no network are passed over.
+        say: told once for each setting.
+    Raises:
+        PistoSegError: naming the setting.
+    """
+    workers = config.compute.train_workers
+    for name, settings in _trainings(config, stages):
+        each = images_per_worker(settings, config.compute)
+        if each < 2 and getattr(settings, "architecture", None) in POOLED:
+            raise PistoSegError(
+                f"{settings.architecture} is trained on two images a worker or more, and a step of "
+                f"{settings.batch_size} on {workers} workers is one each",
+                field=f"{name}.batch_size",
+                remedy=f"set it to {2 * workers} or more, or compute.train_workers to fewer",
+            )
+        if each * workers != settings.batch_size:
+            say(
+                f"warning: {name}.batch_size is {settings.batch_size}, but {workers} workers take {each} images each: "
+                f"{each * workers} in a step"
+            )
+
+
+def _trainings(config: Config, stages: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """(section, settings) of the networks that some stages train, each once."""
+    # The sub-categories are learned by a network like the classifier.
+    names = ("classifier" if stage == "subcategories" else stage for stage in stages if stage in TRAINED)
+    for name in dict.fromkeys(names):
+        yield name, getattr(config, name)
 
 
 def _build(settings: Any, n_classes: int) -> None:

@@ -82,7 +82,7 @@ def train(
     Raises:
         PistoSegError: when a loss is not finite; the batch is kept in the folder.
     """
-    per_worker = max(1, config.batch_size // compute.train_workers)
+    per_worker = images_per_worker(config, compute)
     steps = math.ceil((config.samples_per_epoch or source.count) / (per_worker * compute.train_workers))
     samples = steps * per_worker * compute.train_workers
     failure = storage.join(folder, FAILURE)
@@ -160,6 +160,11 @@ def train(
         assert best is not None
         state = _load(best)
     return Trained(state["kept"], len(json.loads(state["history"])) - 1, full)
+
+
+def images_per_worker(config: TrainingConfig, compute: ComputeConfig) -> int:
+    """Images of an optimizer step that each training worker takes."""
+    return max(1, config.batch_size // compute.train_workers)
 
 
 def worker_resources(threads: int, gpus: bool) -> dict[str, float]:

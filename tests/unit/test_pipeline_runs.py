@@ -106,10 +106,11 @@ def test_a_run_that_was_taken_over_commits_nothing(config, tmp_path, monkeypatch
         (["precise.architecture=pan", "precise.encoder=densenet121"], "precise.encoder: encoder 'densenet121' can't"),
         (["classifier.encoder=densenet121"], "classifier.encoder: encoder 'densenet121' can't"),
         (["classifier.weights=/nowhere/b3.pth"], "/nowhere/b3.pth: classifier.weights: is not there"),
+        (["precise.architecture=pan", "precise.batch_size=1"], "precise.batch_size: pan is trained on two images"),
         (["precise.weights=/nowhere/b3.txt"], "precise.weights: '/nowhere/b3.txt' is neither"),
     ],
 )
-def test_a_network_that_cannot_be_built_is_refused_before_the_first_stage(
+def test_a_network_that_cannot_be_trained_is_refused_before_the_first_stage(
     settings, message, config, tmp_path, monkeypatch
 ):
     def run(stage, context):

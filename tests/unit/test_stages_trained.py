@@ -2,14 +2,17 @@
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 from torch import nn
 
 from pistoseg.config import load_config
+from pistoseg.errors import PistoSegError
+from pistoseg.models import segmentation
 from pistoseg.pipeline import StageContext
 from pistoseg.progress import Progress
 from pistoseg.stages import trained
-from pistoseg.stages.trained import first_weights, train_stage
+from pistoseg.stages.trained import POOLED, check_batches, first_weights, train_stage
 from pistoseg.tracking import StageRun
 from pistoseg.training.trainer import Trained
 
@@ -47,3 +50,30 @@ def test_checkpoints_stay_until_the_artifact_is_finished(tmp_path, monkeypatch):
     for tidy in context.afterwards:
         tidy()
     assert not (tmp_path / "ray_train").exists()
+
+
+def batches(**settings):
+    """What is said of batches before the first stage runs."""
+    said = []
+    config = load_config("demo", overrides=["data.uri=/data", *(f"{key}={value}" for key, value in settings.items())])
+    check_batches(config, ["patches", "precise"], said.append)
+    return said
+
+
+def test_a_batch_that_the_workers_do_not_divide_is_told_once():
+    assert batches(**{"precise.batch_size": 16, "compute.train_workers": 4}) == []
+    assert batches(**{"precise.batch_size": 10, "preliminary.batch_size": 9, "compute.train_workers": 4}) == [
+        "warning: precise.batch_size is 10, but 4 workers take 2 images each: 8 in a step"
+    ]
+    assert batches(**{"precise.batch_size": 2, "compute.train_workers": 4})[0].endswith("1 images each: 4 in a step")
+
+
+@pytest.mark.parametrize("architecture", POOLED)
+def test_an_architecture_that_cannot_learn_from_one_image_is_not_given_one(architecture):
+    network = segmentation.build(architecture, "resnet18", 2, None).train()
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        network(torch.rand(1, 3, 64, 64))
+    one = {"precise.architecture": architecture, "precise.batch_size": 7, "compute.train_workers": 4}
+    with pytest.raises(PistoSegError, match=r"precise\.batch_size: .* Remedy: set it to 8 or more"):
+        batches(**one)
+    assert batches(**one | {"precise.batch_size": 8}) == []
