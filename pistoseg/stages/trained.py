@@ -20,7 +20,7 @@ from pistoseg.stages import cluster
 from pistoseg.stages.placement import TRAINED
 from pistoseg.training.stream import SampleSource
 from pistoseg.training.tasks import Task
-from pistoseg.training.trainer import images_per_worker, remove_checkpoints, train
+from pistoseg.training.trainer import images_per_worker, remove_checkpoints, remove_unreadable_checkpoints, train
 
 POOLED = ("deeplabv3plus", "pan")
 """Architectures with a batch norm on maps that are pooled to one cell, which has no variance over one image."""
@@ -125,6 +125,10 @@ def train_stage(
         text = ", ".join(f"{key} {value:.3f}" for key, value in shown.items())
         context.progress.event("epoch", f"epoch {row['epoch'] + 1:.0f}: {text}", epoch=int(row["epoch"]) + 1, **shown)
 
+    if remove_unreadable_checkpoints(context.folder):
+        context.progress.say(
+            f"warning: {context.folder}: the list of the checkpoints was cut off; the training begins anew"
+        )
     trained = train(
         network,
         source,

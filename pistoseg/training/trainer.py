@@ -175,8 +175,25 @@ def worker_resources(threads: int, gpus: bool) -> dict[str, float]:
 
 
 def remove_checkpoints(folder: str) -> None:
-    """Delete the checkpoints of a finished training; its bundle holds the model."""
+    """Delete the checkpoints of a training that needs them no more."""
     storage.remove_tree(storage.join(folder, CHECKPOINTS))
+
+
+def remove_unreadable_checkpoints(folder: str) -> bool:
+    """Delete the checkpoints of an interrupted training whose list of them was cut off; whether there were any.
+
+    Ray Train writes that list in place: a full disk or a loss of power leaves half of it or nothing, and Ray Train then
+    refuses to start in this folder, for ever.
+    """
+    snapshot = storage.join(folder, CHECKPOINTS, SNAPSHOT)
+    if not storage.exists(snapshot):
+        return False
+    try:
+        json.loads(storage.read_bytes(snapshot))
+    except ValueError:
+        remove_checkpoints(folder)
+        return True
+    return False
 
 
 def _load(checkpoint: ray.train.Checkpoint) -> dict[str, Any]:

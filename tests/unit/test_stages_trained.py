@@ -1,9 +1,11 @@
 """What the stages that train have in common."""
 
+import io
 from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 from pistoseg.config import load_config
@@ -14,7 +16,7 @@ from pistoseg.progress import Progress
 from pistoseg.stages import trained
 from pistoseg.stages.trained import POOLED, check_batches, first_weights, train_stage
 from pistoseg.tracking import StageRun
-from pistoseg.training.trainer import Trained
+from pistoseg.training.trainer import SNAPSHOT, Trained, _last_history, remove_unreadable_checkpoints
 
 
 def test_the_seed_alone_decides_the_first_weights_and_later_draws_are_left_alone():
@@ -31,25 +33,53 @@ def test_the_seed_alone_decides_the_first_weights_and_later_draws_are_left_alone
     assert not torch.equal(built(1), first)
 
 
-def test_checkpoints_stay_until_the_artifact_is_finished(tmp_path, monkeypatch):
+@pytest.fixture
+def train_in(tmp_path, monkeypatch):
+    """Runs a stage whose training only sees that it may write its checkpoints; what was said, and its context."""
     network = nn.Linear(2, 2)
     history = [{"epoch": 0, "loss": 1.0, "images_per_s": 2.0}]
 
     def train(*_, folder, **__):
-        (tmp_path / "ray_train").mkdir()
+        assert _last_history(folder) == []
+        (tmp_path / "ray_train").mkdir(exist_ok=True)
         return Trained(network.state_dict(), 0, history)
+
+    def run():
+        config = load_config("demo", overrides=["data.uri=/data"])
+        file = io.StringIO()
+        context = StageContext(config, str(tmp_path), {}, Progress(Console(file=file)), StageRun())
+        train_stage(context, network, SimpleNamespace(count=4), None, config.precise, lambda lineage, metrics: None)
+        return file.getvalue(), context
 
     monkeypatch.setattr(trained, "train", train)
     monkeypatch.setattr(trained.cluster, "training_resources", lambda compute: {})
-    config = load_config("demo", overrides=["data.uri=/data"])
-    context = StageContext(config, str(tmp_path), {}, Progress(), StageRun())
-    source = SimpleNamespace(count=4)
-    train_stage(context, network, source, None, config.precise, lambda lineage, metrics: None)
+    return run
+
+
+def test_checkpoints_stay_until_the_artifact_is_finished(tmp_path, train_in):
+    _, context = train_in()
     # What the stage does next may fail; run again, it goes on behind the training.
     assert (tmp_path / "ray_train").exists()
     for tidy in context.afterwards:
         tidy()
     assert not (tmp_path / "ray_train").exists()
+
+
+@pytest.mark.parametrize("cut_off", [b"", b'{"ray_version": "2.'])
+def test_a_training_whose_list_of_checkpoints_was_cut_off_begins_anew_and_says_so(cut_off, tmp_path, train_in):
+    (tmp_path / "ray_train").mkdir()
+    (tmp_path / "ray_train" / SNAPSHOT).write_bytes(cut_off)
+    said, _ = train_in()
+    assert "list of the checkpoints was cut off; the training begins anew" in said.replace("\n", " ")
+    assert not (tmp_path / "ray_train" / SNAPSHOT).exists()
+
+
+def test_a_whole_list_of_checkpoints_is_left_alone(tmp_path):
+    (tmp_path / "ray_train").mkdir()
+    (tmp_path / "ray_train" / SNAPSHOT).write_text("{}")
+    assert not remove_unreadable_checkpoints(str(tmp_path))
+    assert (tmp_path / "ray_train" / SNAPSHOT).exists()
+    assert not remove_unreadable_checkpoints(str(tmp_path / "none"))
 
 
 def batches(**settings):
