@@ -83,13 +83,12 @@ def evaluate(
 
     Images of more than `max_pixels` are refused; None: the default of `data.max_pixels`.
     """
-    from pistoseg.models.bundle import read_info
+    from pistoseg.models.bundle import evaluation_config
     from pistoseg.stages import cluster
     from pistoseg.stages.evaluation import evaluate_folder
 
     model, out, progress = storage.absolute(model), storage.absolute(out), Progress()
-    settings = {"protocol": protocol} if protocol else read_info(model)["evaluation"].get("config", {})
-    config = EvaluationConfig.model_validate(settings)
+    config = EvaluationConfig.model_validate({"protocol": protocol}) if protocol else evaluation_config(model)
     tissue = load_classes(classes) if classes else None
     with cluster.connected(ComputeConfig.model_validate({"device": device})):
         report = evaluate_folder(

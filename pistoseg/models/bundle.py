@@ -7,15 +7,17 @@ import io
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from pistoseg import storage
 from pistoseg.classes import TissueClasses
-from pistoseg.config import ScaleConfig
+from pistoseg.config import EvaluationConfig, ScaleConfig
+from pistoseg.config.base import refuse_gaps
 from pistoseg.errors import PistoSegError
 from pistoseg.models import files, inference, segmentation
 from pistoseg.models.folding import fold_batch_norms
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from pistoseg.slides.job import SlideResult
 
 FORMAT = "pistoseg-model"
+
+Size = Annotated[int, Field(ge=1, strict=True)]
 
 _REQUIRED = ("architecture", "encoder", "decoder_attention", "normalization", "classes", "patch_size", "scale")
 _PROTOCOL = ("tile", "stride", "scales", "symmetries", "window", "average", "batch_size")
@@ -82,12 +86,9 @@ def load(uri: str, device: str | torch.device | None = None) -> Segmenter:
     """
     uri = str(uri)
     info, state = files.read_model(uri, FORMAT, _REQUIRED)
-    try:
-        classes = TissueClasses.from_json(info)
-        normalization = Normalization(tuple(info["normalization"]["mean"]), tuple(info["normalization"]["std"]))
-        ScaleConfig.model_validate(info["scale"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise files.damaged(uri, error) from error
+    _check(uri, info)
+    classes = TissueClasses.from_json(info)
+    normalization = Normalization(tuple(info["normalization"]["mean"]), tuple(info["normalization"]["std"]))
     model = segmentation.build(info["architecture"], info["encoder"], len(classes), None, info["decoder_attention"])
     model.normalization = normalization
     files.fill(model, state, uri)
@@ -96,7 +97,54 @@ def load(uri: str, device: str | torch.device | None = None) -> Segmenter:
 
 def read_info(uri: str) -> dict[str, Any]:
     """What `model.json` says, checked; no weights are read."""
-    return files.read_info(uri, FORMAT, _REQUIRED)
+    info = files.read_info(uri, FORMAT, _REQUIRED)
+    _check(uri, info)
+    return info
+
+
+def evaluation_config(uri: str) -> EvaluationConfig:
+    """The evaluation section of the run that trained a bundle; the defaults where the bundle does not say it.
+
+    Raises:
+        PistoSegError: where it is of another version of PistoSeg; the bundle's own predictions need it not.
+    """
+    info = read_info(uri)
+    try:
+        return EvaluationConfig.model_validate(info.get("evaluation", {}).get("config", {}))
+    except ValidationError as error:
+        raise files.damaged(uri, info, error) from error
+
+
+class _Protocol(BaseModel):
+    """What a bundle says of its predictions; other keys are for people, or of a newer version."""
+
+    patch_size: Size
+    tile: Size | None = None
+    stride: Size | None = None
+    scales: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(None, min_length=1)
+    symmetries: Literal[1, 2, 8] | None = None
+    window: Literal["gaussian", "mean"] | None = None
+    average: Literal["probabilities", "logits"] | None = None
+    batch_size: Size | None = None
+
+    @model_validator(mode="after")
+    def _without_gaps(self) -> Self:
+        refuse_gaps(self.stride or self.patch_size // 2, self.tile or self.patch_size)
+        return self
+
+
+def _check(uri: str, info: dict[str, Any]) -> None:
+    """Refuse what `load` and `Segmenter` could do nothing with."""
+    try:
+        TissueClasses.from_json(info)
+        Normalization(tuple(info["normalization"]["mean"]), tuple(info["normalization"]["std"]))
+        ScaleConfig.model_validate(info["scale"])
+        evaluation = info.get("evaluation", {})
+        if not isinstance(evaluation, dict):
+            raise ValueError(f"evaluation is {evaluation!r}, no object")
+        _Protocol.model_validate(evaluation | {"patch_size": info["patch_size"]})
+    except (KeyError, TypeError, ValueError) as error:
+        raise files.damaged(uri, info, error) from error
 
 
 def fingerprint(uri: str) -> str:

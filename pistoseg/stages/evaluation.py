@@ -64,7 +64,7 @@ def other_protocol(model: str, config: EvaluationConfig) -> str | None:
         model: URI of the bundle, which is not changed: it may be registered, and slides be segmented with it.
         config: of the run.
     """
-    own, ours = bundle.read_info(model)["evaluation"], json.loads(json.dumps(config.resolved()))
+    own, ours = bundle.read_info(model).get("evaluation", {}), json.loads(json.dumps(config.resolved()))
     other = [f"{key} {own.get(key)}, here {value}" for key, value in ours.items() if own.get(key) != value]
     if not other:
         return None

@@ -8,6 +8,7 @@ from PIL import Image
 
 import pistoseg
 from pistoseg.classes import TissueClass, TissueClasses
+from pistoseg.config import EvaluationConfig
 from pistoseg.errors import PistoSegError
 from pistoseg.models import bundle, segmentation
 from pistoseg.models.mlflow_flavor import LOADER_MODULE, signature
@@ -110,12 +111,29 @@ def copy(folder, target, **changes):
         ({"encoder": "tu-mobilenetv3_small_100"}, "weights do not fit"),
         ({"encoder": "tu-no_such_encoder"}, "no_such_encoder"),
         ({"normalization": {}}, "is damaged"),
-        ({"scale": {"mpp": -1}}, "is damaged"),
+        ({"scale": {"mpp": -1}}, "is damaged: mpp: "),
+        ({"patch_size": "64"}, "is damaged: patch_size: "),
+        ({"evaluation": None}, "is damaged: evaluation is None"),
+        ({"evaluation": {"symmetries": 4}}, "is damaged: symmetries: "),
+        ({"evaluation": {"tile": 64, "stride": 65}}, r"is damaged: stride \(65\) must be at most"),
+        ({"scale": {"unit": "nm"}, "pistoseg_version": "99"}, "PistoSeg 99, and .*: unit: .*use PistoSeg 99 or"),
     ],
 )
 def test_a_description_that_does_not_fit_is_an_error_that_says_so(folder, tmp_path, changes, message):
     with pytest.raises(PistoSegError, match=message):
         pistoseg.load(str(copy(folder, tmp_path / "b", **changes)))
+
+
+def test_a_bundle_of_a_newer_version_is_loaded_but_scored_only_where_its_settings_are_known(folder, tmp_path):
+    def changed(name, **evaluation):
+        return str(copy(folder, tmp_path / name, pistoseg_version="99", evaluation=evaluation))
+
+    newer = changed("newer", tile=64, config={"patch_size": 64, "new_key": 1}, other=2)
+    assert pistoseg.load(newer, device="cpu").predict(picture()).shape == (70, 90)
+    with pytest.raises(PistoSegError, match=r"model\.json: was written by PistoSeg 99, .*: new_key: .*or a newer one"):
+        bundle.evaluation_config(newer)
+    assert bundle.evaluation_config(changed("known", config={"patch_size": 64})).patch_size == 64
+    assert bundle.evaluation_config(changed("silent")) == EvaluationConfig()
 
 
 def test_what_is_no_bundle_is_an_error_that_names_it(folder, tmp_path):
