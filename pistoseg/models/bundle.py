@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -23,11 +22,15 @@ from pistoseg.models import files, inference, segmentation
 from pistoseg.models.folding import fold_batch_norms
 from pistoseg.models.inference import Predictor
 from pistoseg.models.segmentation import Normalization, SegmentationNetwork
+from pistoseg.patches.decode import read_rgb
+from pistoseg.slides.resolution import check_mpp
 
 if TYPE_CHECKING:
     from pistoseg.slides.job import SlideResult
 
 FORMAT = "pistoseg-model"
+MAX_PIXELS = 178_956_970
+"""Largest image file that is segmented in one piece, px: Pillow's limit."""
 
 Size = Annotated[int, Field(ge=1, strict=True)]
 
@@ -202,6 +205,8 @@ class Segmenter:
     def factor(self, mpp: float | None = None) -> float:
         """Network px per image px, for an image of `mpp` um per px (default: that of the training images)."""
         scale = ScaleConfig.model_validate(self.info["scale"])
+        if mpp is not None:
+            check_mpp(mpp, None, "give the image's um per px, or leave mpp out for that of the training images")
         if mpp and not scale.mpp:
             raise PistoSegError(
                 "the model's pixel size is unknown, so that an image's mpp can't be used",
@@ -275,19 +280,22 @@ class Segmenter:
 
 
 def read_image(image: Any) -> NDArray[np.uint8]:
-    """An (H, W, 3) uint8 array from an array, a PIL image, or the path or URI of an image file."""
-    from PIL import Image, UnidentifiedImageError
+    """An (H, W, 3) uint8 array from an array, a PIL image, or the path or URI of an image file.
+
+    Files are read as those that networks are trained on: upright, and 8-bit PNG, JPEG or TIFF of one page alone.
+    """
+    from PIL import Image, ImageOps
 
     if isinstance(image, (str, Path)):
         try:
-            with Image.open(io.BytesIO(storage.read_bytes(str(image)))) as opened:
-                return _rgb(opened)
-        except (FileNotFoundError, IsADirectoryError):
-            raise PistoSegError("does not exist or is no file", file=str(image)) from None
-        except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-            raise PistoSegError(f"can't be read as an image: {error}", file=str(image)) from error
+            return read_rgb(str(image), max_pixels=MAX_PIXELS)
+        except PistoSegError as error:
+            if error.field == "size":  # its own remedy is about training images
+                remedy = "segment it with `segment_slide`"
+                raise PistoSegError(error.reason, file=error.file, field="size", remedy=remedy) from error
+            raise
     if isinstance(image, Image.Image):
-        return _rgb(image)
+        return _rgb(ImageOps.exif_transpose(image))
     pixels = np.asarray(image)
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8 or 0 in pixels.shape:
         raise PistoSegError(
