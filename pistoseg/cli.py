@@ -96,6 +96,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--classes", metavar="FILE", help="YAML with the classes of the masks; default: the bundle's")
     evaluate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    evaluate.add_argument(
+        "--max-pixels", type=_positive, metavar="N", help="refuse larger images and masks (default: 50000000 px)"
+    )
 
     _job_options(evaluate)
 
@@ -300,7 +303,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     from pistoseg.commands import evaluate, evaluate_masks
 
     if options.stage:
-        evaluate_masks(options.workspace, options.stage, options.data, options.out)
+        evaluate_masks(options.workspace, options.stage, options.data, options.out, max_pixels=options.max_pixels)
         return 0
     if not options.out:
         raise PistoSegError("is needed", field="--out", remedy="name a folder for the report")
@@ -311,6 +314,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         protocol=options.protocol,
         classes=options.classes,
         device=options.device,
+        max_pixels=options.max_pixels,
     )
     return 0
 

@@ -70,27 +70,45 @@ def synthesize(config: Config, workspace: str, preview: int | None, out: str) ->
 
 
 def evaluate(
-    model: str, data: str, out: str, *, protocol: str | None = None, classes: str | None = None, device: str = "auto"
+    model: str,
+    data: str,
+    out: str,
+    *,
+    protocol: str | None = None,
+    classes: str | None = None,
+    device: str = "auto",
+    max_pixels: int | None = None,
 ) -> dict[str, Any]:
-    """Score a bundle on the images of a folder; classes and protocol come from the bundle unless given."""
-    from pistoseg.models.bundle import read_info
+    """Score a bundle on the images of a folder; classes and protocol come from the bundle unless given.
+
+    Images of more than `max_pixels` are refused; None: the default of `data.max_pixels`.
+    """
+    from pistoseg.models.bundle import evaluation_config
     from pistoseg.stages import cluster
     from pistoseg.stages.evaluation import evaluate_folder
 
     model, out, progress = storage.absolute(model), storage.absolute(out), Progress()
-    settings = {"protocol": protocol} if protocol else read_info(model)["evaluation"].get("config", {})
-    config = EvaluationConfig.model_validate(settings)
+    config = EvaluationConfig.model_validate({"protocol": protocol}) if protocol else evaluation_config(model)
     tissue = load_classes(classes) if classes else None
     with cluster.connected(ComputeConfig.model_validate({"device": device})):
         report = evaluate_folder(
-            model, storage.absolute(data), out, config, classes=tissue, device=device, progress=progress
+            model,
+            storage.absolute(data),
+            out,
+            config,
+            classes=tissue,
+            device=device,
+            max_pixels=max_pixels or DataConfig().max_pixels,
+            progress=progress,
         )
     Console().print(_score_table({storage.name(model): report}))
     print(storage.join(out, "metrics.json"))
     return report
 
 
-def evaluate_masks(workspace: str, stage: str, truth: str, out: str | None) -> dict[str, dict[str, Any]]:
+def evaluate_masks(
+    workspace: str, stage: str, truth: str, out: str | None, *, max_pixels: int | None = None
+) -> dict[str, dict[str, Any]]:
     """Score the masks that stages drew on the training images against true ones; `stage` may be `all`."""
     from pistoseg.stages import mask_scores
     from pistoseg.stages.cluster import available_cpus
@@ -103,7 +121,7 @@ def evaluate_masks(workspace: str, stage: str, truth: str, out: str | None) -> d
         stages,
         storage.absolute(truth),
         out,
-        max_pixels=DataConfig().max_pixels,
+        max_pixels=max_pixels or DataConfig().max_pixels,
         workers=available_cpus(),
     )
     Console().print(_mask_table(reports))

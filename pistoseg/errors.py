@@ -53,10 +53,11 @@ def explained(error: BaseException | None, file: str | None = None) -> PistoSegE
 
     Args:
         error: that was raised, or None.
-        file: what was written, for an error of the disk that does not name it.
+        file: what was written, for an error of the disk or of a GPU that does not name it.
 
     Returns:
-        That error, or the one that says that a disk is full; None where there is neither, and the traceback matters.
+        That error, or the one that says that a disk or a GPU's memory is full; None where there is none of these, and
+        the traceback matters.
     """
     for found in below(error):
         if isinstance(found, PistoSegError):
@@ -69,7 +70,19 @@ def explained(error: BaseException | None, file: str | None = None) -> PistoSegE
                 remedy="make room, or set TMPDIR to a larger disk (`pistoseg doctor` shows those of all nodes); the "
                 "same command goes on where this one stopped",
             )
+        if _out_of_gpu_memory(found):
+            return PistoSegError(
+                "a GPU is out of memory",
+                file=file,
+                remedy="set a smaller batch_size or patch_size of this stage, or its precision=bf16; for slides, a "
+                "smaller --batch-size; nvidia-smi shows what else is on the GPU",
+            )
     return None
+
+
+def _out_of_gpu_memory(error: BaseException) -> bool:
+    """Whether it is PyTorch's; Ray has one of the same name for a node's memory, and this module imports neither."""
+    return any((kind.__module__, kind.__name__) == ("torch", "OutOfMemoryError") for kind in type(error).__mro__)
 
 
 def below(error: BaseException | None) -> Iterator[BaseException]:

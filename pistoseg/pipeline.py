@@ -287,7 +287,7 @@ def needed(config: Config, targets: tuple[str, ...]) -> list[Stage]:
 
 
 def check_weights(config: Config, targets: tuple[str, ...]) -> None:
-    """Refuse weights that can't be had before hours of other stages have run."""
+    """Refuse ImageNet weights that nobody has; what else stops a training is seen once it is known what is to do."""
     for stage in needed(config, targets):
         section = getattr(config, stage.name, None)
         if getattr(section, "encoder", None) == "resnet38d" and getattr(section, "weights", None) == "imagenet":
@@ -363,7 +363,7 @@ def run_pipeline(
     artifacts: dict[str, Artifact] = {}
     with Tracker.start(config, workspace, run_name, parent_run) as tracker:
         steps = plan(config, targets)
-        _check_placement(config, workspace, steps, progress)
+        _check(config, workspace, steps, progress)
         for number, step in enumerate(steps, 1):
             found = step.find(workspace)
             title, name, key = f"[{number}/{len(steps)}] {step.stage.title}", step.stage.name, step.fingerprint
@@ -400,11 +400,16 @@ def _refuse_rejected(artifact: Artifact, config: Config) -> None:
         refuse_rejected(artifact.summary, config.data, artifact.path("rejected.parquet"))
 
 
-def _check_placement(config: Config, workspace: Workspace, steps: list[Step], progress: Progress) -> None:
-    """Refuse what the cluster can't give before the first stage runs, not after hours."""
+def _check(config: Config, workspace: Workspace, steps: list[Step], progress: Progress) -> None:
+    """Refuse networks that can't be built or trained, and what the cluster can't give, before the first stage runs."""
     from pistoseg.stages import placement
 
     todo = [step.stage.name for step in steps if step.find(workspace) is None]
+    if any(stage in placement.TRAINED for stage in todo):
+        from pistoseg.stages import trained
+
+        trained.check_networks(config, todo)
+        trained.check_batches(config, todo, progress.say)
     if todo:
         read = {"data.uri": config.data.uri, "data.validation": config.data.validation}
         placement.check_shared(workspace.root, read)

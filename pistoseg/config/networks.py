@@ -26,7 +26,9 @@ class TrainingConfig(Section):
 
     epochs: Positive = Field(15, description="Epochs.")
     samples_per_epoch: Positive | None = Field(None, description="Samples in an epoch; null: all that there are.")
-    batch_size: Positive = Field(16, description="Images in an optimizer step, over all workers.")
+    batch_size: Positive = Field(
+        16, description="Images in an optimizer step, over all workers: as many each, rounded down, but one at least."
+    )
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="AdamW, or SGD with momentum.")
     momentum: float = Field(0.9, ge=0, lt=1, description="Momentum of SGD.")
     lr: float = Field(1e-3, gt=0, le=1, description="Learning rate at the start.")

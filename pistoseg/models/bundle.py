@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from pistoseg import storage
 from pistoseg.classes import TissueClasses
-from pistoseg.config import ScaleConfig
+from pistoseg.config import EvaluationConfig, ScaleConfig
+from pistoseg.config.base import refuse_gaps
 from pistoseg.errors import PistoSegError
 from pistoseg.models import files, inference, segmentation
 from pistoseg.models.folding import fold_batch_norms
 from pistoseg.models.inference import Predictor
 from pistoseg.models.segmentation import Normalization, SegmentationNetwork
+from pistoseg.patches.decode import read_rgb
+from pistoseg.slides.resolution import check_mpp
 
 if TYPE_CHECKING:
     from pistoseg.slides.job import SlideResult
 
 FORMAT = "pistoseg-model"
+MAX_PIXELS = 178_956_970
+"""Largest image file that is segmented in one piece, px: Pillow's limit."""
+
+Size = Annotated[int, Field(ge=1, strict=True)]
 
 _REQUIRED = ("architecture", "encoder", "decoder_attention", "normalization", "classes", "patch_size", "scale")
 _PROTOCOL = ("tile", "stride", "scales", "symmetries", "window", "average", "batch_size")
@@ -82,12 +89,9 @@ def load(uri: str, device: str | torch.device | None = None) -> Segmenter:
     """
     uri = str(uri)
     info, state = files.read_model(uri, FORMAT, _REQUIRED)
-    try:
-        classes = TissueClasses.from_json(info)
-        normalization = Normalization(tuple(info["normalization"]["mean"]), tuple(info["normalization"]["std"]))
-        ScaleConfig.model_validate(info["scale"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise files.damaged(uri, error) from error
+    _check(uri, info)
+    classes = TissueClasses.from_json(info)
+    normalization = Normalization(tuple(info["normalization"]["mean"]), tuple(info["normalization"]["std"]))
     model = segmentation.build(info["architecture"], info["encoder"], len(classes), None, info["decoder_attention"])
     model.normalization = normalization
     files.fill(model, state, uri)
@@ -96,7 +100,54 @@ def load(uri: str, device: str | torch.device | None = None) -> Segmenter:
 
 def read_info(uri: str) -> dict[str, Any]:
     """What `model.json` says, checked; no weights are read."""
-    return files.read_info(uri, FORMAT, _REQUIRED)
+    info = files.read_info(uri, FORMAT, _REQUIRED)
+    _check(uri, info)
+    return info
+
+
+def evaluation_config(uri: str) -> EvaluationConfig:
+    """The evaluation section of the run that trained a bundle; the defaults where the bundle does not say it.
+
+    Raises:
+        PistoSegError: where it is of another version of PistoSeg; the bundle's own predictions need it not.
+    """
+    info = read_info(uri)
+    try:
+        return EvaluationConfig.model_validate(info.get("evaluation", {}).get("config", {}))
+    except ValidationError as error:
+        raise files.damaged(uri, info, error) from error
+
+
+class _Protocol(BaseModel):
+    """What a bundle says of its predictions; other keys are for people, or of a newer version."""
+
+    patch_size: Size
+    tile: Size | None = None
+    stride: Size | None = None
+    scales: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(None, min_length=1)
+    symmetries: Literal[1, 2, 8] | None = None
+    window: Literal["gaussian", "mean"] | None = None
+    average: Literal["probabilities", "logits"] | None = None
+    batch_size: Size | None = None
+
+    @model_validator(mode="after")
+    def _without_gaps(self) -> Self:
+        refuse_gaps(self.stride or self.patch_size // 2, self.tile or self.patch_size)
+        return self
+
+
+def _check(uri: str, info: dict[str, Any]) -> None:
+    """Refuse what `load` and `Segmenter` could do nothing with."""
+    try:
+        TissueClasses.from_json(info)
+        Normalization(tuple(info["normalization"]["mean"]), tuple(info["normalization"]["std"]))
+        ScaleConfig.model_validate(info["scale"])
+        evaluation = info.get("evaluation", {})
+        if not isinstance(evaluation, dict):
+            raise ValueError(f"evaluation is {evaluation!r}, no object")
+        _Protocol.model_validate(evaluation | {"patch_size": info["patch_size"]})
+    except (KeyError, TypeError, ValueError) as error:
+        raise files.damaged(uri, info, error) from error
 
 
 def fingerprint(uri: str) -> str:
@@ -154,6 +205,8 @@ class Segmenter:
     def factor(self, mpp: float | None = None) -> float:
         """Network px per image px, for an image of `mpp` um per px (default: that of the training images)."""
         scale = ScaleConfig.model_validate(self.info["scale"])
+        if mpp is not None:
+            check_mpp(mpp, None, "give the image's um per px, or leave mpp out for that of the training images")
         if mpp and not scale.mpp:
             raise PistoSegError(
                 "the model's pixel size is unknown, so that an image's mpp can't be used",
@@ -227,19 +280,22 @@ class Segmenter:
 
 
 def read_image(image: Any) -> NDArray[np.uint8]:
-    """An (H, W, 3) uint8 array from an array, a PIL image, or the path or URI of an image file."""
-    from PIL import Image, UnidentifiedImageError
+    """An (H, W, 3) uint8 array from an array, a PIL image, or the path or URI of an image file.
+
+    Files are read as those that networks are trained on: upright, and 8-bit PNG, JPEG or TIFF of one page alone.
+    """
+    from PIL import Image, ImageOps
 
     if isinstance(image, (str, Path)):
         try:
-            with Image.open(io.BytesIO(storage.read_bytes(str(image)))) as opened:
-                return _rgb(opened)
-        except (FileNotFoundError, IsADirectoryError):
-            raise PistoSegError("does not exist or is no file", file=str(image)) from None
-        except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-            raise PistoSegError(f"can't be read as an image: {error}", file=str(image)) from error
+            return read_rgb(str(image), max_pixels=MAX_PIXELS)
+        except PistoSegError as error:
+            if error.field == "size":  # its own remedy is about training images
+                remedy = "segment it with `segment_slide`"
+                raise PistoSegError(error.reason, file=error.file, field="size", remedy=remedy) from error
+            raise
     if isinstance(image, Image.Image):
-        return _rgb(image)
+        return _rgb(ImageOps.exif_transpose(image))
     pixels = np.asarray(image)
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8 or 0 in pixels.shape:
         raise PistoSegError(

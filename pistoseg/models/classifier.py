@@ -190,7 +190,7 @@ def load(uri: str, device: str | torch.device | None = None) -> Classifier:
         classes = TissueClasses.from_json(info)
         normalization = Normalization(tuple(info["normalization"]["mean"]), tuple(info["normalization"]["std"]))
     except (KeyError, TypeError, ValueError) as error:
-        raise files.damaged(uri, error) from error
+        raise files.damaged(uri, info, error) from error
     module = build(n_classes=len(classes), weights=None, **{name: info[name] for name in _ARGUMENTS})
     module.normalization = normalization
     files.fill(module, state, uri)

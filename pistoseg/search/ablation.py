@@ -298,7 +298,7 @@ def _run(
                 raise known from None
             from pistoseg.search.trial import explain, is_lost  # which need `with_overrides`
 
-            problem, lost = explain(known or error), is_lost(error)
+            problem, lost = explain(error), is_lost(error)
     found = {key: step.find(workspace) for key, step in steps.items()}
     missing = next((key for key, artifact in found.items() if artifact is None), None)
     if problem and missing and not lost:  # a process that went away says nothing of other rows

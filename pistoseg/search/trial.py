@@ -16,7 +16,7 @@ from rich.console import Console
 from pistoseg import storage
 from pistoseg.artifacts import Artifact, Workspace
 from pistoseg.config import Config, TrackingConfig
-from pistoseg.errors import PistoSegError, UnavailableError, below, explained
+from pistoseg.errors import UnavailableError, below, explained
 from pistoseg.hooks import Hooks
 from pistoseg.pipeline import Step, run_pipeline
 from pistoseg.progress import Progress
@@ -195,8 +195,8 @@ def is_lost(error: BaseException) -> bool:
 
 def explain(error: BaseException) -> str:
     """Why a trial failed, in a line or two without secrets."""
-    if isinstance(error, PistoSegError):
-        return redact(str(error))
+    if known := explained(error):
+        return redact(str(known))
     text = redact(f"{type(error).__name__}: {error}".strip())
     if isinstance(error, MemoryError) or "out of memory" in text.casefold() or "OutOfMemory" in text:
         return f"out of memory: {_last_line(text)}"

@@ -12,7 +12,7 @@ import pyarrow.csv
 
 from pistoseg import metrics, storage
 from pistoseg.classes import TissueClasses
-from pistoseg.config import ComputeConfig, DataConfig, EvaluationConfig
+from pistoseg.config import ComputeConfig, EvaluationConfig
 from pistoseg.errors import PistoSegError
 from pistoseg.models import bundle
 from pistoseg.outputs.pictures import Panel, sheet
@@ -64,7 +64,7 @@ def other_protocol(model: str, config: EvaluationConfig) -> str | None:
         model: URI of the bundle, which is not changed: it may be registered, and slides be segmented with it.
         config: of the run.
     """
-    own, ours = bundle.read_info(model)["evaluation"], json.loads(json.dumps(config.resolved()))
+    own, ours = bundle.read_info(model).get("evaluation", {}), json.loads(json.dumps(config.resolved()))
     other = [f"{key} {own.get(key)}, here {value}" for key, value in ours.items() if own.get(key) != value]
     if not other:
         return None
@@ -79,6 +79,7 @@ def evaluate_folder(
     *,
     classes: TissueClasses | None,
     device: str,
+    max_pixels: int,
     progress: Progress,
 ) -> dict[str, Any]:
     """Score a model bundle on a folder with img/ and mask/; the report goes to `out`.
@@ -90,6 +91,7 @@ def evaluate_folder(
         config: protocol and confidence intervals.
         classes: what the values of the masks mean, class by class of the model; None: as the model says.
         device: where the network runs.
+        max_pixels: larger images are refused.
         progress: told what is read and scored.
     Returns:
         What `metrics.json` holds.
@@ -107,7 +109,7 @@ def evaluate_folder(
     storage.remove_tree(work)  # of a run that was killed: another model or other images, perhaps
     try:
         with progress.stage("Reading images and masks"):
-            summary = collect(data, work, classes, max_pixels=DataConfig().max_pixels, actors=1, progress=progress)
+            summary = collect(data, work, classes, max_pixels=max_pixels, actors=1, progress=progress)
         with progress.stage("Scoring"):
             return evaluate(
                 model,

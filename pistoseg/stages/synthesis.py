@@ -30,6 +30,7 @@ def run(context: StageContext) -> dict[str, Any]:
     """Write `preview.png` and, when stored, `mosaics/` (index, image and mask as PNG)."""
     config = context.config
     source = mosaics(config, context.inputs["patches"])
+    sizes = _small_images(TissueBank.from_arrays(source["bank"]), config, context)
     if config.synthesis.mode == "stored":
         _store(source, config, context)
     else:
@@ -38,7 +39,26 @@ def run(context: StageContext) -> dict[str, Any]:
     samples = [synthesizer.sample(0, index) for index in range(PREVIEW)]
     storage.write_bytes(context.path("preview.png"), preview(samples, config.classes.tissue()))
     stored = {"count": config.synthesis.count, "part_size": PART_MOSAICS} if config.synthesis.mode == "stored" else {}
-    return {"mode": config.synthesis.mode, "pictures": ["preview.png"], **stored, "shares": _shares(samples, config)}
+    summary = {"mode": config.synthesis.mode, "pictures": ["preview.png"], **stored}
+    return summary | sizes | {"shares": _shares(samples, config)}
+
+
+def _small_images(bank: TissueBank, config: Config, context: StageContext) -> dict[str, Any]:
+    """Say which single-tissue images are smaller than a crop; what the summary says of them, if there are any."""
+    crop = f"a crop of {bank.crop[0]}x{bank.crop[1]} px (synthesis.crop_height, synthesis.crop_width)"
+    found: dict[str, Any] = {}
+    if any(bank.left_out):
+        names = config.classes.tissue().names
+        found["left_out"] = {name: count for name, count in zip(names, bank.left_out, strict=True) if count}
+        there = np.bincount(bank.labels, minlength=len(names)) + bank.left_out
+        counts = [f"{count} of {there[names.index(name)]} of {name}" for name, count in found["left_out"].items()]
+        context.progress.say(
+            f"warning: single-tissue images smaller than half of {crop} are left out: {', '.join(counts)}"
+        )
+    if bank.padded:
+        found["padded"] = bank.padded
+        context.progress.say(f"{bank.padded} single-tissue images smaller than {crop} are padded by reflection")
+    return found
 
 
 def mosaics(config: Config, patches: Artifact) -> dict[str, Any]:

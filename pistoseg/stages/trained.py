@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -12,13 +12,18 @@ import numpy as np
 import torch
 
 from pistoseg import storage
-from pistoseg.config import TrainingConfig
+from pistoseg.config import Config, SegmentationConfig, TrainingConfig
+from pistoseg.errors import PistoSegError
+from pistoseg.models import encoders, segmentation
 from pistoseg.pipeline import StageContext
 from pistoseg.stages import cluster
+from pistoseg.stages.placement import TRAINED
 from pistoseg.training.stream import SampleSource
 from pistoseg.training.tasks import Task
-from pistoseg.training.trainer import remove_checkpoints, train
+from pistoseg.training.trainer import images_per_worker, remove_checkpoints, remove_unreadable_checkpoints, train
 
+POOLED = ("deeplabv3plus", "pan")
+"""Architectures with a batch norm on maps that are pooled to one cell, which has no variance over one image."""
 Save = Callable[[dict[str, str], dict[str, float]], None]
 """Writes the trained network, given its lineage and the metrics of the epoch that is kept."""
 
@@ -29,6 +34,67 @@ def first_weights(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
+
+
+def check_networks(config: Config, stages: Sequence[str]) -> None:
+    """Refuse networks that can't be built, and files of weights that are not there: no weights are read or fetched.
+
+    Args:
+        config: of the run.
+        stages: names of those that are to be computed; the ones that train no network are passed over.
+    Raises:
+        PistoSegError: naming the setting.
+    """
+    for name, settings in _trainings(config, stages):
+        try:
+            encoders.require_file(settings.weights)
+            _build(settings, len(config.classes.tissue()))
+        except PistoSegError as error:
+            field = f"{name}.{error.field}" if error.field else name
+            raise type(error)(error.reason, file=error.file, field=field, remedy=error.remedy) from error
+
+
+def check_batches(config: Config, stages: Sequence[str], say: Callable[[str], None]) -> None:
+    """Refuse batches that a network can't be trained on; say which ones are not of the size that is set.
+
+    Args:
+        config: of the run.
+        stages: names of those that are to be computed; the ones that train no network are passed over.
+        say: told once for each setting.
+    Raises:
+        PistoSegError: naming the setting.
+    """
+    workers = config.compute.train_workers
+    for name, settings in _trainings(config, stages):
+        each = images_per_worker(settings, config.compute)
+        if each < 2 and getattr(settings, "architecture", None) in POOLED:
+            raise PistoSegError(
+                f"{settings.architecture} is trained on two images a worker or more, and a step of "
+                f"{settings.batch_size} on {workers} workers is one each",
+                field=f"{name}.batch_size",
+                remedy=f"set it to {2 * workers} or more, or compute.train_workers to fewer",
+            )
+        if each * workers != settings.batch_size:
+            say(
+                f"warning: {name}.batch_size is {settings.batch_size}, but {workers} workers take {each} images each: "
+                f"{each * workers} in a step"
+            )
+
+
+def _trainings(config: Config, stages: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """(section, settings) of the networks that some stages train, each once."""
+    # The sub-categories are learned by a network like the classifier.
+    names = ("classifier" if stage == "subcategories" else stage for stage in stages if stage in TRAINED)
+    for name in dict.fromkeys(names):
+        yield name, getattr(config, name)
+
+
+def _build(settings: Any, n_classes: int) -> None:
+    with first_weights(0):
+        if isinstance(settings, SegmentationConfig):
+            segmentation.build(settings.architecture, settings.encoder, n_classes, None, settings.decoder_attention)
+        else:
+            encoders.create(settings.encoder, None, output_stride=settings.output_stride)
 
 
 def train_stage(
@@ -59,6 +125,10 @@ def train_stage(
         text = ", ".join(f"{key} {value:.3f}" for key, value in shown.items())
         context.progress.event("epoch", f"epoch {row['epoch'] + 1:.0f}: {text}", epoch=int(row["epoch"]) + 1, **shown)
 
+    if remove_unreadable_checkpoints(context.folder):
+        context.progress.say(
+            f"warning: {context.folder}: the list of the checkpoints was cut off; the training begins anew"
+        )
     trained = train(
         network,
         source,

@@ -35,7 +35,8 @@ class TissueBank:
             `with_rejection`.
         rejection: the (H_p, W_p, threshold) that `rejected` was made for.
         padded: images that were smaller than `crop` and were padded.
-        left_out: images smaller than half of `crop`, which padding would turn into a kaleidoscope: not in the bank.
+        left_out: of each class, images smaller than half of `crop`, which padding would turn into a kaleidoscope: not
+            in the bank.
     """
 
     pixels: NDArray[np.uint8]
@@ -47,7 +48,7 @@ class TissueBank:
     rejected: NDArray[np.bool_] | None = None
     rejection: tuple[int, int, float] | None = None
     padded: int = 0
-    left_out: int = 0
+    left_out: tuple[int, ...] = ()
     _runs: dict[int, NDArray[np.void]] = field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self) -> int:
@@ -76,13 +77,13 @@ class TissueBank:
         pixels = bytearray()
         shapes: list[tuple[int, int]] = []
         labels: list[int] = []
-        padded = left_out = 0
+        padded, left_out = 0, [0] * n_classes
         for image, label in images:
             if not 0 <= label < n_classes:
                 raise ValueError(f"class id {label} is not in 0..{n_classes - 1}")
             height, width = image.shape[:2]
             if 2 * height < crop[0] or 2 * width < crop[1]:
-                left_out += 1
+                left_out[label] += 1
                 continue
             packed = _pack(image, label, background)
             down, right = max(0, crop[0] - height), max(0, crop[1] - width)
@@ -94,7 +95,7 @@ class TissueBank:
             labels.append(label)
         if not labels:
             raise PistoSegError(
-                f"no single-tissue image of at least half of {crop[0]}x{crop[1]} px ({left_out} are smaller)",
+                f"no single-tissue image of at least half of {crop[0]}x{crop[1]} px ({sum(left_out)} are smaller)",
                 remedy="add images or windows that show one tissue alone, or make synthesis.crop_height and "
                 "synthesis.crop_width smaller",
             )
@@ -108,7 +109,7 @@ class TissueBank:
             has_background=background is not None,
             crop=crop,
             padded=padded,
-            left_out=left_out,
+            left_out=tuple(left_out),
         )
 
     def packed(self, i: int) -> NDArray[np.uint8]:
@@ -162,7 +163,7 @@ class TissueBank:
 
     def arrays(self) -> dict[str, NDArray]:
         """The bank as arrays alone, for an object store; `from_arrays` takes them back without a copy."""
-        counts = [self.has_background, *self.crop, self.padded, self.left_out]
+        counts = [self.has_background, *self.crop, self.padded, *self.left_out]
         shared: dict[str, NDArray] = {
             "pixels": self.pixels,
             "offsets": self.offsets,
@@ -177,7 +178,7 @@ class TissueBank:
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray]) -> TissueBank:
         """A bank on the (maybe read-only) arrays of another one."""
-        has_background, crop_height, crop_width, padded, left_out = arrays["counts"].tolist()
+        has_background, crop_height, crop_width, padded, *left_out = arrays["counts"].tolist()
         rejection = arrays.get("rejection")
         return cls(
             pixels=arrays["pixels"],
@@ -189,7 +190,7 @@ class TissueBank:
             rejected=arrays.get("rejected"),
             rejection=None if rejection is None else (int(rejection[0]), int(rejection[1]), float(rejection[2])),
             padded=padded,
-            left_out=left_out,
+            left_out=tuple(left_out),
         )
 
     def __reduce__(self) -> tuple[object, ...]:

@@ -105,14 +105,21 @@ class ImageSampler:
         class_names: the L class names.
         sampling: `natural` draws images uniformly, so that a class has its share of the images; `balanced` draws
             classes uniformly; a mapping gives a weight per class name.
+        left_out: of each class, images that are too small for a crop, for the error; empty: none.
     Raises:
         PistoSegError: a class that is to be drawn has no single-tissue image, or the weights do not fit the classes.
     """
 
-    def __init__(self, labels: NDArray[np.uint8], class_names: Sequence[str], sampling: ClassSampling) -> None:
+    def __init__(
+        self,
+        labels: NDArray[np.uint8],
+        class_names: Sequence[str],
+        sampling: ClassSampling,
+        left_out: Sequence[int] = (),
+    ) -> None:
         counts = np.bincount(labels, minlength=len(class_names))
         weights = _weights(class_names, sampling)
-        self._refuse_absent(class_names, counts, weights)
+        self._refuse_absent(class_names, counts, weights, left_out or [0] * len(class_names))
         self.natural = sampling == "natural"
         self._n = len(labels)
         self._labels = labels
@@ -122,14 +129,19 @@ class ImageSampler:
         self._edges = np.cumsum(weights)[:-1] / np.sum(weights)
 
     @staticmethod
-    def _refuse_absent(names: Sequence[str], counts: NDArray[np.int64], weights: NDArray[np.float64]) -> None:
-        absent = [name for name, count, weight in zip(names, counts, weights, strict=True) if weight > 0 and not count]
+    def _refuse_absent(
+        names: Sequence[str], counts: NDArray[np.int64], weights: NDArray[np.float64], left_out: Sequence[int]
+    ) -> None:
+        rows = zip(names, counts, weights, left_out, strict=True)
+        absent = {name: small for name, count, weight, small in rows if weight > 0 and not count}
         if absent:
+            found = [f"{name} ({n} are smaller than half a crop)" if n else name for name, n in absent.items()]
+            smaller = "make synthesis.crop_height and synthesis.crop_width smaller, " if any(absent.values()) else ""
             raise PistoSegError(
-                f"no single-tissue image of {', '.join(absent)}, so that no mosaic could show it",
+                f"no single-tissue image of {', '.join(found)}, so that no mosaic could show it",
                 field="synthesis.class_sampling",
-                remedy="add images or windows that show this tissue alone (one flag set), drop the class from the "
-                "classes, or give it weight 0 in synthesis.class_sampling",
+                remedy=f"{smaller}add images or windows that show this tissue alone (one flag set), drop the class "
+                "from the classes, or give it weight 0 in synthesis.class_sampling",
             )
 
     def draw(self, numbers: Numbers, counts: int | NDArray[np.int64]) -> NDArray[np.int64]:

@@ -167,7 +167,7 @@ class Synthesizer:
 
 
 def _strategy(bank: TissueBank, config: SynthesisConfig, class_names: Sequence[str]) -> Strategy:
-    sampler = ImageSampler(bank.labels, class_names, config.class_sampling)
+    sampler = ImageSampler(bank.labels, class_names, config.class_sampling, bank.left_out)
     if config.strategy in ("one_label", "cutmix"):
         images = OneLabel(bank, sampler, config.height, config.width)
         return images if config.strategy == "one_label" else CutMix(images)

@@ -82,7 +82,7 @@ def train(
     Raises:
         PistoSegError: when a loss is not finite; the batch is kept in the folder.
     """
-    per_worker = max(1, config.batch_size // compute.train_workers)
+    per_worker = images_per_worker(config, compute)
     steps = math.ceil((config.samples_per_epoch or source.count) / (per_worker * compute.train_workers))
     samples = steps * per_worker * compute.train_workers
     failure = storage.join(folder, FAILURE)
@@ -162,6 +162,11 @@ def train(
     return Trained(state["kept"], len(json.loads(state["history"])) - 1, full)
 
 
+def images_per_worker(config: TrainingConfig, compute: ComputeConfig) -> int:
+    """Images of an optimizer step that each training worker takes."""
+    return max(1, config.batch_size // compute.train_workers)
+
+
 def worker_resources(threads: int, gpus: bool) -> dict[str, float]:
     """What Ray sets aside for a training worker; some of a node's CPUs stay free for the actors that make samples."""
     if gpus:
@@ -170,8 +175,25 @@ def worker_resources(threads: int, gpus: bool) -> dict[str, float]:
 
 
 def remove_checkpoints(folder: str) -> None:
-    """Delete the checkpoints of a finished training; its bundle holds the model."""
+    """Delete the checkpoints of a training that needs them no more."""
     storage.remove_tree(storage.join(folder, CHECKPOINTS))
+
+
+def remove_unreadable_checkpoints(folder: str) -> bool:
+    """Delete the checkpoints of an interrupted training whose list of them was cut off; whether there were any.
+
+    Ray Train writes that list in place: a full disk or a loss of power leaves half of it or nothing, and Ray Train then
+    refuses to start in this folder, for ever.
+    """
+    snapshot = storage.join(folder, CHECKPOINTS, SNAPSHOT)
+    if not storage.exists(snapshot):
+        return False
+    try:
+        json.loads(storage.read_bytes(snapshot))
+    except ValueError:
+        remove_checkpoints(folder)
+        return True
+    return False
 
 
 def _load(checkpoint: ray.train.Checkpoint) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import ray
+import torch
 
 from pistoseg import object_store, storage
 from pistoseg.config import ComputeConfig, load_config
@@ -13,7 +14,7 @@ from pistoseg.patches.layouts import scan_training
 from pistoseg.patches.source import Rejection
 from pistoseg.patches.store import ingest
 from pistoseg.phantom import write_cohort
-from pistoseg.search.trial import UNAVAILABLE, run_trial
+from pistoseg.search.trial import UNAVAILABLE, explain, run_trial
 from pistoseg.stages import cluster
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -41,6 +42,21 @@ def test_a_full_disk_is_found_below_what_was_wrapped_around_it(error):
     found = explained(error, "/data/runs")
     assert isinstance(found, UnavailableError)
     assert str(found).startswith("/data/runs: no space is left on the disk. Remedy: make room")
+
+
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, type("Other", (torch.OutOfMemoryError,), {})])
+def test_a_gpu_that_is_out_of_memory_is_a_setting_that_does_not_fit_not_an_outage(kind):
+    error = kind("CUDA out of memory. Tried to allocate 2.00 GiB")
+    task = ray.exceptions.RayTaskError("train", "Traceback ...", error).as_instanceof_cause()
+    for wrapped in (error, task, WrappedError(worker_failures={0: task})):
+        found = explained(wrapped, "/runs/precise/1")
+        assert type(found) is PistoSegError
+        assert str(found).startswith("/runs/precise/1: a GPU is out of memory. Remedy: set a smaller batch_size")
+    assert explain(task).startswith("a GPU is out of memory")
+
+
+def test_a_node_whose_memory_is_full_is_no_gpu():
+    assert explained(ray.exceptions.OutOfMemoryError("the node runs low on memory")) is None
 
 
 def test_the_file_that_the_system_names_is_told():

@@ -1,6 +1,7 @@
 import json
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -8,10 +9,12 @@ from PIL import Image
 
 import pistoseg
 from pistoseg.classes import TissueClass, TissueClasses
+from pistoseg.config import EvaluationConfig
 from pistoseg.errors import PistoSegError
 from pistoseg.models import bundle, segmentation
 from pistoseg.models.mlflow_flavor import LOADER_MODULE, signature
 from pistoseg.models.segmentation import Normalization
+from pistoseg.patches.decode import read_rgb
 from pistoseg.tracking import default_server
 
 CLASSES = TissueClasses((TissueClass("tumor", (0, 64, 128)), TissueClass("strôma", (64, 128, 0))), 2, (255, 255, 255))
@@ -110,12 +113,29 @@ def copy(folder, target, **changes):
         ({"encoder": "tu-mobilenetv3_small_100"}, "weights do not fit"),
         ({"encoder": "tu-no_such_encoder"}, "no_such_encoder"),
         ({"normalization": {}}, "is damaged"),
-        ({"scale": {"mpp": -1}}, "is damaged"),
+        ({"scale": {"mpp": -1}}, "is damaged: mpp: "),
+        ({"patch_size": "64"}, "is damaged: patch_size: "),
+        ({"evaluation": None}, "is damaged: evaluation is None"),
+        ({"evaluation": {"symmetries": 4}}, "is damaged: symmetries: "),
+        ({"evaluation": {"tile": 64, "stride": 65}}, r"is damaged: stride \(65\) must be at most"),
+        ({"scale": {"unit": "nm"}, "pistoseg_version": "99"}, "PistoSeg 99, and .*: unit: .*use PistoSeg 99 or"),
     ],
 )
 def test_a_description_that_does_not_fit_is_an_error_that_says_so(folder, tmp_path, changes, message):
     with pytest.raises(PistoSegError, match=message):
         pistoseg.load(str(copy(folder, tmp_path / "b", **changes)))
+
+
+def test_a_bundle_of_a_newer_version_is_loaded_but_scored_only_where_its_settings_are_known(folder, tmp_path):
+    def changed(name, **evaluation):
+        return str(copy(folder, tmp_path / name, pistoseg_version="99", evaluation=evaluation))
+
+    newer = changed("newer", tile=64, config={"patch_size": 64, "new_key": 1}, other=2)
+    assert pistoseg.load(newer, device="cpu").predict(picture()).shape == (70, 90)
+    with pytest.raises(PistoSegError, match=r"model\.json: was written by PistoSeg 99, .*: new_key: .*or a newer one"):
+        bundle.evaluation_config(newer)
+    assert bundle.evaluation_config(changed("known", config={"patch_size": 64})).patch_size == 64
+    assert bundle.evaluation_config(changed("silent")) == EvaluationConfig()
 
 
 def test_what_is_no_bundle_is_an_error_that_names_it(folder, tmp_path):
@@ -133,14 +153,38 @@ def test_what_is_no_bundle_is_an_error_that_names_it(folder, tmp_path):
         pistoseg.load(str(broken))
 
 
+def test_image_files_are_read_as_those_that_networks_are_trained_on(tmp_path, monkeypatch):
+    lying, wide, pages = Image.new("RGB", (60, 40), "red"), tmp_path / "wide.png", tmp_path / "pages.tif"
+    exif = lying.getexif()
+    exif[0x0112] = 6  # to be turned
+    lying.save(tmp_path / "lying.jpg", exif=exif)
+    cv2.imwrite(str(wide), np.zeros((40, 40, 3), np.uint16))
+    lying.save(pages, save_all=True, append_images=[lying])
+    assert bundle.read_image(tmp_path / "lying.jpg").shape == read_rgb(str(tmp_path / "lying.jpg")).shape == (60, 40, 3)
+    with Image.open(tmp_path / "lying.jpg") as opened:
+        assert bundle.read_image(opened).shape == (60, 40, 3)
+    for file, message in ((wide, "16-bit"), (pages, "page")):
+        with pytest.raises(PistoSegError, match=message):
+            bundle.read_image(file)
+    monkeypatch.setattr(bundle, "MAX_PIXELS", 1000)
+    with pytest.raises(PistoSegError, match=r"more than the 1,000 px allowed.*segment_slide"):
+        bundle.read_image(tmp_path / "lying.jpg")
+
+
+@pytest.mark.parametrize("mpp", [-1, 0, float("nan"), 1e9])
+def test_a_pixel_size_that_no_microscope_has_is_refused(folder, mpp):
+    with pytest.raises(PistoSegError, match=r"mpp: .* is no pixel size of a microscope"):
+        pistoseg.load(folder, device="cpu").predict(picture(), mpp=mpp)
+
+
 def test_bad_input_to_predict_is_an_error_that_names_it(model, folder, tmp_path):
     loaded = pistoseg.load(folder, device="cpu")
     (tmp_path / "text.png").write_text("no picture")
     deep = tmp_path / "deep.png"
     Image.fromarray(np.zeros((40, 40), np.uint16)).save(deep)
     for image, message in (
-        (tmp_path / "none.png", r"none\.png: does not exist"),
-        (tmp_path / "text.png", r"text\.png: can't be read as an image"),
+        (tmp_path / "none.png", r"none\.png: file: cannot be read"),
+        (tmp_path / "text.png", r"text\.png: is not a PNG, JPEG or TIFF"),
         (deep, "8-bit RGB"),
         (np.zeros((40, 40), np.uint8), r"\(40, 40\) uint8"),
         (np.zeros((40, 40, 3)), "float64"),

@@ -109,3 +109,37 @@ def test_a_run_that_was_taken_over_commits_nothing(config, tmp_path, monkeypatch
     with pytest.raises(PistoSegError, match="another run took this over"):
         run_pipeline(config, Workspace(str(tmp_path / "w")), ("patches",))
     assert not list((tmp_path / "w").rglob("manifest.json"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["precise.encoder=efficientnet-b33"], "precise.encoder: encoder 'efficientnet-b33' can't be built"),
+        (["precise.encoder=tu-vit_none"], "precise.encoder: encoder 'tu-vit_none' can't be built"),
+        (["precise.architecture=pan", "precise.encoder=densenet121"], "precise.encoder: encoder 'densenet121' can't"),
+        (["classifier.encoder=densenet121"], "classifier.encoder: encoder 'densenet121' can't"),
+        (["classifier.weights=/nowhere/b3.pth"], "/nowhere/b3.pth: classifier.weights: is not there"),
+        (["precise.architecture=pan", "precise.batch_size=1"], "precise.batch_size: pan is trained on two images"),
+        (["precise.weights=/nowhere/b3.txt"], "precise.weights: '/nowhere/b3.txt' is neither"),
+    ],
+)
+def test_a_network_that_cannot_be_trained_is_refused_before_the_first_stage(
+    settings, message, config, tmp_path, monkeypatch
+):
+    def run(stage, context):
+        pytest.fail(f"{stage.name} ran")
+
+    monkeypatch.setattr(Stage, "run", run)
+    masks = "precise.masks=cam"  # the classifier is needed
+    given = load_config("demo", overrides=[f"data.uri={config.data.uri}", "tracking.enabled=false", masks, *settings])
+    with pytest.raises(PistoSegError, match=message):
+        run_pipeline(given, Workspace(str(tmp_path / "w")))
+
+
+def test_the_networks_of_stages_that_are_done_are_not_looked_at():
+    from pistoseg.stages.trained import check_networks
+
+    config = load_config("demo", overrides=["data.uri=/data", "precise.weights=/nowhere/b3.pth"])
+    check_networks(config, ["patches", "preliminary", "evaluation"])
+    with pytest.raises(PistoSegError, match=r"precise\.weights"):
+        check_networks(config, ["precise"])

@@ -2,6 +2,7 @@
 
 import io
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from rich.console import Console
 
 from pistoseg import storage
 from pistoseg.classes import TissueClass, TissueClasses
+from pistoseg.cli import main
 from pistoseg.config import EvaluationConfig
 from pistoseg.errors import PistoSegError
 from pistoseg.models import bundle, segmentation
@@ -65,10 +67,12 @@ def data_set(root, value=1):
     return str(root)
 
 
-def evaluate(model, data, out, bootstrap=0, said=None):
+def evaluate(model, data, out, bootstrap=0, said=None, max_pixels=10**6):
     config = EvaluationConfig.model_validate({"patch_size": 64, "bootstrap": bootstrap})
     progress = Progress(Console(file=said))
-    return evaluate_folder(model, data, str(out), config, classes=None, device="cpu", progress=progress)
+    return evaluate_folder(
+        model, data, str(out), config, classes=None, device="cpu", max_pixels=max_pixels, progress=progress
+    )
 
 
 def test_a_report_goes_beside_the_users_files_and_leaves_no_other_folder(model, own_files, tmp_path):
@@ -81,6 +85,16 @@ def test_a_report_goes_beside_the_users_files_and_leaves_no_other_folder(model, 
     assert json.loads((out / "metrics.json").read_text())["iou"] == report["iou"]
     assert [file.read_bytes() for file in own_files] == [b"the user's"] * 3
     assert sorted(item.name for item in out.iterdir()) == sorted([*RESULTS, "images", "img", "parts"])
+
+
+def test_the_size_of_the_largest_image_that_is_scored_is_an_option(model, own_files, tmp_path, monkeypatch):
+    data = data_set(tmp_path / "data")
+    with pytest.raises(PistoSegError, match=r"more than the 1,000 px allowed.*--max-pixels"):
+        evaluate(model, data, tmp_path / "out", max_pixels=1000)
+    monkeypatch.setattr(cluster, "connected", lambda config: nullcontext())
+    command = ["evaluate", "--model", model, "--data", data, "--out", str(tmp_path / "out"), "--device", "cpu"]
+    command += ["--protocol", "single-scale", "--max-pixels"]
+    assert (main([*command, "1023"]), main([*command, "1024"])) == (2, 0)
 
 
 @pytest.mark.parametrize(("value", "warned"), [(2, True), (255, True), (1, False)])

@@ -1,21 +1,24 @@
 """What the stages that train have in common."""
 
+import io
 from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 from pistoseg.config import load_config
+from pistoseg.errors import PistoSegError
 from pistoseg.models import bundle, segmentation
 from pistoseg.models.segmentation import Normalization
 from pistoseg.pipeline import BY_NAME, StageContext
 from pistoseg.progress import Progress
 from pistoseg.stages import segmentation as stage
 from pistoseg.stages import trained
-from pistoseg.stages.trained import first_weights, train_stage
+from pistoseg.stages.trained import POOLED, check_batches, first_weights, train_stage
 from pistoseg.tracking import StageRun
-from pistoseg.training.trainer import Trained
+from pistoseg.training.trainer import SNAPSHOT, Trained, _last_history, remove_unreadable_checkpoints
 
 
 def test_the_seed_alone_decides_the_first_weights_and_later_draws_are_left_alone():
@@ -32,20 +35,31 @@ def test_the_seed_alone_decides_the_first_weights_and_later_draws_are_left_alone
     assert not torch.equal(built(1), first)
 
 
-def test_checkpoints_stay_until_the_artifact_is_finished(tmp_path, monkeypatch):
+@pytest.fixture
+def train_in(tmp_path, monkeypatch):
+    """Runs a stage whose training only sees that it may write its checkpoints; what was said, and its context."""
     network = nn.Linear(2, 2)
     history = [{"epoch": 0, "loss": 1.0, "images_per_s": 2.0}]
 
     def train(*_, folder, **__):
-        (tmp_path / "ray_train").mkdir()
+        assert _last_history(folder) == []
+        (tmp_path / "ray_train").mkdir(exist_ok=True)
         return Trained(network.state_dict(), 0, history)
+
+    def run():
+        config = load_config("demo", overrides=["data.uri=/data"])
+        file = io.StringIO()
+        context = StageContext(config, str(tmp_path), {}, Progress(Console(file=file)), StageRun())
+        train_stage(context, network, SimpleNamespace(count=4), None, config.precise, lambda lineage, metrics: None)
+        return file.getvalue(), context
 
     monkeypatch.setattr(trained, "train", train)
     monkeypatch.setattr(trained.cluster, "training_resources", lambda compute: {})
-    config = load_config("demo", overrides=["data.uri=/data"])
-    context = StageContext(config, str(tmp_path), {}, Progress(), StageRun())
-    source = SimpleNamespace(count=4)
-    train_stage(context, network, source, None, config.precise, lambda lineage, metrics: None)
+    return run
+
+
+def test_checkpoints_stay_until_the_artifact_is_finished(tmp_path, train_in):
+    _, context = train_in()
     # What the stage does next may fail; run again, it goes on behind the training.
     assert (tmp_path / "ray_train").exists()
     for tidy in context.afterwards:
@@ -99,3 +113,47 @@ def test_only_precise_models_that_may_have_had_another_normalisation_are_trained
         config = load_config("demo", overrides=overrides)
         assert ("normalization" in BY_NAME["precise"].settings(config)) == (changed and initial == "preliminary")
         assert "normalization" not in BY_NAME["preliminary"].settings(config)
+
+
+@pytest.mark.parametrize("cut_off", [b"", b'{"ray_version": "2.'])
+def test_a_training_whose_list_of_checkpoints_was_cut_off_begins_anew_and_says_so(cut_off, tmp_path, train_in):
+    (tmp_path / "ray_train").mkdir()
+    (tmp_path / "ray_train" / SNAPSHOT).write_bytes(cut_off)
+    said, _ = train_in()
+    assert "list of the checkpoints was cut off; the training begins anew" in said.replace("\n", " ")
+    assert not (tmp_path / "ray_train" / SNAPSHOT).exists()
+
+
+def test_a_whole_list_of_checkpoints_is_left_alone(tmp_path):
+    (tmp_path / "ray_train").mkdir()
+    (tmp_path / "ray_train" / SNAPSHOT).write_text("{}")
+    assert not remove_unreadable_checkpoints(str(tmp_path))
+    assert (tmp_path / "ray_train" / SNAPSHOT).exists()
+    assert not remove_unreadable_checkpoints(str(tmp_path / "none"))
+
+
+def batches(**settings):
+    """What is said of batches before the first stage runs."""
+    said = []
+    config = load_config("demo", overrides=["data.uri=/data", *(f"{key}={value}" for key, value in settings.items())])
+    check_batches(config, ["patches", "precise"], said.append)
+    return said
+
+
+def test_a_batch_that_the_workers_do_not_divide_is_told_once():
+    assert batches(**{"precise.batch_size": 16, "compute.train_workers": 4}) == []
+    assert batches(**{"precise.batch_size": 10, "preliminary.batch_size": 9, "compute.train_workers": 4}) == [
+        "warning: precise.batch_size is 10, but 4 workers take 2 images each: 8 in a step"
+    ]
+    assert batches(**{"precise.batch_size": 2, "compute.train_workers": 4})[0].endswith("1 images each: 4 in a step")
+
+
+@pytest.mark.parametrize("architecture", POOLED)
+def test_an_architecture_that_cannot_learn_from_one_image_is_not_given_one(architecture):
+    network = segmentation.build(architecture, "resnet18", 2, None).train()
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        network(torch.rand(1, 3, 64, 64))
+    one = {"precise.architecture": architecture, "precise.batch_size": 7, "compute.train_workers": 4}
+    with pytest.raises(PistoSegError, match=r"precise\.batch_size: .* Remedy: set it to 8 or more"):
+        batches(**one)
+    assert batches(**one | {"precise.batch_size": 8}) == []

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
+from rich.console import Console
 
-from pistoseg.config import SynthesisConfig
+from pistoseg.config import SynthesisConfig, load_config
 from pistoseg.errors import PistoSegError
+from pistoseg.pipeline import StageContext
+from pistoseg.progress import Progress
+from pistoseg.stages import synthesis
 from pistoseg.synthesis import Synthesizer, TissueBank, address_rng
 from pistoseg.synthesis.crops import CropSource
 from pistoseg.synthesis.sampling import Addresses, ImageSampler, Numbers
+from pistoseg.tracking import StageRun
 
 NAMES = ["tumor", "stroma", "normal"]
 COLORS = np.array([(200, 10, 30), (20, 180, 60), (40, 50, 220), (255, 255, 255)], np.uint8)
@@ -300,13 +307,50 @@ def test_cutmix_puts_one_rectangle_of_another_image_into_an_image():
 def test_small_images_are_padded_and_tiny_ones_left_out():
     images = [colored(0, 20, 30), colored(1, 40, 40), colored(2, 40, 40), colored(1, 7, 40)]
     bank = TissueBank.from_images(images, 3, white, crop=(30, 40))
-    assert (len(bank), bank.padded, bank.left_out) == (3, 1, 1)
+    assert (len(bank), bank.padded, bank.left_out) == (3, 1, (0, 1, 0))
     assert bank.shapes.tolist() == [[30, 40], [40, 40], [40, 40]]
     again = TissueBank.from_arrays(bank.arrays())
-    assert (again.padded, again.left_out, again.crop) == (1, 1, (30, 40))
+    assert (again.padded, again.left_out, again.crop) == (1, (0, 1, 0), (30, 40))
     image, mask = bank.image(0), bank.mask(0, BACKGROUND_ID)
     assert (image == COLORS[0]).all()
     assert (mask == 0).all()
+
+
+def test_a_class_whose_images_are_all_too_small_for_a_crop_is_told_so():
+    images = [colored(0, 30, 40), *[colored(1, 7, 40)] * 5, colored(2, 40, 40), colored(2, 7, 40)]
+    bank = TissueBank.from_images(images, 3, crop=(30, 40))
+    message = r"image of stroma \(5 are smaller than half a crop\), .*Remedy: make synthesis\.crop_height"
+    with pytest.raises(PistoSegError, match=message):
+        synthesizer(TissueBank.from_arrays(bank.arrays()))
+
+
+def test_the_stage_says_which_images_are_smaller_than_a_crop(tmp_path, monkeypatch):
+    images = [*[colored(0, 30, 30)] * 3, *[colored(1, 15, 40)] * 2, *[colored(1, 40, 40)] * 2]
+    opened = SimpleNamespace(single_tissue=lambda: iter(images))
+    monkeypatch.setattr(synthesis.PatchSet, "open", lambda uri: opened)
+    classes = "classes.classes=[{name: tumor, color: [1, 0, 0]}, {name: stroma, color: [2, 0, 0]}]"
+
+    def run(crop):
+        sizes = [f"synthesis.crop_height={crop}", f"synthesis.crop_width={crop}", "classes.background_id=2"]
+        settings = load_config("demo", overrides=["data.uri=/data", classes, *sizes])
+        file = io.StringIO()
+        context = StageContext(
+            settings,
+            str(tmp_path),
+            {"patches": SimpleNamespace(uri="")},
+            Progress(Console(file=file, width=500)),
+            StageRun(),
+        )
+        return synthesis.run(context), file.getvalue()
+
+    summary, said = run(32)
+    assert (summary["left_out"], summary["padded"]) == ({"stroma": 2}, 3)
+    assert "smaller than half of a crop of 32x32 px (synthesis.crop_height, synthesis.crop_width)" in said
+    assert "are left out: 2 of 4 of stroma" in said
+    assert "3 single-tissue images smaller than a crop of 32x32 px" in said
+    summary, said = run(8)
+    assert not {"left_out", "padded"} & set(summary)
+    assert "smaller" not in said
 
 
 def test_bank_keeps_images_and_masks():
