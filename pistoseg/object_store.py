@@ -61,6 +61,8 @@ WRONG_KEYS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "In
 REFUSED = {"AccessDenied", "AllAccessDisabled", "403", "Forbidden"}
 NO_KEYS = {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "TokenRetrievalError"}
 EXPIRED = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"}
+NO_REASON = "400"
+"""The answer to a HEAD has no body, and so no code: this is how AWS refuses one with an expired token."""
 ELSEWHERE = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "301", "307"}
 
 _log = logging.getLogger("pistoseg.storage")
@@ -262,6 +264,9 @@ def explain(error: BaseException, uri: str) -> PistoSegError | None:
         remedy = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, and AWS_ENDPOINT_URL"
     elif code in EXPIRED:
         reason, remedy = f"the credentials have expired ({code})", "get new ones and run the same command again"
+    elif code == NO_REASON:
+        reason = f"{server} refuses the request without a reason ({code}): mostly credentials that have expired"
+        remedy = "get new ones and run the same command again; if that does not help, check AWS_REGION"
     elif code == "NoSuchBucket":
         bucket = uri.split("://", 1)[-1].split("/")[0]
         reason, remedy = f"there is no bucket {bucket!r} at {server}", "check its name, AWS_ENDPOINT_URL and AWS_REGION"

@@ -1,6 +1,8 @@
 import hashlib
 import json
+import threading
 import tracemalloc
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import botocore.exceptions
 import pytest
@@ -8,7 +10,8 @@ import pytest
 from pistoseg import object_store, storage
 from pistoseg.config import StorageConfig, load_config
 from pistoseg.errors import PistoSegError, UnavailableError
-from pistoseg.patches import digest
+from pistoseg.patches import decode, digest
+from pistoseg.patches.source import Rejection
 
 VARIABLES = ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_PROFILE"]
 VARIABLES += ["AWS_DEFAULT_PROFILE", object_store.ANONYMOUS, object_store.ADDRESSING]
@@ -190,6 +193,58 @@ def test_what_holds_for_one_bucket_is_no_reason_to_give_up_the_others():
         assert not isinstance(object_store.explain(translated(code), "s3://bucket/x"), UnavailableError)
     for code in ("ExpiredToken", "SignatureDoesNotMatch"):
         assert isinstance(object_store.explain(translated(code), "s3://bucket/x"), UnavailableError)
+
+
+class ExpiredToken(BaseHTTPRequestHandler):
+    """AWS's answers to an expired token: a code in the body, which a HEAD has not."""
+
+    def log_message(self, *_):
+        pass
+
+    def answer(self, body=b""):
+        self.send_response(400)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_HEAD = answer  # noqa: N815
+
+    def do_GET(self):
+        self.answer(b"<Error><Code>ExpiredToken</Code><Message>m</Message></Error>")
+
+
+@pytest.fixture
+def expired(monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), ExpiredToken)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "any")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "any")
+    monkeypatch.delenv("AWS_PROFILE")
+    monkeypatch.delenv("AWS_DEFAULT_PROFILE")
+    yield
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.usefixtures("expired")
+@pytest.mark.parametrize(
+    "ask", [storage.exists, storage.is_dir, storage.info, storage.file_size, storage.read_bytes, storage.list_dir]
+)
+def test_credentials_that_have_expired_are_named_also_where_the_server_gives_no_reason(ask):
+    with pytest.raises(UnavailableError, match=r"credentials.* have expired.*get new ones"):
+        ask("s3://bucket/x [1].png")
+
+
+@pytest.mark.usefixtures("expired")
+def test_an_image_is_not_rejected_because_credentials_have_expired():
+    with pytest.raises(PistoSegError) as caught:
+        decode.read_file("s3://bucket/x.png")
+    with pytest.raises(UnavailableError, match="credentials that have expired"):
+        Rejection.of(caught.value)
 
 
 def test_a_missing_key_is_no_problem_of_the_storage():
