@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pistoseg.errors import PistoSegError, UnavailableError
+from pistoseg.redaction import HIDDEN
 
 if TYPE_CHECKING:
     from pistoseg.config import StorageConfig
@@ -187,6 +188,18 @@ def split(path: str) -> tuple[str, str]:
     """Bucket and key of `bucket/key`."""
     bucket, _, key = path.partition("/")
     return bucket, key
+
+
+def check_bucket(uri: str) -> None:
+    """Refuse a URI that does not begin with a bucket, without showing what may be a key."""
+    protocol, _, path = uri.partition("://")
+    bucket = split(path)[0]
+    if "@" in bucket or (":" in bucket and not bucket.startswith("arn:")):
+        raise PistoSegError(
+            "holds credentials or a port before its bucket",
+            file=f"{protocol}://{HIDDEN}",
+            remedy="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, and for a server AWS_ENDPOINT_URL",
+        )
 
 
 def pages(backend: Any, path: str, delimiter: str = "") -> Iterator[dict[str, Any]]:

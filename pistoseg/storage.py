@@ -82,10 +82,7 @@ def filesystem(uri: str) -> tuple[Any, str]:
         return fsspec.filesystem("file", auto_mkdir=True), str(path.absolute())
     protocol, _, inner = uri.partition("://")
     if protocol in ("s3", "s3a"):
-        if "@" in inner.split("/")[0]:
-            raise PistoSegError(
-                "holds credentials", file=uri, remedy="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
-            )
+        object_store.check_bucket(uri)
         return object_store.filesystem(), inner.rstrip("/")
     try:
         backend, path_in_it = fsspec.core.url_to_fs(uri)

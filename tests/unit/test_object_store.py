@@ -146,9 +146,18 @@ def test_a_config_holds_no_keys():
     with pytest.raises(PistoSegError, match="must hold no credentials") as caught:
         load_config("demo", overrides=["storage.endpoint=http://me:hunter2@s3"])
     assert "hunter2" not in str(caught.value)
-    with pytest.raises(PistoSegError, match="holds credentials") as caught:
-        storage.exists("s3://me:hunter2@bucket/x")
+
+
+@pytest.mark.parametrize("uri", ["s3://me:hunter2@bucket/x", "s3a://me:hunter2/K7@bucket/x", "s3://me:hunter2"])
+def test_a_uri_holds_no_keys(uri):
+    with pytest.raises(PistoSegError, match=r"holds credentials.*AWS_SECRET_ACCESS_KEY") as caught:
+        storage.exists(uri)
     assert "hunter2" not in str(caught.value)
+
+
+def test_an_access_point_is_a_bucket():
+    arn = "arn:aws:s3:eu-north-1:123456789012:accesspoint/name/x@y"
+    assert storage.filesystem(f"s3://{arn}")[1] == arn
 
 
 @pytest.mark.parametrize(
