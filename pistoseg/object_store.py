@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pistoseg.errors import PistoSegError, UnavailableError
-from pistoseg.redaction import HIDDEN
+from pistoseg.redaction import HIDDEN, first_line
 
 if TYPE_CHECKING:
     from pistoseg.config import StorageConfig
@@ -61,6 +62,8 @@ TRANSIENT_ERRORS = {
 WRONG_KEYS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "InvalidSecurity"}
 REFUSED = {"AccessDenied", "AllAccessDisabled", "403", "Forbidden"}
 NO_KEYS = {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "TokenRetrievalError"}
+NO_TLS = ("CERTIFICATE_VERIFY_FAILED", "WRONG_VERSION_NUMBER")
+"""In what an `SSLError` says: trying again does not help. What else it says may be a connection that broke."""
 EXPIRED = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"}
 NO_REASON = "400"
 """The answer to a HEAD has no body, and so no code: this is how AWS refuses one with an expired token."""
@@ -191,7 +194,7 @@ def split(path: str) -> tuple[str, str]:
 
 
 def check_bucket(uri: str) -> None:
-    """Refuse a URI that does not begin with a bucket, without showing what may be a key."""
+    """Refuse a URI that does not begin with a bucket's name; what may be a key is not shown."""
     protocol, _, path = uri.partition("://")
     bucket = split(path)[0]
     if "@" in bucket or (":" in bucket and not bucket.startswith("arn:")):
@@ -200,6 +203,8 @@ def check_bucket(uri: str) -> None:
             file=f"{protocol}://{HIDDEN}",
             remedy="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, and for a server AWS_ENDPOINT_URL",
         )
+    if not bucket.startswith("arn:") and not re.fullmatch(r"[A-Za-z0-9._-]{1,255}", bucket):
+        raise PistoSegError(f"{bucket!r} is no bucket's name", file=uri, remedy=f"write {protocol}://BUCKET/KEY")
 
 
 def pages(backend: Any, path: str, delimiter: str = "") -> Iterator[dict[str, Any]]:
@@ -256,6 +261,7 @@ def is_transient(error: BaseException) -> bool:
     """Whether to try again: the server is busy, away, or the connection broke. Says so from time to time."""
     global _said
     transient = code_of(error) in TRANSIENT_CODES or bool(_names(error) & TRANSIENT_ERRORS)
+    transient = transient and not _is_without_tls(error)
     if transient and time.monotonic() - _said >= SAY_EVERY_S:
         _said = time.monotonic()
         _log.warning("object storage does not answer (%s), trying again", code_of(error) or type(error).__name__)
@@ -272,6 +278,12 @@ def explain(error: BaseException, uri: str) -> PistoSegError | None:
         remedy += f"AWS_PROFILE; for a public bucket {ANONYMOUS}=1 or storage.anonymous=true"
     elif "ProfileNotFound" in names:
         reason, remedy = f"the profile {settings().profile!r} is not in AWS's config file", "set AWS_PROFILE"
+    elif setting := _wrong_setting(error):
+        name, value, remedy = setting
+        reason = f"{name}={value} can't be used"
+    elif _is_without_tls(error):
+        reason = f"{server} has no certificate that this machine trusts ({first_line(error)})"
+        remedy = "set AWS_CA_BUNDLE to the file of its authority; one without TLS needs an address with http://"
     elif code in WRONG_KEYS:
         reason = f"{server} refuses the access key ({code})"
         remedy = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, and AWS_ENDPOINT_URL"
@@ -297,6 +309,22 @@ def explain(error: BaseException, uri: str) -> PistoSegError | None:
     else:
         return None
     return kind(reason, file=uri, remedy=remedy)
+
+
+def _wrong_setting(error: BaseException) -> tuple[str, str | None, str] | None:
+    """Variable, value and remedy of a setting that botocore refuses, which it does when it is first used."""
+    now, names = settings(), _names(error)
+    if isinstance(error, ValueError) and str(error).startswith("Invalid endpoint"):
+        return "AWS_ENDPOINT_URL", now.endpoint, "give the server's address with http:// or https://"
+    if "InvalidRegionError" in names:
+        return "AWS_REGION", now.region, "give the region's name, e.g. eu-central-1"
+    if "InvalidS3AddressingStyleError" in names:
+        return ADDRESSING, now.addressing, "give path, virtual or auto"
+    return None
+
+
+def _is_without_tls(error: BaseException) -> bool:
+    return "SSLError" in _names(error) and any(text in str(error) for text in NO_TLS)
 
 
 def _names(error: BaseException) -> set[str]:

@@ -256,6 +256,41 @@ def test_an_image_is_not_rejected_because_credentials_have_expired():
         Rejection.of(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("AWS_ENDPOINT_URL", "localhost:9000", r"AWS_ENDPOINT_URL=localhost:9000 can't be used.*http://"),
+        ("AWS_REGION", "eu_central!", r"AWS_REGION=eu_central! can't be used.*eu-central-1"),
+        (object_store.ADDRESSING, "virtuell", r"ADDRESSING=virtuell can't be used.*path, virtual or auto"),
+    ],
+)
+def test_a_variable_that_can_not_be_used_is_named(monkeypatch, name, value, message):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.delenv("AWS_PROFILE")
+    monkeypatch.delenv("AWS_DEFAULT_PROFILE")
+    monkeypatch.setenv(name, value)
+    with pytest.raises(PistoSegError, match=message):
+        storage.exists("s3://bucket/x")
+
+
+@pytest.mark.parametrize("uri", ["s3://bad bucket/x", "s3:///x", "s3://", "s3://buck*/x"])
+def test_a_uri_without_a_bucket_is_refused_before_a_server_is_asked(uri):
+    with pytest.raises(PistoSegError, match=r"is no bucket's name. Remedy: write s3://BUCKET/KEY") as caught:
+        storage.list_dir(uri)
+    assert not isinstance(caught.value, UnavailableError)  # others may be readable
+
+
+def test_a_certificate_that_is_not_trusted_is_no_outage():
+    url = "https://s3.lab/bucket"
+    refused = "[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: self-signed certificate"
+    error = botocore.exceptions.SSLError(endpoint_url=url, error=refused)
+    assert not object_store.is_transient(error)
+    with pytest.raises(UnavailableError, match=r"no certificate that this machine trusts.*AWS_CA_BUNDLE"):
+        raise object_store.explain(error, "s3://bucket/x")
+    broken = botocore.exceptions.SSLError(endpoint_url=url, error="[SSL: UNEXPECTED_EOF_WHILE_READING]")
+    assert object_store.is_transient(broken)
+
+
 def test_a_missing_key_is_no_problem_of_the_storage():
     assert object_store.explain(translated("NoSuchKey"), "s3://bucket/x") is None
     assert object_store.explain(ValueError("a bug"), "s3://bucket/x") is None
