@@ -34,7 +34,6 @@ TRANSIENT_CODES = {
     "ServiceUnavailable",
     "SlowDown",
     "RequestTimeout",
-    "RequestTimeTooSkewed",
     "Throttling",
     "ThrottlingException",
     "TooManyRequests",
@@ -65,6 +64,7 @@ NO_KEYS = {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrieval
 NO_TLS = ("CERTIFICATE_VERIFY_FAILED", "WRONG_VERSION_NUMBER")
 """In what an `SSLError` says: trying again does not help. What else it says may be a connection that broke."""
 EXPIRED = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"}
+SKEWED = "RequestTimeTooSkewed"
 NO_REASON = "400"
 """The answer to a HEAD has no body, and so no code: this is how AWS refuses one with an expired token."""
 ELSEWHERE = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "301", "307"}
@@ -289,6 +289,9 @@ def explain(error: BaseException, uri: str) -> PistoSegError | None:
         remedy = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, and AWS_ENDPOINT_URL"
     elif code in EXPIRED:
         reason, remedy = f"the credentials have expired ({code})", "get new ones and run the same command again"
+    elif code == SKEWED:
+        reason = f"{server} refuses requests of another time than its own: this machine's clock is wrong ({code})"
+        remedy = "set the clock (NTP) and run the same command again"
     elif code == NO_REASON:
         reason = f"{server} refuses the request without a reason ({code}): mostly credentials that have expired"
         remedy = "get new ones and run the same command again; if that does not help, check AWS_REGION"

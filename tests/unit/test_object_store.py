@@ -185,6 +185,7 @@ def test_what_passes_is_tried_again(error):
         (translated("AccessDenied"), r"refuses access.*rights to list, read and write"),
         (PermissionError("Forbidden"), r"refuses access"),
         (translated("ExpiredToken"), r"have expired.*get new ones"),
+        (translated("RequestTimeTooSkewed"), r"this machine's clock is wrong.*NTP"),
         (translated("NoSuchBucket"), r"no bucket 'bucket' at AWS"),
         (translated("PermanentRedirect"), r"another region.*AWS_REGION"),
         (botocore.exceptions.NoCredentialsError(), r"no credentials.*PISTOSEG_S3_ANONYMOUS=1"),
@@ -200,7 +201,7 @@ def test_what_does_not_pass_fails_at_once_with_the_remedy(error, message):
 def test_what_holds_for_one_bucket_is_no_reason_to_give_up_the_others():
     for code in ("NoSuchBucket", "PermanentRedirect", "AccessDenied"):
         assert not isinstance(object_store.explain(translated(code), "s3://bucket/x"), UnavailableError)
-    for code in ("ExpiredToken", "SignatureDoesNotMatch"):
+    for code in ("ExpiredToken", "SignatureDoesNotMatch", "RequestTimeTooSkewed", "400"):
         assert isinstance(object_store.explain(translated(code), "s3://bucket/x"), UnavailableError)
 
 
