@@ -1,4 +1,5 @@
 import contextlib
+import os
 import subprocess
 import sys
 
@@ -70,6 +71,24 @@ def test_the_whole_command_ends_with_2_and_a_message_without_a_traceback():
     assert call.stderr.startswith("pistoseg: --preset: there is no preset 'wsss'. Remedy: use one of: ")
     assert "Traceback" not in call.stderr
     assert call.stdout == ""
+
+
+def test_a_command_whose_output_nobody_reads_ends_as_others_in_a_pipe():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "pistoseg", "config", "show", "--preset", "demo"]
+    call = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
+    os.close(writer)
+    assert (call.returncode, call.stderr) == (141, "")
+
+
+def test_a_broken_connection_is_no_output_that_nobody_reads(monkeypatch):
+    def broken(*_):
+        raise BrokenPipeError("a connection")
+
+    monkeypatch.setattr("pistoseg.config.load_config", broken)
+    with pytest.raises(BrokenPipeError, match="a connection"):
+        main(["config", "show"])
 
 
 @pytest.fixture
