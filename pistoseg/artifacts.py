@@ -74,7 +74,7 @@ class Workspace:
         uri = self.folder(stage, key)
         try:
             manifest = json.loads(storage.read_bytes(storage.join(uri, MANIFEST)))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except json.JSONDecodeError as error:
             raise PistoSegError(

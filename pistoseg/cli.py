@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import io
+import os
+import select
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from pistoseg import __version__
@@ -31,27 +35,53 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code.
 
     0 done; 1 a check found something; 2 the user's input or settings are wrong, or a row of a table failed; 3 some
-    slides failed, the others are done; 130 interrupted.
+    slides failed, the others are done; 130 interrupted; 141 nobody reads its output any more, as in `| head`.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")  # not every terminal has the letters of every class and file
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = build_parser().parse_args(given)
-    run: Callable[[argparse.Namespace], int] = options.run
     try:
-        if getattr(options, "submit", None):
-            from pistoseg.submission import submit
-
-            return submit(given, options)
-        if getattr(options, "log_format", None) == "json":
-            from pistoseg.progress import run_with_json_log
-
-            return run_with_json_log(lambda: run(options))
-        return run(options)
+        code = _run(given, options)
+        sys.stdout.flush()
+        return code
     except PistoSegError as error:
         print(f"pistoseg: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("pistoseg: interrupted; run the same command again to go on", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # or that of a connection, which is a defect
+        if not _is_unread():
+            raise
+        return 141
+
+
+def _run(given: list[str], options: argparse.Namespace) -> int:
+    run: Callable[[argparse.Namespace], int] = options.run
+    if getattr(options, "submit", None):
+        from pistoseg.submission import submit
+
+        return submit(given, options)
+    if getattr(options, "log_format", None) == "json":
+        from pistoseg.progress import run_with_json_log
+
+        return run_with_json_log(lambda: run(options))
+    return run(options)
+
+
+def _is_unread() -> bool:
+    """Whether what is printed goes into a closed pipe; from then on it goes nowhere, or Python's end would fail."""
+    unread = False
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # none of the system's
+            pipe = select.poll()
+            pipe.register(stream.fileno(), 0)
+            if any(event & (select.POLLERR | select.POLLHUP) for _, event in pipe.poll(0)):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+                unread = True
+    return unread
 
 
 def build_parser() -> argparse.ArgumentParser:

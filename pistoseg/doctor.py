@@ -182,6 +182,8 @@ def _workspace(workspace: str) -> Iterator[Finding]:
     folder = storage.join(root, f".doctor-{uuid.uuid4().hex[:8]}")
     probe = storage.join(folder, "x [1].bin")
     data = os.urandom(SPEED_BYTES)
+    here = storage.local_path(root)
+    made = here is not None and not here.exists()
     try:
         began = time.monotonic()
         storage.write_bytes(probe, data)
@@ -206,8 +208,8 @@ def _workspace(workspace: str) -> Iterator[Finding]:
             )
     finally:
         storage.remove_tree(folder)
-        if here := storage.local_path(root):
-            with suppress(OSError):  # it is not empty: it was there before
+        if here is not None and made:
+            with suppress(OSError):  # a run has begun in it since
                 here.rmdir()
 
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pistoseg.errors import PistoSegError, UnavailableError
+from pistoseg.redaction import HIDDEN, first_line
 
 if TYPE_CHECKING:
     from pistoseg.config import StorageConfig
@@ -32,7 +34,6 @@ TRANSIENT_CODES = {
     "ServiceUnavailable",
     "SlowDown",
     "RequestTimeout",
-    "RequestTimeTooSkewed",
     "Throttling",
     "ThrottlingException",
     "TooManyRequests",
@@ -60,7 +61,12 @@ TRANSIENT_ERRORS = {
 WRONG_KEYS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "InvalidSecurity"}
 REFUSED = {"AccessDenied", "AllAccessDisabled", "403", "Forbidden"}
 NO_KEYS = {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "TokenRetrievalError"}
+NO_TLS = ("CERTIFICATE_VERIFY_FAILED", "WRONG_VERSION_NUMBER")
+"""In what an `SSLError` says: trying again does not help. What else it says may be a connection that broke."""
 EXPIRED = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"}
+SKEWED = "RequestTimeTooSkewed"
+NO_REASON = "400"
+"""The answer to a HEAD has no body, and so no code: this is how AWS refuses one with an expired token."""
 ELSEWHERE = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "301", "307"}
 
 _log = logging.getLogger("pistoseg.storage")
@@ -187,6 +193,20 @@ def split(path: str) -> tuple[str, str]:
     return bucket, key
 
 
+def check_bucket(uri: str) -> None:
+    """Refuse a URI that does not begin with a bucket's name; what may be a key is not shown."""
+    protocol, _, path = uri.partition("://")
+    bucket = split(path)[0]
+    if "@" in bucket or (":" in bucket and not bucket.startswith("arn:")):
+        raise PistoSegError(
+            "holds credentials or a port before its bucket",
+            file=f"{protocol}://{HIDDEN}",
+            remedy="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, and for a server AWS_ENDPOINT_URL",
+        )
+    if not bucket.startswith("arn:") and not re.fullmatch(r"[A-Za-z0-9._-]{1,255}", bucket):
+        raise PistoSegError(f"{bucket!r} is no bucket's name", file=uri, remedy=f"write {protocol}://BUCKET/KEY")
+
+
 def pages(backend: Any, path: str, delimiter: str = "") -> Iterator[dict[str, Any]]:
     """What S3 says of the keys below a folder, a thousand at a time and in the order of the keys.
 
@@ -241,6 +261,7 @@ def is_transient(error: BaseException) -> bool:
     """Whether to try again: the server is busy, away, or the connection broke. Says so from time to time."""
     global _said
     transient = code_of(error) in TRANSIENT_CODES or bool(_names(error) & TRANSIENT_ERRORS)
+    transient = transient and not _is_without_tls(error)
     if transient and time.monotonic() - _said >= SAY_EVERY_S:
         _said = time.monotonic()
         _log.warning("object storage does not answer (%s), trying again", code_of(error) or type(error).__name__)
@@ -257,11 +278,23 @@ def explain(error: BaseException, uri: str) -> PistoSegError | None:
         remedy += f"AWS_PROFILE; for a public bucket {ANONYMOUS}=1 or storage.anonymous=true"
     elif "ProfileNotFound" in names:
         reason, remedy = f"the profile {settings().profile!r} is not in AWS's config file", "set AWS_PROFILE"
+    elif setting := _wrong_setting(error):
+        name, value, remedy = setting
+        reason = f"{name}={value} can't be used"
+    elif _is_without_tls(error):
+        reason = f"{server} has no certificate that this machine trusts ({first_line(error)})"
+        remedy = "set AWS_CA_BUNDLE to the file of its authority; one without TLS needs an address with http://"
     elif code in WRONG_KEYS:
         reason = f"{server} refuses the access key ({code})"
         remedy = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, and AWS_ENDPOINT_URL"
     elif code in EXPIRED:
         reason, remedy = f"the credentials have expired ({code})", "get new ones and run the same command again"
+    elif code == SKEWED:
+        reason = f"{server} refuses requests of another time than its own: this machine's clock is wrong ({code})"
+        remedy = "set the clock (NTP) and run the same command again"
+    elif code == NO_REASON:
+        reason = f"{server} refuses the request without a reason ({code}): mostly credentials that have expired"
+        remedy = "get new ones and run the same command again; if that does not help, check AWS_REGION"
     elif code == "NoSuchBucket":
         bucket = uri.split("://", 1)[-1].split("/")[0]
         reason, remedy = f"there is no bucket {bucket!r} at {server}", "check its name, AWS_ENDPOINT_URL and AWS_REGION"
@@ -279,6 +312,22 @@ def explain(error: BaseException, uri: str) -> PistoSegError | None:
     else:
         return None
     return kind(reason, file=uri, remedy=remedy)
+
+
+def _wrong_setting(error: BaseException) -> tuple[str, str | None, str] | None:
+    """Variable, value and remedy of a setting that botocore refuses, which it does when it is first used."""
+    now, names = settings(), _names(error)
+    if isinstance(error, ValueError) and str(error).startswith("Invalid endpoint"):
+        return "AWS_ENDPOINT_URL", now.endpoint, "give the server's address with http:// or https://"
+    if "InvalidRegionError" in names:
+        return "AWS_REGION", now.region, "give the region's name, e.g. eu-central-1"
+    if "InvalidS3AddressingStyleError" in names:
+        return ADDRESSING, now.addressing, "give path, virtual or auto"
+    return None
+
+
+def _is_without_tls(error: BaseException) -> bool:
+    return "SSLError" in _names(error) and any(text in str(error) for text in NO_TLS)
 
 
 def _names(error: BaseException) -> set[str]:

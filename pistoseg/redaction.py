@@ -19,9 +19,13 @@ SHORTEST_SECRET = 8
 """Shorter values are not looked for: they would be found in ordinary words."""
 MAX_LINE = 300
 """Longest text of an error, in characters, within a sentence of ours."""
-_PASSWORD = re.compile(r"(?i)(?:(?<=://)[^/\s\"']*:[^/\s\"']*|(?<=https://)[^/\s\"']+|(?<=http://)[^/\s\"']+)@")
-"""User and password up to the last @ of a URI's host. A user alone is no secret, nor is a container of Azure's;
-but what is alone in a web address may be a token."""
+_PASSWORD = re.compile(
+    r"(?i)(?:(?<=://)(?!arn:)[^/\s\"'?\[:]*:(?!:|\d{1,5}/)[^\s\"'?]*"
+    r"|(?<=://)[^/\s\"']*:[^/\s\"']*|(?<=https://)[^/\s\"']+|(?<=http://)[^/\s\"']+)@"
+)
+"""User and password up to the last @ of a URI: half of AWS's keys have a slash. What is no password: a port and what
+follows it, the name of a resource (`arn:`), the inner file of `zip://file::uri`. A user alone is no secret, nor is a
+container of Azure's; but what is alone in a web address may be a token."""
 _SIGNATURE = re.compile(
     r"(?i)([?&](?:x-amz-[a-z-]+|x-goog-[a-z-]+|awsaccesskeyid|signature|sig|token|access_token|password|secret|key)=)"
     r"[^&\s\"']+"

@@ -13,15 +13,17 @@ import posixpath
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from pistoseg import object_store
-from pistoseg.errors import PistoSegError, explained
+from pistoseg.errors import PistoSegError, UnavailableError, explained
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -82,10 +84,7 @@ def filesystem(uri: str) -> tuple[Any, str]:
         return fsspec.filesystem("file", auto_mkdir=True), str(path.absolute())
     protocol, _, inner = uri.partition("://")
     if protocol in ("s3", "s3a"):
-        if "@" in inner.split("/")[0]:
-            raise PistoSegError(
-                "holds credentials", file=uri, remedy="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
-            )
+        object_store.check_bucket(uri)
         return object_store.filesystem(), inner.rstrip("/")
     try:
         backend, path_in_it = fsspec.core.url_to_fs(uri)
@@ -179,7 +178,8 @@ def write_bytes(uri: str, data: bytes) -> None:
         return
     part = _part(path, data)
     try:
-        part.replace(path)
+        with _writing(path):
+            part.replace(path)
     finally:
         part.unlink(missing_ok=True)
 
@@ -211,6 +211,14 @@ def create_bytes(uri: str, data: bytes) -> bool:
         return True
     part = _part(path, data)
     try:
+        with _writing(path):
+            return _link(part, path, data)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _link(part: Path, path: Path, data: bytes) -> bool:
+    try:
         os.link(part, path)
     except FileExistsError:
         return False
@@ -218,8 +226,6 @@ def create_bytes(uri: str, data: bytes) -> bool:
         if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
             raise
         return _create_without_links(path, data)
-    finally:
-        part.unlink(missing_ok=True)
     return True
 
 
@@ -234,10 +240,10 @@ def _create_without_links(path: Path, data: bytes) -> bool:
 
 def _part(path: Path, data: bytes) -> Path:
     """A hidden file with the data, on disk, beside a path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     part = path.with_name(f".{uuid.uuid4().hex}.part")
     try:
-        with part.open("wb") as file:
+        with _writing(part.parent), part.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -245,6 +251,31 @@ def _part(path: Path, data: bytes) -> Path:
         part.unlink(missing_ok=True)
         raise
     return part
+
+
+def make_folder(path: Path) -> None:
+    """Make a local folder and those above it, where they are not there yet.
+
+    Raises:
+        UnavailableError: it can't be made.
+    """
+    with _writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Say what to do where a local path can't be written; of reading, every caller has its own to say."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        raise UnavailableError(
+            f"can't be written ({error.strerror})",
+            file=str(path),
+            remedy="name a folder that you may write to, and that is no file, or mend its rights",
+        ) from error
 
 
 def remove_parts(uri: str) -> None:

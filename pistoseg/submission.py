@@ -286,6 +286,8 @@ def _follow(client: JobSubmissionClient, job: str) -> int:
             info = client.get_job_info(job)
             lost = 0.0
         except (RuntimeError, OSError, ClientError) as error:
+            if error is log.unwritable:
+                raise
             lost = lost or time.monotonic()
             if time.monotonic() - lost > RECONNECT_S:
                 raise PistoSegError(
@@ -312,6 +314,8 @@ class _Log:
 
     def __init__(self) -> None:
         self.shown = 0
+        self.unwritable: OSError | None = None
+        """Why it can't be printed, which says nothing of the cluster: nobody reads it any more, or a disk is full."""
 
     async def tail(self, client: JobSubmissionClient, job: str) -> None:
         """Print what was not printed yet until the log ends or the connection does."""
@@ -320,5 +324,9 @@ class _Log:
             new = text[max(0, self.shown - seen) :]
             seen += len(text)
             if new:
-                print(new, end="", flush=True)
+                try:
+                    print(new, end="", flush=True)
+                except OSError as error:
+                    self.unwritable = error
+                    raise
                 self.shown = seen

@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from pistoseg.classes import TissueClasses
-from pistoseg.config.base import read_yaml
+from pistoseg.config.base import parse_yaml, read_yaml
 from pistoseg.config.root import Config
 from pistoseg.config.sections import ClassesConfig, StorageConfig, TrackingConfig
 from pistoseg.errors import PistoSegError
@@ -173,8 +173,8 @@ def _parse_override(item: str) -> dict[str, Any]:
     if not equals or not key.strip():
         raise PistoSegError(f"{item!r} is not section.key=value", field="--set")
     try:
-        value: Any = yaml.safe_load(text) if text.strip() else None
-    except yaml.YAMLError as error:
+        value: Any = parse_yaml(text) if text.strip() else None
+    except ValueError as error:
         raise PistoSegError(f"{item!r}: the value is not valid YAML: {error}", field="--set") from None
     *sections, field = key.strip().split(".")
     nested = {field: value}

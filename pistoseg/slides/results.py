@@ -88,11 +88,11 @@ def published(target: str) -> Iterator[tuple[Path, Path]]:
 @contextmanager
 def _beside(place: Path) -> Iterator[Path]:
     """A working folder on the same disk, while the context is open."""
-    place.parent.mkdir(parents=True, exist_ok=True)
+    storage.make_folder(place.parent)
     for orphan in _orphans(place):
         shutil.rmtree(orphan, ignore_errors=True)
     work = place.parent / f".{place.name}.{uuid.uuid4().hex[:8]}.part"
-    work.mkdir()
+    storage.make_folder(work)
     try:
         yield work
     finally:

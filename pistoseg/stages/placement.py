@@ -171,9 +171,8 @@ def _probe(folder: Path | None) -> Iterator[str | None]:
     if folder is None:
         yield None
         return
-    folder.mkdir(parents=True, exist_ok=True)
     probe = folder / f".{uuid.uuid4().hex}.part"
-    probe.touch()
+    storage.write_bytes(str(probe), b"")
     try:
         yield str(probe)
     finally:

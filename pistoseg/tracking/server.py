@@ -79,7 +79,7 @@ def connect(config: TrackingConfig, workspace: Workspace) -> Outbox:
                 f"MLflow's runs are kept in {folder} on this machine, which goes with a job's folder: "
                 "set MLFLOW_TRACKING_URI, or tracking.uri, to a server to keep them"
             )
-        folder.mkdir(parents=True, exist_ok=True)
+        storage.make_folder(folder)
         _quiet_migrations()
     return Outbox(_client(uri), workspace.root, _register)
 

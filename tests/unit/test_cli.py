@@ -1,4 +1,5 @@
 import contextlib
+import os
 import subprocess
 import sys
 
@@ -70,6 +71,34 @@ def test_the_whole_command_ends_with_2_and_a_message_without_a_traceback():
     assert call.stderr.startswith("pistoseg: --preset: there is no preset 'wsss'. Remedy: use one of: ")
     assert "Traceback" not in call.stderr
     assert call.stdout == ""
+
+
+def test_a_command_whose_output_nobody_reads_ends_as_others_in_a_pipe():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "pistoseg", "config", "show", "--preset", "demo"]
+    call = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
+    os.close(writer)
+    assert (call.returncode, call.stderr) == (141, "")
+
+
+@pytest.mark.parametrize(("encoding", "shown"), [("ascii", "T\\xfcm\\xf6r \\u7d44"), ("utf-8", "Tümör 組")])
+def test_a_terminal_without_a_letter_shows_its_code(encoding, shown):
+    command = [sys.executable, "-m", "pistoseg", "config", "show", "--preset", "demo"]
+    command += ["--set", "tracking.experiment=Tümör 組"]
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "1"}
+    call = subprocess.run(command, capture_output=True, timeout=120, check=False, env=environment)
+    assert (call.returncode, call.stderr) == (0, b"")
+    assert f"experiment: {shown}  #" in call.stdout.decode(encoding)
+
+
+def test_a_broken_connection_is_no_output_that_nobody_reads(monkeypatch):
+    def broken(*_):
+        raise BrokenPipeError("a connection")
+
+    monkeypatch.setattr("pistoseg.config.load_config", broken)
+    with pytest.raises(BrokenPipeError, match="a connection"):
+        main(["config", "show"])
 
 
 @pytest.fixture

@@ -244,6 +244,49 @@ def test_a_file_that_is_no_mapping_is_named(tmp_path, content):
     assert caught.value.file == str(file)
 
 
+TWICE = """preset: demo
+synthesis: {alpha: 0.3}
+data:
+  uri: a
+  window: 64
+  uri: b
+synthesis: {beta: 0.7}
+"""
+
+
+def test_keys_that_stand_twice_are_listed_with_their_lines(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(TWICE)
+    expected = r"key 'synthesis' stands on lines 2 and 7; the key 'uri' stands on lines 4 and 6, and only the last"
+    for read in (lambda: load_config(file=str(file)), lambda: load_space(str(file), load_config("demo"))):
+        with pytest.raises(PistoSegError, match=expected) as caught:
+            read()
+        assert caught.value.file == str(file)
+    with pytest.raises(PistoSegError, match=r"'uri' stands on lines 1 and 1") as caught:
+        load_config("demo", overrides=["data={uri: a, uri: b}"])
+    assert caught.value.field == "--set"
+
+
+def test_a_key_that_is_merged_in_may_stand_once_more(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "preset: demo\nclassifier: &a {lr: 0.1, epochs: 3}\nrefiner: &b {<<: *a, lr: 0.2}\nprecise: {<<: *b, lr: 0.3}\n"
+    )
+    config = load_config(file=str(file))
+    assert (config.refiner.lr, config.precise.lr, config.precise.epochs) == (0.2, 0.3, 3)
+
+
+@pytest.mark.parametrize("value", ["2026-30-11", "[" * 3000 + "]" * 3000])
+def test_what_yaml_can_not_read_is_no_defect(tmp_path, value):
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"preset: demo\ntracking: {{experiment: {value}}}\n")
+    with pytest.raises(PistoSegError, match=r"is not valid YAML: (month must be|it is nested too deeply)"):
+        load_config(file=str(file))
+    with pytest.raises(PistoSegError, match=r"is not valid YAML: (month must be|it is nested too deeply)") as caught:
+        load_config("demo", overrides=[f"tracking.experiment={value}"])
+    assert caught.value.field == "--set"
+
+
 @pytest.mark.parametrize("content", ["profile: [cpu]", "profile: {cpu: 1}", "preset: [glas]", "profile: 1"])
 def test_a_preset_or_profile_that_is_no_name_is_refused(tmp_path, content):
     file = tmp_path / "bad.yaml"

@@ -22,6 +22,9 @@ def test_a_workspace_that_works_is_left_as_it_was(tmp_path):
     assert [item.name for item in tmp_path.iterdir()] == ["kept.txt"]
     list(doctor._workspace(str(tmp_path / "new")))
     assert not (tmp_path / "new").exists()
+    (tmp_path / "empty").mkdir()
+    list(doctor._workspace(str(tmp_path / "empty")))
+    assert list((tmp_path / "empty").iterdir()) == []
 
 
 def test_a_storage_that_ignores_conditions_is_found_out(tmp_path, monkeypatch):

@@ -1,6 +1,8 @@
 import hashlib
 import json
+import threading
 import tracemalloc
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import botocore.exceptions
 import pytest
@@ -8,7 +10,8 @@ import pytest
 from pistoseg import object_store, storage
 from pistoseg.config import StorageConfig, load_config
 from pistoseg.errors import PistoSegError, UnavailableError
-from pistoseg.patches import digest
+from pistoseg.patches import decode, digest
+from pistoseg.patches.source import Rejection
 
 VARIABLES = ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_PROFILE"]
 VARIABLES += ["AWS_DEFAULT_PROFILE", object_store.ANONYMOUS, object_store.ADDRESSING]
@@ -143,9 +146,18 @@ def test_a_config_holds_no_keys():
     with pytest.raises(PistoSegError, match="must hold no credentials") as caught:
         load_config("demo", overrides=["storage.endpoint=http://me:hunter2@s3"])
     assert "hunter2" not in str(caught.value)
-    with pytest.raises(PistoSegError, match="holds credentials") as caught:
-        storage.exists("s3://me:hunter2@bucket/x")
+
+
+@pytest.mark.parametrize("uri", ["s3://me:hunter2@bucket/x", "s3a://me:hunter2/K7@bucket/x", "s3://me:hunter2"])
+def test_a_uri_holds_no_keys(uri):
+    with pytest.raises(PistoSegError, match=r"holds credentials.*AWS_SECRET_ACCESS_KEY") as caught:
+        storage.exists(uri)
     assert "hunter2" not in str(caught.value)
+
+
+def test_an_access_point_is_a_bucket():
+    arn = "arn:aws:s3:eu-north-1:123456789012:accesspoint/name/x@y"
+    assert storage.filesystem(f"s3://{arn}")[1] == arn
 
 
 @pytest.mark.parametrize(
@@ -173,6 +185,7 @@ def test_what_passes_is_tried_again(error):
         (translated("AccessDenied"), r"refuses access.*rights to list, read and write"),
         (PermissionError("Forbidden"), r"refuses access"),
         (translated("ExpiredToken"), r"have expired.*get new ones"),
+        (translated("RequestTimeTooSkewed"), r"this machine's clock is wrong.*NTP"),
         (translated("NoSuchBucket"), r"no bucket 'bucket' at AWS"),
         (translated("PermanentRedirect"), r"another region.*AWS_REGION"),
         (botocore.exceptions.NoCredentialsError(), r"no credentials.*PISTOSEG_S3_ANONYMOUS=1"),
@@ -188,8 +201,95 @@ def test_what_does_not_pass_fails_at_once_with_the_remedy(error, message):
 def test_what_holds_for_one_bucket_is_no_reason_to_give_up_the_others():
     for code in ("NoSuchBucket", "PermanentRedirect", "AccessDenied"):
         assert not isinstance(object_store.explain(translated(code), "s3://bucket/x"), UnavailableError)
-    for code in ("ExpiredToken", "SignatureDoesNotMatch"):
+    for code in ("ExpiredToken", "SignatureDoesNotMatch", "RequestTimeTooSkewed", "400"):
         assert isinstance(object_store.explain(translated(code), "s3://bucket/x"), UnavailableError)
+
+
+class ExpiredToken(BaseHTTPRequestHandler):
+    """AWS's answers to an expired token: a code in the body, which a HEAD has not."""
+
+    def log_message(self, *_):
+        pass
+
+    def answer(self, body=b""):
+        self.send_response(400)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_HEAD = answer  # noqa: N815
+
+    def do_GET(self):
+        self.answer(b"<Error><Code>ExpiredToken</Code><Message>m</Message></Error>")
+
+
+@pytest.fixture
+def expired(monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), ExpiredToken)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "any")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "any")
+    monkeypatch.delenv("AWS_PROFILE")
+    monkeypatch.delenv("AWS_DEFAULT_PROFILE")
+    yield
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.usefixtures("expired")
+@pytest.mark.parametrize(
+    "ask", [storage.exists, storage.is_dir, storage.info, storage.file_size, storage.read_bytes, storage.list_dir]
+)
+def test_credentials_that_have_expired_are_named_also_where_the_server_gives_no_reason(ask):
+    with pytest.raises(UnavailableError, match=r"credentials.* have expired.*get new ones"):
+        ask("s3://bucket/x [1].png")
+
+
+@pytest.mark.usefixtures("expired")
+def test_an_image_is_not_rejected_because_credentials_have_expired():
+    with pytest.raises(PistoSegError) as caught:
+        decode.read_file("s3://bucket/x.png")
+    with pytest.raises(UnavailableError, match="credentials that have expired"):
+        Rejection.of(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("AWS_ENDPOINT_URL", "localhost:9000", r"AWS_ENDPOINT_URL=localhost:9000 can't be used.*http://"),
+        ("AWS_REGION", "eu_central!", r"AWS_REGION=eu_central! can't be used.*eu-central-1"),
+        (object_store.ADDRESSING, "virtuell", r"ADDRESSING=virtuell can't be used.*path, virtual or auto"),
+    ],
+)
+def test_a_variable_that_can_not_be_used_is_named(monkeypatch, name, value, message):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.delenv("AWS_PROFILE")
+    monkeypatch.delenv("AWS_DEFAULT_PROFILE")
+    monkeypatch.setenv(name, value)
+    with pytest.raises(PistoSegError, match=message):
+        storage.exists("s3://bucket/x")
+
+
+@pytest.mark.parametrize("uri", ["s3://bad bucket/x", "s3:///x", "s3://", "s3://buck*/x"])
+def test_a_uri_without_a_bucket_is_refused_before_a_server_is_asked(uri):
+    with pytest.raises(PistoSegError, match=r"is no bucket's name. Remedy: write s3://BUCKET/KEY") as caught:
+        storage.list_dir(uri)
+    assert not isinstance(caught.value, UnavailableError)  # others may be readable
+
+
+def test_a_certificate_that_is_not_trusted_is_no_outage():
+    url = "https://s3.lab/bucket"
+    refused = "[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: self-signed certificate"
+    error = botocore.exceptions.SSLError(endpoint_url=url, error=refused)
+    assert not object_store.is_transient(error)
+    with pytest.raises(UnavailableError, match=r"no certificate that this machine trusts.*AWS_CA_BUNDLE"):
+        raise object_store.explain(error, "s3://bucket/x")
+    broken = botocore.exceptions.SSLError(endpoint_url=url, error="[SSL: UNEXPECTED_EOF_WHILE_READING]")
+    assert object_store.is_transient(broken)
 
 
 def test_a_missing_key_is_no_problem_of_the_storage():

@@ -70,6 +70,14 @@ def test_images_that_are_there_are_held_against_a_smaller_limit_of_bad_ones(conf
     assert run(0.05) == made
 
 
+@pytest.mark.parametrize("tracking", [True, False])
+def test_a_workspace_that_is_a_file_is_said_to_be_one(config, tmp_path, tracking):
+    (tmp_path / "w").touch()
+    config = config.model_copy(update={"tracking": config.tracking.model_copy(update={"enabled": tracking})})
+    with pytest.raises(PistoSegError, match=r"can't be written \(.*folder that you may write to"):
+        run_pipeline(config, Workspace(str(tmp_path / "w")), ("patches",))
+
+
 def test_what_only_an_unfinished_artifact_needs_is_removed_once_it_is_finished(config, tmp_path, monkeypatch):
     finished = []
 

@@ -14,7 +14,11 @@ SIGNED = "https://host/b/x.svs?versionId=3&X-Amz-Signature=abc%2F123&X-Amz-Crede
     [
         ("s3://AKIA:s3cr3t@bucket/a [1].png is gone", "s3://***@bucket/a [1].png is gone"),
         ("postgresql://u:p%40w@db/mlflow", "postgresql://***@db/mlflow"),
-        ("postgresql://u:p@ss@db:5432/mlflow@1", "postgresql://***@db:5432/mlflow@1"),
+        ("postgresql://u:p@ss@db:5432/mlflow", "postgresql://***@db:5432/mlflow"),
+        ("s3://AKIA:wJalr/K7+MD/bPx@bucket/a [1].png", "s3://***@bucket/a [1].png"),
+        ("s3://AKIA:/wJalr@bucket/x", "s3://***@bucket/x"),
+        ("postgresql://me@lab.org:p@s/s@db:5432/mlflow", "postgresql://***@db:5432/mlflow"),
+        ('{"uri": "http://u:123456/7@db/x?y@z", "by": "u@v"}', '{"uri": "http://***@db/x?y@z", "by": "u@v"}'),
         ("http://me@lab.org:pw@mlflow:5000", "http://***@mlflow:5000"),
         ("https://:token@host", "https://***@host"),
         ("https://ghp_token@host/x@y", "https://***@host/x@y"),
@@ -37,6 +41,11 @@ def test_what_opens_doors_is_hidden(text, shown):
         "sftp://me@host:22/x@y",
         "hdfs://user@namenode/x",
         "http://host:8080/a@b",
+        "http://[::1]:8265/a@b",
+        "s3://arn:aws:s3:eu-north-1:123456789012:accesspoint/name/a@b",
+        "zip://a.csv::s3://bucket/a@b.zip",
+        "models:/tissue@champion",
+        "s3://bucket/a:b@c",
     ],
 )
 def test_a_user_or_a_container_alone_is_no_password(uri):

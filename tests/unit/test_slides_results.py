@@ -39,6 +39,15 @@ def test_a_slide_removes_its_own_orphans_and_not_the_work_of_a_slide_whose_id_be
     assert sorted(item.name for item in target.parent.iterdir()) == [name, f"{name}.2"]
 
 
+def test_an_output_that_is_a_file_is_no_defect(tmp_path: Path) -> None:
+    (tmp_path / "out").touch()
+    with (
+        pytest.raises(UnavailableError, match=r"can't be written \(.*folder that you may write to"),
+        results.published(str(tmp_path / "out" / "a")),
+    ):
+        pass
+
+
 def test_an_upload_that_the_storage_refuses_says_what_to_do(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def put_file(*_: object, **__: object) -> None:
         raise botocore.exceptions.NoCredentialsError

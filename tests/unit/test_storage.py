@@ -1,13 +1,16 @@
+import errno
 import os
 import signal
 import subprocess
 import sys
 import uuid
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
 from pistoseg import storage
+from pistoseg.artifacts import Workspace
 from pistoseg.errors import PistoSegError, UnavailableError
 
 ODD_NAMES = [
@@ -144,6 +147,34 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_rubbish(tmp_path, monkeyp
     monkeypatch.undo()
     assert storage.read_bytes(uri) == b"old"
     assert os.listdir(tmp_path) == ["model [1].json"]
+
+
+@pytest.mark.parametrize("write", [storage.write_bytes, storage.create_bytes])
+def test_a_place_that_can_not_be_written_is_named_with_what_to_do(tmp_path, write):
+    (tmp_path / "file").write_bytes(b"x")
+    for place in ("file/x.json", "file/deeper/x.json", f"{'n' * 300}/x.json", f"new/{'n' * 300}"):
+        with pytest.raises(UnavailableError, match=r"can't be written \(.*folder that you may write to") as caught:
+            write(str(tmp_path / place), b"y")
+        assert caught.value.file.startswith(str(tmp_path / place.split("/")[0]))
+    assert (tmp_path / "file").read_bytes() == b"x"
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_a_disk_that_only_reads_is_named_without_the_name_of_a_part(tmp_path, monkeypatch):
+    def refuse(path, *_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(UnavailableError, match="Read-only file system") as caught:
+        storage.write_bytes(str(tmp_path / "x.json"), b"x")
+    assert caught.value.file == str(tmp_path)
+
+
+def test_what_lies_below_a_file_is_not_there(tmp_path):
+    (tmp_path / "file").write_bytes(b"x")
+    with pytest.raises(NotADirectoryError):
+        storage.read_bytes(str(tmp_path / "file" / "x.json"))
+    assert Workspace(str(tmp_path / "file")).find("patches", "0" * 16) is None
 
 
 def test_links_in_a_circle_end(tmp_path):

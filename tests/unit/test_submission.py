@@ -1,3 +1,7 @@
+import contextlib
+import errno
+import io
+import os
 import shlex
 import subprocess
 import sys
@@ -196,6 +200,18 @@ def test_a_head_that_restarts_behind_a_proxy_is_waited_for(cluster, capsys, monk
     cluster(0).error = error
     assert main(["train", "--preset", "demo", *DATA, "--submit", HEAD]) == 2
     assert "can't be followed any more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.ENOSPC])
+def test_a_log_that_can_not_be_printed_is_no_lost_cluster(cluster, monkeypatch, number):
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(submission, "RECONNECT_S", -1)
+    with contextlib.redirect_stdout(Closed()), pytest.raises(OSError, match=os.strerror(number)) as caught:
+        submission._follow(cluster(0), "job")
+    assert caught.value.errno == number
 
 
 def test_a_job_whose_driver_was_lost_says_how_to_go_on(cluster, capsys):
