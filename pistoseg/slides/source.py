@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from pistoseg import storage
 from pistoseg.errors import PistoSegError
 from pistoseg.slides import files
+from pistoseg.slides.ids import safe_id
 from pistoseg.slides.manifest import ManifestRow, read_manifest
 
-_ID_LENGTH = 120
 _KINDS = "a slide, a folder, a pattern with * or **, or a CSV or Parquet manifest"
 
 
@@ -139,7 +139,7 @@ def _refuse_repeated(entries: list[SlideEntry], rows: list[ManifestRow], manifes
 
 def _with_ids(entries: list[SlideEntry], places: list[str]) -> list[SlideEntry]:
     """Fill in missing ids: the file's name made safe, with a hash of its place where that is taken."""
-    names = [entry.slide_id or _safe(_id_name(entry.uri)) for entry in entries]
+    names = [entry.slide_id or safe_id(_id_name(entry.uri)) for entry in entries]
     uses = Counter(name.casefold() for name in names)
     filled = []
     for entry, name, place in zip(entries, names, places, strict=True):
@@ -154,9 +154,3 @@ def _id_name(uri: str) -> str:
     """DICOM files have no names of their own; the folder of a series does."""
     parent = posixpath.basename(posixpath.dirname(uri))
     return parent if files.extension(uri) == ".dcm" and parent else files.stem(uri)
-
-
-def _safe(name: str) -> str:
-    """A name that every file system and object storage takes as a folder, brackets left out as they are globs."""
-    safe = re.sub(r"[^\w.\- ]", "_", name)[:_ID_LENGTH].strip(" .")
-    return safe or "slide"

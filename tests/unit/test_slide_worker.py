@@ -13,6 +13,7 @@ import pytest
 import torch
 from slide_files import texture, write_tiff
 
+from pistoseg import storage
 from pistoseg.classes import TissueClasses
 from pistoseg.errors import PistoSegError
 from pistoseg.models import bundle, segmentation
@@ -93,6 +94,17 @@ def test_a_slides_pixel_size_of_0_is_refused_and_not_taken_for_none(model, tmp_p
     write_tiff(tmp_path / "a.tif", texture(100, 100), mpp=(1.0, 1.0))
     with pytest.raises(PistoSegError, match="mpp: 0 um/px is no pixel size"):
         bundle.load(model, "cpu").segment_slide(tmp_path / "a.tif", tmp_path / "out", slide_mpp=0.0, mpp=1.0)
+
+
+@pytest.mark.parametrize("slide_id", ["case/1", ".", "..", "../../data", "a\\b", "x" * 231, "a "])
+def test_an_id_that_is_no_folder_of_its_own_is_refused_before_anything_is_replaced(model, tmp_path, slide_id):
+    write_tiff(tmp_path / "a.tif", texture(100, 100), mpp=(1.0, 1.0))
+    other = tmp_path / "out" / "slides" / "case" / "1" / "slide.json"
+    storage.write_bytes(str(other), b"")
+    with pytest.raises(PistoSegError, match=r"cannot name a folder|at most 230") as caught:
+        bundle.load(model, "cpu").segment_slide(tmp_path / "a.tif", tmp_path / "out", slide_id=slide_id, mpp=1.0)
+    assert caught.value.field == "slide_id"
+    assert [item for item in (tmp_path / "out").rglob("*") if item.is_file()] == [other]
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from s3fs.errors import translate_boto_error
 from pistoseg import storage
 from pistoseg.errors import PistoSegError, UnavailableError
 from pistoseg.slides.files import etag, slide_files
+from pistoseg.slides.results import published
 from pistoseg.slides.source import SlideEntry, list_slides
 
 EXPIRED = botocore.exceptions.ClientError({"Error": {"Code": "ExpiredToken", "Message": "m"}}, "HeadObject")
@@ -88,10 +89,14 @@ def test_slides_of_one_name_get_ids_that_differ_and_stay(tmp_path: Path) -> None
 
 
 def test_ids_are_safe_as_folder_names(tmp_path: Path) -> None:
-    root = fill(tmp_path, "a:b?c [x].svs", "...svs", "x" * 200 + ".svs")
+    root = fill(tmp_path, "a:b?c [x].svs", "...svs", "x" * 200 + ".svs", "图" * 82 + ".svs")
     ids = list(found(root))
     assert "a_b_c _x_" in ids
     assert all(0 < len(slide_id) <= 130 and not set(slide_id) & set('/\\:*?"<>|[]') for slide_id in ids)
+    assert "图" * 76 in ids
+    for slide_id in ids:  # with what a folder in work is called
+        with published(str(tmp_path / "out" / f"{slide_id}-0123abcd")):
+            pass
 
 
 def test_nothing_to_be_found_is_said(tmp_path: Path, bucket: str) -> None:
@@ -150,6 +155,8 @@ def test_a_parquet_manifest_on_object_storage(bucket: str) -> None:
         ("slide\na.svs\nb.svs\na.svs\n", "row 4, column slide", "a.svs is in row 2 already"),
         ("slide,slide_id\na.svs,x/y\n", "row 2, column slide_id", "cannot name a folder"),
         ("slide,slide_id\na.svs,..\n", "row 2, column slide_id", "cannot name a folder"),
+        ("slide,slide_id\na.svs,.\n", "row 2, column slide_id", "cannot name a folder"),
+        (f"slide,slide_id\na.svs,{'ж' * 116}\n", "row 2, column slide_id", "has 232 bytes in UTF-8.*at most 230"),
         ("slide\na.svs,b.svs\n", "row 2", "more fields than the header"),
         ("slide,mpp,mpp\na.svs,1,2\n", "column mpp", "twice"),
     ],
