@@ -267,7 +267,8 @@ def _properties(tiff: Any, page: Any) -> dict[str, str]:
         value = page.keyframe.tags.valueof(f"{axis}Resolution")
         if value and value[0] and value[1]:
             found[f"tiff.{axis}Resolution"] = repr(value[0] / value[1])
-    found["tiff.ResolutionUnit"] = _UNITS.get(int(page.keyframe.tags.valueof("ResolutionUnit") or 2), "none")
+    unit = page.keyframe.tags.valueof("ResolutionUnit")
+    found["tiff.ResolutionUnit"] = _UNITS.get(2 if unit is None else int(unit), "none")  # 1 is falsy in tifffile
     if tiff.is_ome:
         found |= _ome_properties(tiff.ome_metadata or "", page.imagewidth, page.imagelength)
     return found

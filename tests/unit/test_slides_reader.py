@@ -127,6 +127,17 @@ def test_threads_read_the_same_pixels(tmp_path: Path) -> None:
             assert np.array_equal(part, IMAGE[y : y + 100, x : x + 100])
 
 
+def test_a_tiff_whose_resolution_has_no_unit_says_no_pixel_size(tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    for options in ({"resolutionunit": "NONE"}, {"imagej": True, "metadata": {"unit": "mm"}}):
+        tifffile.imwrite(path, IMAGE, resolution=(2000, 2000), photometric="rgb", **options)
+        with pytest.raises(PistoSegError, match="neither a believable pixel size nor an objective power"):
+            open_slide(path)
+    tifffile.imwrite(path, IMAGE, resolution=(2000, 2000), resolutionunit="INCH", photometric="rgb")
+    with open_slide(path) as slide:
+        assert (slide.mpp_x, slide.mpp_source) == (12.7, "tiff-tags")
+
+
 def test_pictures_need_a_resolution(tmp_path: Path) -> None:
     for name in ("a.png", "a.jpg"):
         Image.fromarray(IMAGE).save(tmp_path / name, dpi=(72, 72))
