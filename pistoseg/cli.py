@@ -223,7 +223,12 @@ def _segment_options(parser: argparse.ArgumentParser) -> None:
         help="a slide, folder, prefix or pattern on any file system, or a CSV/Parquet manifest with the column slide "
         "and optionally slide_id, mpp, tissue_mask",
     )
-    parser.add_argument("--out", required=True, metavar="URI", help="folder of the results; run again to go on")
+    parser.add_argument(
+        "--out",
+        required=True,
+        metavar="URI",
+        help="folder of the results; run again to go on (the summary is of the last run's SOURCE)",
+    )
     parser.add_argument(
         "--stride", type=_positive, metavar="PX", help="step between tiles (default: half a tile or less)"
     )

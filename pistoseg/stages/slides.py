@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import posixpath
 import tempfile
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from pistoseg.models import bundle
 from pistoseg.outputs.summary import SlideRow, sheet_of_overviews, write_summary
 from pistoseg.progress import Progress
 from pistoseg.redaction import redact
-from pistoseg.slides import results
+from pistoseg.slides import files, results
 from pistoseg.slides.network import SlideNetwork, SlideSettings
 from pistoseg.slides.source import SlideEntry, list_slides
 from pistoseg.slides.stitching import Work
@@ -107,7 +108,8 @@ def plan(run: SlideRun) -> Plan:
     """Find the slides and compare them with what is there already; no slide is opened.
 
     Raises:
-        PistoSegError: no slides, no model, settings that do not fit, or a storage that does not say what is there.
+        PistoSegError: no slides, no model, settings that do not fit, results of other slides with the same ids, or a
+            storage that does not say what is there.
     """
     network = SlideNetwork(bundle.load(run.model, "cpu"), run.settings)
     entries = list_slides(run.slides)
@@ -121,6 +123,7 @@ def plan(run: SlideRun) -> Plan:
         except PistoSegError:  # segmenting it says what is wrong with it
             made_from = {}
         if record is not None and record.get("status") == "completed" and not results.is_current(record, made_from):
+            _refuse_another(run.out, entry, record, made_from)
             record = results.read_record(run.out, entry.slide_id, results.FAILURE) or record
         return record, made_from
 
@@ -139,6 +142,27 @@ def plan(run: SlideRun) -> Plan:
             again = record if record and failed and record.get("made_from") == made_from else None
             todo.append((entry, again["attempts"] + 1 if again else 1))
     return Plan(network, todo, done, left)
+
+
+def _refuse_another(out: str, entry: SlideEntry, record: Mapping[str, Any], made_from: Mapping[str, str]) -> None:
+    """Refuse to replace the results of another slide, which had the same id.
+
+    A slide that has changed is where it was, and one that was moved or copied has the size that it had, though perhaps
+    another modification time or ETag: what is elsewhere and of another size is another slide.
+    """
+    before, now = (of.get("etag", "").partition("-")[0] for of in (record["made_from"], made_from))
+    if now and now != before and _place(record["slide"]) != _place(redact(entry.uri)):
+        raise PistoSegError(
+            f"has the results of another slide, {record['slide']}, and {redact(entry.uri)} would replace them",
+            file=results.slide_folder(out, entry.slide_id),
+            field="slide_id",
+            remedy="give another --out, or ids of their own in the column slide_id of a manifest",
+        )
+
+
+def _place(uri: str) -> str:
+    """Where a slide is: of a DICOM series, whose largest file stands for it, the folder."""
+    return posixpath.dirname(uri) if files.extension(uri) == ".dcm" else uri
 
 
 def estimate(run: SlideRun, found: Plan) -> Estimate:

@@ -22,19 +22,20 @@ from pistoseg.slides.source import SlideEntry
 from pistoseg.stages import slides
 from pistoseg.tracking import StageRun
 
-MADE_FROM = {"etag": "1"}
+MADE_FROM = {"etag": "70-1"}
 AWAY = botocore.exceptions.EndpointConnectionError(endpoint_url="http://x")
 
 
 class Network:
-    """Stands in for `SlideNetwork`: `error` is what looking at a slide leads to."""
+    """Stands in for `SlideNetwork`: `etag` and `error` are what looking at a slide leads to."""
 
     error: Exception | None = None
+    etag = MADE_FROM["etag"]
 
     def made_from(self, entry: SlideEntry) -> dict[str, str]:
         if self.error:
             raise self.error
-        return MADE_FROM
+        return {"etag": self.etag}
 
 
 @pytest.fixture
@@ -50,7 +51,8 @@ def run(tmp_path: Path, network: Network) -> slides.SlideRun:
     """One slide, whose results are complete."""
     fsspec.filesystem("memory").store.clear()
     (tmp_path / "a.svs").write_bytes(b"")
-    record = {"format": results.FORMAT, "status": "completed", "made_from": MADE_FROM}
+    slide = str(tmp_path / "a.svs")
+    record = {"format": results.FORMAT, "status": "completed", "slide": slide, "made_from": MADE_FROM}
     storage.write_bytes("memory://bucket/out/slides/a/slide.json", json.dumps(record).encode())
     return slides.SlideRun("model", str(tmp_path / "a.svs"), "memory://bucket/out", SlideSettings())
 
@@ -73,7 +75,7 @@ def test_slides_whose_storage_is_away_end_the_run_and_one_that_is_not_there_is_i
 ) -> None:
     network.error = PistoSegError("does not exist")
     assert [entry.slide_id for entry, _ in slides.plan(run).todo] == ["a"]
-    record = {"format": results.FORMAT, "status": "failed", "made_from": {}, "attempts": 2}
+    record = {"format": results.FORMAT, "status": "failed", "slide": run.slides, "made_from": {}, "attempts": 2}
     storage.write_bytes("memory://bucket/out/slides/a/slide.json", json.dumps(record).encode())
     assert [attempt for _, attempt in slides.plan(replace(run, only_failed=True)).todo] == [3]
     network.error = None
@@ -86,6 +88,39 @@ def test_slides_whose_storage_is_away_end_the_run_and_one_that_is_not_there_is_i
     network.error = UnavailableError("does not answer")
     with pytest.raises(UnavailableError):
         slides.plan(run)
+
+
+def test_results_of_another_slide_with_the_same_id_are_not_replaced(
+    run: slides.SlideRun, network: Network, tmp_path: Path
+) -> None:
+    other = tmp_path / "other" / "a.svs"
+    storage.write_bytes(str(other), b"")
+    moved = replace(run, slides=str(other))
+    network.etag = "71-1"
+    with pytest.raises(PistoSegError, match="results of another slide") as caught:
+        slides.plan(moved)
+    assert caught.value.file == "memory://bucket/out/slides/a"
+    assert str(tmp_path / "a.svs") in caught.value.reason
+    assert "--out" in caught.value.remedy
+    assert [entry.uri for entry, _ in slides.plan(run).todo] == [run.slides]  # which has changed
+    network.etag = "70-2"  # as a copy has it
+    assert [entry.uri for entry, _ in slides.plan(moved).todo] == [moved.slides]
+    network.etag = MADE_FROM["etag"]
+    assert [entry.uri for entry, _ in slides.plan(moved).done] == [moved.slides]
+    network.error = PistoSegError("does not exist")
+    assert [entry.uri for entry, _ in slides.plan(moved).todo] == [moved.slides]
+
+
+def test_a_dicom_series_that_has_grown_is_the_same_slide(
+    run: slides.SlideRun, network: Network, tmp_path: Path
+) -> None:
+    series = tmp_path / "a" / "2.dcm"
+    storage.write_bytes(str(series), b"")
+    record = {"format": results.FORMAT, "status": "completed", "made_from": MADE_FROM}
+    record["slide"] = str(series.with_name("1.dcm"))
+    storage.write_bytes("memory://bucket/out/slides/a/slide.json", json.dumps(record).encode())
+    network.etag = "71-1"
+    assert [entry.slide_id for entry, _ in slides.plan(replace(run, slides=str(series))).todo] == ["a"]
 
 
 @pytest.mark.parametrize(
