@@ -18,6 +18,8 @@ from pistoseg.redaction import redacted
 from pistoseg.slides.scratch import scratch_folder
 
 RECORD = "slide.json"
+PICTURES = ("mask.tif", "overview.png")
+"""Results that end like slides."""
 FAILURE = "failure.json"
 """Record of a later try that failed, beside the complete results of an earlier one that were kept."""
 FORMAT = "pistoseg slide 1"

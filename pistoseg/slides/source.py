@@ -13,6 +13,7 @@ from pistoseg.errors import PistoSegError
 from pistoseg.slides import files
 from pistoseg.slides.ids import safe_id
 from pistoseg.slides.manifest import ManifestRow, read_manifest
+from pistoseg.slides.results import PICTURES, RECORD
 
 _KINDS = "a slide, a folder, a pattern with * or **, or a CSV or Parquet manifest"
 
@@ -38,8 +39,9 @@ def list_slides(source: str) -> list[SlideEntry]:
     """Find the slides of a run; none is opened.
 
     A file that ends in .csv or .parquet is a manifest. Of a folder or prefix, every file below it that ends like a
-    slide counts, except hidden ones. In a pattern `*` and `?` stand for characters of one name and `**` for folders
-    too; brackets are part of names. Slides of one name get ids with a hash of where they are below the source.
+    slide counts, except hidden ones and the pictures in folders of results, which may be below it. In a pattern `*` and
+    `?` stand for characters of one name and `**` for folders too; brackets are part of names. Slides of one name get
+    ids with a hash of where they are below the source.
 
     Args:
         source: local path or fsspec URI.
@@ -58,7 +60,7 @@ def list_slides(source: str) -> list[SlideEntry]:
                 f"does not end like a slide ({', '.join(files.EXTENSIONS)})", file=source, remedy=f"give {_KINDS}"
             )
         return _with_ids([SlideEntry("", uri)], [storage.name(uri)])
-    root, found = (uri, storage.list_files(uri)) if is_folder else _matching(uri)
+    root, found = (uri, _files_below(uri)) if is_folder else _matching(uri)
     slides = files.one_per_slide(found)
     if not slides:
         reason = f"holds no slide among {len(found)} files" if found else "does not exist or is empty"
@@ -73,11 +75,18 @@ def _matching(uri: str) -> tuple[str, list[str]]:
     if fixed == uri:
         if storage.is_local(uri):  # a file system has folders; only object storage has prefixes
             return root, []
-        return root, [item for item in storage.list_files(root) if item.startswith(uri)]
+        return root, [item for item in _files_below(root) if item.startswith(uri)]
     parts = re.split(r"(\*\*/|\*\*|\*|\?)", uri)
     translated = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
     pattern = re.compile("".join(translated.get(part, re.escape(part)) for part in parts) + "(?:/.*)?", re.DOTALL)
-    return root, [item for item in storage.list_files(root) if pattern.fullmatch(item)]
+    return root, [item for item in _files_below(root) if pattern.fullmatch(item)]
+
+
+def _files_below(root: str) -> list[str]:
+    """Every file below a folder but the pictures in results of slides."""
+    found = storage.list_files(root)
+    segmented = {posixpath.dirname(uri) for uri in found if storage.name(uri) == RECORD}
+    return [uri for uri in found if storage.name(uri) not in PICTURES or posixpath.dirname(uri) not in segmented]
 
 
 def _below(root: str, uri: str) -> str:

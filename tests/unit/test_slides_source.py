@@ -99,6 +99,17 @@ def test_ids_are_safe_as_folder_names(tmp_path: Path) -> None:
             pass
 
 
+def test_results_below_the_source_are_no_slides(tmp_path: Path, bucket: str) -> None:
+    names = [f"maps/slides/a/{name}" for name in ("mask.tif", "overview.png", "areas.json", "slide.json")]
+    root = fill(tmp_path, "a.svs", "mask.tif", "deep/overview.png", *names)
+    slides = {"a": "a.svs", "mask": "mask.tif", "overview": "deep/overview.png"}
+    assert found(root) == {name: str(root / place) for name, place in slides.items()}
+    assert found(root / "**" / "*.tif") == {"mask": str(root / "mask.tif")}
+    for name in ("cohort/a.svs", *(f"cohort/{name}" for name in names)):
+        storage.write_bytes(f"{bucket}/{name}", b"x")
+    assert set(found(f"{bucket}/coh")) == {"a"}
+
+
 def test_nothing_to_be_found_is_said(tmp_path: Path, bucket: str) -> None:
     fill(tmp_path, "readme.txt")
     for source, reason in [
