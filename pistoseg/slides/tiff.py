@@ -22,6 +22,8 @@ _JPEG = (6, 7)
 _UNITS = {1: "none", 2: "inch", 3: "centimeter", 4: "millimeter", 5: "micrometer"}
 _PLAIN = (1, 5, 7, 33005)
 """Compressions in which Aperio's pixels are RGB once they are decoded: none, LZW, JPEG and JPEG 2000 of RGB."""
+_YCBCR_2000 = 33003
+"""Aperio's JPEG 2000 of YCbCr, whatever the photometric tag says."""
 _REMEDY = f"save it as 8-bit RGB: {CONVERT}"
 
 
@@ -241,7 +243,8 @@ def _checked_tile(page: Any, name: str) -> tuple[int, int]:
     """Height and width of a page's tiles or strips, once it is sure that they can be read piece by piece."""
     if page.dtype != np.uint8:
         raise PistoSegError(f"has {page.dtype} samples, and 8-bit ones are needed", file=name, remedy=_REMEDY)
-    if page.photometric == _YCBCR and not _is_jpeg(page):  # tifffile leaves such colours as they are
+    ycbcr = page.photometric == _YCBCR or page.compression == _YCBCR_2000
+    if ycbcr and not _is_jpeg(page):  # tifffile leaves such colours as they are
         raise PistoSegError("has YCbCr pixels without JPEG compression", file=name, remedy=_REMEDY)
     if page.is_tiled:
         tile = (page.tilelength, page.tilewidth)

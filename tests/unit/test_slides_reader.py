@@ -95,6 +95,27 @@ def test_tiffs_of_any_layout_give_their_pixels(tmp_path: Path, options: dict) ->
         assert np.array_equal(slide.read_region(101, 77, 300, 200), IMAGE[77:277, 101:401])
 
 
+@pytest.mark.parametrize("compression", ["webp", "jpeg2000", "jpegxl"])
+def test_tiled_tiffs_of_compressions_that_openslide_has_not_are_read_at_every_level(
+    tmp_path: Path, compression: str
+) -> None:
+    options = {"compression": compression, "compressionargs": {"lossless": True} if compression == "webp" else None}
+    path = write_tiff(tmp_path / "a.tif", IMAGE, levels=2, **options)
+    assert openslide.OpenSlide.detect_format(path) == "generic-tiff"
+    with open_slide(path) as slide:
+        assert [level.downsample for level in slide.levels] == [1, 2]
+        assert np.array_equal(slide.read_region(101, 77, 300, 200), IMAGE[77:277, 101:401])
+        assert np.array_equal(slide.read_region(80, 60, 150, 100, level=1), halved(IMAGE)[30:130, 40:190])
+
+
+def test_jpeg_2000_of_other_colours_than_rgb_is_refused_outside_of_aperio_slides(tmp_path: Path) -> None:
+    path = write_tiff(tmp_path / "a.tif", IMAGE, compression="jpeg2000")
+    with tifffile.TiffFile(path, mode="r+") as tiff:
+        tiff.pages[0].tags["Compression"].overwrite(33003)
+    with pytest.raises(PistoSegError, match="has YCbCr pixels"):
+        open_slide(path)
+
+
 def test_rgb_in_three_channels_and_jpeg_are_read(tmp_path: Path) -> None:
     planes = np.ascontiguousarray(IMAGE.transpose(2, 0, 1))
     tifffile.imwrite(tmp_path / "c.ome.tif", planes, ome=True, photometric="minisblack", metadata={"axes": "CYX"})
