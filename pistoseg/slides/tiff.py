@@ -19,6 +19,7 @@ from pistoseg.slides.reader import CONVERT, COPY_AGAIN, MAX_UNTILED_PIXELS, Slid
 _CACHE_BYTES = 2**27
 _RGB, _YCBCR, _GREY = 2, 6, 1
 _JPEG = (6, 7)
+_ASSOCIATED_ALPHA, _ALPHA = 1, 2
 _UNITS = {1: "none", 2: "inch", 3: "centimeter", 4: "millimeter", 5: "micrometer"}
 _PLAIN = (1, 5, 7, 33005)
 """Compressions in which Aperio's pixels are RGB once they are decoded: none, LZW, JPEG and JPEG 2000 of RGB."""
@@ -138,7 +139,7 @@ class TiffReader(SlideReader):
                     x0, x1 = max(left, x), min(left + columns, x + width)
                     part = segment[y0 - top : y1 - top, x0 - left : x1 - left]
                     out[y0 - y : y1 - y, x0 - x : x1 - x, channels] = part
-        return _over_white(out) if out.shape[2] == 4 else out
+        return _over_white(out, planes[0].page.keyframe.extrasamples) if out.shape[2] == 4 else out
 
     def _segment(self, level: int, number: int, index: int) -> NDArray[np.uint8]:
         """A decoded tile or strip, (height, width, samples)."""
@@ -293,9 +294,16 @@ def _is_jpeg(page: Any) -> bool:
     return page.keyframe.compression in _JPEG
 
 
-def _over_white(rgba: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    alpha = rgba[..., 3:].astype(np.float32) / 255
-    return np.round(rgba[..., :3] * alpha + 255 * (1 - alpha)).astype(np.uint8)
+def _over_white(pixels: NDArray[np.uint8], extra: tuple[int, ...]) -> NDArray[np.uint8]:
+    """The first three of four samples, over white where the fourth is an alpha channel by the tag ExtraSamples."""
+    rgb, alpha = pixels[..., :3], pixels[..., 3:]
+    kind = extra[0] if extra else None
+    if kind == _ASSOCIATED_ALPHA:  # which the colours are multiplied by already
+        return np.minimum(rgb + (255 - alpha.astype(np.uint16)), 255).astype(np.uint8)
+    if kind != _ALPHA:
+        return np.ascontiguousarray(rgb)
+    weight = alpha.astype(np.float32) / 255
+    return np.round(rgb * weight + 255 * (1 - weight)).astype(np.uint8)
 
 
 def _detail(error: Exception) -> str:

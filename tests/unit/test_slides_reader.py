@@ -139,6 +139,32 @@ def test_transparent_pixels_are_white(tmp_path: Path) -> None:
     assert np.array_equal(region[10:], IMAGE[100:110])
 
 
+@pytest.mark.parametrize("options", [{}, {"planarconfig": "separate"}])
+@pytest.mark.parametrize(
+    ("extra", "fourth", "expected"),
+    [
+        ("unspecified", 0, IMAGE),
+        ("unspecified", 200, IMAGE),
+        ("unassalpha", 51, np.round(IMAGE * 0.2 + 204.0)),
+        ("assocalpha", 51, np.minimum(IMAGE + 204.0, 255)),
+        ("assocalpha", 0, np.full_like(IMAGE, 255)),
+    ],
+)
+def test_the_fourth_sample_is_what_the_file_says(
+    tmp_path: Path, extra: str, fourth: int, expected: np.ndarray, options: dict
+) -> None:
+    pixels = np.dstack([IMAGE, np.full(IMAGE.shape[:2], fourth, np.uint8)])
+    if options:
+        pixels = np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, pixels, photometric="rgb", extrasamples=[extra], tile=(64, 64), metadata=None, **options)
+    with open_slide(path, mpp=0.5) as slide:
+        region = slide.read_region(0, 0, 523, 391)
+        assert (region.shape, region.dtype) == (IMAGE.shape, np.uint8)
+        assert np.abs(region - expected).max() <= 1
+        assert np.array_equal(slide.read_region(100, 50, 80, 90), region[50:140, 100:180])
+
+
 def test_threads_read_the_same_pixels(tmp_path: Path) -> None:
     corners = [(x, y) for x in range(0, 423, 47) for y in range(0, 291, 31)]
     for open_it in (open_slide, openslide_reader):
