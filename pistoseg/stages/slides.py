@@ -122,7 +122,10 @@ def plan(run: SlideRun) -> Plan:
             raise
         except PistoSegError:  # segmenting it says what is wrong with it
             made_from = {}
-        if record is not None and record.get("status") == "completed" and not results.is_current(record, made_from):
+        if results.is_current(record, made_from):
+            whole = results.is_whole(run.out, entry.slide_id, probabilities=run.settings.probabilities)
+            record = record if whole else None  # somebody deleted a part
+        elif record is not None and record.get("status") == "completed":
             _refuse_another(run.out, entry, record, made_from)
             record = results.read_record(run.out, entry.slide_id, results.FAILURE) or record
         return record, made_from
@@ -355,6 +358,9 @@ def _track(out: str, rows: Sequence[SlideRow], record: Mapping[str, Any], tracke
         pictures = []
         for number, slide_id in enumerate(shown):
             picture = Path(folder) / f"{number}.png"
-            picture.write_bytes(storage.read_bytes(storage.join(results.slide_folder(out, slide_id), "overview.png")))
-            pictures.append(picture)
-        tracked.file("overviews.png", sheet_of_overviews(pictures))
+            with suppress(FileNotFoundError):  # deleted meanwhile
+                overview = storage.join(results.slide_folder(out, slide_id), "overview.png")
+                picture.write_bytes(storage.read_bytes(overview))
+                pictures.append(picture)
+        if pictures:
+            tracked.file("overviews.png", sheet_of_overviews(pictures))

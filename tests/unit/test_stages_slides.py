@@ -12,9 +12,11 @@ import botocore.exceptions
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+from PIL import Image
 
 from pistoseg import storage
 from pistoseg.errors import PistoSegError, UnavailableError
+from pistoseg.outputs.summary import SlideRow
 from pistoseg.progress import Progress
 from pistoseg.slides import results
 from pistoseg.slides.network import SlideSettings
@@ -22,6 +24,7 @@ from pistoseg.slides.source import SlideEntry
 from pistoseg.stages import slides
 from pistoseg.tracking import StageRun
 
+FILES = ("mask.tif", "regions.geojson", "overview.png", "areas.json")
 MADE_FROM = {"etag": "70-1"}
 AWAY = botocore.exceptions.EndpointConnectionError(endpoint_url="http://x")
 
@@ -54,6 +57,8 @@ def run(tmp_path: Path, network: Network) -> slides.SlideRun:
     slide = str(tmp_path / "a.svs")
     record = {"format": results.FORMAT, "status": "completed", "slide": slide, "made_from": MADE_FROM}
     storage.write_bytes("memory://bucket/out/slides/a/slide.json", json.dumps(record).encode())
+    for name in FILES:
+        storage.write_bytes(f"memory://bucket/out/slides/a/{name}", b"")
     return slides.SlideRun("model", str(tmp_path / "a.svs"), "memory://bucket/out", SlideSettings())
 
 
@@ -88,6 +93,26 @@ def test_slides_whose_storage_is_away_end_the_run_and_one_that_is_not_there_is_i
     network.error = UnavailableError("does not answer")
     with pytest.raises(UnavailableError):
         slides.plan(run)
+
+
+@pytest.mark.parametrize("out", [None, "local"])
+@pytest.mark.parametrize("name", [*FILES, "probabilities.zarr"])
+def test_a_slide_that_lacks_one_of_its_results_is_done_again(
+    run: slides.SlideRun, tmp_path: Path, name: str, out: str | None
+) -> None:
+    if out:
+        for item in (*FILES, "slide.json"):
+            storage.write_bytes(f"{tmp_path}/{out}/slides/a/{item}", storage.read_bytes(f"{run.out}/slides/a/{item}"))
+        run = replace(run, out=f"{tmp_path}/{out}")
+    if name == "probabilities.zarr":
+        run = replace(run, settings=SlideSettings(probabilities=True))
+        storage.write_bytes(f"{run.out}/slides/a/{name}/zarr.json", b"")
+        assert [entry.slide_id for entry, _ in slides.plan(run).done] == ["a"]
+        storage.remove_tree(f"{run.out}/slides/a/{name}")
+    else:
+        assert [entry.slide_id for entry, _ in slides.plan(run).done] == ["a"]
+        storage.remove_file(f"{run.out}/slides/a/{name}")
+    assert [(entry.slide_id, attempt) for entry, attempt in slides.plan(run).todo] == [("a", 1)]
 
 
 def test_results_of_another_slide_with_the_same_id_are_not_replaced(
@@ -146,3 +171,19 @@ def test_a_claim_that_is_lost_ends_a_batch_and_a_storage_that_is_away_for_it_doe
     claim = SimpleNamespace(check=check)
     with pytest.raises(PistoSegError, match="taken over") if ends else nullcontext():
         assert len(slides.segment(run, plan, Progress(), StageRun(), claim)["rows"]) == 2
+
+
+def test_a_picture_that_is_gone_is_left_out_of_what_mlflow_gets(tmp_path: Path) -> None:
+    rows = [SlideRow(name, f"{name}.svs", "skipped", areas={}) for name in "ab"]
+    record = {"slides": {}, "slides_per_hour": None, "cohort": {"tissue_mm2": 0.0, "classes": {}}}
+    for name in ("summary.md", "summary.csv", "run.json"):
+        storage.write_bytes(str(tmp_path / name), b"")
+    given: dict[str, bytes] = {}
+    tracked = SimpleNamespace(client=object(), metrics=lambda _: None, file=given.__setitem__)
+    slides._track(str(tmp_path), rows, record, tracked)
+    assert set(given) == {"summary.md", "summary.csv", "run.json"}
+    picture = tmp_path / "slides" / "b" / "overview.png"
+    picture.parent.mkdir(parents=True)
+    Image.new("RGB", (40, 30)).save(picture)
+    slides._track(str(tmp_path), rows, record, tracked)
+    assert "overviews.png" in given
