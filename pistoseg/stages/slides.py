@@ -27,12 +27,11 @@ from pistoseg.redaction import redact
 from pistoseg.slides import files, results
 from pistoseg.slides.network import SlideNetwork, SlideSettings
 from pistoseg.slides.source import SlideEntry, list_slides
-from pistoseg.slides.stitching import Work
 from pistoseg.stages import cluster, placement
 from pistoseg.stages.slide_images import node_cache
 from pistoseg.stages.slide_pool import SlidePool
 from pistoseg.stages.slide_progress import SlideProgress
-from pistoseg.stages.slide_worker import ASKED, PARTS, SlideTask, SlideWorker, write_failure
+from pistoseg.stages.slide_worker import ASKED, PARTS, Share, SlideTask, SlideWorker, write_failure
 from pistoseg.tracking import StageRun
 
 LISTING_THREADS = 16
@@ -266,7 +265,7 @@ def _records(run: SlideRun, found: Plan, compute: ComputeConfig, progress: Progr
     )
     pool = SlidePool(lambda: actor.remote(*arguments), actors, together, tasks)
     so_far = SlideProgress(len(found.todo), progress.update)
-    shares: dict[str, list[Work]] = {}
+    shares: dict[str, list[Share]] = {}
     failed: set[str] = set()  # of shared slides
 
     def tell(task: SlideTask, planned: int, done: int) -> None:
@@ -276,11 +275,11 @@ def _records(run: SlideRun, found: Plan, compute: ComputeConfig, progress: Progr
         slide_id = task.entry.slide_id
         if slide_id in failed:
             continue  # by another share
-        if isinstance(result, Work):
-            works = shares.setdefault(slide_id, [])
-            works.append(result)
-            if len(works) == task.parts:
-                pool.add_first(replace(task, part=0, works=tuple(shares.pop(slide_id))))
+        if isinstance(result, Share):
+            mapped = shares.setdefault(slide_id, [])
+            mapped.append(result)
+            if len(mapped) == task.parts:
+                pool.add_first(replace(task, part=0, shares=tuple(shares.pop(slide_id))))
             continue
         if isinstance(result, Exception):
             result = write_failure(found.network, run.out, task, result)

@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -157,6 +158,24 @@ def test_a_share_of_a_slide_works_in_a_folder_that_is_removed_when_its_process_i
     shares = [
         worker.segment(SlideTask(SlideEntry("a", str(tmp_path / "a.tif")), part=part, parts=2)) for part in (0, 1)
     ]
-    assert sum(work.tiles for work in shares) > 0
+    assert sum(share.work.tiles for share in shares) > 0
     assert {path.parent.parent for path in stored} == set(tmp_path.glob(f"pistoseg-scratch-{os.getuid()}-*"))
     assert not any(path.parent.exists() for path in stored)
+
+
+@pytest.mark.parametrize("replaced_after", [None, 1, 2])
+def test_shares_of_a_slide_that_was_replaced_meanwhile_are_not_put_together(start, tmp_path, replaced_after):
+    slide = write_tiff(tmp_path / "a.tif", texture(200, 200), mpp=(1.0, 1.0))
+    worker, task, shares = start(), SlideTask(SlideEntry("a", str(slide)), parts=2), []
+    for part in (0, 1):
+        shares.append(worker.segment(replace(task, part=part)))
+        if len(shares) == replaced_after:
+            write_tiff(slide, texture(200, 200, seed=1), mpp=(1.0, 1.0))
+            os.utime(slide, ns=(1, 1))
+    join = replace(task, shares=tuple(shares))
+    if replaced_after is None:
+        assert worker.segment(join)["status"] == "completed"
+        return
+    with pytest.raises(PistoSegError, match=r"a\.tif: was replaced while it was segmented"):
+        worker.segment(join)
+    assert not (tmp_path / "out" / "slides" / "a").exists()
