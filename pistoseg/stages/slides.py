@@ -50,7 +50,7 @@ class SlideRun:
         out: URI of the output.
         settings: how slides are segmented.
         workers: networks at a time; None: one a GPU, or one a node without GPUs.
-        limit: slides to do at the most.
+        limit: slides to do at the most, of the fewest tries first.
         only_failed: only do slides that have failed before.
         device: `auto`, `cpu` or `cuda`.
         cache_gb: size of each node's cache of slides; None: half of what its disk has left.
@@ -73,7 +73,7 @@ class Plan:
 
     Args:
         network: the model, on this machine.
-        todo: slides to segment, and which try of each it is.
+        todo: slides to segment, and which try of each it is; those of the fewest tries come first.
         done: slides that are up to date, and what slide.json says.
         left: slides that this run leaves alone: over the limit, or not failed.
     """
@@ -131,19 +131,21 @@ def plan(run: SlideRun) -> Plan:
 
     with ThreadPoolExecutor(LISTING_THREADS) as pool:
         looks = list(pool.map(look, entries))
-    todo: list[tuple[SlideEntry, int]] = []
+    wanted: list[tuple[SlideEntry, int]] = []
     done: list[tuple[SlideEntry, dict[str, Any]]] = []
     left = 0
     for entry, (record, made_from) in zip(entries, looks, strict=True):
         failed = record is not None and record.get("status") == "failed"
         if record is not None and results.is_current(record, made_from):
             done.append((entry, record))
-        elif (run.only_failed and not failed) or (run.limit is not None and len(todo) >= run.limit):
+        elif run.only_failed and not failed:
             left += 1
         else:
             again = record if record and failed and record.get("made_from") == made_from else None
-            todo.append((entry, again["attempts"] + 1 if again else 1))
-    return Plan(network, todo, done, left)
+            wanted.append((entry, again["attempts"] + 1 if again else 1))
+    wanted.sort(key=lambda item: item[1])  # or a limit would never get past slides that keep failing
+    todo = wanted[: run.limit]
+    return Plan(network, todo, done, left + len(wanted) - len(todo))
 
 
 def _refuse_another(out: str, entry: SlideEntry, record: Mapping[str, Any], made_from: Mapping[str, str]) -> None:

@@ -115,6 +115,25 @@ def test_a_slide_that_lacks_one_of_its_results_is_done_again(
     assert [(entry.slide_id, attempt) for entry, attempt in slides.plan(run).todo] == [("a", 1)]
 
 
+def test_a_limit_gets_past_slides_that_keep_failing(run: slides.SlideRun, tmp_path: Path) -> None:
+    for name in "bcde":
+        storage.write_bytes(str(tmp_path / f"{name}.svs"), b"")
+    for name, attempts in (("b", 2), ("c", 1)):
+        record = {"format": results.FORMAT, "status": "failed", "made_from": MADE_FROM, "attempts": attempts}
+        storage.write_bytes(f"{run.out}/slides/{name}/slide.json", json.dumps(record).encode())
+    run = replace(run, slides=str(tmp_path))
+
+    def todo(**options: object) -> list[tuple[str, int]]:
+        found = slides.plan(replace(run, **options))
+        assert (len(found.done), len(found.todo) + found.left) == (1, 4)
+        return [(entry.slide_id, attempt) for entry, attempt in found.todo]
+
+    assert todo() == [("d", 1), ("e", 1), ("c", 2), ("b", 3)]
+    assert todo(limit=3) == [("d", 1), ("e", 1), ("c", 2)]
+    assert todo(limit=1) == [("d", 1)]
+    assert todo(limit=1, only_failed=True) == [("c", 2)]
+
+
 def test_results_of_another_slide_with_the_same_id_are_not_replaced(
     run: slides.SlideRun, network: Network, tmp_path: Path
 ) -> None:
