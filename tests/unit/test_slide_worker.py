@@ -91,6 +91,17 @@ def test_a_pixel_size_that_no_microscope_has_is_refused_before_any_slide(model, 
         SlideNetwork(bundle.load(model, "cpu"), SlideSettings())
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"tolerance_um": -1.0}, {"tolerance_um": float("nan")}, {"min_area_um2": float("inf")}, {"batch_size": 0}],
+)
+def test_settings_that_no_slide_can_be_segmented_with_are_refused_by_name(model, settings):
+    with pytest.raises(PistoSegError, match="is out of range") as caught:
+        SlideNetwork(bundle.load(model, "cpu"), SlideSettings(mpp=1.0, **settings))
+    assert [caught.value.field] == list(settings)
+    SlideNetwork(bundle.load(model, "cpu"), SlideSettings(mpp=1.0, tolerance_um=0, min_area_um2=0, batch_size=1))
+
+
 def test_a_slides_pixel_size_of_0_is_refused_and_not_taken_for_none(model, tmp_path):
     write_tiff(tmp_path / "a.tif", texture(100, 100), mpp=(1.0, 1.0))
     with pytest.raises(PistoSegError, match="mpp: 0 um/px is no pixel size"):
