@@ -246,7 +246,7 @@ def _segment_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=_positive, metavar="N", help="networks at a time (default: one a GPU, or one a node)"
     )
-    parser.add_argument("--limit", type=_positive, metavar="N", help="do at most N slides in this run")
+    parser.add_argument("--limit", type=_positive, metavar="N", help="do at most N slides, those tried least first")
     parser.add_argument("--only-failed", action="store_true", help="only do slides that failed before")
     parser.add_argument("--dry-run", action="store_true", help="only say what would be done, tiles and time")
     parser.add_argument(
