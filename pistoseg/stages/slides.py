@@ -111,7 +111,9 @@ def plan(run: SlideRun) -> Plan:
             storage that does not say what is there.
     """
     network = SlideNetwork(bundle.load(run.model, "cpu"), run.settings)
-    entries = list_slides(run.slides)
+
+    def owner(slide_id: str) -> str | None:
+        return (results.read_record(run.out, slide_id) or {}).get("slide")
 
     def look(entry: SlideEntry) -> tuple[dict[str, Any] | None, dict[str, str]]:
         record = results.read_record(run.out, entry.slide_id)
@@ -130,6 +132,7 @@ def plan(run: SlideRun) -> Plan:
         return record, made_from
 
     with ThreadPoolExecutor(LISTING_THREADS) as pool:
+        entries = list_slides(run.slides, lambda names: list(pool.map(owner, names)))
         looks = list(pool.map(look, entries))
     wanted: list[tuple[SlideEntry, int]] = []
     done: list[tuple[SlideEntry, dict[str, Any]]] = []

@@ -134,6 +134,21 @@ def test_a_limit_gets_past_slides_that_keep_failing(run: slides.SlideRun, tmp_pa
     assert todo(limit=1, only_failed=True) == [("c", 2)]
 
 
+def test_a_new_slide_of_the_same_name_does_not_take_the_id_of_a_finished_one(
+    run: slides.SlideRun, tmp_path: Path
+) -> None:
+    storage.write_bytes(str(tmp_path / "sub" / "A.svs"), b"")
+    storage.write_bytes(str(tmp_path / "sub" / "a.tif"), b"")
+    found = slides.plan(replace(run, slides=str(tmp_path)))
+    assert [(entry.slide_id, entry.uri) for entry, _ in found.done] == [("a", run.slides)]
+    (first, second) = sorted(entry.slide_id for entry, _ in found.todo)
+    assert (first[:2], second[:2]) == ("A-", "a-")
+    manifest = tmp_path / "m.csv"
+    manifest.write_text("slide,slide_id\na.svs,\nsub/a.tif,A\n")
+    assert [entry.slide_id for entry, _ in slides.plan(replace(run, slides=str(manifest))).todo][-1] == "A"
+    assert not slides.plan(replace(run, slides=str(manifest))).done  # an id that is given goes before
+
+
 def test_results_of_another_slide_with_the_same_id_are_not_replaced(
     run: slides.SlideRun, network: Network, tmp_path: Path
 ) -> None:
