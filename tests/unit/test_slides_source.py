@@ -212,6 +212,24 @@ def test_formats_of_several_files_are_one_slide(tmp_path: Path) -> None:
     assert found(tmp_path / "m.csv") == {"case 7": str(tmp_path / "case 7/1.dcm")}
 
 
+def test_many_dicom_series_in_one_folder_are_told_apart_by_a_few_reads_of_each_file(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(20):
+        dicom(tmp_path / "x.dcm", f"1.2.{number // 2}", 10 + number)
+        storage.write_bytes(f"{bucket}/{number}.dcm", (tmp_path / "x.dcm").read_bytes())
+    opened = []
+    original = storage.open_file
+    monkeypatch.setattr(storage, "open_file", lambda uri, *mode: opened.append(uri) or original(uri, *mode))
+    slides = list_slides(bucket)
+    etags = [etag(entry.uri) for entry in slides]
+    assert len(set(etags)) == 10
+    assert len(opened) <= 3 * 20
+    dicom(tmp_path / "x.dcm", "1.2.9", 10)
+    storage.write_bytes(f"{bucket}/0.dcm", (tmp_path / "x.dcm").read_bytes())
+    assert [before == etag(entry.uri) for before, entry in zip(etags, slides, strict=True)].count(False) == 2
+
+
 def test_etags_change_with_any_file_of_a_slide(tmp_path: Path, bucket: str) -> None:
     root = fill(tmp_path, "a.svs", "m.mrxs", "m/Data0000.dat")
     seen = [etag(str(root / "a.svs")), etag(str(root / "m.mrxs"))]
