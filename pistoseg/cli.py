@@ -256,7 +256,12 @@ def _segment_options(parser: argparse.ArgumentParser) -> None:
         help="a slide, folder, prefix or pattern on any file system, or a CSV/Parquet manifest with the column slide "
         "and optionally slide_id, mpp, tissue_mask",
     )
-    parser.add_argument("--out", required=True, metavar="URI", help="folder of the results; run again to go on")
+    parser.add_argument(
+        "--out",
+        required=True,
+        metavar="URI",
+        help="folder of the results; run again to go on (the summary is of the last run's SOURCE)",
+    )
     parser.add_argument(
         "--stride", type=_positive, metavar="PX", help="step between tiles (default: half a tile or less)"
     )
@@ -274,7 +279,7 @@ def _segment_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=_positive, metavar="N", help="networks at a time (default: one a GPU, or one a node)"
     )
-    parser.add_argument("--limit", type=_positive, metavar="N", help="do at most N slides in this run")
+    parser.add_argument("--limit", type=_positive, metavar="N", help="do at most N slides, those tried least first")
     parser.add_argument("--only-failed", action="store_true", help="only do slides that failed before")
     parser.add_argument("--dry-run", action="store_true", help="only say what would be done, tiles and time")
     parser.add_argument(

@@ -254,7 +254,8 @@ class Segmenter:
         Returns:
             Where the results are, what slide.json says, and the areas.
         Raises:
-            PistoSegError: the slide cannot be read or nothing says its pixel size; nothing is written then.
+            PistoSegError: the slide cannot be read, nothing says its pixel size, or slide_id cannot name a folder;
+                nothing is written then.
         """
         from pistoseg.slides.job import segment_one  # slides use models, and only here the other way round
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import posixpath
+from functools import lru_cache
 
 from pistoseg import storage
 from pistoseg.errors import PistoSegError
@@ -118,18 +119,34 @@ def _companions(uri: str) -> list[tuple[str, str, int, str]]:
     if kind == ".dcm":
         series = _series(uri)
         beside = [
-            item for item in beside if extension(item[0]) == ".dcm" and _series(storage.join(parent, item[0])) == series
+            (name, size, version)
+            for name, size, version in beside
+            if extension(name) == ".dcm" and _series(storage.join(parent, name), (size, version)) == series
         ]
     return [(parent, *item) for item in beside]
 
 
-def _series(uri: str) -> str:
-    """The SeriesInstanceUID of a DICOM file, or its URI where none is found: opening it will say what is wrong."""
+def _series(uri: str, version: tuple[int, str] | None = None) -> str:
+    """The SeriesInstanceUID of a DICOM file, or its URI where none is found: opening it will say what is wrong.
+
+    Args:
+        uri: of the file.
+        version: its size and version if it was listed; it is then read once for all slides in its folder.
+    """
     try:
-        with storage.open_file(uri) as file:
-            header = file.read(_HEADER)
+        return _read_series(uri) if version is None else _series_of_version(uri, version)
     except OSError:
         return uri
+
+
+@lru_cache(2**16)
+def _series_of_version(uri: str, version: tuple[int, str]) -> str:
+    return _read_series(uri)
+
+
+def _read_series(uri: str) -> str:
+    with storage.open_file(uri) as file:
+        header = file.read(_HEADER)
     at = header.find(_SERIES_TAG)
     if at < 0:
         return uri

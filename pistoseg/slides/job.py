@@ -14,6 +14,7 @@ from pistoseg.errors import PistoSegError
 from pistoseg.outputs.summary import versions
 from pistoseg.slides import results
 from pistoseg.slides.cache import SlideCache
+from pistoseg.slides.ids import wrong_id
 from pistoseg.slides.network import NO_TISSUE, Prepared, SlideNetwork, SlideSettings, regions_origin
 from pistoseg.slides.scratch import scratch_folder
 from pistoseg.slides.source import SlideEntry, list_slides
@@ -53,6 +54,9 @@ def segment_one(
     **settings: Any,
 ) -> SlideResult:
     """What `Segmenter.segment_slide` does, see there."""
+    problem = wrong_id(slide_id) if slide_id else None
+    if problem:  # a folder of results is replaced, so it must be nothing else
+        raise PistoSegError(problem[0], field="slide_id", remedy=problem[1])
     entries = list_slides(slide)
     if len(entries) != 1:
         raise PistoSegError(f"holds {len(entries)} slides", file=slide, remedy="name one of them")

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from pistoseg.errors import PistoSegError
+from pistoseg.slides.ids import wrong_id
 from pistoseg.slides.resolution import MAX_MPP, MIN_MPP, is_plausible
 from pistoseg.tables import Row, open_table
 
 COLUMNS = ("slide", "slide_id", "mpp", "tissue_mask")
-_FORBIDDEN = '/\\:*?"<>|'
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,9 @@ def _row(uri: str, number: int, values: Row) -> ManifestRow:
     if not text["slide"]:
         raise _wrong(uri, number, "slide", "is empty", "write the slide's path, relative to the manifest, or its URI")
     slide_id = text["slide_id"]
-    if slide_id and (any(c in _FORBIDDEN or ord(c) < 32 for c in slide_id) or slide_id.strip(".") != slide_id):
-        remedy = f"use neither {' '.join(_FORBIDDEN)} nor a dot at either end"
-        raise _wrong(uri, number, "slide_id", f"{slide_id!r} cannot name a folder", remedy)
-    if len(slide_id) > 200:
-        raise _wrong(uri, number, "slide_id", f"has {len(slide_id)} characters", "use at most 200")
+    problem = wrong_id(slide_id) if slide_id else None
+    if problem:
+        raise _wrong(uri, number, "slide_id", *problem)
     return ManifestRow(
         number,
         text["slide"].replace("\\", "/") if "://" not in text["slide"] else text["slide"],

@@ -105,6 +105,7 @@ class SlideNetwork:
         mapper: Executor | None = None,
         writer: Executor | None = None,
     ) -> None:
+        _check(settings)
         self.settings, self.classes = settings, segmenter.classes
         self.mapper, self.writer = mapper, writer
         self.model = {"uri": segmenter.uri, "fingerprint": segmenter.fingerprint}
@@ -258,6 +259,16 @@ def regions_origin(reader: SlideReader) -> tuple[int, int]:
     """The level-0 px that is (0, 0) in regions.geojson: QuPath opens a slide with bounds at their corner."""
     bounds = reader.bounds
     return (0, 0) if bounds is None else bounds[:2]
+
+
+def _check(settings: SlideSettings) -> None:
+    """Refuse what no other part looks at."""
+    for name in ("tolerance_um", "min_area_um2"):
+        value = getattr(settings, name)
+        if not (math.isfinite(value) and value >= 0):
+            raise PistoSegError(f"{value:g} is out of range", field=name, remedy="give 0 or a positive number")
+    if settings.batch_size is not None and settings.batch_size < 1:
+        raise PistoSegError(f"{settings.batch_size} is out of range", field="batch_size", remedy="give at least 1")
 
 
 def _predictor(segmenter: Segmenter, settings: SlideSettings) -> Predictor:

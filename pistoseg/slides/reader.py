@@ -1,8 +1,8 @@
 """Opening a slide of any kind, and reading pixels of its levels.
 
 OpenSlide reads every vendor's format and DICOM. TIFF and OME-TIFF of no vendor, and Aperio's, are read tile by tile
-from their pages: OpenSlide sees neither strips nor the pyramid of an OME-TIFF, takes several times the processor time
-for the others, and blurs their lower levels. PNG and JPEG are held in memory.
+from their pages: OpenSlide sees neither strips nor the pyramid of an OME-TIFF, knows fewer compressions, takes several
+times the processor time for the others, and blurs their lower levels. PNG and JPEG are held in memory.
 """
 
 from __future__ import annotations
@@ -159,11 +159,21 @@ def open_slide(path: str | Path, mpp: float | None = None, name: str | None = No
             slide = tiff.open_aperio(file, mpp, name, *describe(file, name))
             if slide:
                 return slide
-        elif vendor is None or tiff.count_levels(file, name) >= len(describe(file, name)[0]):
+        elif vendor is None or tiff.count_levels(file, name) >= _openslide_levels(file, name):
             return tiff.TiffReader(file, mpp, name)
     if vendor is None:
         raise _unknown(file, name, magic)
     return OpenSlideReader(file, mpp, name)
+
+
+def _openslide_levels(file: str, name: str) -> int:
+    """Levels of a TIFF of no vendor that OpenSlide can read: none where it has not the compression."""
+    from pistoseg.slides.vendor import describe
+
+    try:
+        return len(describe(file, name)[0])
+    except PistoSegError:
+        return 0
 
 
 def _unknown(file: str, name: str, magic: bytes) -> PistoSegError:

@@ -10,7 +10,10 @@ from pistoseg.errors import PistoSegError
 
 MIN_MPP = 0.01
 MAX_MPP = 100.0
-"""um/px that a microscope can have; screens' 72 and 96 dpi, which many exports write, are 353 and 265."""
+"""um/px that a microscope can have."""
+MAX_TAG_MPP = 20.0
+"""um/px that are believed of TIFF tags alone, in which pictures have the dpi of screens and printers: 1200 dpi are 21
+um, 300 are 85, 72 are 353. An overview 40 times smaller than a slide of 0.5 um is as coarse as 20."""
 _UM_PER_UNIT = {"inch": 25400.0, "centimeter": 1e4, "millimeter": 1e3, "micrometer": 1.0}
 _UM_PER_OME_UNIT = {"µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6, "pm": 1e-6, "Å": 1e-4}
 _UM_AT_1X = 10.0
@@ -33,8 +36,8 @@ class Resolution(NamedTuple):
 def resolve_mpp(properties: Mapping[str, str], given: float | None, file: str) -> Resolution:
     """The pixel size of a slide: given, by its vendor, by TIFF or OME tags, or guessed from the objective.
 
-    Values that no microscope has (0.01 um/px or less, more than 100 um/px) are passed over; where one axis is missing,
-    pixels are square.
+    Values that no microscope has (0.01 um/px or less, more than 100 um/px, in TIFF tags more than 20 um/px) are passed
+    over; where one axis is missing, pixels are square.
 
     Args:
         properties: of the slide, named as OpenSlide does; `ome.PhysicalSizeX` etc. for OME-XML.
@@ -54,7 +57,7 @@ def resolve_mpp(properties: Mapping[str, str], given: float | None, file: str) -
     if ome:
         return Resolution(*ome, "ome")
     tags = tags or vendor
-    if tags:
+    if tags and max(tags) <= MAX_TAG_MPP:
         return Resolution(*tags, "tiff-tags")
     power = _number(properties, "openslide.objective-power") or _number(properties, "aperio.AppMag")
     if power and 1 <= power <= 200:

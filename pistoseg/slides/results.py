@@ -18,6 +18,9 @@ from pistoseg.redaction import redacted
 from pistoseg.slides.scratch import scratch_folder
 
 RECORD = "slide.json"
+PICTURES = ("mask.tif", "overview.png")
+"""Results that end like slides."""
+_FILES = {*PICTURES, "regions.geojson", "areas.json"}
 FAILURE = "failure.json"
 """Record of a later try that failed, beside the complete results of an earlier one that were kept."""
 FORMAT = "pistoseg slide 1"
@@ -52,6 +55,12 @@ def read_record(out: str, slide_id: str, name: str = RECORD) -> dict[str, Any] |
 def is_current(record: Mapping[str, Any] | None, made_from: Mapping[str, Any]) -> bool:
     """Whether a slide is done, and was made from what would be taken now."""
     return record is not None and record.get("status") == "completed" and record.get("made_from") == dict(made_from)
+
+
+def is_whole(out: str, slide_id: str, *, probabilities: bool) -> bool:
+    """Whether the files of a completed slide are all there, for which its folder is listed."""
+    wanted = _FILES | ({"probabilities.zarr"} if probabilities else set())
+    return wanted <= {storage.name(item) for item in storage.list_dir(slide_folder(out, slide_id))}
 
 
 def settings_fingerprint(settings: Mapping[str, Any]) -> str:

@@ -6,14 +6,17 @@ import hashlib
 import posixpath
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from pistoseg import storage
 from pistoseg.errors import PistoSegError
+from pistoseg.redaction import redact
 from pistoseg.slides import files
+from pistoseg.slides.ids import safe_id
 from pistoseg.slides.manifest import ManifestRow, read_manifest
+from pistoseg.slides.results import PICTURES, RECORD
 
-_ID_LENGTH = 120
 _KINDS = "a slide, a folder, a pattern with * or **, or a CSV or Parquet manifest"
 
 
@@ -34,15 +37,21 @@ class SlideEntry:
     tissue_mask: str | None = None
 
 
-def list_slides(source: str) -> list[SlideEntry]:
+Owners = Callable[[list[str]], list[str | None]]
+"""Of ids, the slides (URI, redacted) that have results under them already, or None."""
+
+
+def list_slides(source: str, owners: Owners | None = None) -> list[SlideEntry]:
     """Find the slides of a run; none is opened.
 
     A file that ends in .csv or .parquet is a manifest. Of a folder or prefix, every file below it that ends like a
-    slide counts, except hidden ones. In a pattern `*` and `?` stand for characters of one name and `**` for folders
-    too; brackets are part of names. Slides of one name get ids with a hash of where they are below the source.
+    slide counts, except hidden ones and the pictures in folders of results, which may be below it. In a pattern `*` and
+    `?` stand for characters of one name and `**` for folders too; brackets are part of names. Slides of one name get
+    ids with a hash of where they are below the source; only one that has results under the name itself keeps it.
 
     Args:
         source: local path or fsspec URI.
+        owners: asked for names that several slides have.
     Returns:
         At least one entry, in the order of the manifest or of the paths.
     Raises:
@@ -52,18 +61,18 @@ def list_slides(source: str) -> list[SlideEntry]:
     is_folder = storage.is_dir(uri)
     if not is_folder and storage.exists(uri):
         if uri.lower().endswith((".csv", ".parquet")):
-            return _entries_of_manifest(uri)
+            return _entries_of_manifest(uri, owners)
         if not files.is_slide(uri):
             raise PistoSegError(
                 f"does not end like a slide ({', '.join(files.EXTENSIONS)})", file=source, remedy=f"give {_KINDS}"
             )
         return _with_ids([SlideEntry("", uri)], [storage.name(uri)])
-    root, found = (uri, storage.list_files(uri)) if is_folder else _matching(uri)
+    root, found = (uri, _files_below(uri)) if is_folder else _matching(uri)
     slides = files.one_per_slide(found)
     if not slides:
         reason = f"holds no slide among {len(found)} files" if found else "does not exist or is empty"
         raise PistoSegError(reason, file=source, remedy=f"give {_KINDS}; slides end in {', '.join(files.EXTENSIONS)}")
-    return _with_ids([SlideEntry("", item) for item in slides], [_below(root, item) for item in slides])
+    return _with_ids([SlideEntry("", item) for item in slides], [_below(root, item) for item in slides], owners)
 
 
 def _matching(uri: str) -> tuple[str, list[str]]:
@@ -73,18 +82,25 @@ def _matching(uri: str) -> tuple[str, list[str]]:
     if fixed == uri:
         if storage.is_local(uri):  # a file system has folders; only object storage has prefixes
             return root, []
-        return root, [item for item in storage.list_files(root) if item.startswith(uri)]
+        return root, [item for item in _files_below(root) if item.startswith(uri)]
     parts = re.split(r"(\*\*/|\*\*|\*|\?)", uri)
     translated = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
     pattern = re.compile("".join(translated.get(part, re.escape(part)) for part in parts) + "(?:/.*)?", re.DOTALL)
-    return root, [item for item in storage.list_files(root) if pattern.fullmatch(item)]
+    return root, [item for item in _files_below(root) if pattern.fullmatch(item)]
+
+
+def _files_below(root: str) -> list[str]:
+    """Every file below a folder but the pictures in results of slides."""
+    found = storage.list_files(root)
+    segmented = {posixpath.dirname(uri) for uri in found if storage.name(uri) == RECORD}
+    return [uri for uri in found if storage.name(uri) not in PICTURES or posixpath.dirname(uri) not in segmented]
 
 
 def _below(root: str, uri: str) -> str:
     return uri.removeprefix(root.rstrip("/") + "/")
 
 
-def _entries_of_manifest(uri: str) -> list[SlideEntry]:
+def _entries_of_manifest(uri: str, owners: Owners | None) -> list[SlideEntry]:
     rows = read_manifest(uri)
     parent = posixpath.dirname(uri)
     entries = []
@@ -95,7 +111,7 @@ def _entries_of_manifest(uri: str) -> list[SlideEntry]:
         mask = None if row.tissue_mask is None else _resolved(parent, row.tissue_mask)
         entries.append(SlideEntry(row.slide_id or "", slide, row.mpp, mask))
     _refuse_repeated(entries, rows, uri)
-    return _with_ids(entries, [row.slide for row in rows])
+    return _with_ids(entries, [row.slide for row in rows], owners)
 
 
 def _resolved(parent: str, written: str) -> str:
@@ -137,14 +153,20 @@ def _refuse_repeated(entries: list[SlideEntry], rows: list[ManifestRow], manifes
         seen[key] = row.number
 
 
-def _with_ids(entries: list[SlideEntry], places: list[str]) -> list[SlideEntry]:
+def _with_ids(entries: list[SlideEntry], places: list[str], owners: Owners | None = None) -> list[SlideEntry]:
     """Fill in missing ids: the file's name made safe, with a hash of its place where that is taken."""
-    names = [entry.slide_id or _safe(_id_name(entry.uri)) for entry in entries]
+    names = [entry.slide_id or safe_id(_id_name(entry.uri)) for entry in entries]
     uses = Counter(name.casefold() for name in names)
+    shared = sorted({name for name in names if uses[name.casefold()] > 1})
+    owner = dict(zip(shared, owners(shared), strict=True)) if owners else {}
+    taken = {entry.slide_id.casefold() for entry in entries}
     filled = []
     for entry, name, place in zip(entries, names, places, strict=True):
         if not entry.slide_id and uses[name.casefold()] > 1:
-            name = f"{name}-{hashlib.sha256(place.encode()).hexdigest()[:8]}"
+            if owner.get(name) == redact(entry.uri) and name.casefold() not in taken:
+                taken.add(name.casefold())
+            else:
+                name = f"{name}-{hashlib.sha256(place.encode()).hexdigest()[:8]}"
         filled.append(replace(entry, slide_id=name))
     assert len({entry.slide_id.casefold() for entry in filled}) == len(filled), "ids differ as places do"
     return filled
@@ -154,9 +176,3 @@ def _id_name(uri: str) -> str:
     """DICOM files have no names of their own; the folder of a series does."""
     parent = posixpath.basename(posixpath.dirname(uri))
     return parent if files.extension(uri) == ".dcm" and parent else files.stem(uri)
-
-
-def _safe(name: str) -> str:
-    """A name that every file system and object storage takes as a folder, brackets left out as they are globs."""
-    safe = re.sub(r"[^\w.\- ]", "_", name)[:_ID_LENGTH].strip(" .")
-    return safe or "slide"

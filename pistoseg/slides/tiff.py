@@ -19,9 +19,12 @@ from pistoseg.slides.reader import CONVERT, COPY_AGAIN, MAX_UNTILED_PIXELS, Slid
 _CACHE_BYTES = 2**27
 _RGB, _YCBCR, _GREY = 2, 6, 1
 _JPEG = (6, 7)
+_ASSOCIATED_ALPHA, _ALPHA = 1, 2
 _UNITS = {1: "none", 2: "inch", 3: "centimeter", 4: "millimeter", 5: "micrometer"}
 _PLAIN = (1, 5, 7, 33005)
 """Compressions in which Aperio's pixels are RGB once they are decoded: none, LZW, JPEG and JPEG 2000 of RGB."""
+_YCBCR_2000 = 33003
+"""Aperio's JPEG 2000 of YCbCr, whatever the photometric tag says."""
 _REMEDY = f"save it as 8-bit RGB: {CONVERT}"
 
 
@@ -136,7 +139,7 @@ class TiffReader(SlideReader):
                     x0, x1 = max(left, x), min(left + columns, x + width)
                     part = segment[y0 - top : y1 - top, x0 - left : x1 - left]
                     out[y0 - y : y1 - y, x0 - x : x1 - x, channels] = part
-        return _over_white(out) if out.shape[2] == 4 else out
+        return _over_white(out, planes[0].page.keyframe.extrasamples) if out.shape[2] == 4 else out
 
     def _segment(self, level: int, number: int, index: int) -> NDArray[np.uint8]:
         """A decoded tile or strip, (height, width, samples)."""
@@ -241,7 +244,8 @@ def _checked_tile(page: Any, name: str) -> tuple[int, int]:
     """Height and width of a page's tiles or strips, once it is sure that they can be read piece by piece."""
     if page.dtype != np.uint8:
         raise PistoSegError(f"has {page.dtype} samples, and 8-bit ones are needed", file=name, remedy=_REMEDY)
-    if page.photometric == _YCBCR and not _is_jpeg(page):  # tifffile leaves such colours as they are
+    ycbcr = page.photometric == _YCBCR or page.compression == _YCBCR_2000
+    if ycbcr and not _is_jpeg(page):  # tifffile leaves such colours as they are
         raise PistoSegError("has YCbCr pixels without JPEG compression", file=name, remedy=_REMEDY)
     if page.is_tiled:
         tile = (page.tilelength, page.tilewidth)
@@ -267,7 +271,8 @@ def _properties(tiff: Any, page: Any) -> dict[str, str]:
         value = page.keyframe.tags.valueof(f"{axis}Resolution")
         if value and value[0] and value[1]:
             found[f"tiff.{axis}Resolution"] = repr(value[0] / value[1])
-    found["tiff.ResolutionUnit"] = _UNITS.get(int(page.keyframe.tags.valueof("ResolutionUnit") or 2), "none")
+    unit = page.keyframe.tags.valueof("ResolutionUnit")
+    found["tiff.ResolutionUnit"] = _UNITS.get(2 if unit is None else int(unit), "none")  # 1 is falsy in tifffile
     if tiff.is_ome:
         found |= _ome_properties(tiff.ome_metadata or "", page.imagewidth, page.imagelength)
     return found
@@ -289,9 +294,16 @@ def _is_jpeg(page: Any) -> bool:
     return page.keyframe.compression in _JPEG
 
 
-def _over_white(rgba: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    alpha = rgba[..., 3:].astype(np.float32) / 255
-    return np.round(rgba[..., :3] * alpha + 255 * (1 - alpha)).astype(np.uint8)
+def _over_white(pixels: NDArray[np.uint8], extra: tuple[int, ...]) -> NDArray[np.uint8]:
+    """The first three of four samples, over white where the fourth is an alpha channel by the tag ExtraSamples."""
+    rgb, alpha = pixels[..., :3], pixels[..., 3:]
+    kind = extra[0] if extra else None
+    if kind == _ASSOCIATED_ALPHA:  # which the colours are multiplied by already
+        return np.minimum(rgb + (255 - alpha.astype(np.uint16)), 255).astype(np.uint8)
+    if kind != _ALPHA:
+        return np.ascontiguousarray(rgb)
+    weight = alpha.astype(np.float32) / 255
+    return np.round(rgb * weight + 255 * (1 - weight)).astype(np.uint8)
 
 
 def _detail(error: Exception) -> str:

@@ -45,7 +45,8 @@ class SlideView:
     View pixel (i, j) is the area from (i, j) to (i + 1, j + 1) times `scale` on level 0, measured from the corner of
     the slide. Where the view is coarser than the level that it reads, a pixel is the mean over its area, parts of level
     pixels counted as parts; where it is finer, it is interpolated bilinearly between pixel centres. So what is read
-    does not depend on how the reads are cut. Anisotropic pixels become square.
+    does not depend on how the reads are cut, but for one grey level of rounding in reads that reach a last row or
+    column which is less than a view pixel. Anisotropic pixels become square.
 
     Args:
         reader: an open slide; it stays the caller's to close.

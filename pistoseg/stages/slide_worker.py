@@ -8,9 +8,10 @@ import shutil
 import sys
 import threading
 import traceback
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import ray
 
 from pistoseg import storage
 from pistoseg.actors import exit_in_time
-from pistoseg.errors import UnavailableError, explained
+from pistoseg.errors import PistoSegError, UnavailableError, explained
 from pistoseg.memory import keep_freed_memory
 from pistoseg.models import bundle
 from pistoseg.redaction import redact
@@ -41,6 +42,19 @@ PARTS = ".parts"
 
 
 @dataclass(frozen=True)
+class Share:
+    """A share of a slide that is mapped.
+
+    Args:
+        work: what it took.
+        made_from: of the slide before it was opened, as `SlideNetwork.made_from` has it.
+    """
+
+    work: Work
+    made_from: Mapping[str, str] = field(hash=False)
+
+
+@dataclass(frozen=True)
 class SlideTask:
     """A slide, or a share of one.
 
@@ -48,14 +62,14 @@ class SlideTask:
         entry: the slide.
         attempts: which try of the slide it is.
         part, parts: which share of how many.
-        works: of all shares, which are there and are to be put together.
+        shares: all of them, where they are to be put together.
     """
 
     entry: SlideEntry
     attempts: int = 1
     part: int = 0
     parts: int = 1
-    works: tuple[Work, ...] = ()
+    shares: tuple[Share, ...] = ()
 
 
 class SlideWorker:
@@ -111,17 +125,17 @@ class SlideWorker:
         mapper = ThreadPoolExecutor(1)
         self.network = mapper.submit(load).result()
 
-    def segment(self, task: SlideTask) -> dict[str, Any] | Work:
+    def segment(self, task: SlideTask) -> dict[str, Any] | Share:
         """Do a task; what is wrong with a whole slide is a record too, whatever it is.
 
         Returns:
-            What slide.json says, and `areas`; of a share what it took.
+            What slide.json says, and `areas`; of a share, what it is.
 
         Raises:
             Exception: what is wrong with a share, or with shares that are put together.
         """
         try:
-            if task.works:
+            if task.shares:
                 return self._join(task)
             return self._whole(task) if task.parts == 1 else self._share(task)
         finally:
@@ -155,27 +169,32 @@ class SlideWorker:
             return write_failure(self.network, self.out, task, error, clock)
         return {**result.record, "areas": result.areas}
 
-    def _share(self, task: SlideTask) -> Work:
+    def _share(self, task: SlideTask) -> Share:
         """Map some bands of a slide."""
         entry = task.entry
+        made_from = self.network.made_from(entry)
         with self.network.prepared(entry, node_cache(entry.uri, self.cache_gb)) as slide:
             self._plan(task, slide.plan.n_tiles)
             bands = share_of_bands(slide.plan, task.part, task.parts)
             if not bands:
-                return Work()
+                return Share(Work(), made_from)
             first, bottom = slide.plan.bands[bands.start].y, slide.plan.bands[bands.stop - 1].final
             with scratch_folder() as folder:
                 mask = MaskFile(folder / "mask", bottom - first, slide.view.width, first)
                 work = self.network.map(slide, mask, bands=bands, on_tiles=partial(self._count, task))
                 mask.close()
                 _store(folder / "mask", self._share_uri(task, task.part))
-        return work
+        return Share(work, made_from)
 
     def _join(self, task: SlideTask) -> dict[str, Any]:
         """Put the shares of a slide together and write its results."""
-        entry, works = task.entry, task.works
+        entry, works = task.entry, [share.work for share in task.shares]
         clock = Clock({"network": max(work.seconds for work in works)})
         made_from, folder = self.network.made_from(entry), results.slide_folder(self.out, entry.slide_id)
+        if any(share.made_from != made_from for share in task.shares):
+            raise PistoSegError(
+                "was replaced while it was segmented", file=entry.uri, remedy="run again when it stays as it is"
+            )
         with (
             results.published(folder) as (target, scratch),
             self.network.prepared(entry, node_cache(entry.uri, self.cache_gb)) as slide,

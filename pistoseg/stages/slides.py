@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import posixpath
 import tempfile
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -23,15 +24,14 @@ from pistoseg.models import bundle
 from pistoseg.outputs.summary import SlideRow, sheet_of_overviews, write_summary
 from pistoseg.progress import Progress
 from pistoseg.redaction import redact
-from pistoseg.slides import results
+from pistoseg.slides import files, results
 from pistoseg.slides.network import SlideNetwork, SlideSettings
 from pistoseg.slides.source import SlideEntry, list_slides
-from pistoseg.slides.stitching import Work
 from pistoseg.stages import cluster, placement
 from pistoseg.stages.slide_images import node_cache
 from pistoseg.stages.slide_pool import SlidePool
 from pistoseg.stages.slide_progress import SlideProgress
-from pistoseg.stages.slide_worker import ASKED, PARTS, SlideTask, SlideWorker, write_failure
+from pistoseg.stages.slide_worker import ASKED, PARTS, Share, SlideTask, SlideWorker, write_failure
 from pistoseg.tracking import StageRun
 
 LISTING_THREADS = 16
@@ -50,7 +50,7 @@ class SlideRun:
         out: URI of the output.
         settings: how slides are segmented.
         workers: networks at a time; None: one a GPU, or one a node without GPUs.
-        limit: slides to do at the most.
+        limit: slides to do at the most, of the fewest tries first.
         only_failed: only do slides that have failed before.
         device: `auto`, `cpu` or `cuda`.
         cache_gb: size of each node's cache of slides; None: half of what its disk has left.
@@ -73,7 +73,7 @@ class Plan:
 
     Args:
         network: the model, on this machine.
-        todo: slides to segment, and which try of each it is.
+        todo: slides to segment, and which try of each it is; those of the fewest tries come first.
         done: slides that are up to date, and what slide.json says.
         left: slides that this run leaves alone: over the limit, or not failed.
     """
@@ -107,10 +107,13 @@ def plan(run: SlideRun) -> Plan:
     """Find the slides and compare them with what is there already; no slide is opened.
 
     Raises:
-        PistoSegError: no slides, no model, settings that do not fit, or a storage that does not say what is there.
+        PistoSegError: no slides, no model, settings that do not fit, results of other slides with the same ids, or a
+            storage that does not say what is there.
     """
     network = SlideNetwork(bundle.load(run.model, "cpu"), run.settings)
-    entries = list_slides(run.slides)
+
+    def owner(slide_id: str) -> str | None:
+        return (results.read_record(run.out, slide_id) or {}).get("slide")
 
     def look(entry: SlideEntry) -> tuple[dict[str, Any] | None, dict[str, str]]:
         record = results.read_record(run.out, entry.slide_id)
@@ -120,25 +123,53 @@ def plan(run: SlideRun) -> Plan:
             raise
         except PistoSegError:  # segmenting it says what is wrong with it
             made_from = {}
-        if record is not None and record.get("status") == "completed" and not results.is_current(record, made_from):
+        if results.is_current(record, made_from):
+            whole = results.is_whole(run.out, entry.slide_id, probabilities=run.settings.probabilities)
+            record = record if whole else None  # somebody deleted a part
+        elif record is not None and record.get("status") == "completed":
+            _refuse_another(run.out, entry, record, made_from)
             record = results.read_record(run.out, entry.slide_id, results.FAILURE) or record
         return record, made_from
 
     with ThreadPoolExecutor(LISTING_THREADS) as pool:
+        entries = list_slides(run.slides, lambda names: list(pool.map(owner, names)))
         looks = list(pool.map(look, entries))
-    todo: list[tuple[SlideEntry, int]] = []
+    wanted: list[tuple[SlideEntry, int]] = []
     done: list[tuple[SlideEntry, dict[str, Any]]] = []
     left = 0
     for entry, (record, made_from) in zip(entries, looks, strict=True):
         failed = record is not None and record.get("status") == "failed"
         if record is not None and results.is_current(record, made_from):
             done.append((entry, record))
-        elif (run.only_failed and not failed) or (run.limit is not None and len(todo) >= run.limit):
+        elif run.only_failed and not failed:
             left += 1
         else:
             again = record if record and failed and record.get("made_from") == made_from else None
-            todo.append((entry, again["attempts"] + 1 if again else 1))
-    return Plan(network, todo, done, left)
+            wanted.append((entry, again["attempts"] + 1 if again else 1))
+    wanted.sort(key=lambda item: item[1])  # or a limit would never get past slides that keep failing
+    todo = wanted[: run.limit]
+    return Plan(network, todo, done, left + len(wanted) - len(todo))
+
+
+def _refuse_another(out: str, entry: SlideEntry, record: Mapping[str, Any], made_from: Mapping[str, str]) -> None:
+    """Refuse to replace the results of another slide, which had the same id.
+
+    A slide that has changed is where it was, and one that was moved or copied has the size that it had, though perhaps
+    another modification time or ETag: what is elsewhere and of another size is another slide.
+    """
+    before, now = (of.get("etag", "").partition("-")[0] for of in (record["made_from"], made_from))
+    if now and now != before and _place(record["slide"]) != _place(redact(entry.uri)):
+        raise PistoSegError(
+            f"has the results of another slide, {record['slide']}, and {redact(entry.uri)} would replace them",
+            file=results.slide_folder(out, entry.slide_id),
+            field="slide_id",
+            remedy="give another --out, or ids of their own in the column slide_id of a manifest",
+        )
+
+
+def _place(uri: str) -> str:
+    """Where a slide is: of a DICOM series, whose largest file stands for it, the folder."""
+    return posixpath.dirname(uri) if files.extension(uri) == ".dcm" else uri
 
 
 def estimate(run: SlideRun, found: Plan) -> Estimate:
@@ -239,7 +270,7 @@ def _records(run: SlideRun, found: Plan, compute: ComputeConfig, progress: Progr
     )
     pool = SlidePool(lambda: actor.remote(*arguments), actors, together, tasks)
     so_far = SlideProgress(len(found.todo), progress.update)
-    shares: dict[str, list[Work]] = {}
+    shares: dict[str, list[Share]] = {}
     failed: set[str] = set()  # of shared slides
 
     def tell(task: SlideTask, planned: int, done: int) -> None:
@@ -249,11 +280,11 @@ def _records(run: SlideRun, found: Plan, compute: ComputeConfig, progress: Progr
         slide_id = task.entry.slide_id
         if slide_id in failed:
             continue  # by another share
-        if isinstance(result, Work):
-            works = shares.setdefault(slide_id, [])
-            works.append(result)
-            if len(works) == task.parts:
-                pool.add_first(replace(task, part=0, works=tuple(shares.pop(slide_id))))
+        if isinstance(result, Share):
+            mapped = shares.setdefault(slide_id, [])
+            mapped.append(result)
+            if len(mapped) == task.parts:
+                pool.add_first(replace(task, part=0, shares=tuple(shares.pop(slide_id))))
             continue
         if isinstance(result, Exception):
             result = write_failure(found.network, run.out, task, result)
@@ -331,6 +362,9 @@ def _track(out: str, rows: Sequence[SlideRow], record: Mapping[str, Any], tracke
         pictures = []
         for number, slide_id in enumerate(shown):
             picture = Path(folder) / f"{number}.png"
-            picture.write_bytes(storage.read_bytes(storage.join(results.slide_folder(out, slide_id), "overview.png")))
-            pictures.append(picture)
-        tracked.file("overviews.png", sheet_of_overviews(pictures))
+            with suppress(FileNotFoundError):  # deleted meanwhile
+                overview = storage.join(results.slide_folder(out, slide_id), "overview.png")
+                picture.write_bytes(storage.read_bytes(overview))
+                pictures.append(picture)
+        if pictures:
+            tracked.file("overviews.png", sheet_of_overviews(pictures))

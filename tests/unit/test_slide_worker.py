@@ -8,11 +8,13 @@ import os
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
 from slide_files import texture, write_tiff
 
+from pistoseg import storage
 from pistoseg.classes import TissueClasses
 from pistoseg.errors import PistoSegError
 from pistoseg.models import bundle, segmentation
@@ -89,10 +91,32 @@ def test_a_pixel_size_that_no_microscope_has_is_refused_before_any_slide(model, 
         SlideNetwork(bundle.load(model, "cpu"), SlideSettings())
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"tolerance_um": -1.0}, {"tolerance_um": float("nan")}, {"min_area_um2": float("inf")}, {"batch_size": 0}],
+)
+def test_settings_that_no_slide_can_be_segmented_with_are_refused_by_name(model, settings):
+    with pytest.raises(PistoSegError, match="is out of range") as caught:
+        SlideNetwork(bundle.load(model, "cpu"), SlideSettings(mpp=1.0, **settings))
+    assert [caught.value.field] == list(settings)
+    SlideNetwork(bundle.load(model, "cpu"), SlideSettings(mpp=1.0, tolerance_um=0, min_area_um2=0, batch_size=1))
+
+
 def test_a_slides_pixel_size_of_0_is_refused_and_not_taken_for_none(model, tmp_path):
     write_tiff(tmp_path / "a.tif", texture(100, 100), mpp=(1.0, 1.0))
     with pytest.raises(PistoSegError, match="mpp: 0 um/px is no pixel size"):
         bundle.load(model, "cpu").segment_slide(tmp_path / "a.tif", tmp_path / "out", slide_mpp=0.0, mpp=1.0)
+
+
+@pytest.mark.parametrize("slide_id", ["case/1", ".", "..", "../../data", "a\\b", "x" * 231, "a "])
+def test_an_id_that_is_no_folder_of_its_own_is_refused_before_anything_is_replaced(model, tmp_path, slide_id):
+    write_tiff(tmp_path / "a.tif", texture(100, 100), mpp=(1.0, 1.0))
+    other = tmp_path / "out" / "slides" / "case" / "1" / "slide.json"
+    storage.write_bytes(str(other), b"")
+    with pytest.raises(PistoSegError, match=r"cannot name a folder|at most 230") as caught:
+        bundle.load(model, "cpu").segment_slide(tmp_path / "a.tif", tmp_path / "out", slide_id=slide_id, mpp=1.0)
+    assert caught.value.field == "slide_id"
+    assert [item for item in (tmp_path / "out").rglob("*") if item.is_file()] == [other]
 
 
 @pytest.fixture
@@ -145,6 +169,24 @@ def test_a_share_of_a_slide_works_in_a_folder_that_is_removed_when_its_process_i
     shares = [
         worker.segment(SlideTask(SlideEntry("a", str(tmp_path / "a.tif")), part=part, parts=2)) for part in (0, 1)
     ]
-    assert sum(work.tiles for work in shares) > 0
+    assert sum(share.work.tiles for share in shares) > 0
     assert {path.parent.parent for path in stored} == set(tmp_path.glob(f"pistoseg-scratch-{os.getuid()}-*"))
     assert not any(path.parent.exists() for path in stored)
+
+
+@pytest.mark.parametrize("replaced_after", [None, 1, 2])
+def test_shares_of_a_slide_that_was_replaced_meanwhile_are_not_put_together(start, tmp_path, replaced_after):
+    slide = write_tiff(tmp_path / "a.tif", texture(200, 200), mpp=(1.0, 1.0))
+    worker, task, shares = start(), SlideTask(SlideEntry("a", str(slide)), parts=2), []
+    for part in (0, 1):
+        shares.append(worker.segment(replace(task, part=part)))
+        if len(shares) == replaced_after:
+            write_tiff(slide, texture(200, 200, seed=1), mpp=(1.0, 1.0))
+            os.utime(slide, ns=(1, 1))
+    join = replace(task, shares=tuple(shares))
+    if replaced_after is None:
+        assert worker.segment(join)["status"] == "completed"
+        return
+    with pytest.raises(PistoSegError, match=r"a\.tif: was replaced while it was segmented"):
+        worker.segment(join)
+    assert not (tmp_path / "out" / "slides" / "a").exists()

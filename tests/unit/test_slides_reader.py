@@ -95,6 +95,27 @@ def test_tiffs_of_any_layout_give_their_pixels(tmp_path: Path, options: dict) ->
         assert np.array_equal(slide.read_region(101, 77, 300, 200), IMAGE[77:277, 101:401])
 
 
+@pytest.mark.parametrize("compression", ["webp", "jpeg2000", "jpegxl"])
+def test_tiled_tiffs_of_compressions_that_openslide_has_not_are_read_at_every_level(
+    tmp_path: Path, compression: str
+) -> None:
+    options = {"compression": compression, "compressionargs": {"lossless": True} if compression == "webp" else None}
+    path = write_tiff(tmp_path / "a.tif", IMAGE, levels=2, **options)
+    assert openslide.OpenSlide.detect_format(path) == "generic-tiff"
+    with open_slide(path) as slide:
+        assert [level.downsample for level in slide.levels] == [1, 2]
+        assert np.array_equal(slide.read_region(101, 77, 300, 200), IMAGE[77:277, 101:401])
+        assert np.array_equal(slide.read_region(80, 60, 150, 100, level=1), halved(IMAGE)[30:130, 40:190])
+
+
+def test_jpeg_2000_of_other_colours_than_rgb_is_refused_outside_of_aperio_slides(tmp_path: Path) -> None:
+    path = write_tiff(tmp_path / "a.tif", IMAGE, compression="jpeg2000")
+    with tifffile.TiffFile(path, mode="r+") as tiff:
+        tiff.pages[0].tags["Compression"].overwrite(33003)
+    with pytest.raises(PistoSegError, match="has YCbCr pixels"):
+        open_slide(path)
+
+
 def test_rgb_in_three_channels_and_jpeg_are_read(tmp_path: Path) -> None:
     planes = np.ascontiguousarray(IMAGE.transpose(2, 0, 1))
     tifffile.imwrite(tmp_path / "c.ome.tif", planes, ome=True, photometric="minisblack", metadata={"axes": "CYX"})
@@ -118,6 +139,32 @@ def test_transparent_pixels_are_white(tmp_path: Path) -> None:
     assert np.array_equal(region[10:], IMAGE[100:110])
 
 
+@pytest.mark.parametrize("options", [{}, {"planarconfig": "separate"}])
+@pytest.mark.parametrize(
+    ("extra", "fourth", "expected"),
+    [
+        ("unspecified", 0, IMAGE),
+        ("unspecified", 200, IMAGE),
+        ("unassalpha", 51, np.round(IMAGE * 0.2 + 204.0)),
+        ("assocalpha", 51, np.minimum(IMAGE + 204.0, 255)),
+        ("assocalpha", 0, np.full_like(IMAGE, 255)),
+    ],
+)
+def test_the_fourth_sample_is_what_the_file_says(
+    tmp_path: Path, extra: str, fourth: int, expected: np.ndarray, options: dict
+) -> None:
+    pixels = np.dstack([IMAGE, np.full(IMAGE.shape[:2], fourth, np.uint8)])
+    if options:
+        pixels = np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, pixels, photometric="rgb", extrasamples=[extra], tile=(64, 64), metadata=None, **options)
+    with open_slide(path, mpp=0.5) as slide:
+        region = slide.read_region(0, 0, 523, 391)
+        assert (region.shape, region.dtype) == (IMAGE.shape, np.uint8)
+        assert np.abs(region - expected).max() <= 1
+        assert np.array_equal(slide.read_region(100, 50, 80, 90), region[50:140, 100:180])
+
+
 def test_threads_read_the_same_pixels(tmp_path: Path) -> None:
     corners = [(x, y) for x in range(0, 423, 47) for y in range(0, 291, 31)]
     for open_it in (open_slide, openslide_reader):
@@ -125,6 +172,17 @@ def test_threads_read_the_same_pixels(tmp_path: Path) -> None:
             parts = list(pool.map(lambda corner, s=slide: s.read_region(*corner, 100, 100), corners))
         for (x, y), part in zip(corners, parts, strict=True):
             assert np.array_equal(part, IMAGE[y : y + 100, x : x + 100])
+
+
+def test_a_tiff_whose_resolution_has_no_unit_says_no_pixel_size(tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    for options in ({"resolutionunit": "NONE"}, {"imagej": True, "metadata": {"unit": "mm"}}):
+        tifffile.imwrite(path, IMAGE, resolution=(2000, 2000), photometric="rgb", **options)
+        with pytest.raises(PistoSegError, match="neither a believable pixel size nor an objective power"):
+            open_slide(path)
+    tifffile.imwrite(path, IMAGE, resolution=(2000, 2000), resolutionunit="INCH", photometric="rgb")
+    with open_slide(path) as slide:
+        assert (slide.mpp_x, slide.mpp_source) == (12.7, "tiff-tags")
 
 
 def test_pictures_need_a_resolution(tmp_path: Path) -> None:

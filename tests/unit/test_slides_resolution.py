@@ -33,6 +33,9 @@ def test_what_openslide_derives_from_tags_is_called_tags() -> None:
     "unbelievable",
     [
         {"tiff.XResolution": "72", "tiff.YResolution": "72", "tiff.ResolutionUnit": "inch"},
+        {"tiff.XResolution": "300", "tiff.YResolution": "300", "tiff.ResolutionUnit": "inch"},
+        {"tiff.XResolution": "1200", "tiff.YResolution": "1200", "tiff.ResolutionUnit": "inch"},
+        {"openslide.vendor": "generic-tiff", "openslide.mpp-x": "42.3", "openslide.mpp-y": "42.3"},
         {"tiff.XResolution": "1", "tiff.YResolution": "1", "tiff.ResolutionUnit": "none"},
         {"tiff.XResolution": "0", "tiff.YResolution": "0", "tiff.ResolutionUnit": "inch"},
         {"openslide.vendor": "x", "openslide.mpp-x": "0", "openslide.mpp-y": "0"},
@@ -44,6 +47,14 @@ def test_what_openslide_derives_from_tags_is_called_tags() -> None:
 )
 def test_values_that_no_microscope_has_are_passed_over(unbelievable: dict[str, str]) -> None:
     assert resolve_mpp(unbelievable | POWER, None, "a.tif").source == "objective-power"
+
+
+def test_a_coarse_overview_is_believed_and_what_is_not_said_by_tags_alone_may_be_coarser() -> None:
+    overview = {"tiff.XResolution": "500", "tiff.YResolution": "500", "tiff.ResolutionUnit": "centimeter"}
+    assert resolve_mpp(overview, None, "a.tif") == (20.0, 20.0, "tiff-tags")
+    assert resolve_mpp({"openslide.vendor": "x", "openslide.mpp-x": "42"}, None, "a") == (42.0, 42.0, "vendor")
+    assert resolve_mpp({"ome.PhysicalSizeX": "42"}, None, "a.ome.tif") == (42.0, 42.0, "ome")
+    assert resolve_mpp(overview, 85.0, "a.tif") == (85.0, 85.0, "manifest")
 
 
 def test_pixels_are_square_where_one_axis_is_missing() -> None:

@@ -15,6 +15,7 @@ from s3fs.errors import translate_boto_error
 from pistoseg import storage
 from pistoseg.errors import PistoSegError, UnavailableError
 from pistoseg.slides.files import etag, slide_files
+from pistoseg.slides.results import published
 from pistoseg.slides.source import SlideEntry, list_slides
 
 EXPIRED = botocore.exceptions.ClientError({"Error": {"Code": "400", "Message": "Bad Request"}}, "HeadObject")
@@ -88,10 +89,25 @@ def test_slides_of_one_name_get_ids_that_differ_and_stay(tmp_path: Path) -> None
 
 
 def test_ids_are_safe_as_folder_names(tmp_path: Path) -> None:
-    root = fill(tmp_path, "a:b?c [x].svs", "...svs", "x" * 200 + ".svs")
+    root = fill(tmp_path, "a:b?c [x].svs", "...svs", "x" * 200 + ".svs", "图" * 82 + ".svs")
     ids = list(found(root))
     assert "a_b_c _x_" in ids
     assert all(0 < len(slide_id) <= 130 and not set(slide_id) & set('/\\:*?"<>|[]') for slide_id in ids)
+    assert "图" * 76 in ids
+    for slide_id in ids:  # with what a folder in work is called
+        with published(str(tmp_path / "out" / f"{slide_id}-0123abcd")):
+            pass
+
+
+def test_results_below_the_source_are_no_slides(tmp_path: Path, bucket: str) -> None:
+    names = [f"maps/slides/a/{name}" for name in ("mask.tif", "overview.png", "areas.json", "slide.json")]
+    root = fill(tmp_path, "a.svs", "mask.tif", "deep/overview.png", *names)
+    slides = {"a": "a.svs", "mask": "mask.tif", "overview": "deep/overview.png"}
+    assert found(root) == {name: str(root / place) for name, place in slides.items()}
+    assert found(root / "**" / "*.tif") == {"mask": str(root / "mask.tif")}
+    for name in ("cohort/a.svs", *(f"cohort/{name}" for name in names)):
+        storage.write_bytes(f"{bucket}/{name}", b"x")
+    assert set(found(f"{bucket}/coh")) == {"a"}
 
 
 def test_nothing_to_be_found_is_said(tmp_path: Path, bucket: str) -> None:
@@ -150,6 +166,8 @@ def test_a_parquet_manifest_on_object_storage(bucket: str) -> None:
         ("slide\na.svs\nb.svs\na.svs\n", "row 4, column slide", "a.svs is in row 2 already"),
         ("slide,slide_id\na.svs,x/y\n", "row 2, column slide_id", "cannot name a folder"),
         ("slide,slide_id\na.svs,..\n", "row 2, column slide_id", "cannot name a folder"),
+        ("slide,slide_id\na.svs,.\n", "row 2, column slide_id", "cannot name a folder"),
+        (f"slide,slide_id\na.svs,{'ж' * 116}\n", "row 2, column slide_id", "has 232 bytes in UTF-8.*at most 230"),
         ("slide\na.svs,b.svs\n", "row 2", "more fields than the header"),
         ("slide,mpp,mpp\na.svs,1,2\n", "column mpp", "twice"),
     ],
@@ -192,6 +210,24 @@ def test_formats_of_several_files_are_one_slide(tmp_path: Path) -> None:
     assert caught.value.field == "row 2, column slide"
     (tmp_path / "case 7" / "other.dcm").unlink()
     assert found(tmp_path / "m.csv") == {"case 7": str(tmp_path / "case 7/1.dcm")}
+
+
+def test_many_dicom_series_in_one_folder_are_told_apart_by_a_few_reads_of_each_file(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(20):
+        dicom(tmp_path / "x.dcm", f"1.2.{number // 2}", 10 + number)
+        storage.write_bytes(f"{bucket}/{number}.dcm", (tmp_path / "x.dcm").read_bytes())
+    opened = []
+    original = storage.open_file
+    monkeypatch.setattr(storage, "open_file", lambda uri, *mode: opened.append(uri) or original(uri, *mode))
+    slides = list_slides(bucket)
+    etags = [etag(entry.uri) for entry in slides]
+    assert len(set(etags)) == 10
+    assert len(opened) <= 3 * 20
+    dicom(tmp_path / "x.dcm", "1.2.9", 10)
+    storage.write_bytes(f"{bucket}/0.dcm", (tmp_path / "x.dcm").read_bytes())
+    assert [before == etag(entry.uri) for before, entry in zip(etags, slides, strict=True)].count(False) == 2
 
 
 def test_etags_change_with_any_file_of_a_slide(tmp_path: Path, bucket: str) -> None:

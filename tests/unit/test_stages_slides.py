@@ -12,9 +12,11 @@ import botocore.exceptions
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+from PIL import Image
 
 from pistoseg import storage
 from pistoseg.errors import PistoSegError, UnavailableError
+from pistoseg.outputs.summary import SlideRow
 from pistoseg.progress import Progress
 from pistoseg.slides import results
 from pistoseg.slides.network import SlideSettings
@@ -22,19 +24,21 @@ from pistoseg.slides.source import SlideEntry
 from pistoseg.stages import slides
 from pistoseg.tracking import StageRun
 
-MADE_FROM = {"etag": "1"}
+FILES = ("mask.tif", "regions.geojson", "overview.png", "areas.json")
+MADE_FROM = {"etag": "70-1"}
 AWAY = botocore.exceptions.EndpointConnectionError(endpoint_url="http://x")
 
 
 class Network:
-    """Stands in for `SlideNetwork`: `error` is what looking at a slide leads to."""
+    """Stands in for `SlideNetwork`: `etag` and `error` are what looking at a slide leads to."""
 
     error: Exception | None = None
+    etag = MADE_FROM["etag"]
 
     def made_from(self, entry: SlideEntry) -> dict[str, str]:
         if self.error:
             raise self.error
-        return MADE_FROM
+        return {"etag": self.etag}
 
 
 @pytest.fixture
@@ -50,8 +54,11 @@ def run(tmp_path: Path, network: Network) -> slides.SlideRun:
     """One slide, whose results are complete."""
     fsspec.filesystem("memory").store.clear()
     (tmp_path / "a.svs").write_bytes(b"")
-    record = {"format": results.FORMAT, "status": "completed", "made_from": MADE_FROM}
+    slide = str(tmp_path / "a.svs")
+    record = {"format": results.FORMAT, "status": "completed", "slide": slide, "made_from": MADE_FROM}
     storage.write_bytes("memory://bucket/out/slides/a/slide.json", json.dumps(record).encode())
+    for name in FILES:
+        storage.write_bytes(f"memory://bucket/out/slides/a/{name}", b"")
     return slides.SlideRun("model", str(tmp_path / "a.svs"), "memory://bucket/out", SlideSettings())
 
 
@@ -73,7 +80,7 @@ def test_slides_whose_storage_is_away_end_the_run_and_one_that_is_not_there_is_i
 ) -> None:
     network.error = PistoSegError("does not exist")
     assert [entry.slide_id for entry, _ in slides.plan(run).todo] == ["a"]
-    record = {"format": results.FORMAT, "status": "failed", "made_from": {}, "attempts": 2}
+    record = {"format": results.FORMAT, "status": "failed", "slide": run.slides, "made_from": {}, "attempts": 2}
     storage.write_bytes("memory://bucket/out/slides/a/slide.json", json.dumps(record).encode())
     assert [attempt for _, attempt in slides.plan(replace(run, only_failed=True)).todo] == [3]
     network.error = None
@@ -86,6 +93,93 @@ def test_slides_whose_storage_is_away_end_the_run_and_one_that_is_not_there_is_i
     network.error = UnavailableError("does not answer")
     with pytest.raises(UnavailableError):
         slides.plan(run)
+
+
+@pytest.mark.parametrize("out", [None, "local"])
+@pytest.mark.parametrize("name", [*FILES, "probabilities.zarr"])
+def test_a_slide_that_lacks_one_of_its_results_is_done_again(
+    run: slides.SlideRun, tmp_path: Path, name: str, out: str | None
+) -> None:
+    if out:
+        for item in (*FILES, "slide.json"):
+            storage.write_bytes(f"{tmp_path}/{out}/slides/a/{item}", storage.read_bytes(f"{run.out}/slides/a/{item}"))
+        run = replace(run, out=f"{tmp_path}/{out}")
+    if name == "probabilities.zarr":
+        run = replace(run, settings=SlideSettings(probabilities=True))
+        storage.write_bytes(f"{run.out}/slides/a/{name}/zarr.json", b"")
+        assert [entry.slide_id for entry, _ in slides.plan(run).done] == ["a"]
+        storage.remove_tree(f"{run.out}/slides/a/{name}")
+    else:
+        assert [entry.slide_id for entry, _ in slides.plan(run).done] == ["a"]
+        storage.remove_file(f"{run.out}/slides/a/{name}")
+    assert [(entry.slide_id, attempt) for entry, attempt in slides.plan(run).todo] == [("a", 1)]
+
+
+def test_a_limit_gets_past_slides_that_keep_failing(run: slides.SlideRun, tmp_path: Path) -> None:
+    for name in "bcde":
+        storage.write_bytes(str(tmp_path / f"{name}.svs"), b"")
+    for name, attempts in (("b", 2), ("c", 1)):
+        record = {"format": results.FORMAT, "status": "failed", "made_from": MADE_FROM, "attempts": attempts}
+        storage.write_bytes(f"{run.out}/slides/{name}/slide.json", json.dumps(record).encode())
+    run = replace(run, slides=str(tmp_path))
+
+    def todo(**options: object) -> list[tuple[str, int]]:
+        found = slides.plan(replace(run, **options))
+        assert (len(found.done), len(found.todo) + found.left) == (1, 4)
+        return [(entry.slide_id, attempt) for entry, attempt in found.todo]
+
+    assert todo() == [("d", 1), ("e", 1), ("c", 2), ("b", 3)]
+    assert todo(limit=3) == [("d", 1), ("e", 1), ("c", 2)]
+    assert todo(limit=1) == [("d", 1)]
+    assert todo(limit=1, only_failed=True) == [("c", 2)]
+
+
+def test_a_new_slide_of_the_same_name_does_not_take_the_id_of_a_finished_one(
+    run: slides.SlideRun, tmp_path: Path
+) -> None:
+    storage.write_bytes(str(tmp_path / "sub" / "A.svs"), b"")
+    storage.write_bytes(str(tmp_path / "sub" / "a.tif"), b"")
+    found = slides.plan(replace(run, slides=str(tmp_path)))
+    assert [(entry.slide_id, entry.uri) for entry, _ in found.done] == [("a", run.slides)]
+    (first, second) = sorted(entry.slide_id for entry, _ in found.todo)
+    assert (first[:2], second[:2]) == ("A-", "a-")
+    manifest = tmp_path / "m.csv"
+    manifest.write_text("slide,slide_id\na.svs,\nsub/a.tif,A\n")
+    assert [entry.slide_id for entry, _ in slides.plan(replace(run, slides=str(manifest))).todo][-1] == "A"
+    assert not slides.plan(replace(run, slides=str(manifest))).done  # an id that is given goes before
+
+
+def test_results_of_another_slide_with_the_same_id_are_not_replaced(
+    run: slides.SlideRun, network: Network, tmp_path: Path
+) -> None:
+    other = tmp_path / "other" / "a.svs"
+    storage.write_bytes(str(other), b"")
+    moved = replace(run, slides=str(other))
+    network.etag = "71-1"
+    with pytest.raises(PistoSegError, match="results of another slide") as caught:
+        slides.plan(moved)
+    assert caught.value.file == "memory://bucket/out/slides/a"
+    assert str(tmp_path / "a.svs") in caught.value.reason
+    assert "--out" in caught.value.remedy
+    assert [entry.uri for entry, _ in slides.plan(run).todo] == [run.slides]  # which has changed
+    network.etag = "70-2"  # as a copy has it
+    assert [entry.uri for entry, _ in slides.plan(moved).todo] == [moved.slides]
+    network.etag = MADE_FROM["etag"]
+    assert [entry.uri for entry, _ in slides.plan(moved).done] == [moved.slides]
+    network.error = PistoSegError("does not exist")
+    assert [entry.uri for entry, _ in slides.plan(moved).todo] == [moved.slides]
+
+
+def test_a_dicom_series_that_has_grown_is_the_same_slide(
+    run: slides.SlideRun, network: Network, tmp_path: Path
+) -> None:
+    series = tmp_path / "a" / "2.dcm"
+    storage.write_bytes(str(series), b"")
+    record = {"format": results.FORMAT, "status": "completed", "made_from": MADE_FROM}
+    record["slide"] = str(series.with_name("1.dcm"))
+    storage.write_bytes("memory://bucket/out/slides/a/slide.json", json.dumps(record).encode())
+    network.etag = "71-1"
+    assert [entry.slide_id for entry, _ in slides.plan(replace(run, slides=str(series))).todo] == ["a"]
 
 
 @pytest.mark.parametrize(
@@ -111,3 +205,19 @@ def test_a_claim_that_is_lost_ends_a_batch_and_a_storage_that_is_away_for_it_doe
     claim = SimpleNamespace(check=check)
     with pytest.raises(PistoSegError, match="taken over") if ends else nullcontext():
         assert len(slides.segment(run, plan, Progress(), StageRun(), claim)["rows"]) == 2
+
+
+def test_a_picture_that_is_gone_is_left_out_of_what_mlflow_gets(tmp_path: Path) -> None:
+    rows = [SlideRow(name, f"{name}.svs", "skipped", areas={}) for name in "ab"]
+    record = {"slides": {}, "slides_per_hour": None, "cohort": {"tissue_mm2": 0.0, "classes": {}}}
+    for name in ("summary.md", "summary.csv", "run.json"):
+        storage.write_bytes(str(tmp_path / name), b"")
+    given: dict[str, bytes] = {}
+    tracked = SimpleNamespace(client=object(), metrics=lambda _: None, file=given.__setitem__)
+    slides._track(str(tmp_path), rows, record, tracked)
+    assert set(given) == {"summary.md", "summary.csv", "run.json"}
+    picture = tmp_path / "slides" / "b" / "overview.png"
+    picture.parent.mkdir(parents=True)
+    Image.new("RGB", (40, 30)).save(picture)
+    slides._track(str(tmp_path), rows, record, tracked)
+    assert "overviews.png" in given
