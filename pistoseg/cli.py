@@ -241,6 +241,13 @@ def _segment_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=_positive, metavar="N", help="networks at a time (default: one a GPU, or one a node)"
     )
+    parser.add_argument(
+        "--wait-for-nodes",
+        type=_positive,
+        default=0,
+        metavar="S",
+        help="how long to wait for an autoscaler to start nodes for --workers; with --device cuda each gets a GPU",
+    )
     parser.add_argument("--limit", type=_positive, metavar="N", help="do at most N slides in this run")
     parser.add_argument("--only-failed", action="store_true", help="only do slides that failed before")
     parser.add_argument("--dry-run", action="store_true", help="only say what would be done, tiles and time")
@@ -336,6 +343,7 @@ def _segment(options: argparse.Namespace) -> int:
         only_failed=options.only_failed,
         device=options.device,
         cache_gb=options.cache_gb,
+        wait_for_nodes=options.wait_for_nodes,
     )
 
 

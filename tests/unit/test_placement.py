@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import pytest
 from ray.exceptions import GetTimeoutError
 
-from pistoseg.config import load_config
+from pistoseg.config import ComputeConfig, load_config
 from pistoseg.errors import PistoSegError
 from pistoseg.stages import cluster, placement
 from pistoseg.stages.cluster import available_cpus  # itself: the tests with a local Ray put four in its place
@@ -106,6 +106,47 @@ def test_a_wait_in_vain_ends(nodes, monkeypatch):
     nodes({"CPU": 4})
     with pytest.raises(PistoSegError, match="8 workers need a CPU each"):
         check("compute.workers=8", "compute.wait_for_nodes=1")
+
+
+@pytest.fixture
+def autoscaler(nodes, monkeypatch):
+    """Pretend that a cluster has a head without CPUs, and gets the nodes that are asked for."""
+
+    def start(bundles):
+        asked.append(bundles)
+        nodes({"CPU": 0}, *({**bundle, "CPU": 8} for bundle in bundles))
+
+    asked = []
+    monkeypatch.setattr(placement, "_request", start)
+    monkeypatch.setattr(placement, "POLL_S", 0.01)
+    nodes({"CPU": 0})
+    return asked
+
+
+def test_a_training_on_cuda_waits_for_the_first_gpu_of_a_cluster_that_is_only_a_head(autoscaler):
+    (said,) = check("compute.device=cuda", "compute.wait_for_nodes=60")
+    assert "waiting up to 60 s for nodes: cuda needs a GPU, and the cluster has 0 CPUs and 0 GPUs on 1 nodes" in said
+    assert autoscaler == [[{"GPU": 1, "CPU": 1}], []]
+
+
+@pytest.mark.parametrize(("device", "bundle"), [("cuda", {"GPU": 1, "CPU": 1}), ("auto", {"CPU": 1})])
+def test_networks_for_slides_wait_for_nodes_and_cuda_gets_a_gpu_for_each(autoscaler, device, bundle):
+    compute = ComputeConfig(device=device, wait_for_nodes=60)
+    said = []
+    placement.check_networks(compute, 8, said.append)
+    assert autoscaler == [[bundle] * 8, []]
+    assert [text.partition(", and")[0] for text in said] == [
+        f"waiting up to 60 s for nodes: 8 networks need {'1 GPU and ' if device == 'cuda' else ''}1 CPU each"
+    ]
+
+
+def test_networks_for_slides_share_what_is_there_where_no_autoscaler_is_said_to_be(nodes, monkeypatch):
+    nodes({"CPU": 1})
+    placement.check_networks(ComputeConfig(), 8, pytest.fail)
+    monkeypatch.setattr(placement, "_request", lambda bundles: None)
+    monkeypatch.setattr(placement, "POLL_S", 0.3)
+    with pytest.raises(PistoSegError, match=r"--workers: 8 networks need 1 CPU each.*fewer --workers"):
+        placement.check_networks(ComputeConfig(wait_for_nodes=1), 8, lambda text: None)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from pistoseg import storage
+from pistoseg.config import ComputeConfig
 from pistoseg.errors import PistoSegError, UnavailableError
 from pistoseg.progress import Progress
 from pistoseg.slides import results
@@ -111,3 +112,19 @@ def test_a_claim_that_is_lost_ends_a_batch_and_a_storage_that_is_away_for_it_doe
     claim = SimpleNamespace(check=check)
     with pytest.raises(PistoSegError, match="taken over") if ends else nullcontext():
         assert len(slides.segment(run, plan, Progress(), StageRun(), claim)["rows"]) == 2
+
+
+@pytest.mark.parametrize(("workers", "networks"), [(8, 8), (None, 1)])
+def test_nodes_for_the_workers_are_waited_for_before_the_pool_is_planned(
+    run: slides.SlideRun, network: Network, monkeypatch: pytest.MonkeyPatch, workers: int | None, networks: int
+) -> None:
+    def wait(compute: ComputeConfig, asked: int, say: object) -> None:
+        assert (compute.device, compute.wait_for_nodes, asked) == ("cuda", 900, networks)
+        raise PistoSegError("waited in vain")
+
+    monkeypatch.setattr(slides.cluster, "connected", lambda _: nullcontext())
+    monkeypatch.setattr(slides.placement, "check_networks", wait)
+    plan = slides.Plan(network, [(SlideEntry("b", "b.svs"), 1)], [], 0)
+    run = replace(run, device="cuda", workers=workers, wait_for_nodes=900)
+    with pytest.raises(PistoSegError, match="waited in vain"):
+        slides.segment(run, plan, Progress(), StageRun())
