@@ -32,6 +32,14 @@ def tracking_uri(config: TrackingConfig, workspace: Workspace) -> str:
     return config.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{_local_folder(workspace) / 'mlflow.db'}"
 
 
+def database_file(uri: str) -> Path | None:
+    """The file of a SQLite database; None for another server, and for one in memory."""
+    from sqlalchemy.engine import make_url
+
+    name = make_url(uri).database if uri.startswith("sqlite:") else None
+    return None if not name or name == ":memory:" or name.startswith("file:") else Path(name)
+
+
 def _local_folder(workspace: Workspace) -> Path:
     # SQLite needs a local disk; a workspace in object storage gets its database where the command runs.
     return storage.local_path(storage.absolute(workspace.root)) or Path.cwd() / "pistoseg-mlflow"
@@ -102,12 +110,8 @@ def _client(uri: str) -> MlflowClient:
 @contextmanager
 def _alone(uri: str) -> Iterator[None]:
     """Let one process at a time open a SQLite database: MLflow makes the tables of a new one without a lock."""
-    from sqlalchemy.engine import make_url
-
-    name = make_url(uri).database if uri.startswith("sqlite:") else None
     with ExitStack() as held:
-        if name and name != ":memory:" and not name.startswith("file:"):
-            database = Path(name)
+        if database := database_file(uri):
             try:
                 database.parent.mkdir(parents=True, exist_ok=True)  # as MLflow does
                 lock = held.enter_context(database.with_name(f".{database.name}.lock").open("a"))

@@ -1,6 +1,7 @@
 import shlex
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -55,11 +56,33 @@ def test_settings_in_object_storage_are_read_by_the_job(tmp_path):
         ["ablate", "table1", *DATA, "--out=tables"],
         ["segment", "--model", "runs/bundle", "--slides", "s3://b/slides", "--out", "s3://b/maps"],
         ["evaluate", "--model", "s3://b/model", "--data=images", "--out", "s3://b/scores"],
+        ["evaluate", "--stage", "all", "--data", "s3://b/masks"],
+        ["synthesize", *DATA, "--preview", "16"],  # the default sheet is a file of the job's folder
+        ["train", "--config", "s3://b/c.yaml", *DATA[2:], "--set", "data.uri=cohort"],
+        ["train", "--config", "s3://b/c.yaml", *DATA, "--set=precise.weights=./enc.pth"],
     ],
 )
 def test_what_the_cluster_can_not_reach_is_refused(arguments, tmp_path):
     with pytest.raises(PistoSegError, match=r"on this machine.*give a URI.*or the absolute path"):
         packaged(tmp_path, *arguments)
+
+
+@pytest.mark.parametrize("settings", [["--preset", "demo"], ["--config", "s3://bucket/config.yaml"]])
+def test_a_database_of_this_machine_is_no_tracking_server_for_a_cluster(settings, tmp_path):
+    given = ["train", *settings, *DATA, "--set", "tracking.uri=sqlite:///ml.db"]
+    with pytest.raises(PistoSegError, match=r"tracking.uri: is on this machine.*MLFLOW_TRACKING_URI"):
+        packaged(tmp_path / "first", *given)
+    given[-1] = "tracking.uri=sqlite:////share/ml.db"
+    packaged(tmp_path / "second", *given)
+
+
+def test_a_file_of_classes_travels_beside_settings_in_object_storage(tmp_path):
+    (tmp_path / "mine.yaml").write_text("classes: []")
+    (tmp_path / "job").mkdir()
+    where = ["train", "--config", "s3://bucket/config.yaml", *DATA]
+    command = packaged(tmp_path / "job", *where, "--set", f"classes={tmp_path / 'mine.yaml'}", "--set", "seed=4")
+    assert command == [*where, "--set", 'classes="classes.yaml"', "--set", "seed=4"]
+    assert (tmp_path / "job" / "classes.yaml").read_text() == "classes: []"
 
 
 def test_a_small_file_travels_with_the_job(tmp_path):
@@ -104,6 +127,41 @@ def test_a_cluster_on_this_machine_gets_absolute_paths(tmp_path, monkeypatch, ad
         f"{tmp_path}/runs/pistoseg",
     ]
     assert command == expected
+
+
+def test_places_in_settings_are_absolute_for_a_cluster_on_this_machine(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "job").mkdir()
+    places = ["precise.weights=./enc.pth", "tracking.uri=sqlite:///ml.db", "data.validation=val"]
+    overrides = [word for place in places for word in ("--set", place)]
+    packaged(tmp_path / "job", "train", "--preset", "demo", "--data", "s3://b/data", *overrides, address="auto")
+    inside = load_config(file=str(tmp_path / "job" / "job.yaml"))
+    expected = (f"{tmp_path}/enc.pth", f"sqlite:///{tmp_path}/ml.db", f"{tmp_path}/val")
+    assert (inside.precise.weights, inside.tracking.uri, inside.data.validation) == expected
+    assert inside.preliminary.weights == load_config("demo").preliminary.weights
+    # The same beside settings that only the job can read.
+    command = packaged(tmp_path / "other", "train", "--config", "s3://b/c.yaml", *overrides, address="auto")
+    values = [word for before, word in pairwise(command) if before == "--set"]
+    inside = load_config("demo", overrides=values)
+    assert (inside.precise.weights, inside.tracking.uri, inside.data.validation) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "added"),
+    [
+        (["segment", "--model", "models:/m@best", "--slides", "s3://b/s", "--out", "s3://b/o"], "--workspace"),
+        (["evaluate", "--stage", "all", "--data", "s3://b/masks"], "--workspace"),
+        (["synthesize", "--config", "s3://b/c.yaml", "--preview", "4", "--workspace", "s3://b/runs"], "--out"),
+    ],
+)
+def test_a_job_on_this_machine_finds_the_default_places_where_the_command_has_them(
+    tmp_path, monkeypatch, arguments, added
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "job").mkdir()
+    default = {"--workspace": "runs/pistoseg", "--out": "mosaics.png"}[added]
+    command = packaged(tmp_path / "job", *arguments, address="auto")
+    assert command == [*arguments, added, str(tmp_path / default)]
 
 
 def test_credentials_do_not_become_part_of_a_job(tmp_path):
