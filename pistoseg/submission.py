@@ -281,12 +281,16 @@ def _only_address(address: str) -> Iterator[None]:
 
 
 def _client(address: str) -> JobSubmissionClient:
-    from ray.exceptions import AuthenticationError
+    from ray.exceptions import AuthenticationError, RayError
     from ray.job_submission import JobSubmissionClient
+
+    from pistoseg.stages.cluster import require_ray
 
     for name in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
         logging.getLogger(f"ray.{name}").setLevel(logging.ERROR)
     try:
+        if "://" not in address:
+            require_ray(address)  # which knows where its dashboard is
         return JobSubmissionClient(address)
     except AuthenticationError as error:
         raise PistoSegError(
@@ -295,8 +299,8 @@ def _client(address: str) -> JobSubmissionClient:
             field="--submit",
             remedy="set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to the cluster's token",
         ) from error
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        text = first_line(error)
+    except (ConnectionError, RuntimeError, ValueError, RayError, PistoSegError) as error:
+        text = first_line((isinstance(error, PistoSegError) and error.__cause__) or error)
         remedy = "give the address of its dashboard, e.g. http://HOST:8265, and see that it runs"
         raise PistoSegError(f"can't be reached ({text})", file=address, field="--submit", remedy=remedy) from error
 

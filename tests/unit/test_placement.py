@@ -1,4 +1,7 @@
 import os
+import socket
+import threading
+from contextlib import ExitStack
 from types import SimpleNamespace
 
 import pytest
@@ -186,6 +189,67 @@ def test_a_cluster_that_is_not_there_is_said_at_once(address, monkeypatch):
     with pytest.raises(PistoSegError, match=message) as caught, cluster.connected(config):
         pass
     assert caught.value.file == address
+
+
+@pytest.fixture
+def listening(monkeypatch):
+    """Make a server that answers the first bytes that it gets with some of its own; its address."""
+    with ExitStack() as opened:
+
+        def make(answer):
+            server = opened.enter_context(socket.create_server(("127.0.0.1", 0)))
+
+            def serve():
+                connection, _ = server.accept()
+                with connection:
+                    got.append(connection.recv(1024))
+                    if answer is None:
+                        ended.wait()
+                    else:
+                        connection.sendall(answer)
+
+            thread = threading.Thread(target=serve)
+            thread.start()
+            opened.callback(thread.join)
+            opened.callback(ended.set)
+            return f"127.0.0.1:{server.getsockname()[1]}"
+
+        got, ended = [], threading.Event()
+        yield make
+    assert [sent.startswith(b"PRI * HTTP/2.0") for sent in got] == [True]
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "something else than Ray listens there.*--submit"),
+        (b"", "something else than Ray listens there"),
+        (None, "timed out"),
+    ],
+    ids=["dashboard", "closes", "silent"],
+)
+def test_a_server_that_is_not_ray_is_said_in_time(listening, monkeypatch, answer, message):
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", lambda **_: pytest.fail("waits for ever"))
+    if answer is None:
+        monkeypatch.setattr(cluster, "ANSWER_S", 0.5)
+    config = load_config("demo", overrides=[f"compute.address={listening(answer)}"]).compute
+    refused = pytest.raises(PistoSegError, match=f"compute.address: can't be connected to .{message}")
+    with refused, cluster.connected(config):
+        pass
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_a_server_that_answers_as_grpc_does_is_taken(listening, scheme):
+    cluster.require_ray(scheme + listening(b"\0\0\6\4\0\0\0\0\0\0\3\0\0\0\1"))
+
+
+def test_a_dashboard_as_rays_address_is_refused_by_its_scheme(monkeypatch):
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:9")
+    message = r"http://127.0.0.1:9: compute.address: is the address of a dashboard.*--submit.*HOST:6379"
+    with pytest.raises(PistoSegError, match=message), cluster.connected(load_config("demo").compute):
+        pass
 
 
 class Answers:

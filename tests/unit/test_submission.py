@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import aiohttp
 import pytest
 import yaml
+from ray.exceptions import RpcError
 
 from pistoseg import submission
 from pistoseg.cli import build_parser, main
@@ -265,6 +266,19 @@ def test_a_job_whose_driver_was_lost_says_how_to_go_on(cluster, capsys):
 def test_a_cluster_that_is_not_there(capsys):
     assert main(["train", "--preset", "demo", *DATA, "--submit", "http://127.0.0.1:9"]) == 2
     assert "http://127.0.0.1:9: --submit: can't be reached" in capsys.readouterr().err
+
+
+def test_an_address_without_http_where_ray_is_not_is_no_traceback(capsys, monkeypatch):
+    command = ["train", "--preset", "demo", *DATA, "--submit"]
+    assert main([*command, "127.0.0.1:9"]) == 2
+    assert "127.0.0.1:9: --submit: can't be reached ([Errno 111]" in capsys.readouterr().err
+
+    def lost(address):
+        raise RpcError("Timed out while waiting for GCS")
+
+    monkeypatch.setattr("ray.job_submission.JobSubmissionClient", lost)
+    assert main([*command, HEAD]) == 2
+    assert f"{HEAD}: --submit: can't be reached (Timed out while waiting for GCS)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("verb", ["train", "synthesize", "segment", "evaluate", "ablate", "search"])
