@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pistoseg import __version__
-from pistoseg.errors import PistoSegError
+from pistoseg.errors import INTERRUPTED, PistoSegError
 from pistoseg.models_arguments import model_verbs, server, server_options
 from pistoseg.search.arguments import search_options
 from pistoseg.search.tables import TABLES
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if getattr(options, "submit", None):
             from pistoseg.submission import submit
 
-            return submit(given, options)
+            run = partial(submit, given)
         if getattr(options, "log_format", None) == "json":
             from pistoseg.progress import run_with_json_log
 
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"pistoseg: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("pistoseg: interrupted; run the same command again to go on", file=sys.stderr)
+        print(f"pistoseg: {INTERRUPTED}", file=sys.stderr)
         return 130
 
 

@@ -77,19 +77,22 @@ def submit(arguments: Sequence[str], options: argparse.Namespace) -> int:
                 runtime_env={"working_dir": folder, "env_vars": {"PYTHONUNBUFFERED": "1"}},
                 metadata={"pistoseg": pistoseg.__version__, "verb": verb},
             )
-    from pistoseg.progress import json_line, logs_json
-
-    text = f"submitted {job} to {redact(address)}"
-    if logs_json():
-        json_line(sys.stderr, "submitted", text=text, job=job)
-    else:
-        print(text, file=sys.stderr, flush=True)
+    _say("submitted", f"submitted {job} to {redact(address)}", job=job)
     try:
         return _follow(client, job)
     except KeyboardInterrupt:
         where = f"--address {redact(address)} {job}"
-        print(f"pistoseg: the job goes on; ray job logs --follow {where}; ray job stop {where}", file=sys.stderr)
+        _say("interrupted", f"pistoseg: the job goes on; ray job logs --follow {where}; ray job stop {where}", job=job)
         return 130
+
+
+def _say(event: str, text: str, **fields: Any) -> None:
+    from pistoseg.progress import json_line, logs_json
+
+    if logs_json():
+        json_line(sys.stderr, event, text=text, **fields)
+    else:
+        print(text, file=sys.stderr, flush=True)
 
 
 def package(arguments: list[str], options: argparse.Namespace, folder: Path) -> list[str]:
@@ -351,7 +354,7 @@ def _follow(client: JobSubmissionClient, job: str) -> int:
     if info.status == JobStatus.SUCCEEDED:
         return 0
     reason = redact(" ".join((info.message or str(info.status)).split())[:500])
-    print(f"pistoseg: the job ended: {reason}; submit the same command again to go on", file=sys.stderr)
+    _say("job_ended", f"pistoseg: the job ended: {reason}; submit the same command again to go on", job=job)
     return 1
 
 

@@ -1,3 +1,4 @@
+import json
 import shlex
 import subprocess
 import sys
@@ -261,6 +262,38 @@ def test_a_job_whose_driver_was_lost_says_how_to_go_on(cluster, capsys):
     cluster("lost")
     assert main(["train", "--preset", "demo", *DATA, "--submit", HEAD]) == 1
     assert "Job supervisor actor died; submit the same command again" in capsys.readouterr().err
+
+
+def objects(text):
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_a_log_of_json_holds_the_submission_and_the_jobs_lines_as_objects(cluster, capsys, monkeypatch):
+    made = cluster("lost")
+
+    async def tail(job):
+        yield '{"event": "epoch", "epoch": 1}\n{"eve'
+        yield 'nt": "slide"}\nA line of Ray, {not ours}\n{broken\n'
+
+    made.tail_job_logs = tail
+    command = ["train", "--preset", "demo", *DATA, "--log-format", "json", "--submit", HEAD]
+    assert main(command) == 1
+    written = capsys.readouterr()
+    first, second, *others = objects(written.out)
+    assert (first, second) == ({"event": "epoch", "epoch": 1}, {"event": "slide"})
+    assert [item["text"] for item in others] == ["A line of Ray, {not ours}", "{broken"]
+    assert [item["event"] for item in objects(written.err)] == ["submitted", "job_ended"]
+    assert "--log-format json" in made.submitted["entrypoint"]
+
+    def interrupt(job):
+        raise KeyboardInterrupt
+
+    made.get_job_info = interrupt
+    assert main(command) == 130
+    assert [item["event"] for item in objects(capsys.readouterr().err)] == ["submitted", "interrupted"]
+    assert main([*command[:4], "cohort", *command[5:]]) == 2
+    (refused,) = objects(capsys.readouterr().err)
+    assert (refused["event"], refused["file"]) == ("error", "cohort")
 
 
 def test_a_cluster_that_is_not_there(capsys):
