@@ -78,6 +78,9 @@ def submit(arguments: Sequence[str], options: argparse.Namespace) -> int:
                 metadata={"pistoseg": pistoseg.__version__, "verb": verb},
             )
     _say("submitted", f"submitted {job} to {redact(address)}", job=job)
+    if verb == "segment" and not _given(command, "--workspace"):
+        text = "MLflow gets this run where the cluster's nodes have MLFLOW_TRACKING_URI; else name a --workspace"
+        _say("message", text, job=job)
     try:
         return _follow(client, job)
     except KeyboardInterrupt:

@@ -243,6 +243,16 @@ def test_the_log_is_shown_once_and_the_jobs_exit_code_is_returned(cluster, capsy
     assert not Path(made.submitted["runtime_env"]["working_dir"]).exists()
 
 
+def test_a_job_that_segments_without_a_workspace_says_where_its_run_is_kept(cluster, capsys):
+    made = cluster(0)
+    command = ["segment", "--model", "s3://b/m", "--slides", "s3://b/s", "--out", "s3://b/o"]
+    assert main([*command, "--submit", HEAD]) == 0
+    assert shlex.split(made.submitted["entrypoint"]) == ["python", "-m", "pistoseg", *command]
+    assert "else name a --workspace" in capsys.readouterr().err
+    assert main([*command, "--workspace", "s3://b/runs", "--submit", HEAD]) == 0
+    assert "else name" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "error",
     [aiohttp.ServerDisconnectedError(), aiohttp.WSServerHandshakeError(SimpleNamespace(real_url=HEAD), (), status=503)],
