@@ -248,10 +248,11 @@ def ui(workspace: str, host: str, port: int, tracking: TrackingConfig) -> int:
     MLFLOW_SERVER_ALLOWED_HOSTS and MLFLOW_SERVER_CORS_ALLOWED_ORIGINS say.
     """
     from pistoseg.tracking import tracking_uri
+    from pistoseg.tracking.server import database_file
 
     uri = tracking_uri(tracking, Workspace(storage.absolute(workspace)))
-    database = uri.removeprefix("sqlite:///")
-    if uri.startswith("sqlite:") and not os.path.exists(database):
+    database = database_file(uri)
+    if uri.startswith("sqlite:") and not (database and database.exists()):
         raise PistoSegError("has no runs yet", file=workspace, remedy="run `pistoseg train --workspace` with it first")
     if not uri.startswith("sqlite:"):
         print(f"runs are at {redact(uri)}")

@@ -168,7 +168,7 @@ def _settle(values: dict[str, Any], here: bool) -> bool:
 
 
 def _settled(value: str, section: str, field: str, here: bool) -> str:
-    from pistoseg.tracking.server import database_file
+    from pistoseg.tracking.server import database_file, database_uri
 
     name = f"{section}.{field}"
     if name == "tracking.uri" and (database := database_file(value)):
@@ -179,7 +179,7 @@ def _settled(value: str, section: str, field: str, here: bool) -> str:
                 field=name,
                 remedy="name a tracking server, or leave it to MLFLOW_TRACKING_URI of the cluster's nodes",
             )
-        return value if database.is_absolute() else f"sqlite:///{database.absolute()}"
+        return value if database.is_absolute() else database_uri(database.absolute())
     if name in ("data.uri", "data.validation") or (field == "weights" and WEIGHTS_FILE.search(value)):
         _require(value, name, here)
         return storage.absolute(value) if storage.is_local(value) else value

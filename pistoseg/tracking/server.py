@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -29,7 +30,16 @@ _defaults_lock = threading.Lock()
 
 def tracking_uri(config: TrackingConfig, workspace: Workspace) -> str:
     """Where runs go: the config's server, MLFLOW_TRACKING_URI, or SQLite in the workspace."""
-    return config.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{_local_folder(workspace) / 'mlflow.db'}"
+    return config.uri or os.environ.get("MLFLOW_TRACKING_URI") or database_uri(_local_folder(workspace) / "mlflow.db")
+
+
+def database_uri(file: Path) -> str:
+    """The URI of a SQLite database.
+
+    MLflow makes the folder that the URI's text names, before SQLAlchemy reads `%xx` and `?` in it: only what these
+    would change is quoted.
+    """
+    return "sqlite:///" + re.sub(r"%(?=[0-9A-Fa-f]{2})", "%25", str(file)).replace("?", "%3F")
 
 
 def database_file(uri: str) -> Path | None:
