@@ -9,10 +9,11 @@ import select
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pistoseg import __version__
-from pistoseg.errors import PistoSegError
+from pistoseg.errors import INTERRUPTED, PistoSegError
 from pistoseg.models_arguments import model_verbs, server, server_options
 from pistoseg.search.arguments import search_options
 from pistoseg.search.tables import TABLES
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"pistoseg: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("pistoseg: interrupted; run the same command again to go on", file=sys.stderr)
+        print(f"pistoseg: {INTERRUPTED}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # or that of a connection, which is a defect
         if not _is_unread():
@@ -63,7 +64,7 @@ def _run(given: list[str], options: argparse.Namespace) -> int:
     if getattr(options, "submit", None):
         from pistoseg.submission import submit
 
-        return submit(given, options)
+        run = partial(submit, given)
     if getattr(options, "log_format", None) == "json":
         from pistoseg.progress import run_with_json_log
 
@@ -279,6 +280,13 @@ def _segment_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=_positive, metavar="N", help="networks at a time (default: one a GPU, or one a node)"
     )
+    parser.add_argument(
+        "--wait-for-nodes",
+        type=_positive,
+        default=0,
+        metavar="S",
+        help="how long to wait for an autoscaler to start nodes for --workers; with --device cuda each gets a GPU",
+    )
     parser.add_argument("--limit", type=_positive, metavar="N", help="do at most N slides, those tried least first")
     parser.add_argument("--only-failed", action="store_true", help="only do slides that failed before")
     parser.add_argument("--dry-run", action="store_true", help="only say what would be done, tiles and time")
@@ -375,6 +383,7 @@ def _segment(options: argparse.Namespace) -> int:
         only_failed=options.only_failed,
         device=options.device,
         cache_gb=options.cache_gb,
+        wait_for_nodes=options.wait_for_nodes,
     )
 
 

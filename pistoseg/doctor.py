@@ -229,13 +229,14 @@ def _data(config: Config) -> Iterator[Finding]:
 
 def _mlflow(config: Config, workspace: str) -> Iterator[Finding]:
     from pistoseg.tracking import tracking_uri
+    from pistoseg.tracking.server import database_file
 
     if not config.tracking.enabled:
         yield Finding("mlflow", "ok", "tracking is off")
         return
     uri = tracking_uri(config.tracking, Workspace(storage.absolute(workspace)))
-    if uri.startswith("sqlite:"):
-        parent = Path(uri.removeprefix("sqlite:///")).absolute().parent
+    if database := database_file(uri):
+        parent = database.absolute().parent
         while not parent.exists():
             parent = parent.parent
         if os.access(parent, os.W_OK):

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 from pistoseg.redaction import redact
 
+INTERRUPTED = "interrupted; run the same command again to go on"
+
 
 class PistoSegError(ValueError):
     """A problem with the user's input, settings or environment.

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
-from pistoseg.errors import PistoSegError
+from pistoseg.errors import INTERRUPTED, PistoSegError
 from pistoseg.redaction import redact, redacted
 
 LINE_EVERY_S = 30.0
@@ -46,7 +46,10 @@ def json_line(stream: TextIO, event: str, *, level: str = "info", **fields: Any)
 
 
 class JsonLines(io.TextIOBase):
-    """A stream that writes every line it gets as an `output` event, so that a log of JSON holds nothing else."""
+    """A stream that writes every line it gets as an `output` event, so that a log of JSON holds nothing else.
+
+    A line that is an object already, such as those of a job whose log is followed, goes on as it is.
+    """
 
     def __init__(self, file: TextIO) -> None:
         self._file, self._rest = file, ""
@@ -55,7 +58,9 @@ class JsonLines(io.TextIOBase):
         """Take some text; whole lines go on."""
         *lines, self._rest = (self._rest + text).split("\n")
         for line in lines:
-            if line.strip():
+            if _is_object(line):
+                print(line, file=self._file, flush=True)
+            elif line.strip():
                 json_line(self._file, "output", text=line.rstrip())
         return len(text)
 
@@ -63,6 +68,13 @@ class JsonLines(io.TextIOBase):
         """Write what has no end of line yet."""
         if self._rest:
             self.write("\n")
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return line.startswith("{") and isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
 
 
 class _JsonLog(logging.Handler):
@@ -83,6 +95,9 @@ def run_with_json_log(run: Callable[[], int]) -> int:
     except PistoSegError as error:
         json_line(sys.stderr, "error", level="error", **error.fields())
         return 2
+    except KeyboardInterrupt:
+        json_line(sys.stderr, "interrupted", level="error", text=INTERRUPTED)
+        return 130
     finally:
         logger.removeHandler(handler)
         os.environ.pop(LOG_FORMAT)

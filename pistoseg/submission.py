@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import logging
 import os
 import re
@@ -42,6 +43,8 @@ SHIPPED = ("--classes", "--space")
 SETTINGS_OPTIONS = ("--preset", "--profile", "--config", "--set")
 NEEDS_WORKSPACE = ("train", "synthesize", "search", "ablate")
 """Verbs whose results are in the workspace."""
+WEIGHTS_FILE = re.compile(r"[/\\.]")
+"""What a file's name has, and `imagenet` and `none` have not."""
 POLL_S = 1.0
 RECONNECT_S = 120.0
 """How long a dashboard may be away, or not yet ready."""
@@ -74,19 +77,25 @@ def submit(arguments: Sequence[str], options: argparse.Namespace) -> int:
                 runtime_env={"working_dir": folder, "env_vars": {"PYTHONUNBUFFERED": "1"}},
                 metadata={"pistoseg": pistoseg.__version__, "verb": verb},
             )
-    from pistoseg.progress import json_line, logs_json
-
-    text = f"submitted {job} to {redact(address)}"
-    if logs_json():
-        json_line(sys.stderr, "submitted", text=text, job=job)
-    else:
-        print(text, file=sys.stderr, flush=True)
+    _say("submitted", f"submitted {job} to {redact(address)}", job=job)
+    if verb == "segment" and not _given(command, "--workspace"):
+        text = "MLflow gets this run where the cluster's nodes have MLFLOW_TRACKING_URI; else name a --workspace"
+        _say("message", text, job=job)
     try:
         return _follow(client, job)
     except KeyboardInterrupt:
         where = f"--address {redact(address)} {job}"
-        print(f"pistoseg: the job goes on; ray job logs --follow {where}; ray job stop {where}", file=sys.stderr)
+        _say("interrupted", f"pistoseg: the job goes on; ray job logs --follow {where}; ray job stop {where}", job=job)
         return 130
+
+
+def _say(event: str, text: str, **fields: Any) -> None:
+    from pistoseg.progress import json_line, logs_json
+
+    if logs_json():
+        json_line(sys.stderr, event, text=text, **fields)
+    else:
+        print(text, file=sys.stderr, flush=True)
 
 
 def package(arguments: list[str], options: argparse.Namespace, folder: Path) -> list[str]:
@@ -107,15 +116,14 @@ def package(arguments: list[str], options: argparse.Namespace, folder: Path) -> 
         )
     shutil.copytree(Path(pistoseg.__file__).parent, folder / "pistoseg", ignore=shutil.ignore_patterns("__pycache__"))
     if hasattr(options, "config") and (options.config is None or storage.is_local(options.config)):
-        config = _resolved(options)
-        _require_config(config, here)
-        values = _portable(config, here)
+        values = _portable(_resolved(options), here)
         _require_no_secret(values)
         text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
         (folder / SETTINGS).write_text(text, encoding="utf-8")
         command = [*_without(command, SETTINGS_OPTIONS), "--config", SETTINGS]
-    if options.verb in NEEDS_WORKSPACE and not _given(command, "--workspace"):
-        command += ["--workspace", options.workspace]
+    for flag in _needed(options, here):
+        if not _given(command, flag):
+            command += [flag, getattr(options, flag.strip("-"))]
     return [*_reachable(command, here, folder)]
 
 
@@ -123,6 +131,16 @@ def is_this_machine(address: str) -> bool:
     """Whether a cluster's address is one of this machine's own."""
     host = urlsplit(address if "://" in address else f"//{address}").hostname or ""
     return address in ("auto", "local") or host in ("localhost", "::1") or host.startswith("127.")
+
+
+def _needed(options: argparse.Namespace, here: bool) -> Iterator[str]:
+    """Options whose defaults are places of this machine, which a job has to be told."""
+    stage = getattr(options, "stage", None)  # of `evaluate`: its masks are in the workspace
+    # Elsewhere a job that segments has the tracking server of its cluster, and wants no workspace.
+    if options.verb in NEEDS_WORKSPACE or stage or (here and options.verb == "segment"):
+        yield "--workspace"
+    if getattr(options, "preview", None):
+        yield "--out"
 
 
 def _resolved(options: argparse.Namespace) -> Config:
@@ -135,20 +153,37 @@ def _portable(config: Config, here: bool) -> dict[str, Any]:
     """A config as plain values, without what is this machine's."""
     values = config.model_dump(mode="json")
     values["compute"]["address"] = None  # the job is told by Ray
-    for field in ("uri", "validation"):
-        if here and values["data"][field]:
-            values["data"][field] = storage.absolute(values["data"][field])
+    _settle(values, here)
     return values
 
 
-def _require_config(config: Config, here: bool) -> None:
-    for field, value in (("data.uri", config.data.uri), ("data.validation", config.data.validation)):
-        if value:
-            _require(value, field, here)
-    for name in type(config).model_fields:
-        weights = getattr(getattr(config, name), "weights", None)
-        if isinstance(weights, str) and re.search(r"[/\\.]", weights):
-            _require(weights, f"{name}.weights", here)
+def _settle(values: dict[str, Any], here: bool) -> bool:
+    """Make the places in settings absolute, or refuse those that only this machine has; whether any was changed."""
+    changed = False
+    for section, settings in values.items():
+        for field, value in settings.items() if isinstance(settings, dict) else ():
+            if isinstance(value, str) and (place := _settled(value, section, field, here)) != value:
+                settings[field], changed = place, True
+    return changed
+
+
+def _settled(value: str, section: str, field: str, here: bool) -> str:
+    from pistoseg.tracking.server import database_file, database_uri
+
+    name = f"{section}.{field}"
+    if name == "tracking.uri" and (database := database_file(value)):
+        if not here and not database.is_absolute():
+            raise PistoSegError(
+                "is on this machine, where the cluster can't reach it",
+                file=value,
+                field=name,
+                remedy="name a tracking server, or leave it to MLFLOW_TRACKING_URI of the cluster's nodes",
+            )
+        return value if database.is_absolute() else database_uri(database.absolute())
+    if name in ("data.uri", "data.validation") or (field == "weights" and WEIGHTS_FILE.search(value)):
+        _require(value, name, here)
+        return storage.absolute(value) if storage.is_local(value) else value
+    return value
 
 
 def _require(value: str, field: str, here: bool) -> None:
@@ -185,13 +220,28 @@ def _reachable(command: list[str], here: bool, folder: Path) -> Iterator[str]:
     flag = ""
     for argument in command:
         name, equals, value = argument.partition("=")
-        if flag in PLACES + SHIPPED:
+        if flag == "--set":
+            yield _setting(argument, here, folder)
+        elif name == "--set" and equals:
+            yield f"--set={_setting(value, here, folder)}"
+        elif flag in PLACES + SHIPPED:
             yield _place(argument, flag, here, folder)
         elif equals and name in PLACES + SHIPPED:
             yield f"{name}={_place(value, name, here, folder)}"
         else:
             yield argument
         flag = argument
+
+
+def _setting(item: str, here: bool, folder: Path) -> str:
+    """A `section.key=value` beside settings that the job reads itself."""
+    from pistoseg.config import parse_override
+
+    ((key, value),) = (values := parse_override(item)).items()
+    changed = _settle(values, here)
+    if key == "classes" and isinstance(value, str):
+        value, changed = _place(value, "--classes", here, folder), True
+    return f"{key}={json.dumps(value, ensure_ascii=False)}" if changed else item
 
 
 def _place(value: str, flag: str, here: bool, folder: Path) -> str:
@@ -237,12 +287,16 @@ def _only_address(address: str) -> Iterator[None]:
 
 
 def _client(address: str) -> JobSubmissionClient:
-    from ray.exceptions import AuthenticationError
+    from ray.exceptions import AuthenticationError, RayError
     from ray.job_submission import JobSubmissionClient
+
+    from pistoseg.stages.cluster import require_ray
 
     for name in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
         logging.getLogger(f"ray.{name}").setLevel(logging.ERROR)
     try:
+        if "://" not in address:
+            require_ray(address)  # which knows where its dashboard is
         return JobSubmissionClient(address)
     except AuthenticationError as error:
         raise PistoSegError(
@@ -251,8 +305,8 @@ def _client(address: str) -> JobSubmissionClient:
             field="--submit",
             remedy="set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to the cluster's token",
         ) from error
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        text = first_line(error)
+    except (ConnectionError, RuntimeError, ValueError, RayError, PistoSegError) as error:
+        text = first_line((isinstance(error, PistoSegError) and error.__cause__) or error)
         remedy = "give the address of its dashboard, e.g. http://HOST:8265, and see that it runs"
         raise PistoSegError(f"can't be reached ({text})", file=address, field="--submit", remedy=remedy) from error
 
@@ -305,7 +359,7 @@ def _follow(client: JobSubmissionClient, job: str) -> int:
     if info.status == JobStatus.SUCCEEDED:
         return 0
     reason = redact(" ".join((info.message or str(info.status)).split())[:500])
-    print(f"pistoseg: the job ended: {reason}; submit the same command again to go on", file=sys.stderr)
+    _say("job_ended", f"pistoseg: the job ended: {reason}; submit the same command again to go on", job=job)
     return 1
 
 

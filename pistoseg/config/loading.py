@@ -65,7 +65,7 @@ def load_config(
             values = _merge(values, profiles[profile])
     values = _merge(values, own)
     for item in overrides:
-        values = _merge(values, _parse_override(item))
+        values = _merge(values, parse_override(item))
     return validate(values, source=file or (f"preset {preset}" if preset else "config"))
 
 
@@ -90,7 +90,7 @@ def load_services(
     """
     values: dict[str, Any] = read_yaml(file) if file else {}
     for item in overrides:
-        values = _merge(values, _parse_override(item))
+        values = _merge(values, parse_override(item))
     source = file or "config"
     if unknown := sorted(map(str, values.keys() - Config.model_fields - {"preset", "profile"})):
         raise PistoSegError(f"has the unknown sections {', '.join(unknown)}", file=source, remedy=_HELP)
@@ -168,7 +168,8 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _parse_override(item: str) -> dict[str, Any]:
+def parse_override(item: str) -> dict[str, Any]:
+    """The sections that a `section.key=value` string sets."""
     key, equals, text = item.partition("=")
     if not equals or not key.strip():
         raise PistoSegError(f"{item!r} is not section.key=value", field="--set")

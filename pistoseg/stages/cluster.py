@@ -94,7 +94,7 @@ def _started(config: ComputeConfig) -> Iterator[None]:
         local = {"runtime_env": {"env_vars": settings}}  # a local Ray has this process's variables
     # Without an address Ray would join a cluster that someone else started on this machine, and refuse `local`.
     if address:
-        _require_answer(address)
+        require_ray(address)
     try:
         # Of a cluster that ends the connection, Ray's C++ code says why before it ends the process.
         with nullcontext() if address else _quiet():
@@ -113,15 +113,42 @@ def _started(config: ComputeConfig) -> Iterator[None]:
         ray.shutdown()
 
 
-def _require_answer(address: str) -> None:
-    """Refuse an address where nobody listens: Ray would try for minutes, then end the process without a word."""
+def require_ray(address: str) -> None:
+    """Refuse an address where nobody speaks gRPC, as Ray does.
+
+    Where nobody listens Ray would try for minutes, then end the process without a word; where another server does,
+    such as its own dashboard, it would wait for ever.
+    """
+    if address.startswith(("http://", "https://")):
+        raise PistoSegError(
+            "is the address of a dashboard",
+            file=address,
+            field="compute.address",
+            remedy="use --submit with it, or give Ray's own address, e.g. HOST:6379",
+        )
     host, _, port = address.partition("://")[2].rpartition(":") if "://" in address else address.rpartition(":")
     if not host or not port.isdigit():
         return  # `auto` and what other schedulers understand
     try:
-        socket.create_connection((host.strip("[]"), int(port)), ANSWER_S).close()
+        with socket.create_connection((host.strip("[]"), int(port)), ANSWER_S) as connection:
+            # With TLS a server says nothing to a greeting in the clear.
+            if os.environ.get("RAY_USE_TLS", "").lower() not in ("1", "true"):
+                _greet(connection)
     except OSError as error:
         raise _unreachable(address, error) from error
+
+
+def _greet(connection: socket.socket) -> None:
+    """Open an HTTP/2 connection, on which gRPC runs: its server's first frame is of the kind SETTINGS (RFC 9113, 3.4).
+
+    Raises:
+        OSError: the other side is not such a server.
+    """
+    connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0")
+    with connection.makefile("rb") as answer:
+        frame = answer.read(4)  # three bytes of length, and the kind
+    if frame[3:] != b"\4":
+        raise ConnectionError("something else than Ray listens there; a dashboard's address is for --submit")
 
 
 def _unreachable(address: str, error: Exception) -> PistoSegError:
@@ -214,7 +241,9 @@ def network_pool(config: ComputeConfig) -> tuple[int, dict[str, float]]:
     """
     gpus = 0 if config.device == "cpu" else cluster_gpus()
     if config.device == "cuda" and not gpus:
-        raise PistoSegError("the cluster has no GPU", field="device", remedy="use auto, or start a node with one")
+        remedy = "use auto, start a node with one, or wait for an autoscaler: --wait-for-nodes of segment, "
+        remedy += "compute.wait_for_nodes of trainings"
+        raise PistoSegError("the cluster has no GPU", field="device", remedy=remedy)
     if gpus:
         return max(1, gpus // _pipelines), {"num_gpus": 1, "num_cpus": 1}
     nodes = sum(1 for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1)

@@ -14,7 +14,7 @@ from ray.exceptions import GetTimeoutError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pistoseg import storage
-from pistoseg.config import Config
+from pistoseg.config import ComputeConfig, Config
 from pistoseg.errors import PistoSegError
 from pistoseg.stages import cluster
 from pistoseg.training.stream import SAMPLE_CPUS
@@ -39,18 +39,48 @@ def check(config: Config, stages: Sequence[str], say: Callable[[str], None]) -> 
     Raises:
         PistoSegError: naming what is missing.
     """
-    if not ray.is_initialized():
-        return
-    deadline, told = time.monotonic() + config.compute.wait_for_nodes, False
+    if ray.is_initialized():
+        _wait(lambda: _missing(config, stages, _nodes()), config.compute.wait_for_nodes, say)
+
+
+def check_networks(compute: ComputeConfig, networks: int, say: Callable[[str], None]) -> None:
+    """Wait `compute.wait_for_nodes` for nodes with room for networks; where it is 0 they share what is there.
+
+    Args:
+        compute: what the networks may use; only with `cuda` each is given a GPU.
+        networks: at a time.
+        say: told once, before waiting.
+    Raises:
+        PistoSegError: the nodes did not come.
+    """
+    bundle = {"GPU": 1.0, "CPU": 1.0} if compute.device == "cuda" else {"CPU": 1.0}
+
+    def missing() -> tuple[PistoSegError | None, list[dict[str, float]]]:
+        nodes, bundles = _nodes(), [bundle] * networks
+        if fits(bundles, nodes):
+            return None, []
+        reason = f"{networks} networks need {_each(bundle)} each, and {_has(nodes)}"
+        remedy = "give fewer --workers, or a longer --wait-for-nodes"
+        return PistoSegError(reason, field="--workers", remedy=remedy), bundles
+
+    if compute.wait_for_nodes:
+        _wait(missing, compute.wait_for_nodes, say)
+
+
+def _wait(
+    missing: Callable[[], tuple[PistoSegError | None, list[dict[str, float]]]], seconds: int, say: Callable[[str], None]
+) -> None:
+    """Ask an autoscaler for what is missing, until nothing is or the time is up."""
+    deadline, told = time.monotonic() + seconds, False
     try:
         while True:
-            problem, bundles = _missing(config, stages, _nodes())
+            problem, bundles = missing()
             if problem is None:
                 return
             if time.monotonic() >= deadline:
                 raise problem
             if not told:
-                say(f"waiting up to {config.compute.wait_for_nodes} s for nodes: {problem.reason}")
+                say(f"waiting up to {seconds} s for nodes: {problem.reason}")
             told = True
             _request(bundles)
             time.sleep(POLL_S)
@@ -74,7 +104,7 @@ def _missing(
 ) -> tuple[PistoSegError | None, list[dict[str, float]]]:
     """The first thing that the nodes can't hold, and all that it needs."""
     compute = config.compute
-    has = f"the cluster has {_count(nodes, 'CPU')} CPUs and {_count(nodes, 'GPU')} GPUs on {len(nodes)} nodes"
+    has = _has(nodes)
     if compute.device == "cuda" and stages and not _count(nodes, "GPU"):
         problem = _error(f"cuda needs a GPU, and {has}", "device", "set compute.device=auto, or start a node with one")
         return problem, [{"GPU": 1, "CPU": 1}]
@@ -88,10 +118,8 @@ def _missing(
         worker = worker_resources(given["threads"], given["gpus"])
         bundles = [worker] * compute.train_workers + [{"CPU": SAMPLE_CPUS}]
         if not fits(bundles, nodes):
-            each = " and ".join(f"{value:g} {key}" for key, value in worker.items())
-            reason = (
-                f"{compute.train_workers} training workers need {each} each, beside one that makes samples, and {has}"
-            )
+            needs = f"need {_each(worker)} each, beside one that makes samples"
+            reason = f"{compute.train_workers} training workers {needs}, and {has}"
             return _error(reason, "train_workers", "set compute.train_workers to fewer, or start more nodes"), bundles
     return None, []
 
@@ -113,6 +141,14 @@ def fits(bundles: Sequence[Resources], nodes: Sequence[Resources]) -> bool:
 
 def _count(nodes: Sequence[Resources], key: str) -> int:
     return int(sum(node.get(key, 0) for node in nodes))
+
+
+def _has(nodes: Sequence[Resources]) -> str:
+    return f"the cluster has {_count(nodes, 'CPU')} CPUs and {_count(nodes, 'GPU')} GPUs on {len(nodes)} nodes"
+
+
+def _each(bundle: Resources) -> str:
+    return " and ".join(f"{value:g} {key}" for key, value in bundle.items())
 
 
 def _error(reason: str, field: str, remedy: str) -> PistoSegError:

@@ -54,6 +54,7 @@ class SlideRun:
         only_failed: only do slides that have failed before.
         device: `auto`, `cpu` or `cuda`.
         cache_gb: size of each node's cache of slides; None: half of what its disk has left.
+        wait_for_nodes: how long to wait for an autoscaler to start nodes for the workers (s); 0: there is none.
     """
 
     model: str
@@ -65,6 +66,7 @@ class SlideRun:
     only_failed: bool = False
     device: str = "auto"
     cache_gb: float | None = None
+    wait_for_nodes: int = 0
 
 
 @dataclass(frozen=True)
@@ -220,8 +222,9 @@ def segment(
     began = time.monotonic()
     rows = [_row(entry, record, "skipped") for entry, record in _with_areas(run.out, found.done)]
     if found.todo:
-        compute = ComputeConfig.model_validate({"device": run.device})
+        compute = ComputeConfig.model_validate({"device": run.device, "wait_for_nodes": run.wait_for_nodes})
         with cluster.connected(compute), progress.stage(f"Segmenting {len(found.todo)} slides"):
+            placement.check_networks(compute, run.workers or 1, progress.say)
             placement.check_shared(run.out, {"--model": run.model, "--slides": run.slides})
             with closing(_records(run, found, compute, progress)) as records:
                 for record in records:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from pistoseg.config import TrackingConfig
 from pistoseg.errors import PistoSegError
 from pistoseg.redaction import first_line
 from pistoseg.tracking.delivery import is_refusal, quoted
-from pistoseg.tracking.server import connect, default_server, tracking_uri
+from pistoseg.tracking.server import connect, database_file, default_server, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -226,8 +225,8 @@ class Registry:
         return [storage.join(out, name) for name in FILES]
 
     def _client(self, what: str) -> MlflowClient:
-        database = self.uri.removeprefix("sqlite:///")
-        if self.uri.startswith("sqlite:") and not os.path.exists(database):
+        database = database_file(self.uri)
+        if database and not database.exists():
             raise PistoSegError(
                 f"can't be looked up: {database} is not there",
                 file=what,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -29,7 +30,24 @@ _defaults_lock = threading.Lock()
 
 def tracking_uri(config: TrackingConfig, workspace: Workspace) -> str:
     """Where runs go: the config's server, MLFLOW_TRACKING_URI, or SQLite in the workspace."""
-    return config.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{_local_folder(workspace) / 'mlflow.db'}"
+    return config.uri or os.environ.get("MLFLOW_TRACKING_URI") or database_uri(_local_folder(workspace) / "mlflow.db")
+
+
+def database_uri(file: Path) -> str:
+    """The URI of a SQLite database.
+
+    MLflow makes the folder that the URI's text names, before SQLAlchemy reads `%xx` and `?` in it: only what these
+    would change is quoted.
+    """
+    return "sqlite:///" + re.sub(r"%(?=[0-9A-Fa-f]{2})", "%25", str(file)).replace("?", "%3F")
+
+
+def database_file(uri: str) -> Path | None:
+    """The file of a SQLite database; None for another server, and for one in memory."""
+    from sqlalchemy.engine import make_url
+
+    name = make_url(uri).database if uri.startswith("sqlite:") else None
+    return None if not name or name == ":memory:" or name.startswith("file:") else Path(name)
 
 
 def _local_folder(workspace: Workspace) -> Path:
@@ -102,12 +120,8 @@ def _client(uri: str) -> MlflowClient:
 @contextmanager
 def _alone(uri: str) -> Iterator[None]:
     """Let one process at a time open a SQLite database: MLflow makes the tables of a new one without a lock."""
-    from sqlalchemy.engine import make_url
-
-    name = make_url(uri).database if uri.startswith("sqlite:") else None
     with ExitStack() as held:
-        if name and name != ":memory:" and not name.startswith("file:"):
-            database = Path(name)
+        if database := database_file(uri):
             try:
                 database.parent.mkdir(parents=True, exist_ok=True)  # as MLflow does
                 lock = held.enter_context(database.with_name(f".{database.name}.lock").open("a"))

@@ -5,10 +5,14 @@ import sys
 
 import pytest
 import yaml
+from mlflow.server.security_utils import is_allowed_host_header, should_block_cors_request
 
 import pistoseg
+from pistoseg.artifacts import Workspace
 from pistoseg.cli import EPILOG, _config, build_parser, main
+from pistoseg.config import TrackingConfig
 from pistoseg.pipeline import check_weights
+from pistoseg.tracking import connect
 
 HEAVY = ("torch", "ray", "mlflow", "cv2", "pandas", "pyarrow", "PIL", "numpy", "timm", "fsspec")
 
@@ -150,6 +154,46 @@ def test_a_model_that_is_none(no_ray, capsys, tmp_path):
 def test_a_workspace_without_runs_can_not_be_browsed(capsys, tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     assert "has no runs yet" in failed(["ui", "--workspace", str(tmp_path)], capsys)
+
+
+@pytest.fixture
+def served(monkeypatch, tmp_path):
+    """Start `ui` of a workspace with runs; the variables of MLflow's server."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr("socket.getfqdn", lambda: "Node12.cluster.example")
+    monkeypatch.setattr("socket.gethostname", lambda: "Node12")
+    connect(TrackingConfig(), Workspace(str(tmp_path))).close()
+
+    def ui(*arguments):
+        started = []
+        monkeypatch.setattr("os.execve", lambda *call: started.append(call))
+        monkeypatch.setattr("os.execv", lambda *call: pytest.fail("without an environment"))
+        main(["ui", "--workspace", str(tmp_path), "--port", "5057", *arguments])
+        ((_, command, environment),) = started
+        assert command[1:4] == ["-m", "mlflow", "server"]
+        return environment
+
+    return ui
+
+
+def test_runs_can_be_browsed_by_the_machines_name_where_other_machines_are_served(served, monkeypatch, capsys):
+    environment = served("--host", "0.0.0.0")
+    assert capsys.readouterr().out.startswith("http://node12.cluster.example:5057")
+    hosts = environment["MLFLOW_SERVER_ALLOWED_HOSTS"].split(",")
+    origins = environment["MLFLOW_SERVER_CORS_ALLOWED_ORIGINS"].split(",")
+    for name in ("node12.cluster.example", "node12"):
+        assert is_allowed_host_header(hosts, f"{name}:5057")
+        assert not should_block_cors_request(f"http://{name}:5057", "POST", origins)
+    assert is_allowed_host_header(hosts, "localhost:8080")
+    assert not is_allowed_host_header(hosts, "evil.example:5057")
+    assert should_block_cors_request("http://evil.example:5057", "POST", origins)
+    monkeypatch.setenv("MLFLOW_SERVER_ALLOWED_HOSTS", "mine.example")  # as behind a proxy
+    assert served("--host", "0.0.0.0")["MLFLOW_SERVER_ALLOWED_HOSTS"] == "mine.example"
+
+
+def test_runs_that_only_this_machine_browses_are_served_as_mlflow_does(served, capsys):
+    assert "MLFLOW_SERVER_ALLOWED_HOSTS" not in served()
+    assert capsys.readouterr().out.startswith("http://127.0.0.1:5057")
 
 
 @pytest.mark.parametrize(

@@ -107,10 +107,10 @@ def test_a_job_and_the_cluster_that_stays_are_made_of_the_same_nodes():
     assert cluster_spec("rayjob.yaml") == cluster_spec("raycluster.yaml")
 
 
-def commands():
-    """Every command line of pistoseg in the folder, those in comments included."""
+def commands(names="*"):
+    """Every command line of pistoseg in files of the folder, those in comments included."""
     found = [load("rayjob.yaml")["spec"]["entrypoint"]]
-    for file in sorted(FOLDER.iterdir()):
+    for file in sorted(FOLDER.glob(names)):
         lines = re.sub(r"\\\n#?\s*", " ", file.read_text()).splitlines()
         for line in lines:
             if match := re.search(r"^#.*(python -m pistoseg|sbatch .*cluster/slurm\.sh) ([a-z].*)", line):
@@ -125,6 +125,20 @@ def test_every_command_in_the_files_is_one_that_pistoseg_takes():
         assert callable(options.run), command
         if options.verb == "train":
             check_weights(load_config(options.preset, options.profile, options.config, options.overrides), TARGETS)
+
+
+def test_commands_for_clusters_that_start_with_a_head_alone_wait_for_gpu_nodes():
+    for name in ("raycluster.yaml", "rayjob.yaml"):
+        assert cluster_spec(name)["headGroupSpec"]["rayStartParams"] == {"num-cpus": "0"}
+    assert load("aws.yaml")["available_node_types"]["head"]["resources"] == {"CPU": 0}
+    found = [build_parser().parse_args(command) for command in commands("*.yaml")]
+    assert sorted(options.verb for options in found) == ["segment", "segment", "train"]
+    for options in found:
+        if options.verb == "train":
+            compute = load_config(options.preset, options.profile, options.config, options.overrides).compute
+            assert (compute.device, compute.wait_for_nodes) == ("cuda", 900)
+        else:
+            assert (options.device, options.workers, options.wait_for_nodes) == ("cuda", 8, 900)
 
 
 def test_every_job_says_a_command_that_its_verb_takes():

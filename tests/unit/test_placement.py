@@ -1,10 +1,13 @@
 import os
+import socket
+import threading
+from contextlib import ExitStack
 from types import SimpleNamespace
 
 import pytest
 from ray.exceptions import GetTimeoutError
 
-from pistoseg.config import load_config
+from pistoseg.config import ComputeConfig, load_config
 from pistoseg.errors import PistoSegError
 from pistoseg.stages import cluster, placement
 from pistoseg.stages.cluster import available_cpus  # itself: the tests with a local Ray put four in its place
@@ -108,6 +111,47 @@ def test_a_wait_in_vain_ends(nodes, monkeypatch):
         check("compute.workers=8", "compute.wait_for_nodes=1")
 
 
+@pytest.fixture
+def autoscaler(nodes, monkeypatch):
+    """Pretend that a cluster has a head without CPUs, and gets the nodes that are asked for."""
+
+    def start(bundles):
+        asked.append(bundles)
+        nodes({"CPU": 0}, *({**bundle, "CPU": 8} for bundle in bundles))
+
+    asked = []
+    monkeypatch.setattr(placement, "_request", start)
+    monkeypatch.setattr(placement, "POLL_S", 0.01)
+    nodes({"CPU": 0})
+    return asked
+
+
+def test_a_training_on_cuda_waits_for_the_first_gpu_of_a_cluster_that_is_only_a_head(autoscaler):
+    (said,) = check("compute.device=cuda", "compute.wait_for_nodes=60")
+    assert "waiting up to 60 s for nodes: cuda needs a GPU, and the cluster has 0 CPUs and 0 GPUs on 1 nodes" in said
+    assert autoscaler == [[{"GPU": 1, "CPU": 1}], []]
+
+
+@pytest.mark.parametrize(("device", "bundle"), [("cuda", {"GPU": 1, "CPU": 1}), ("auto", {"CPU": 1})])
+def test_networks_for_slides_wait_for_nodes_and_cuda_gets_a_gpu_for_each(autoscaler, device, bundle):
+    compute = ComputeConfig(device=device, wait_for_nodes=60)
+    said = []
+    placement.check_networks(compute, 8, said.append)
+    assert autoscaler == [[bundle] * 8, []]
+    assert [text.partition(", and")[0] for text in said] == [
+        f"waiting up to 60 s for nodes: 8 networks need {'1 GPU and ' if device == 'cuda' else ''}1 CPU each"
+    ]
+
+
+def test_networks_for_slides_share_what_is_there_where_no_autoscaler_is_said_to_be(nodes, monkeypatch):
+    nodes({"CPU": 1})
+    placement.check_networks(ComputeConfig(), 8, pytest.fail)
+    monkeypatch.setattr(placement, "_request", lambda bundles: None)
+    monkeypatch.setattr(placement, "POLL_S", 0.3)
+    with pytest.raises(PistoSegError, match=r"--workers: 8 networks need 1 CPU each.*fewer --workers"):
+        placement.check_networks(ComputeConfig(wait_for_nodes=1), 8, lambda text: None)
+
+
 @pytest.mark.parametrize(
     ("files", "cpus"),
     [
@@ -145,6 +189,67 @@ def test_a_cluster_that_is_not_there_is_said_at_once(address, monkeypatch):
     with pytest.raises(PistoSegError, match=message) as caught, cluster.connected(config):
         pass
     assert caught.value.file == address
+
+
+@pytest.fixture
+def listening(monkeypatch):
+    """Make a server that answers the first bytes that it gets with some of its own; its address."""
+    with ExitStack() as opened:
+
+        def make(answer):
+            server = opened.enter_context(socket.create_server(("127.0.0.1", 0)))
+
+            def serve():
+                connection, _ = server.accept()
+                with connection:
+                    got.append(connection.recv(1024))
+                    if answer is None:
+                        ended.wait()
+                    else:
+                        connection.sendall(answer)
+
+            thread = threading.Thread(target=serve)
+            thread.start()
+            opened.callback(thread.join)
+            opened.callback(ended.set)
+            return f"127.0.0.1:{server.getsockname()[1]}"
+
+        got, ended = [], threading.Event()
+        yield make
+    assert [sent.startswith(b"PRI * HTTP/2.0") for sent in got] == [True]
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "something else than Ray listens there.*--submit"),
+        (b"", "something else than Ray listens there"),
+        (None, "timed out"),
+    ],
+    ids=["dashboard", "closes", "silent"],
+)
+def test_a_server_that_is_not_ray_is_said_in_time(listening, monkeypatch, answer, message):
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", lambda **_: pytest.fail("waits for ever"))
+    if answer is None:
+        monkeypatch.setattr(cluster, "ANSWER_S", 0.5)
+    config = load_config("demo", overrides=[f"compute.address={listening(answer)}"]).compute
+    refused = pytest.raises(PistoSegError, match=f"compute.address: can't be connected to .{message}")
+    with refused, cluster.connected(config):
+        pass
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_a_server_that_answers_as_grpc_does_is_taken(listening, scheme):
+    cluster.require_ray(scheme + listening(b"\0\0\6\4\0\0\0\0\0\0\3\0\0\0\1"))
+
+
+def test_a_dashboard_as_rays_address_is_refused_by_its_scheme(monkeypatch):
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:9")
+    message = r"http://127.0.0.1:9: compute.address: is the address of a dashboard.*--submit.*HOST:6379"
+    with pytest.raises(PistoSegError, match=message), cluster.connected(load_config("demo").compute):
+        pass
 
 
 class Answers:

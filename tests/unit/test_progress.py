@@ -103,6 +103,13 @@ def test_results_and_errors_are_lines_of_json_too(monkeypatch, capsys):
     def refuse(config, workspace):
         raise PistoSegError("is bad", file="s3://me:hunter2@b/x", field="y", remedy="mend it")
 
+    def interrupt(config, workspace):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pistoseg.commands.train", interrupt)
+    assert main(["train", "--preset", "demo", "--log-format", "json"]) == 130
+    (event,) = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert (event["event"], "run the same command again" in event["text"]) == ("interrupted", True)
     monkeypatch.setattr("pistoseg.commands.train", refuse)
     assert main(["train", "--preset", "demo", "--log-format", "json"]) == 2
     (event,) = [json.loads(line) for line in capsys.readouterr().err.splitlines()]

@@ -7,6 +7,7 @@ import sqlite3
 import threading
 import time
 import types
+from pathlib import Path
 
 import fsspec
 import pytest
@@ -16,8 +17,9 @@ from pistoseg.artifacts import Workspace
 from pistoseg.cli import main
 from pistoseg.config import TrackingConfig, load_config
 from pistoseg.errors import PistoSegError
-from pistoseg.tracking import Tracker, connect
+from pistoseg.tracking import Tracker, connect, tracking_uri
 from pistoseg.tracking.registry import ModelVersion, Registry, bundle_uri, lineage, set_alias
+from pistoseg.tracking.server import database_file, database_uri
 
 KEYS = ("aaaa", "bbbb", "cccc")
 
@@ -248,6 +250,19 @@ def test_the_folder_of_a_database_is_made(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/new/folder/mlflow.db")
     connect(TrackingConfig(), Workspace(str(tmp_path / "w")))
     assert (tmp_path / "new" / "folder" / "mlflow.db").exists()
+
+
+def test_a_workspace_has_its_database_whatever_its_name_means_in_a_uri(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    place = Workspace(str(tmp_path / "50% of slides%20#1?x"))
+    connect(TrackingConfig(), place).close()
+    database = Path(place.root) / "mlflow.db"
+    assert database.exists()
+    assert database_file(tracking_uri(TrackingConfig(), place)) == database
+    assert main(["models", "list", "--workspace", place.root]) == 0
+    assert "is not there" not in capsys.readouterr().err
+    # A name that means itself is not quoted: MLflow would make a folder of the quoted one.
+    assert database_uri(Path("/50% of sl\u00e4s #1/mlflow.db")) == "sqlite:////50% of sl\u00e4s #1/mlflow.db"
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
 from pistoseg import storage
+from pistoseg.config import ComputeConfig
 from pistoseg.errors import PistoSegError, UnavailableError
 from pistoseg.outputs.summary import SlideRow
 from pistoseg.progress import Progress
@@ -221,3 +222,19 @@ def test_a_picture_that_is_gone_is_left_out_of_what_mlflow_gets(tmp_path: Path) 
     Image.new("RGB", (40, 30)).save(picture)
     slides._track(str(tmp_path), rows, record, tracked)
     assert "overviews.png" in given
+
+
+@pytest.mark.parametrize(("workers", "networks"), [(8, 8), (None, 1)])
+def test_nodes_for_the_workers_are_waited_for_before_the_pool_is_planned(
+    run: slides.SlideRun, network: Network, monkeypatch: pytest.MonkeyPatch, workers: int | None, networks: int
+) -> None:
+    def wait(compute: ComputeConfig, asked: int, say: object) -> None:
+        assert (compute.device, compute.wait_for_nodes, asked) == ("cuda", 900, networks)
+        raise PistoSegError("waited in vain")
+
+    monkeypatch.setattr(slides.cluster, "connected", lambda _: nullcontext())
+    monkeypatch.setattr(slides.placement, "check_networks", wait)
+    plan = slides.Plan(network, [(SlideEntry("b", "b.svs"), 1)], [], 0)
+    run = replace(run, device="cuda", workers=workers, wait_for_nodes=900)
+    with pytest.raises(PistoSegError, match="waited in vain"):
+        slides.segment(run, plan, Progress(), StageRun())

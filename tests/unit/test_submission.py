@@ -1,16 +1,19 @@
 import contextlib
 import errno
 import io
+import json
 import os
 import shlex
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
 import aiohttp
 import pytest
 import yaml
+from ray.exceptions import RpcError
 
 from pistoseg import submission
 from pistoseg.cli import build_parser, main
@@ -59,11 +62,33 @@ def test_settings_in_object_storage_are_read_by_the_job(tmp_path):
         ["ablate", "table1", *DATA, "--out=tables"],
         ["segment", "--model", "runs/bundle", "--slides", "s3://b/slides", "--out", "s3://b/maps"],
         ["evaluate", "--model", "s3://b/model", "--data=images", "--out", "s3://b/scores"],
+        ["evaluate", "--stage", "all", "--data", "s3://b/masks"],
+        ["synthesize", *DATA, "--preview", "16"],  # the default sheet is a file of the job's folder
+        ["train", "--config", "s3://b/c.yaml", *DATA[2:], "--set", "data.uri=cohort"],
+        ["train", "--config", "s3://b/c.yaml", *DATA, "--set=precise.weights=./enc.pth"],
     ],
 )
 def test_what_the_cluster_can_not_reach_is_refused(arguments, tmp_path):
     with pytest.raises(PistoSegError, match=r"on this machine.*give a URI.*or the absolute path"):
         packaged(tmp_path, *arguments)
+
+
+@pytest.mark.parametrize("settings", [["--preset", "demo"], ["--config", "s3://bucket/config.yaml"]])
+def test_a_database_of_this_machine_is_no_tracking_server_for_a_cluster(settings, tmp_path):
+    given = ["train", *settings, *DATA, "--set", "tracking.uri=sqlite:///ml.db"]
+    with pytest.raises(PistoSegError, match=r"tracking.uri: is on this machine.*MLFLOW_TRACKING_URI"):
+        packaged(tmp_path / "first", *given)
+    given[-1] = "tracking.uri=sqlite:////share/ml.db"
+    packaged(tmp_path / "second", *given)
+
+
+def test_a_file_of_classes_travels_beside_settings_in_object_storage(tmp_path):
+    (tmp_path / "mine.yaml").write_text("classes: []")
+    (tmp_path / "job").mkdir()
+    where = ["train", "--config", "s3://bucket/config.yaml", *DATA]
+    command = packaged(tmp_path / "job", *where, "--set", f"classes={tmp_path / 'mine.yaml'}", "--set", "seed=4")
+    assert command == [*where, "--set", 'classes="classes.yaml"', "--set", "seed=4"]
+    assert (tmp_path / "job" / "classes.yaml").read_text() == "classes: []"
 
 
 def test_a_small_file_travels_with_the_job(tmp_path):
@@ -108,6 +133,41 @@ def test_a_cluster_on_this_machine_gets_absolute_paths(tmp_path, monkeypatch, ad
         f"{tmp_path}/runs/pistoseg",
     ]
     assert command == expected
+
+
+def test_places_in_settings_are_absolute_for_a_cluster_on_this_machine(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "job").mkdir()
+    places = ["precise.weights=./enc.pth", "tracking.uri=sqlite:///ml.db", "data.validation=val"]
+    overrides = [word for place in places for word in ("--set", place)]
+    packaged(tmp_path / "job", "train", "--preset", "demo", "--data", "s3://b/data", *overrides, address="auto")
+    inside = load_config(file=str(tmp_path / "job" / "job.yaml"))
+    expected = (f"{tmp_path}/enc.pth", f"sqlite:///{tmp_path}/ml.db", f"{tmp_path}/val")
+    assert (inside.precise.weights, inside.tracking.uri, inside.data.validation) == expected
+    assert inside.preliminary.weights == load_config("demo").preliminary.weights
+    # The same beside settings that only the job can read.
+    command = packaged(tmp_path / "other", "train", "--config", "s3://b/c.yaml", *overrides, address="auto")
+    values = [word for before, word in pairwise(command) if before == "--set"]
+    inside = load_config("demo", overrides=values)
+    assert (inside.precise.weights, inside.tracking.uri, inside.data.validation) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "added"),
+    [
+        (["segment", "--model", "models:/m@best", "--slides", "s3://b/s", "--out", "s3://b/o"], "--workspace"),
+        (["evaluate", "--stage", "all", "--data", "s3://b/masks"], "--workspace"),
+        (["synthesize", "--config", "s3://b/c.yaml", "--preview", "4", "--workspace", "s3://b/runs"], "--out"),
+    ],
+)
+def test_a_job_on_this_machine_finds_the_default_places_where_the_command_has_them(
+    tmp_path, monkeypatch, arguments, added
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "job").mkdir()
+    default = {"--workspace": "runs/pistoseg", "--out": "mosaics.png"}[added]
+    command = packaged(tmp_path / "job", *arguments, address="auto")
+    assert command == [*arguments, added, str(tmp_path / default)]
 
 
 def test_credentials_do_not_become_part_of_a_job(tmp_path):
@@ -187,6 +247,16 @@ def test_the_log_is_shown_once_and_the_jobs_exit_code_is_returned(cluster, capsy
     assert not Path(made.submitted["runtime_env"]["working_dir"]).exists()
 
 
+def test_a_job_that_segments_without_a_workspace_says_where_its_run_is_kept(cluster, capsys):
+    made = cluster(0)
+    command = ["segment", "--model", "s3://b/m", "--slides", "s3://b/s", "--out", "s3://b/o"]
+    assert main([*command, "--submit", HEAD]) == 0
+    assert shlex.split(made.submitted["entrypoint"]) == ["python", "-m", "pistoseg", *command]
+    assert "else name a --workspace" in capsys.readouterr().err
+    assert main([*command, "--workspace", "s3://b/runs", "--submit", HEAD]) == 0
+    assert "else name" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "error",
     [aiohttp.ServerDisconnectedError(), aiohttp.WSServerHandshakeError(SimpleNamespace(real_url=HEAD), (), status=503)],
@@ -220,9 +290,54 @@ def test_a_job_whose_driver_was_lost_says_how_to_go_on(cluster, capsys):
     assert "Job supervisor actor died; submit the same command again" in capsys.readouterr().err
 
 
+def objects(text):
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_a_log_of_json_holds_the_submission_and_the_jobs_lines_as_objects(cluster, capsys, monkeypatch):
+    made = cluster("lost")
+
+    async def tail(job):
+        yield '{"event": "epoch", "epoch": 1}\n{"eve'
+        yield 'nt": "slide"}\nA line of Ray, {not ours}\n{broken\n'
+
+    made.tail_job_logs = tail
+    command = ["train", "--preset", "demo", *DATA, "--log-format", "json", "--submit", HEAD]
+    assert main(command) == 1
+    written = capsys.readouterr()
+    first, second, *others = objects(written.out)
+    assert (first, second) == ({"event": "epoch", "epoch": 1}, {"event": "slide"})
+    assert [item["text"] for item in others] == ["A line of Ray, {not ours}", "{broken"]
+    assert [item["event"] for item in objects(written.err)] == ["submitted", "job_ended"]
+    assert "--log-format json" in made.submitted["entrypoint"]
+
+    def interrupt(job):
+        raise KeyboardInterrupt
+
+    made.get_job_info = interrupt
+    assert main(command) == 130
+    assert [item["event"] for item in objects(capsys.readouterr().err)] == ["submitted", "interrupted"]
+    assert main([*command[:4], "cohort", *command[5:]]) == 2
+    (refused,) = objects(capsys.readouterr().err)
+    assert (refused["event"], refused["file"]) == ("error", "cohort")
+
+
 def test_a_cluster_that_is_not_there(capsys):
     assert main(["train", "--preset", "demo", *DATA, "--submit", "http://127.0.0.1:9"]) == 2
     assert "http://127.0.0.1:9: --submit: can't be reached" in capsys.readouterr().err
+
+
+def test_an_address_without_http_where_ray_is_not_is_no_traceback(capsys, monkeypatch):
+    command = ["train", "--preset", "demo", *DATA, "--submit"]
+    assert main([*command, "127.0.0.1:9"]) == 2
+    assert "127.0.0.1:9: --submit: can't be reached ([Errno 111]" in capsys.readouterr().err
+
+    def lost(address):
+        raise RpcError("Timed out while waiting for GCS")
+
+    monkeypatch.setattr("ray.job_submission.JobSubmissionClient", lost)
+    assert main([*command, HEAD]) == 2
+    assert f"{HEAD}: --submit: can't be reached (Timed out while waiting for GCS)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("verb", ["train", "synthesize", "segment", "evaluate", "ablate", "search"])
