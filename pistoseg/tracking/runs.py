@@ -197,7 +197,7 @@ class Tracker:
     def stage(
         self, name: str, key: str, settings: Mapping[str, Any], inputs: Mapping[str, Artifact]
     ) -> Iterator[StageRun]:
-        """Open a stage's run below the pipeline's."""
+        """Open a stage's run below the pipeline's; it is ended as finished, failed or killed."""
         if self.client is None or self.run_id is None:
             yield StageRun()
             return
@@ -218,6 +218,9 @@ class Tracker:
             status = "FINISHED"
             if run_id:
                 self._stage_runs[name] = run_id
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
         finally:
             self._end(run_id, status)
 
