@@ -6,9 +6,11 @@ import argparse
 import io
 import os
 import select
+import signal
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from pistoseg import __version__
@@ -35,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code.
 
     0 done; 1 a check found something; 2 the user's input or settings are wrong, or a row of a table failed; 3 some
-    slides failed, the others are done; 130 interrupted; 141 nobody reads its output any more, as in `| head`.
+    slides failed, the others are done; 130 interrupted, also by SIGTERM; 141 nobody reads its output any more, as in
+    `| head`.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
@@ -43,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = build_parser().parse_args(given)
     try:
-        code = _run(given, options)
+        with _terminable():
+            code = _run(given, options)
         sys.stdout.flush()
         return code
     except PistoSegError as error:
@@ -56,6 +60,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not _is_unread():
             raise
         return 141
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Make an interrupt of SIGTERM, by which SLURM, Kubernetes and `timeout` end a job."""
+    # Who has a handler in place, or runs this in a thread of theirs, ends their process themselves.
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    ):
+        yield
+        return
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _interrupt(*_: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # some send it twice; the second would cut off the tidying up
+    raise KeyboardInterrupt
 
 
 def _run(given: list[str], options: argparse.Namespace) -> int:

@@ -1,4 +1,6 @@
 import os
+import signal
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -145,6 +147,21 @@ def test_a_cluster_that_is_not_there_is_said_at_once(address, monkeypatch):
     with pytest.raises(PistoSegError, match=message) as caught, cluster.connected(config):
         pass
     assert caught.value.file == address
+
+
+def test_ray_does_not_take_the_place_of_the_handler_of_sigterm(monkeypatch):
+    def ours(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", lambda **_: signal.signal(signal.SIGTERM, lambda *_: sys.exit(1)))
+    monkeypatch.setattr("ray.shutdown", lambda: None)
+    before = signal.signal(signal.SIGTERM, ours)
+    try:
+        with cluster.connected(load_config("demo").compute):
+            assert signal.getsignal(signal.SIGTERM) is ours
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class Answers:
