@@ -245,7 +245,9 @@ class Tracker:
                 metrics = artifacts[stage].summary.get("metrics", {})
                 run.metrics({prefix + key: value for key, value in metrics.items()})
         if "precise" in artifacts and not self.parent:
-            self.register(artifacts["precise"])
+            version = self.register(artifacts["precise"])
+            if version is not None:
+                print(f"the model is models:/{self.config.tracking.model}/{version} in MLflow")
 
     def register(self, artifact: Artifact, tags: Mapping[str, str] | None = None) -> str | None:
         """Register a precise model.

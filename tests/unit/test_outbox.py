@@ -643,6 +643,14 @@ def test_an_interrupt_ends_the_runs_of_the_pipeline_and_of_its_stage_as_killed(t
     assert sorted(run.info.status for run in runs) == ["FINISHED", "KILLED", "KILLED"]
 
 
+def test_a_registered_model_is_called_as_other_commands_take_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr("pistoseg.tracking.server._register", lambda client, **_: "3")
+    with Tracker.start(load_config("demo"), Workspace(str(tmp_path))) as tracker:
+        tracker.finish({"precise": Artifact("precise", "f" * 16, str(tmp_path), {"summary": {}, "inputs": {}})})
+    assert "models:/pistoseg/3" in capsys.readouterr().out
+
+
 def test_a_pipeline_whose_tracking_server_refuses_connections_is_told_later(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://someone:hidden@127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
