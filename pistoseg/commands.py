@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -36,13 +37,14 @@ FILE_WIDTH = 200
 
 
 def train(config: Config, workspace: str) -> dict[str, Artifact]:
-    """Run the pipeline up to the scores; print them, the output tree and how to look at the run."""
+    """Run the pipeline up to the scores; print them, the output tree, the model and what to do with it."""
     place = Workspace(storage.absolute(workspace))
     artifacts = _run(config, place, ("preliminary_evaluation", "evaluation"))
     console = Console()
     _print_scores(console, artifacts)
     _print_tree(console, place, artifacts)
-    console.print(f"browse:  pistoseg ui --workspace {workspace}", highlight=False)
+    for line in _next_lines(config, workspace, artifacts):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     return artifacts
 
 
@@ -377,8 +379,22 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
+def _next_lines(config: Config, workspace: str, artifacts: dict[str, Artifact]) -> Iterator[str]:
+    """Why there are no scores, where the model is, and commands to copy."""
+    if not artifacts["evaluation"].summary["images"]:
+        remedy = "add validation images with masks (img/ and mask/, data.validation), or `pistoseg evaluate` the model"
+        if not config.data.label_holdout:
+            remedy += ", or set data.label_holdout to score by image-level labels"
+        yield f"not scored: there are no validation images; {remedy}"
+    model = artifacts["precise"].path("bundle")
+    scale = "" if config.scale.mpp else " --mpp UM"
+    yield f"model:   {model}"
+    yield f"next:    pistoseg segment --model {shlex.quote(model)}{scale} --slides SLIDES --out maps"
+    yield f"browse:  pistoseg ui --workspace {shlex.quote(workspace)}"
+
+
 def _print_tree(console: Console, workspace: Workspace, artifacts: dict[str, Artifact]) -> None:
-    console.print(workspace.root, highlight=False)
+    console.print(workspace.root, highlight=False, markup=False, soft_wrap=True)
     notes = {
         "patches": "images/ windows/ rejected.parquet",
         "validation": "images/",
@@ -395,4 +411,6 @@ def _print_tree(console: Console, workspace: Workspace, artifacts: dict[str, Art
         "evaluation": "metrics.json per_image.csv predictions.png",
     }
     for stage, artifact in artifacts.items():
-        console.print(f"  {stage}/{artifact.fingerprint}/  {notes[stage]}", highlight=False)
+        # Without validation images there is only a manifest.
+        note = "" if artifact.summary.get("images") == 0 else notes[stage]
+        console.print(f"  {stage}/{artifact.fingerprint}/  {note}".rstrip(), highlight=False, soft_wrap=True)
