@@ -133,7 +133,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     evaluate = _verb(verbs, "evaluate", _evaluate, "score a model, or the masks of a stage, against true masks")
     what = evaluate.add_mutually_exclusive_group(required=True)
-    what.add_argument("--model", metavar="BUNDLE", help="folder or URI of a model bundle")
+    what.add_argument(
+        "--model", metavar="MODEL", help="URI of a bundle or of a workspace with one, or models:/NAME@ALIAS"
+    )
     what.add_argument(
         "--stage",
         choices=("pseudo_masks", "cams", "refined_masks", "all"),
@@ -145,7 +147,11 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="folder or URI with img/ and mask/; with --stage: of masks named like the training images",
     )
-    evaluate.add_argument("--workspace", default="runs/pistoseg", help="of the stage (default: %(default)s)")
+    evaluate.add_argument(
+        "--workspace",
+        default="runs/pistoseg",
+        help="of the stage, or whose MLflow knows models:/ (default: %(default)s)",
+    )
     evaluate.add_argument("--out", metavar="DIR", help="folder or URI of the report; needed with --model")
     evaluate.add_argument(
         "--protocol", choices=("single-scale", "wsss4luad", "bcss-wsss"), help="default: the bundle's"
@@ -274,7 +280,12 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _segment_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="MODEL", help="URI of a bundle, or models:/NAME@ALIAS")
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="MODEL",
+        help="URI of a bundle or of a workspace with one, or models:/NAME@ALIAS",
+    )
     parser.add_argument(
         "--slides",
         required=True,
@@ -372,6 +383,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         options.model,
         options.data,
         options.out,
+        workspace=options.workspace,
         protocol=options.protocol,
         classes=options.classes,
         device=options.device,

@@ -76,20 +76,24 @@ def evaluate(
     data: str,
     out: str,
     *,
+    workspace: str = "runs/pistoseg",
     protocol: str | None = None,
     classes: str | None = None,
     device: str = "auto",
     max_pixels: int | None = None,
 ) -> dict[str, Any]:
-    """Score a bundle on the images of a folder; classes and protocol come from the bundle unless given.
+    """Score a model on the images of a folder; classes and protocol come from its bundle unless given.
 
-    Images of more than `max_pixels` are refused; None: the default of `data.max_pixels`.
+    `model` and `workspace` are as in `segment`. Images of more than `max_pixels` are refused; None: the default of
+    `data.max_pixels`.
     """
     from pistoseg.models.bundle import evaluation_config
     from pistoseg.stages import cluster
     from pistoseg.stages.evaluation import evaluate_folder
+    from pistoseg.tracking.registry import bundle_uri
 
-    model, out, progress = storage.absolute(model), storage.absolute(out), Progress()
+    model = bundle_uri(model, TrackingConfig(), Workspace(storage.absolute(workspace)))
+    out, progress = storage.absolute(out), Progress()
     config = EvaluationConfig.model_validate({"protocol": protocol}) if protocol else evaluation_config(model)
     tissue = load_classes(classes) if classes else None
     with cluster.connected(ComputeConfig.model_validate({"device": device})):
@@ -145,7 +149,7 @@ def segment(
     """Segment slides and print what came out; 3 when some failed. `dry_run` only says what would be done.
 
     Args:
-        model: URI of a bundle, or `models:/name@alias`.
+        model: URI of a bundle or of a workspace with one, or `models:/name@alias`.
         slides: a slide, folder, prefix, pattern or manifest.
         out: folder or URI of the results.
         workspace: whose MLflow is used unless MLFLOW_TRACKING_URI names a server.
