@@ -386,7 +386,7 @@ def _number(value: float | None) -> str:
 def _next_lines(config: Config, workspace: str, artifacts: dict[str, Artifact]) -> Iterator[str]:
     """Why there are no scores, where the model is, and commands to copy."""
     if not artifacts["evaluation"].summary["images"]:
-        remedy = "add validation images with masks (img/ and mask/, data.validation), or `pistoseg evaluate` the model"
+        remedy = "add some with masks (img/ and mask/, or data.validation)"
         if not config.data.label_holdout:
             remedy += ", or set data.label_holdout to score by image-level labels"
         yield f"not scored: there are no validation images; {remedy}"
