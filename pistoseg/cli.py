@@ -6,9 +6,11 @@ import argparse
 import io
 import os
 import select
+import signal
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code.
 
     0 done; 1 a check found something; 2 the user's input or settings are wrong, or a row of a table failed; 3 some
-    slides failed, the others are done; 130 interrupted; 141 nobody reads its output any more, as in `| head`.
+    slides failed, the others are done; 130 interrupted, also by SIGTERM; 141 nobody reads its output any more, as in
+    `| head`.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
@@ -44,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = build_parser().parse_args(given)
     try:
-        code = _run(given, options)
+        with _terminable():
+            code = _run(given, options)
         sys.stdout.flush()
         return code
     except PistoSegError as error:
@@ -57,6 +61,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not _is_unread():
             raise
         return 141
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Make an interrupt of SIGTERM, by which SLURM, Kubernetes and `timeout` end a job."""
+    # Who has a handler in place, or runs this in a thread of theirs, ends their process themselves.
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    ):
+        yield
+        return
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _interrupt(*_: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # some send it twice; the second would cut off the tidying up
+    raise KeyboardInterrupt
 
 
 def _run(given: list[str], options: argparse.Namespace) -> int:
@@ -108,7 +134,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     evaluate = _verb(verbs, "evaluate", _evaluate, "score a model, or the masks of a stage, against true masks")
     what = evaluate.add_mutually_exclusive_group(required=True)
-    what.add_argument("--model", metavar="BUNDLE", help="folder or URI of a model bundle")
+    what.add_argument(
+        "--model", metavar="MODEL", help="URI of a bundle or of a workspace with one, or models:/NAME@ALIAS"
+    )
     what.add_argument(
         "--stage",
         choices=("pseudo_masks", "cams", "refined_masks", "all"),
@@ -120,7 +148,11 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="folder or URI with img/ and mask/; with --stage: of masks named like the training images",
     )
-    evaluate.add_argument("--workspace", default="runs/pistoseg", help="of the stage (default: %(default)s)")
+    evaluate.add_argument(
+        "--workspace",
+        default="runs/pistoseg",
+        help="of the stage, or whose MLflow knows models:/ (default: %(default)s)",
+    )
     evaluate.add_argument("--out", metavar="DIR", help="folder or URI of the report; needed with --model")
     evaluate.add_argument(
         "--protocol", choices=("single-scale", "wsss4luad", "bcss-wsss"), help="default: the bundle's"
@@ -249,7 +281,12 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _segment_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="MODEL", help="URI of a bundle, or models:/NAME@ALIAS")
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="MODEL",
+        help="URI of a bundle or of a workspace with one, or models:/NAME@ALIAS",
+    )
     parser.add_argument(
         "--slides",
         required=True,
@@ -354,6 +391,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         options.model,
         options.data,
         options.out,
+        workspace=options.workspace,
         protocol=options.protocol,
         classes=options.classes,
         device=options.device,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -38,13 +39,14 @@ FILE_WIDTH = 200
 
 
 def train(config: Config, workspace: str) -> dict[str, Artifact]:
-    """Run the pipeline up to the scores; print them, the output tree and how to look at the run."""
+    """Run the pipeline up to the scores; print them, the output tree, the model and what to do with it."""
     place = Workspace(storage.absolute(workspace))
     artifacts = _run(config, place, ("preliminary_evaluation", "evaluation"))
     console = Console()
     _print_scores(console, artifacts)
     _print_tree(console, place, artifacts)
-    console.print(f"browse:  pistoseg ui --workspace {workspace}", highlight=False)
+    for line in _next_lines(config, workspace, artifacts):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     return artifacts
 
 
@@ -76,20 +78,24 @@ def evaluate(
     data: str,
     out: str,
     *,
+    workspace: str = "runs/pistoseg",
     protocol: str | None = None,
     classes: str | None = None,
     device: str = "auto",
     max_pixels: int | None = None,
 ) -> dict[str, Any]:
-    """Score a bundle on the images of a folder; classes and protocol come from the bundle unless given.
+    """Score a model on the images of a folder; classes and protocol come from its bundle unless given.
 
-    Images of more than `max_pixels` are refused; None: the default of `data.max_pixels`.
+    `model` and `workspace` are as in `segment`. Images of more than `max_pixels` are refused; None: the default of
+    `data.max_pixels`.
     """
     from pistoseg.models.bundle import evaluation_config
     from pistoseg.stages import cluster
     from pistoseg.stages.evaluation import evaluate_folder
+    from pistoseg.tracking.registry import bundle_uri
 
-    model, out, progress = storage.absolute(model), storage.absolute(out), Progress()
+    model = bundle_uri(model, TrackingConfig(), Workspace(storage.absolute(workspace)))
+    out, progress = storage.absolute(out), Progress()
     config = EvaluationConfig.model_validate({"protocol": protocol}) if protocol else evaluation_config(model)
     tissue = load_classes(classes) if classes else None
     with cluster.connected(ComputeConfig.model_validate({"device": device})):
@@ -145,7 +151,7 @@ def segment(
     """Segment slides and print what came out; 3 when some failed. `dry_run` only says what would be done.
 
     Args:
-        model: URI of a bundle, or `models:/name@alias`.
+        model: URI of a bundle or of a workspace with one, or `models:/name@alias`.
         slides: a slide, folder, prefix, pattern or manifest.
         out: folder or URI of the results.
         workspace: whose MLflow is used unless MLFLOW_TRACKING_URI names a server.
@@ -417,8 +423,22 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
+def _next_lines(config: Config, workspace: str, artifacts: dict[str, Artifact]) -> Iterator[str]:
+    """Why there are no scores, where the model is, and commands to copy."""
+    if not artifacts["evaluation"].summary["images"]:
+        remedy = "add some with masks (img/ and mask/, or data.validation)"
+        if not config.data.label_holdout:
+            remedy += ", or set data.label_holdout to score by image-level labels"
+        yield f"not scored: there are no validation images; {remedy}"
+    model = artifacts["precise"].path("bundle")
+    scale = "" if config.scale.mpp else " --mpp UM"
+    yield f"model:   {model}"
+    yield f"next:    pistoseg segment --model {shlex.quote(model)}{scale} --slides SLIDES --out maps"
+    yield f"browse:  pistoseg ui --workspace {shlex.quote(workspace)}"
+
+
 def _print_tree(console: Console, workspace: Workspace, artifacts: dict[str, Artifact]) -> None:
-    console.print(workspace.root, highlight=False)
+    console.print(workspace.root, highlight=False, markup=False, soft_wrap=True)
     notes = {
         "patches": "images/ windows/ rejected.parquet",
         "validation": "images/",
@@ -435,4 +455,6 @@ def _print_tree(console: Console, workspace: Workspace, artifacts: dict[str, Art
         "evaluation": "metrics.json per_image.csv predictions.png",
     }
     for stage, artifact in artifacts.items():
-        console.print(f"  {stage}/{artifact.fingerprint}/  {notes[stage]}", highlight=False)
+        # Without validation images there is only a manifest.
+        note = "" if artifact.summary.get("images") == 0 else notes[stage]
+        console.print(f"  {stage}/{artifact.fingerprint}/  {note}".rstrip(), highlight=False, soft_wrap=True)

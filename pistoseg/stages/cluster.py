@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import socket
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -95,6 +97,7 @@ def _started(config: ComputeConfig) -> Iterator[None]:
     # Without an address Ray would join a cluster that someone else started on this machine, and refuse `local`.
     if address:
         require_ray(address)
+    on_term = signal.getsignal(signal.SIGTERM)
     try:
         # Of a cluster that ends the connection, Ray's C++ code says why before it ends the process.
         with nullcontext() if address else _quiet():
@@ -103,6 +106,8 @@ def _started(config: ComputeConfig) -> Iterator[None]:
         if not address:
             raise
         raise _unreachable(address, error) from error
+    if callable(on_term) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_term)  # Ray's would end this process at once, with a stack of C++
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     for name in ("ray", "ray.data", "ray.train"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ PREVIOUS = "previous"
 FILES = ("model.json", "model.safetensors")
 MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "NOT_FOUND")
 """MLflow's words for a model, version or alias that it does not have."""
+_NAMED = re.compile(r"[^/@:]+(@[^/@:]+|/\d+)")
+"""NAME@ALIAS or NAME/VERSION."""
 
 
 @dataclass(frozen=True)
@@ -62,17 +65,18 @@ class ModelVersion:
 
 
 def bundle_uri(model: str, config: TrackingConfig, workspace: Workspace) -> str:
-    """The URI of a model's bundle: as it is, or what the registry says of `models:/name@alias` or `models:/name/3`.
+    """The URI of a model's bundle: as it is, that of a workspace, or what the registry says of a name.
 
     Args:
-        model: URI of a bundle or a registered model.
+        model: URI of a bundle or of a workspace with one, `models:/name@alias` or `models:/name/3`.
         config: of the server.
         workspace: where the database is unless the config names a server.
     Raises:
-        PistoSegError: there is no such model, it was not registered by PistoSeg, or its bundle was deleted.
+        PistoSegError: there is no such model, it was not registered by PistoSeg, its bundle was deleted, or a workspace
+            has several.
     """
     if not model.startswith("models:/"):
-        return storage.absolute(model)
+        return _bundle_at(model)
     version = Registry(config, workspace).find(model)
     if not storage.exists(storage.join(version.bundle, FILES[0])):
         raise PistoSegError(
@@ -82,6 +86,35 @@ def bundle_uri(model: str, config: TrackingConfig, workspace: Workspace) -> str:
             "--out FOLDER`, and give that folder",
         )
     return version.bundle
+
+
+def _bundle_at(model: str) -> str:
+    """URI of a bundle, or of that of a workspace; what is neither stays, for its reader says what is missing."""
+    uri = storage.absolute(model)
+    if storage.exists(storage.join(uri, FILES[0])):
+        return uri
+    folders = storage.list_dir(storage.join(uri, "precise"))
+    found = [Workspace(uri).find("precise", storage.name(folder)) for folder in folders]
+    made = sorted((item for item in found if item), key=lambda item: str(item.manifest["created"]), reverse=True)
+    if len(made) > 1:
+        lines = "".join(f"\n  {_made(item)}" for item in made)
+        raise PistoSegError(f"has {len(made)} models, the newest first:{lines}", file=model, remedy="give one of them")
+    if made:
+        return made[0].path("bundle")
+    if _NAMED.fullmatch(model) and not storage.exists(uri):
+        raise PistoSegError(
+            "is no folder",
+            file=model,
+            remedy=f"write models:/{model} if it is a registered model, and give the --workspace that knows it",
+        )
+    return uri
+
+
+def _made(artifact: Artifact) -> str:
+    """A model of a workspace on a line."""
+    scores = artifact.summary.get("metrics", {}).items()
+    shown = [f"{name} {value:.3f}" for name, value in scores if name.startswith("validation")]
+    return ", ".join([artifact.path("bundle"), f"made {artifact.manifest['created']}", *shown])
 
 
 class Registry:

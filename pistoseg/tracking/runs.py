@@ -197,7 +197,7 @@ class Tracker:
     def stage(
         self, name: str, key: str, settings: Mapping[str, Any], inputs: Mapping[str, Artifact]
     ) -> Iterator[StageRun]:
-        """Open a stage's run below the pipeline's."""
+        """Open a stage's run below the pipeline's; it is ended as finished, failed or killed."""
         if self.client is None or self.run_id is None:
             yield StageRun()
             return
@@ -218,6 +218,9 @@ class Tracker:
             status = "FINISHED"
             if run_id:
                 self._stage_runs[name] = run_id
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
         finally:
             self._end(run_id, status)
 
@@ -242,7 +245,9 @@ class Tracker:
                 metrics = artifacts[stage].summary.get("metrics", {})
                 run.metrics({prefix + key: value for key, value in metrics.items()})
         if "precise" in artifacts and not self.parent:
-            self.register(artifacts["precise"])
+            version = self.register(artifacts["precise"])
+            if version is not None:
+                print(f"the model is models:/{self.config.tracking.model}/{version} in MLflow")
 
     def register(self, artifact: Artifact, tags: Mapping[str, str] | None = None) -> str | None:
         """Register a precise model.

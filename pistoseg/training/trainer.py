@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,7 +142,8 @@ def train(
     )
     with _Watch(progress, steps * config.epochs, on_step, on_epoch):
         try:
-            result = trainer.fit()
+            with _interruptible():
+                result = trainer.fit()
         except ray.train.TrainingFailedError as error:
             raise explained(error, folder) or error from None
     ray.kill(progress)
@@ -210,6 +213,24 @@ def _last_history(folder: str) -> list[dict[str, float]]:
     file_system, path = storage.arrow_filesystem(run)
     result = ray.train.Result.from_path(path, storage_filesystem=file_system)
     return json.loads(_load(result.checkpoint)["history"]) if result.checkpoint is not None else []
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let Ctrl-C end a training as it ends everything else, by `KeyboardInterrupt`.
+
+    Ray Train puts a handler in place that aborts the workers, ends by `SystemExit`, and would stay for later stages.
+    """
+    if threading.current_thread() is not threading.main_thread():  # as in a search's trial: it puts none in place
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class _Watch:

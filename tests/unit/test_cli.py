@@ -1,5 +1,6 @@
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 
@@ -213,6 +214,37 @@ def test_an_interrupt_says_how_to_go_on(monkeypatch, capsys):
     monkeypatch.setattr("pistoseg.commands.train", interrupted)
     assert main(["train", "--data", "somewhere"]) == 130
     assert "run the same command again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_sigterm_is_an_interrupt(times):
+    code = (
+        "import os, signal, sys, pistoseg.cli, pistoseg.commands\n"
+        "def train(*_):\n"
+        "    try:\n        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    finally:\n"
+        f"        for _ in range({times - 1}):\n            os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        print('tidied up', flush=True)\n"
+        "pistoseg.commands.train = train\n"
+        "sys.exit(pistoseg.cli.main(['train', '--data', 'somewhere']))"
+    )
+    call = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert (call.returncode, call.stdout) == (130, "tidied up\n")
+    assert "run the same command again" in call.stderr
+
+
+def test_the_handlers_of_a_process_that_calls_a_verb_stay_its_own(monkeypatch):
+    seen = []
+    monkeypatch.setattr("pistoseg.commands.train", lambda *_: seen.append(signal.getsignal(signal.SIGTERM)))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        for handler in (signal.SIG_DFL, signal.SIG_IGN, lambda *_: None):
+            signal.signal(signal.SIGTERM, handler)
+            assert main(["train", "--data", "somewhere"]) == 0
+            assert signal.getsignal(signal.SIGTERM) is handler
+            assert (seen[-1] is handler) == (handler is not signal.SIG_DFL)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_arguments_reach_the_config(monkeypatch):

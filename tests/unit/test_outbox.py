@@ -625,6 +625,32 @@ def test_the_next_run_in_a_workspace_ends_those_of_killed_processes_and_no_other
     assert states == wanted
 
 
+def test_an_interrupt_ends_the_runs_of_the_pipeline_and_of_its_stage_as_killed(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    trackers = []
+
+    def interrupted():
+        with Tracker.start(load_config("demo"), Workspace(str(tmp_path))) as tracker:
+            trackers.append(tracker)
+            with tracker.stage("patches", "0" * 16, {}, {}):
+                pass
+            with tracker.stage("precise", "1" * 16, {}, {}):
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    runs = trackers[0].client.search_runs([trackers[0].experiment_id])
+    assert sorted(run.info.status for run in runs) == ["FINISHED", "KILLED", "KILLED"]
+
+
+def test_a_registered_model_is_called_as_other_commands_take_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr("pistoseg.tracking.server._register", lambda client, **_: "3")
+    with Tracker.start(load_config("demo"), Workspace(str(tmp_path))) as tracker:
+        tracker.finish({"precise": Artifact("precise", "f" * 16, str(tmp_path), {"summary": {}, "inputs": {}})})
+    assert "models:/pistoseg/3" in capsys.readouterr().out
+
+
 def test_a_pipeline_whose_tracking_server_refuses_connections_is_told_later(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://someone:hidden@127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")

@@ -1,5 +1,7 @@
 import os
+import signal
 import socket
+import sys
 import threading
 from contextlib import ExitStack
 from types import SimpleNamespace
@@ -250,6 +252,21 @@ def test_a_dashboard_as_rays_address_is_refused_by_its_scheme(monkeypatch):
     message = r"http://127.0.0.1:9: compute.address: is the address of a dashboard.*--submit.*HOST:6379"
     with pytest.raises(PistoSegError, match=message), cluster.connected(load_config("demo").compute):
         pass
+
+
+def test_ray_does_not_take_the_place_of_the_handler_of_sigterm(monkeypatch):
+    def ours(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", lambda **_: signal.signal(signal.SIGTERM, lambda *_: sys.exit(1)))
+    monkeypatch.setattr("ray.shutdown", lambda: None)
+    before = signal.signal(signal.SIGTERM, ours)
+    try:
+        with cluster.connected(load_config("demo").compute):
+            assert signal.getsignal(signal.SIGTERM) is ours
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class Answers:

@@ -142,6 +142,62 @@ def test_a_registered_model_whose_bundle_was_deleted_says_where_a_copy_is(worksp
         bundle_uri("models:/tissue/2", TrackingConfig(), workspace)
 
 
+def trained(place, key, created, metrics=None):
+    """A model in a workspace, as a training leaves it; None: one that is still trained."""
+    bundle = storage.join(place.folder("precise", key), "bundle")
+    storage.write_bytes(storage.join(bundle, "model.json"), b"{}")
+    if created:
+        summary = {"metrics": metrics or {}}
+        made = place.commit("precise", key, version=1, settings={}, inputs={}, summary=summary, seconds=1)
+        storage.write_bytes(made.path("manifest.json"), json.dumps(made.manifest | {"created": created}).encode())
+    return bundle
+
+
+@pytest.mark.parametrize("root", ["{}/w", "memory://pistoseg-registry/w"])
+def test_of_a_workspace_its_one_model_is_taken(root, tmp_path):
+    place = Workspace(root.format(tmp_path))
+    trained(place, "begun", None)
+    only = trained(place, "aaaa", "2026-01-02T00:00:00Z")
+    assert bundle_uri(place.root, TrackingConfig(), place) == only
+    assert bundle_uri(only, TrackingConfig(), place) == only
+
+
+def test_of_a_workspace_with_several_models_the_user_chooses_one(tmp_path):
+    place = Workspace(str(tmp_path))
+    older = trained(place, "aaaa", "2026-01-02T00:00:00Z", {"loss": 1.0, "validation_miou": 0.25})
+    newer = trained(place, "bbbb", "2026-01-03T00:00:00Z")
+    with pytest.raises(PistoSegError, match="has 2 models") as caught:
+        bundle_uri(str(tmp_path), TrackingConfig(), place)
+    assert caught.value.reason.splitlines()[1:] == [
+        f"  {newer}, made 2026-01-03T00:00:00Z",
+        f"  {older}, made 2026-01-02T00:00:00Z, validation_miou 0.250",
+    ]
+
+
+@pytest.mark.parametrize("verb", [["evaluate", "--data", "images"], ["segment", "--slides", "slides"]])
+@pytest.mark.parametrize("name", ["tissue@champion", "tissue/3"])
+def test_a_name_that_is_taken_for_a_folder_is_said_how_to_write(name, verb, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert main([*verb, "--model", name, "--out", "out"]) == 2
+    assert f"models:/{name} if it is a registered model" in capsys.readouterr().err
+    (tmp_path / name).mkdir(parents=True)
+    assert bundle_uri(name, TrackingConfig(), Workspace(str(tmp_path))) == str(tmp_path / name)
+
+
+def test_a_registered_model_can_be_evaluated_by_its_name(workspace, monkeypatch, tmp_path):
+    seen = []
+
+    def read(uri):
+        seen.append(uri)
+        raise PistoSegError("is none")
+
+    monkeypatch.setattr("pistoseg.models.bundle.evaluation_config", read)
+    command = ["evaluate", "--data", str(tmp_path), "--out", str(tmp_path / "out"), "--workspace", workspace.root]
+    assert main([*command, "--model", "models:/tissue/2"]) == 2
+    assert [uri.rpartition("/precise/")[2] for uri in seen] == ["bbbb/bundle"]
+
+
 def test_lineage_leads_from_the_bundle_to_the_images(registry):
     found = lineage(registry.newest("tissue").bundle)
     assert [(item["stage"], item["fingerprint"]) for item in found] == [("precise", "cccc"), ("patches", "p0")]

@@ -1,6 +1,9 @@
 """What the stages that train have in common."""
 
 import io
+import signal
+import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +21,13 @@ from pistoseg.stages import segmentation as stage
 from pistoseg.stages import trained
 from pistoseg.stages.trained import POOLED, check_batches, first_weights, train_stage
 from pistoseg.tracking import StageRun
-from pistoseg.training.trainer import SNAPSHOT, Trained, _last_history, remove_unreadable_checkpoints
+from pistoseg.training.trainer import (
+    SNAPSHOT,
+    Trained,
+    _interruptible,
+    _last_history,
+    remove_unreadable_checkpoints,
+)
 
 
 def test_the_seed_alone_decides_the_first_weights_and_later_draws_are_left_alone():
@@ -157,3 +166,30 @@ def test_an_architecture_that_cannot_learn_from_one_image_is_not_given_one(archi
     with pytest.raises(PistoSegError, match=r"precise\.batch_size: .* Remedy: set it to 8 or more"):
         batches(**one)
     assert batches(**one | {"precise.batch_size": 8}) == []
+
+
+def test_ctrl_c_in_a_training_is_an_interrupt_as_it_is_afterwards():
+    def fit():
+        signal.signal(signal.SIGINT, lambda *_: sys.exit(1))  # as Ray Train does
+        signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(KeyboardInterrupt), _interruptible():
+            fit()
+        assert signal.getsignal(signal.SIGINT) is before
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_training_in_a_thread_leaves_the_handlers_alone():
+    before, ended = signal.getsignal(signal.SIGINT), []
+
+    def train():
+        with _interruptible():
+            ended.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    thread.join()
+    assert ended == [before]

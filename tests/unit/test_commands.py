@@ -1,0 +1,60 @@
+"""What the verbs print."""
+
+import shlex
+
+import pytest
+
+from pistoseg import commands
+from pistoseg.artifacts import Artifact
+from pistoseg.config import load_config
+
+REPORT = {"iou": {"TUM": 0.5}, "miou": 0.5, "fwiou": 0.5, "images": 3, "complete": True}
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch, capsys):
+    """Lines that `train` prints, by the number of validation images and the settings."""
+
+    def train(images, *overrides):
+        root = tmp_path / ("a long name, " * 8)
+
+        def run(config, place, targets):
+            summaries = {stage: {"images": images, "report": REPORT} for stage in targets}
+            summaries |= {"validation": {"images": images}, "precise": {"metrics": {}}}
+            return {
+                stage: Artifact(stage, "f" * 16, f"{root}/{stage}/{'f' * 16}", {"summary": summary})
+                for stage, summary in summaries.items()
+            }
+
+        monkeypatch.setattr(commands, "_run", run)
+        commands.train(load_config("glas", overrides=list(overrides)), str(root))
+        return capsys.readouterr().out.splitlines()
+
+    return train
+
+
+def test_a_training_says_where_its_model_is_and_what_to_do_with_it(trained, tmp_path):
+    lines = trained(3, "scale.mpp=null", "scale.source_mpp=null")
+    (model,) = (line.removeprefix("model:").strip() for line in lines if line.startswith("model:"))
+    assert model == f"{tmp_path / ('a long name, ' * 8)}/precise/{'f' * 16}/bundle"
+    (command,) = (line.removeprefix("next:").strip() for line in lines if line.startswith("next:"))
+    assert shlex.split(command)[:6] == ["pistoseg", "segment", "--model", model, "--mpp", "UM"]
+    assert not any("--mpp" in line for line in trained(3, "scale.mpp=0.5"))
+
+
+def test_a_training_with_validation_images_names_what_scores_them(trained):
+    lines = trained(3)
+    assert f"  evaluation/{'f' * 16}/  metrics.json per_image.csv predictions.png" in lines
+    assert f"  validation/{'f' * 16}/  images/" in lines
+    assert any("mIoU" in line for line in lines)
+    assert not any("not scored" in line for line in lines)
+
+
+def test_a_training_without_validation_images_names_no_files_of_scores_and_says_why(trained):
+    lines = trained(0)
+    for stage in ("validation", "preliminary_evaluation", "evaluation"):
+        assert f"  {stage}/{'f' * 16}/" in lines
+    (reason,) = (line for line in lines if line.startswith("not scored: "))
+    assert "img/ and mask/" in reason
+    assert "data.label_holdout" in reason
+    assert not any("label_holdout" in line for line in trained(0, "data.label_holdout=0.1"))
