@@ -59,7 +59,7 @@ def scan_training(uri: str, classes: TissueClasses, config: DataConfig) -> Listi
         config: `layout`, or `auto`: a table if there is one with the right columns, else folders named like classes,
             else labels in file names.
     Raises:
-        PistoSegError: no such folder, nothing in it, no layout that fits, or a table that cannot be read.
+        PistoSegError: no such folder, nothing in it, no layout that fits, or a table that cannot be read or used.
     """
     _require_folder(uri)
     files = relative_files(uri)
