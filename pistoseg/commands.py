@@ -215,11 +215,13 @@ def data_check(data: str, config: Config, out: str | None, workers: int | None) 
     """Validate a data set and print the report; 1 when something would stop a training."""
     from pistoseg.patches.check import check
     from pistoseg.patches.crops import network_mpp
-    from pistoseg.patches.manifest import is_manifest
+    from pistoseg.patches.manifest import is_manifest, refuse_images
     from pistoseg.stages.cluster import available_cpus
     from pistoseg.stages.slide_images import SlideOpener
 
     data = storage.absolute(data)
+    if is_manifest(data):
+        refuse_images(data)
     opener = SlideOpener(network_mpp(config.scale)) if is_manifest(data) else None
     report = check(
         data,
@@ -301,10 +303,13 @@ def _run(config: Config, workspace: Workspace, targets: tuple[str, ...]) -> dict
 
 
 def _check_data(config: Config) -> None:
-    """Refuse folders that aren't there."""
+    """Refuse folders that aren't there, and a table of images in place of its folder."""
     from pistoseg.patches.digest import training_folder, validation_folder
+    from pistoseg.patches.manifest import is_manifest, refuse_images
 
-    training_folder(config)
+    training = training_folder(config)
+    if is_manifest(training):
+        refuse_images(training)
     validation_folder(config)
 
 

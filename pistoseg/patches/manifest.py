@@ -32,6 +32,21 @@ def is_manifest(uri: str) -> bool:
     return uri.lower().endswith(_ENDINGS) and not storage.is_dir(uri)
 
 
+def refuse_images(uri: str) -> None:
+    """Refuse a table of windows of images, which is read with the folder that it lies in; `PistoSegError`."""
+    _refuse_images(uri, open_table(uri)[0])
+
+
+def _refuse_images(uri: str, header: list[str]) -> None:
+    if "image" in header and "slide" not in header:
+        raise PistoSegError(
+            "is a table of windows of images, and a file as data is a manifest of slides",
+            file=uri,
+            field="columns",
+            remedy=f"give its folder as --data: {posixpath.dirname(uri)}",
+        )
+
+
 def expected_columns(classes: TissueClasses) -> str:
     """The columns that a manifest must have, for messages."""
     flags = ", ".join(classes.names)
@@ -93,6 +108,7 @@ class _Reader:
         elif not self.has_windows and "annotations" not in header:
             missing += [*BOX, "or annotations"]
         if missing:
+            _refuse_images(uri, header)
             raise PistoSegError(
                 f"lacks the columns {', '.join(missing)} (it has {', '.join(header) or 'none'})",
                 file=uri,
