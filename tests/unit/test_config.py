@@ -340,6 +340,7 @@ def unreadable(tmp_path, monkeypatch):
     def refused(uri):
         raise PermissionError(errno.EACCES, "Permission denied", uri)  # root may read everything
 
+    (tmp_path / "mine.yaml").touch()
     monkeypatch.setattr("pistoseg.storage.read_bytes", refused)
     return str(tmp_path / "mine.yaml"), "Permission denied"
 
