@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from pistoseg.redaction import redact
 
@@ -46,6 +46,15 @@ class UnavailableError(PistoSegError):
     Whoever lists bad inputs and goes on must not list this: the run has to end, and can go on later. But a slide
     that it hits in a batch is a failed row, as the others may be elsewhere; complete results of it stay.
     """
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """The end of a sentence about an unknown word: "; did you mean x?", empty where no known one resembles it."""
+    import difflib
+
+    by_fold = {name.casefold(): name for name in known}
+    close = difflib.get_close_matches(word.casefold(), list(by_fold), n=1)
+    return f"; did you mean {by_fold[close[0]]}?" if close else ""
 
 
 def explained(error: BaseException | None, file: str | None = None) -> PistoSegError | None:

@@ -12,7 +12,7 @@ from pistoseg.classes import TissueClasses
 from pistoseg.config.base import parse_yaml, read_yaml
 from pistoseg.config.root import Config
 from pistoseg.config.sections import ClassConfig, ClassesConfig, StorageConfig, TrackingConfig
-from pistoseg.errors import PistoSegError
+from pistoseg.errors import PistoSegError, suggestion
 
 _HELP = "`pistoseg config show` prints every key with its meaning"
 
@@ -207,11 +207,8 @@ def _parse_override(item: str) -> dict[str, Any]:
 
 
 def _suggestion(location: tuple[int | str, ...], root: type[BaseModel]) -> str:
-    import difflib
-
     model = _model_at(location[:-1], root)
-    close = difflib.get_close_matches(str(location[-1]), list(model.model_fields) if model else [], n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+    return suggestion(str(location[-1]), model.model_fields if model else ())
 
 
 def _model_at(location: tuple[int | str, ...], root: type[BaseModel]) -> type[BaseModel] | None:

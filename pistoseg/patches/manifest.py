@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from pistoseg import storage
 from pistoseg.classes import TissueClasses, folded
-from pistoseg.errors import PistoSegError
+from pistoseg.errors import PistoSegError, suggestion
 from pistoseg.patches.labels import class_named
 from pistoseg.patches.source import Rejection, SlideListing, SlideSource, Window
 from pistoseg.patches.table import BOX, box_in, flags_in, number_in, repeated
@@ -185,7 +185,9 @@ def names_to_flags(value: object, classes: TissueClasses, column: str = "labels"
         index = class_named(name, classes)
         if index is None:
             raise PistoSegError(
-                f"no class is called {name!r}", field=column, remedy=f"the classes are {', '.join(classes.names)}"
+                f"no class is called {name!r}{suggestion(name, classes.names)}",
+                field=column,
+                remedy=f"the classes are {', '.join(classes.names)}",
             )
         flags[index] = 1
     return tuple(flags)

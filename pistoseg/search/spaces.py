@@ -6,7 +6,6 @@ the room that is left, and settings that belong together (n_h H_p = the height) 
 
 from __future__ import annotations
 
-import difflib
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from pistoseg.config import Config
 from pistoseg.config.base import Section, read_yaml
-from pistoseg.errors import PistoSegError
+from pistoseg.errors import PistoSegError, suggestion
 
 Point = dict[str, Any]
 DIGITS = 4
@@ -297,8 +296,7 @@ def _wrong_keys(parameters: Any, config: Config) -> Iterator[str]:
         keys = [key for item in sets for key in item]
         for key in dict.fromkeys(map(str, keys)):
             if _value(values, key) is _MISSING and not key.startswith("synthesis.class_sampling."):
-                close = difflib.get_close_matches(key, known, n=1)
-                yield f"{key}: is no key of the config" + (f"; did you mean {close[0]}?" if close else "")
+                yield f"{key}: is no key of the config{suggestion(key, known)}"
 
 
 _MISSING = object()
