@@ -421,7 +421,8 @@ def _config_show(options: argparse.Namespace) -> int:
 def _doctor(options: argparse.Namespace) -> int:
     from pistoseg.commands import doctor
 
-    return doctor(_config(options), options.workspace, options.json)
+    chosen = bool(options.preset or options.profile or options.config)
+    return doctor(_config(options), options.workspace, options.json, weights=chosen)
 
 
 def _cluster_local(options: argparse.Namespace) -> int:

@@ -246,11 +246,14 @@ def data_windows(slides: str, annotations: str, out: str, config: Config, worker
     return 0 if report.ok else 1
 
 
-def doctor(config: Config, workspace: str, as_json: bool = False) -> int:
-    """Examine this machine, the cluster, the storage and the servers of a config; 1 when something would fail."""
+def doctor(config: Config, workspace: str, as_json: bool = False, *, weights: bool = True) -> int:
+    """Examine this machine, the cluster, the storage and the servers of a config; 1 when something would fail.
+
+    `weights`: whether those of its networks are tried, too.
+    """
     from pistoseg.doctor import examine, table, to_json
 
-    findings = list(examine(config, workspace))
+    findings = list(examine(config, workspace, weights=weights))
     if as_json:
         print(to_json(findings))
     else:
