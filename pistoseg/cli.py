@@ -232,7 +232,9 @@ def _job_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _config_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--preset", help="wsss4luad, bcss-wsss, glas or demo")
+    parser.add_argument(
+        "--preset", help="wsss4luad, bcss-wsss, glas or demo (default: wsss4luad, but none beside --config)"
+    )
     parser.add_argument("--profile", help="a profile of the preset, e.g. cpu")
     parser.add_argument("--config", metavar="FILE", help="YAML with settings; goes before the preset's")
     parser.add_argument(
@@ -314,6 +316,17 @@ def _config(options: argparse.Namespace) -> Config:
     return config
 
 
+def _run_config(options: argparse.Namespace) -> Config:
+    """The config of something that reads data by it: which preset that is, is said where nobody chose it."""
+    config = _config(options)
+    if not (options.preset or options.config):
+        from pistoseg.config import DEFAULT_PRESET
+        from pistoseg.progress import Progress
+
+        Progress().say(f"neither --preset nor --config is given: the preset is {DEFAULT_PRESET}")
+    return config
+
+
 def _quoted(text: str) -> str:
     import json
 
@@ -323,14 +336,14 @@ def _quoted(text: str) -> str:
 def _train(options: argparse.Namespace) -> int:
     from pistoseg.commands import train
 
-    train(_config(options), options.workspace)
+    train(_run_config(options), options.workspace)
     return 0
 
 
 def _synthesize(options: argparse.Namespace) -> int:
     from pistoseg.commands import synthesize
 
-    synthesize(_config(options), options.workspace, options.preview, options.out)
+    synthesize(_run_config(options), options.workspace, options.preview, options.out)
     return 0
 
 
@@ -383,7 +396,7 @@ def _ablate(options: argparse.Namespace) -> int:
 
     return ablate(
         options.table,
-        _config(options),
+        _run_config(options),
         options.workspace,
         seeds=options.seeds,
         dry_run=options.dry_run,
@@ -394,13 +407,13 @@ def _ablate(options: argparse.Namespace) -> int:
 def _search(options: argparse.Namespace) -> int:
     from pistoseg.search.command import search
 
-    return search(_config(options), options.workspace, options.space, vars(options))
+    return search(_run_config(options), options.workspace, options.space, vars(options))
 
 
 def _data_check(options: argparse.Namespace) -> int:
     from pistoseg.commands import data_check
 
-    return data_check(options.data, _config(options), options.out, options.workers)
+    return data_check(options.data, _run_config(options), options.out, options.workers)
 
 
 def _data_windows(options: argparse.Namespace) -> int:
@@ -408,7 +421,7 @@ def _data_windows(options: argparse.Namespace) -> int:
 
     given = {"window": options.size, "window_stride": options.stride, "window_min_share": options.min_share}
     options.overrides += [f"data.{key}={value}" for key, value in given.items() if value is not None]
-    return data_windows(options.slides, options.annotations, options.out, _config(options), options.workers)
+    return data_windows(options.slides, options.annotations, options.out, _run_config(options), options.workers)
 
 
 def _config_show(options: argparse.Namespace) -> int:

@@ -4,7 +4,15 @@ A config is a preset, then a profile of that preset, then a YAML file, then `--s
 Everything that is wrong with it is reported at once, before anything starts.
 """
 
-from pistoseg.config.loading import describe, load_classes, load_config, load_services, presets, validate
+from pistoseg.config.loading import (
+    DEFAULT_PRESET,
+    describe,
+    load_classes,
+    load_config,
+    load_services,
+    presets,
+    validate,
+)
 from pistoseg.config.networks import (
     AugmentationConfig,
     CamConfig,
@@ -31,6 +39,7 @@ from pistoseg.config.sections import (
 )
 
 __all__ = [
+    "DEFAULT_PRESET",
     "AugmentationConfig",
     "CamConfig",
     "ClassesConfig",

@@ -17,6 +17,9 @@ from pistoseg.errors import PistoSegError, suggestion
 _HELP = "`pistoseg config show` prints every key with its meaning"
 
 
+DEFAULT_PRESET = "wsss4luad"
+
+
 def presets() -> list[str]:
     """Names of the presets that ship with PistoSeg."""
     folder = resources.files("pistoseg") / "presets"
@@ -41,7 +44,7 @@ def load_config(
         PistoSegError: listing every problem of the config.
     """
     own = read_yaml(file) if file else {}
-    preset = preset or own.pop("preset", None) or (None if file else "wsss4luad")
+    preset = preset or own.pop("preset", None) or (None if file else DEFAULT_PRESET)
     profile = profile or own.pop("profile", None)
     own = {key: value for key, value in own.items() if key not in ("preset", "profile")}
     for key, name in (("preset", preset), ("profile", profile)):
@@ -50,7 +53,9 @@ def load_config(
     values: dict[str, Any] = {}
     if profile and not preset:
         raise PistoSegError(
-            f"profile {profile!r} belongs to a preset, and none is given", field="--profile", remedy="add --preset NAME"
+            f"profile {profile!r} belongs to a preset, and beside a file none is taken unless it is named",
+            field="--profile",
+            remedy="add --preset NAME, or the key preset to the file",
         )
     if preset:
         values = _read_preset(preset)

@@ -109,7 +109,7 @@ def no_ray(monkeypatch):
 def failed(arguments, capsys):
     assert main(arguments) == 2
     captured = capsys.readouterr()
-    assert captured.err.startswith("pistoseg: ")
+    assert "\npistoseg: " in f"\n{captured.err}"
     assert "Traceback" not in captured.err
     return captured.err
 
@@ -181,6 +181,19 @@ def test_arguments_reach_the_config(monkeypatch):
     )
     (config, workspace) = seen[0]
     assert (config.data.uri, config.compute.workers, config.seed, workspace) == (data, 3, 4, "w")
+
+
+def test_a_run_says_which_preset_it_takes_where_none_is_given(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("pistoseg.commands.train", lambda config, workspace: None)
+    file = tmp_path / "own.yaml"
+    file.write_text("preset: glas\n")
+    for chosen in ([], ["--profile", "cpu"], ["--preset", "glas"], ["--config", str(file)]):
+        assert main(["train", "--data", "somewhere", *chosen]) == 0
+        said = "the preset is wsss4luad" in capsys.readouterr().err
+        assert said == (not {"--preset", "--config"} & set(chosen)), chosen
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    assert "default: wsss4luad" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("name", ["my demo #2", "a: b", "Übung 😀"])
