@@ -29,7 +29,8 @@ class PistoSegError(ValueError):
         self.field = field
         self.remedy = redact(remedy) if remedy else remedy
         where = "".join(f"{part}: " for part in (self.file, field) if part)
-        super().__init__(f"{where}{self.reason}." + (f" Remedy: {self.remedy}." if remedy else ""))
+        message = _sentence(f"{where}{self.reason}")
+        super().__init__(f"{message} Remedy: {_sentence(self.remedy)}" if self.remedy else message)
 
     def fields(self) -> dict[str, str | None]:
         """Its arguments by name, for JSON."""
@@ -105,6 +106,11 @@ def below(error: BaseException | None) -> Iterator[BaseException]:
     for other in (*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None)):
         yield from below(other)
     yield from below(error.__cause__)
+
+
+def _sentence(text: str) -> str:
+    """With its full stop, which a quoted error at its end may have brought along."""
+    return text if text.endswith((".", "?", "!")) else f"{text}."
 
 
 def _rebuild(
