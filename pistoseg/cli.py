@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import re
 import select
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from pistoseg import __version__
-from pistoseg.errors import PistoSegError
+from pistoseg.errors import PistoSegError, suggestion
 from pistoseg.models_arguments import model_verbs, server, server_options
 from pistoseg.search.arguments import search_options
 from pistoseg.search.tables import TABLES
@@ -41,7 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")  # not every terminal has the letters of every class and file
     given = list(sys.argv[1:] if arguments is None else arguments)
-    options = build_parser().parse_args(given)
+    options, unknown = build_parser().parse_known_args(given)
+    if unknown:
+        _refuse(unknown, options.parser)
     try:
         code = _run(given, options)
         sys.stdout.flush()
@@ -84,9 +87,24 @@ def _is_unread() -> bool:
     return unread
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says with an error what was probably meant."""
+
+    def error(self, message: str) -> NoReturn:
+        wrong = re.search(r"invalid choice: '(.+)' \(choose from (.+)\)", message)
+        super().error(message + (suggestion(wrong[1], re.findall(r"[\w.-]+", wrong[2])) if wrong else ""))
+
+
+def _refuse(unknown: list[str], parser: argparse.ArgumentParser) -> NoReturn:
+    """End with the usage of the verb to which words were given that it does not know."""
+    options = re.findall(r"--[\w-]+", parser.format_usage())
+    meant = suggestion(unknown[0].partition("=")[0], options) if unknown[0].startswith("-") else ""
+    parser.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all verbs."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="pistoseg",
         description="From image-level labels to tissue segmentation models.",
         epilog=EPILOG,
@@ -208,7 +226,7 @@ def build_parser() -> argparse.ArgumentParser:
 def _verb(verbs: Any, name: str, run: Callable[[argparse.Namespace], int], summary: str) -> argparse.ArgumentParser:
     # Options are not abbreviated: a new one would change what an old script means.
     parser: argparse.ArgumentParser = verbs.add_parser(name, help=summary, description=summary, allow_abbrev=False)
-    parser.set_defaults(run=run, verb=name)
+    parser.set_defaults(run=run, verb=name, parser=parser)
     return parser
 
 

@@ -162,6 +162,26 @@ def test_wrong_arguments_end_with_2(arguments, capsys):
     assert "usage: pistoseg" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "usage", "says"),
+    [
+        (["trian"], "pistoseg [-h]", "; did you mean train?\n"),
+        (["train", "--profil", "cpu"], "pistoseg train [-h]", "arguments: --profil cpu; did you mean --profile?\n"),
+        (["data", "check", "x", "--outt=y"], "pistoseg data check [-h]", "arguments: --outt=y; did you mean --out?\n"),
+        (["models", "lst"], "pistoseg models [-h]", "; did you mean list?\n"),
+        (["ablate", "tabel1"], "pistoseg ablate [-h]", "; did you mean table1?\n"),
+        (["train", "x"], "pistoseg train [-h]", "unrecognized arguments: x\n"),
+        (["train", "--zzz"], "pistoseg train [-h]", "unrecognized arguments: --zzz\n"),
+    ],
+)
+def test_wrong_arguments_show_the_verbs_usage_and_what_was_probably_meant(arguments, usage, says, capsys):
+    with pytest.raises(SystemExit):
+        main(arguments)
+    error = capsys.readouterr().err
+    assert error.startswith(f"usage: {usage}")
+    assert error.endswith(says)
+
+
 def test_an_interrupt_says_how_to_go_on(monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
