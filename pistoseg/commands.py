@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 FILE_WIDTH = 200
 """Columns for a wide table where the output is no terminal: nothing is folded in a log."""
 
+SHOWN = 3
+"""Names of slides in a line."""
+
 
 def train(config: Config, workspace: str) -> dict[str, Artifact]:
     """Run the pipeline up to the scores; print them, the output tree and how to look at the run."""
@@ -373,12 +376,30 @@ def _print_slides(out: str, record: Mapping[str, Any]) -> None:
     """The failures and where things are."""
     counts = record["slides"]
     print(f"{counts['completed']} completed, {counts['failed']} failed, {counts['skipped']} were up to date")
-    for row in storage.read_parquet(storage.join(out, "summary.parquet"), ["slide_id", "status", "reason"]).to_pylist():
-        if row["status"] == "failed":
-            print(f"failed: {row['slide_id']}: {row['reason']}")
+    columns = ["slide_id", "slide", "status", "reason"]
+    rows = storage.read_parquet(storage.join(out, "summary.parquet"), columns).to_pylist()
+    for line in _failure_lines([row for row in rows if row["status"] == "failed"]):
+        print(line)
     print(out)
     print("  slides/<slide_id>/  mask.tif regions.geojson overview.png areas.json slide.json")
     print("  summary.md summary.csv summary.parquet run.json")
+
+
+def _failure_lines(failed: list[dict[str, Any]]) -> list[str]:
+    """A line for each reason for which slides failed; many have the same, but for the name of their file."""
+    by_reason: dict[str, list[dict[str, Any]]] = {}
+    for row in failed:
+        _, named, reason = row["reason"].partition(f"{storage.name(row['slide'])}: ")
+        by_reason.setdefault(reason if named else row["reason"], []).append(row)
+    lines = []
+    for reason, rows in by_reason.items():
+        if len(rows) == 1:
+            lines.append(f"failed: {rows[0]['slide_id']}: {rows[0]['reason']}")
+        else:
+            some = ", ".join(row["slide_id"] for row in rows[:SHOWN])
+            more = "" if len(rows) <= SHOWN else f" and {len(rows) - SHOWN} more (see summary.csv)"
+            lines.append(f"failed: {len(rows)} slides, {some}{more}: {reason}")
+    return lines
 
 
 def _number(value: float | None) -> str:

@@ -10,11 +10,13 @@ from types import SimpleNamespace
 
 import botocore.exceptions
 import fsspec
+import pyarrow as pa
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
 from pistoseg import storage
+from pistoseg.commands import _print_slides
 from pistoseg.errors import PistoSegError, UnavailableError
 from pistoseg.outputs.summary import SlideRow
 from pistoseg.progress import Progress
@@ -221,3 +223,24 @@ def test_a_picture_that_is_gone_is_left_out_of_what_mlflow_gets(tmp_path: Path) 
     Image.new("RGB", (40, 30)).save(picture)
     slides._track(str(tmp_path), rows, record, tracked)
     assert "overviews.png" in given
+
+
+def test_slides_that_failed_for_the_same_reason_are_one_line_at_the_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reasons = {f"p{number} [1]": "mpp: has no pixel size. Remedy: give mpp." for number in range(5)}
+    reasons |= {"q": "is damaged.", "r": "is truncated.", "s": "is truncated."}
+    failed = [
+        {"slide_id": name, "slide": f"/in/{name}.png", "status": "failed", "reason": f"/in/{name}.png: {reason}"}
+        for name, reason in reasons.items()
+    ]
+    done = {"slide_id": "t", "slide": "/in/t.svs", "status": "completed", "reason": ""}
+    storage.write_parquet(pa.Table.from_pylist([*failed, done]), str(tmp_path / "summary.parquet"))
+    _print_slides(str(tmp_path), {"slides": {"completed": 1, "failed": 8, "skipped": 0}})
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("failed: ")]
+    assert printed == [
+        "failed: 5 slides, p0 [1], p1 [1], p2 [1] and 2 more (see summary.csv): mpp: has no pixel size. "
+        "Remedy: give mpp.",
+        "failed: q: /in/q.png: is damaged.",
+        "failed: 2 slides, r, s: is truncated.",
+    ]
