@@ -267,10 +267,10 @@ def repeated(first: Window, second: Window) -> PistoSegError:
 
 
 def _missing_columns(header: list[str], classes: TissueClasses) -> list[str]:
-    wanted = ["image", *map(folded, classes.names)]
+    wanted = ["image", *classes.names]
     if any(column in header for column in BOX):
         wanted[1:1] = BOX
-    return [column for column in wanted if column not in header]
+    return [column for column in wanted if folded(column) not in header]
 
 
 def _is_meant(header: list[str], classes: TissueClasses) -> bool:

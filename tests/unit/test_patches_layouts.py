@@ -233,6 +233,14 @@ def test_a_table_that_lacks_columns_is_not_ignored_for_labels_in_names(tmp_path,
     assert scan(tmp_path, layout="flags").layout == "flags"
 
 
+def test_a_column_that_a_table_lacks_is_written_like_its_class(tmp_path):
+    put(tmp_path, "a.png")
+    table(tmp_path, [], header="image,rest\n")
+    classes = TissueClasses((TissueClass("Drüse", (1, 2, 3)), TissueClass("REST", (4, 5, 6))))
+    with pytest.raises(PistoSegError, match=r"lacks the columns Drüse \("):
+        scan_training(str(tmp_path), classes, DataConfig())
+
+
 @pytest.mark.parametrize("header", ["image,patient", "name,tumor,stroma", "x,y,width,height"])
 def test_a_table_of_something_else_is_none_of_windows(tmp_path, header):
     put(tmp_path, "a[100].png")
