@@ -37,8 +37,9 @@ def search(config: Config, workspace: str, space: str, options: Mapping[str, Any
     place = Workspace(storage.absolute(workspace))
     holdout = config.data.label_holdout
     objective, config = choose(options["objective"], config)
+    wanted = load_space(space, config)
     check_weights(config, objective.targets)
-    found, sharing = analyse(load_space(space, config), config, objective, config.seed)
+    found, sharing = analyse(wanted, config, objective, config.seed)
     console = Console()
     if config.data.label_holdout != holdout:
         share = f"data.label_holdout is {config.data.label_holdout:g} in place of {holdout:g}"
