@@ -66,6 +66,8 @@ def _run(given: list[str], options: argparse.Namespace) -> int:
     if getattr(options, "submit", None):
         from pistoseg.submission import submit
 
+        if hasattr(options, "preset"):
+            _say_preset(options)  # the job gets the resolved settings
         return submit(given, options)
     if getattr(options, "log_format", None) == "json":
         from pistoseg.progress import run_with_json_log
@@ -335,14 +337,19 @@ def _config(options: argparse.Namespace) -> Config:
 
 
 def _run_config(options: argparse.Namespace) -> Config:
-    """The config of something that reads data by it: which preset that is, is said where nobody chose it."""
+    """The config of something that reads data by it."""
     config = _config(options)
+    _say_preset(options)
+    return config
+
+
+def _say_preset(options: argparse.Namespace) -> None:
+    """Say which preset it is where nobody chose it."""
     if not (options.preset or options.config):
         from pistoseg.config import DEFAULT_PRESET
         from pistoseg.progress import Progress
 
         Progress().say(f"neither --preset nor --config is given: the preset is {DEFAULT_PRESET}")
-    return config
 
 
 def _quoted(text: str) -> str:

@@ -209,8 +209,12 @@ def test_a_run_says_which_preset_it_takes_where_none_is_given(monkeypatch, capsy
     file.write_text("preset: glas\n")
     for chosen in ([], ["--profile", "cpu"], ["--preset", "glas"], ["--config", str(file)]):
         assert main(["train", "--data", "somewhere", *chosen]) == 0
-        said = "the preset is wsss4luad" in capsys.readouterr().err
-        assert said == (not {"--preset", "--config"} & set(chosen)), chosen
+        said = capsys.readouterr().err.count("the preset is wsss4luad")
+        assert said == (0 if {"--preset", "--config"} & set(chosen) else 1), chosen
+    monkeypatch.setattr("pistoseg.submission.submit", lambda given, options: 0)
+    for verb, times in ((["train", "--data", "s3://b/d"], 1), (["segment", "--model", "m", "--slides", "s"], 0)):
+        assert main([*verb, "--submit", "auto", *(() if times else ("--out", "o"))]) == 0
+        assert capsys.readouterr().err.count("the preset is wsss4luad") == times
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     assert "default: wsss4luad" in " ".join(capsys.readouterr().out.split())
