@@ -253,9 +253,7 @@ def read_space(uri: str, config: Config) -> Space:
         parameters = tuple(spec.parameter(name) for name, spec in file.parameters.items())
         problems += _wrong_order(parameters)
     except ValidationError as error:
-        problems += [
-            f"{'.'.join(map(str, item['loc']))}: {item['msg'].removeprefix('Value error, ')}" for item in error.errors()
-        ]
+        problems += [f"{'.'.join(map(str, item['loc']))}: {_message(item)}" for item in error.errors()]
     if problems:
         text = "".join(f"\n  {problem.removeprefix('parameters.')}" for problem in problems)
         raise PistoSegError(
@@ -264,6 +262,16 @@ def read_space(uri: str, config: Config) -> Space:
             remedy="`pistoseg config show` prints every key; a parameter has low and high, or values, or options",
         )
     return Space(uri.rsplit("/", 1)[-1].rsplit(".", 1)[0], parameters)
+
+
+def _message(problem: Any) -> str:
+    """A problem of pydantic's in the words of a YAML file."""
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key{suggestion(str(problem['loc'][-1]), ParameterSpec.model_fields)}"
+    if problem["type"] == "model_type":
+        return "must be a mapping with low and high, or values, or options"
+    message: str = problem["msg"]
+    return message.removeprefix("Value error, ")
 
 
 def _wrong_order(parameters: Sequence[Parameter]) -> Iterator[str]:

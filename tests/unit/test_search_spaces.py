@@ -124,17 +124,21 @@ def test_all_that_is_wrong_with_a_space_is_listed_at_once(tmp_path):
         "synthesis.alfa": {"low": 0.1, "high": 0.4},
         "precise.lr": {"low": 1, "high": 0.1},
         "precise.optimizer": {"values": ["sgd"]},
+        "precise.epochs": 3,
+        "precise.loss": {"value": ["bce", "dice"], "low": 1, "high": 2},
         "both": {"options": [{"refiner.lambda": 1}, {"precise.loss": "bce"}]},
     }
     with pytest.raises(PistoSegError) as caught:
         read_space(space_file(tmp_path, parameters), config_of("wsss4luad"))
     title, *lines = caught.value.reason.splitlines()
-    assert title == "4 problem(s) in the space:"
+    assert title == "6 problem(s) in the space:"
     assert lines == [
         "  synthesis.alfa: is no key of the config; did you mean synthesis.alpha?",
         "  refiner.lambda: is no key of the config; did you mean refiner.lambda_cls?",
         "  precise.lr: low must be less than high",
         "  precise.optimizer: there is nothing to choose between",
+        "  precise.epochs: must be a mapping with low and high, or values, or options",
+        "  precise.loss.value: unknown key; did you mean values?",
     ]
     assert "config show" in caught.value.remedy
 
