@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import re
 import select
 import signal
 import sys
@@ -12,10 +13,10 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from pistoseg import __version__
-from pistoseg.errors import INTERRUPTED, PistoSegError
+from pistoseg.errors import INTERRUPTED, PistoSegError, suggestion
 from pistoseg.models_arguments import model_verbs, server, server_options
 from pistoseg.search.arguments import search_options
 from pistoseg.search.tables import TABLES
@@ -45,7 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")  # not every terminal has the letters of every class and file
     given = list(sys.argv[1:] if arguments is None else arguments)
-    options = build_parser().parse_args(given)
+    options, unknown = build_parser().parse_known_args(given)
+    if unknown:
+        _refuse(unknown, options.parser)
     try:
         with _terminable():
             code = _run(given, options)
@@ -88,14 +91,20 @@ def _interrupt(*_: object) -> None:
 def _run(given: list[str], options: argparse.Namespace) -> int:
     run: Callable[[argparse.Namespace], int] = options.run
     if getattr(options, "submit", None):
-        from pistoseg.submission import submit
-
-        run = partial(submit, given)
+        run = partial(_submit, given)
     if getattr(options, "log_format", None) == "json":
         from pistoseg.progress import run_with_json_log
 
         return run_with_json_log(lambda: run(options))
     return run(options)
+
+
+def _submit(given: list[str], options: argparse.Namespace) -> int:
+    from pistoseg.submission import submit
+
+    if hasattr(options, "preset"):
+        _say_preset(options)  # the job gets the resolved settings
+    return submit(given, options)
 
 
 def _is_unread() -> bool:
@@ -111,9 +120,24 @@ def _is_unread() -> bool:
     return unread
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says with an error what was probably meant."""
+
+    def error(self, message: str) -> NoReturn:
+        wrong = re.search(r"invalid choice: '(.+)' \(choose from (.+)\)", message)
+        super().error(message + (suggestion(wrong[1], re.findall(r"[\w.-]+", wrong[2])) if wrong else ""))
+
+
+def _refuse(unknown: list[str], parser: argparse.ArgumentParser) -> NoReturn:
+    """End with the usage of the verb to which words were given that it does not know."""
+    options = re.findall(r"--[\w-]+", parser.format_usage())
+    meant = suggestion(unknown[0].partition("=")[0], options) if unknown[0].startswith("-") else ""
+    parser.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all verbs."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="pistoseg",
         description="From image-level labels to tissue segmentation models.",
         epilog=EPILOG,
@@ -241,7 +265,7 @@ def build_parser() -> argparse.ArgumentParser:
 def _verb(verbs: Any, name: str, run: Callable[[argparse.Namespace], int], summary: str) -> argparse.ArgumentParser:
     # Options are not abbreviated: a new one would change what an old script means.
     parser: argparse.ArgumentParser = verbs.add_parser(name, help=summary, description=summary, allow_abbrev=False)
-    parser.set_defaults(run=run, verb=name)
+    parser.set_defaults(run=run, verb=name, parser=parser)
     return parser
 
 
@@ -265,7 +289,9 @@ def _job_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _config_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--preset", help="wsss4luad, bcss-wsss, glas or demo")
+    parser.add_argument(
+        "--preset", help="wsss4luad, bcss-wsss, glas or demo (default: wsss4luad, but none beside --config)"
+    )
     parser.add_argument("--profile", help="a profile of the preset, e.g. cpu")
     parser.add_argument("--config", metavar="FILE", help="YAML with settings; goes before the preset's")
     parser.add_argument(
@@ -359,6 +385,22 @@ def _config(options: argparse.Namespace) -> Config:
     return config
 
 
+def _run_config(options: argparse.Namespace) -> Config:
+    """The config of something that reads data by it."""
+    config = _config(options)
+    _say_preset(options)
+    return config
+
+
+def _say_preset(options: argparse.Namespace) -> None:
+    """Say which preset it is where nobody chose it."""
+    if not (options.preset or options.config):
+        from pistoseg.config import DEFAULT_PRESET
+        from pistoseg.progress import Progress
+
+        Progress().say(f"neither --preset nor --config is given: the preset is {DEFAULT_PRESET}")
+
+
 def _quoted(text: str) -> str:
     import json
 
@@ -368,14 +410,14 @@ def _quoted(text: str) -> str:
 def _train(options: argparse.Namespace) -> int:
     from pistoseg.commands import train
 
-    train(_config(options), options.workspace)
+    train(_run_config(options), options.workspace)
     return 0
 
 
 def _synthesize(options: argparse.Namespace) -> int:
     from pistoseg.commands import synthesize
 
-    synthesize(_config(options), options.workspace, options.preview, options.out)
+    synthesize(_run_config(options), options.workspace, options.preview, options.out)
     return 0
 
 
@@ -430,7 +472,7 @@ def _ablate(options: argparse.Namespace) -> int:
 
     return ablate(
         options.table,
-        _config(options),
+        _run_config(options),
         options.workspace,
         seeds=options.seeds,
         dry_run=options.dry_run,
@@ -441,13 +483,13 @@ def _ablate(options: argparse.Namespace) -> int:
 def _search(options: argparse.Namespace) -> int:
     from pistoseg.search.command import search
 
-    return search(_config(options), options.workspace, options.space, vars(options))
+    return search(_run_config(options), options.workspace, options.space, vars(options))
 
 
 def _data_check(options: argparse.Namespace) -> int:
     from pistoseg.commands import data_check
 
-    return data_check(options.data, _config(options), options.out, options.workers)
+    return data_check(options.data, _run_config(options), options.out, options.workers)
 
 
 def _data_windows(options: argparse.Namespace) -> int:
@@ -455,7 +497,7 @@ def _data_windows(options: argparse.Namespace) -> int:
 
     given = {"window": options.size, "window_stride": options.stride, "window_min_share": options.min_share}
     options.overrides += [f"data.{key}={value}" for key, value in given.items() if value is not None]
-    return data_windows(options.slides, options.annotations, options.out, _config(options), options.workers)
+    return data_windows(options.slides, options.annotations, options.out, _run_config(options), options.workers)
 
 
 def _config_show(options: argparse.Namespace) -> int:
@@ -468,7 +510,8 @@ def _config_show(options: argparse.Namespace) -> int:
 def _doctor(options: argparse.Namespace) -> int:
     from pistoseg.commands import doctor
 
-    return doctor(_config(options), options.workspace, options.json)
+    chosen = bool(options.preset or options.profile or options.config)
+    return doctor(_config(options), options.workspace, options.json, weights=chosen)
 
 
 def _cluster_local(options: argparse.Namespace) -> int:

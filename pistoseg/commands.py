@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 FILE_WIDTH = 200
 """Columns for a wide table where the output is no terminal: nothing is folded in a log."""
 
+SHOWN = 3
+"""Names of slides in a line."""
+
 
 def train(config: Config, workspace: str) -> dict[str, Artifact]:
     """Run the pipeline up to the scores; print them, the output tree, the model and what to do with it."""
@@ -223,11 +226,13 @@ def data_check(data: str, config: Config, out: str | None, workers: int | None) 
     """Validate a data set and print the report; 1 when something would stop a training."""
     from pistoseg.patches.check import check
     from pistoseg.patches.crops import network_mpp
-    from pistoseg.patches.manifest import is_manifest
+    from pistoseg.patches.manifest import is_manifest, refuse_images
     from pistoseg.stages.cluster import available_cpus
     from pistoseg.stages.slide_images import SlideOpener
 
     data = storage.absolute(data)
+    if is_manifest(data):
+        refuse_images(data)
     opener = SlideOpener(network_mpp(config.scale)) if is_manifest(data) else None
     report = check(
         data,
@@ -252,11 +257,14 @@ def data_windows(slides: str, annotations: str, out: str, config: Config, worker
     return 0 if report.ok else 1
 
 
-def doctor(config: Config, workspace: str, as_json: bool = False) -> int:
-    """Examine this machine, the cluster, the storage and the servers of a config; 1 when something would fail."""
+def doctor(config: Config, workspace: str, as_json: bool = False, *, weights: bool = True) -> int:
+    """Examine this machine, the cluster, the storage and the servers of a config; 1 when something would fail.
+
+    `weights`: whether those of its networks are tried, too.
+    """
     from pistoseg.doctor import examine, table, to_json
 
-    findings = list(examine(config, workspace))
+    findings = list(examine(config, workspace, weights=weights))
     if as_json:
         print(to_json(findings))
     else:
@@ -347,10 +355,13 @@ def _run(config: Config, workspace: Workspace, targets: tuple[str, ...]) -> dict
 
 
 def _check_data(config: Config) -> None:
-    """Refuse folders that aren't there."""
+    """Refuse folders that aren't there, and a table of images in place of its folder."""
     from pistoseg.patches.digest import training_folder, validation_folder
+    from pistoseg.patches.manifest import is_manifest, refuse_images
 
-    training_folder(config)
+    training = training_folder(config)
+    if is_manifest(training):
+        refuse_images(training)
     validation_folder(config)
 
 
@@ -411,12 +422,30 @@ def _print_slides(out: str, record: Mapping[str, Any]) -> None:
     """The failures and where things are."""
     counts = record["slides"]
     print(f"{counts['completed']} completed, {counts['failed']} failed, {counts['skipped']} were up to date")
-    for row in storage.read_parquet(storage.join(out, "summary.parquet"), ["slide_id", "status", "reason"]).to_pylist():
-        if row["status"] == "failed":
-            print(f"failed: {row['slide_id']}: {row['reason']}")
+    columns = ["slide_id", "slide", "status", "reason"]
+    rows = storage.read_parquet(storage.join(out, "summary.parquet"), columns).to_pylist()
+    for line in _failure_lines([row for row in rows if row["status"] == "failed"]):
+        print(line)
     print(out)
     print("  slides/<slide_id>/  mask.tif regions.geojson overview.png areas.json slide.json")
     print("  summary.md summary.csv summary.parquet run.json")
+
+
+def _failure_lines(failed: list[dict[str, Any]]) -> list[str]:
+    """A line for each reason for which slides failed; many have the same, but for the name of their file."""
+    by_reason: dict[str, list[dict[str, Any]]] = {}
+    for row in failed:
+        _, named, reason = row["reason"].partition(f"{storage.name(row['slide'])}: ")
+        by_reason.setdefault(reason if named else row["reason"], []).append(row)
+    lines = []
+    for reason, rows in by_reason.items():
+        if len(rows) == 1:
+            lines.append(f"failed: {rows[0]['slide_id']}: {rows[0]['reason']}")
+        else:
+            some = ", ".join(row["slide_id"] for row in rows[:SHOWN])
+            more = "" if len(rows) <= SHOWN else f" and {len(rows) - SHOWN} more (see summary.csv)"
+            lines.append(f"failed: {len(rows)} slides, {some}{more}: {reason}")
+    return lines
 
 
 def _number(value: float | None) -> str:

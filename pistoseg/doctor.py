@@ -23,7 +23,7 @@ import pistoseg
 from pistoseg import object_store, storage
 from pistoseg.artifacts import Workspace
 from pistoseg.config import Config
-from pistoseg.errors import PistoSegError
+from pistoseg.errors import PistoSegError, explained
 from pistoseg.redaction import first_line, redact
 
 Status = Literal["ok", "warning", "failed"]
@@ -56,12 +56,13 @@ class Finding:
     remedy: str = ""
 
 
-def examine(config: Config, workspace: str) -> Iterator[Finding]:
+def examine(config: Config, workspace: str, *, weights: bool = True) -> Iterator[Finding]:
     """Try everything that a pipeline with these settings needs.
 
     Args:
         config: the settings; of its data only what is set is looked at.
         workspace: path or URI of the workspace.
+        weights: whether its networks' weights are, too; not those of settings that nobody has chosen yet.
     """
     object_store.use(config.storage)
     before, object_store.RETRIES = object_store.RETRIES, FEW_RETRIES
@@ -73,7 +74,7 @@ def examine(config: Config, workspace: str) -> Iterator[Finding]:
             ("workspace", lambda: _workspace(workspace)),
             ("data", lambda: _data(config)),
             ("mlflow", lambda: _mlflow(config, workspace)),
-            ("weights", lambda: _weights(config)),
+            ("weights", lambda: _weights(config) if weights else _no_weights()),
             ("openslide", _openslide),
             ("ray", lambda: _ray(config, workspace)),
         ):
@@ -179,6 +180,17 @@ def _disk(where: str, facts: dict[str, Any]) -> Iterator[Finding]:
 def _workspace(workspace: str) -> Iterator[Finding]:
     """Write, read, create conditionally, list and delete, and how fast."""
     root = storage.absolute(workspace)
+    try:
+        yield from _try_workspace(root)
+    except OSError as error:
+        raise explained(error, root) or PistoSegError(
+            f"can't be written or read ({error.strerror or first_line(error)})",
+            file=root,
+            remedy="give --workspace a folder that you may write into, or the URI of a bucket",
+        ) from error
+
+
+def _try_workspace(root: str) -> Iterator[Finding]:
     folder = storage.join(root, f".doctor-{uuid.uuid4().hex[:8]}")
     probe = storage.join(folder, "x [1].bin")
     data = os.urandom(SPEED_BYTES)
@@ -276,6 +288,14 @@ def _weights(config: Config) -> Iterator[Finding]:
     for (encoder, weights), name in wanted.items():
         stride = 8 if encoder == encoders.RESNET38D else 32
         yield from _guarded(f"weights of {name}", lambda e=encoder, w=weights, s=stride: _encoder(e, w, s))  # type: ignore[misc]
+
+
+def _no_weights() -> Iterator[Finding]:
+    yield Finding(
+        "weights",
+        "ok",
+        "not looked at: each preset and profile has its own, and none is named (add --preset, --profile or --config)",
+    )
 
 
 def _encoder(encoder: str, weights: str | None, stride: int) -> Iterator[Finding]:

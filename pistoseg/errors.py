@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from pistoseg.redaction import redact
 
@@ -31,7 +31,8 @@ class PistoSegError(ValueError):
         self.field = field
         self.remedy = redact(remedy) if remedy else remedy
         where = "".join(f"{part}: " for part in (self.file, field) if part)
-        super().__init__(f"{where}{self.reason}." + (f" Remedy: {self.remedy}." if remedy else ""))
+        message = _sentence(f"{where}{self.reason}")
+        super().__init__(f"{message} Remedy: {_sentence(self.remedy)}" if self.remedy else message)
 
     def fields(self) -> dict[str, str | None]:
         """Its arguments by name, for JSON."""
@@ -48,6 +49,15 @@ class UnavailableError(PistoSegError):
     Whoever lists bad inputs and goes on must not list this: the run has to end, and can go on later. But a slide
     that it hits in a batch is a failed row, as the others may be elsewhere; complete results of it stay.
     """
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """The end of a sentence about an unknown word: "; did you mean x?", empty where no known one resembles it."""
+    import difflib
+
+    by_fold = {name.casefold(): name for name in known}
+    close = difflib.get_close_matches(word.casefold(), list(by_fold), n=1)
+    return f"; did you mean {by_fold[close[0]]}?" if close else ""
 
 
 def explained(error: BaseException | None, file: str | None = None) -> PistoSegError | None:
@@ -98,6 +108,11 @@ def below(error: BaseException | None) -> Iterator[BaseException]:
     for other in (*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None)):
         yield from below(other)
     yield from below(error.__cause__)
+
+
+def _sentence(text: str) -> str:
+    """With its full stop, which a quoted error at its end may have brought along."""
+    return text if text.endswith((".", "?", "!")) else f"{text}."
 
 
 def _rebuild(

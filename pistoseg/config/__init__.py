@@ -5,6 +5,7 @@ Everything that is wrong with it is reported at once, before anything starts.
 """
 
 from pistoseg.config.loading import (
+    DEFAULT_PRESET,
     describe,
     load_classes,
     load_config,
@@ -39,6 +40,7 @@ from pistoseg.config.sections import (
 )
 
 __all__ = [
+    "DEFAULT_PRESET",
     "AugmentationConfig",
     "CamConfig",
     "ClassesConfig",

@@ -31,7 +31,7 @@ def read_yaml(uri: str) -> dict[str, Any]:
     try:
         text = storage.read_text(uri)
     except FileNotFoundError:
-        raise PistoSegError("does not exist", file=uri) from None
+        raise PistoSegError("does not exist", file=uri, remedy="give the path or URI of a YAML file") from None
     except OSError as error:
         reason = f"can't be read: {error.strerror or error}"
         raise PistoSegError(reason, file=uri, remedy="name a YAML file that you may read") from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from importlib import resources
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -11,10 +11,13 @@ from pydantic import BaseModel, ValidationError
 from pistoseg.classes import TissueClasses
 from pistoseg.config.base import parse_yaml, read_yaml
 from pistoseg.config.root import Config
-from pistoseg.config.sections import ClassesConfig, StorageConfig, TrackingConfig
-from pistoseg.errors import PistoSegError
+from pistoseg.config.sections import ClassConfig, ClassesConfig, StorageConfig, TrackingConfig
+from pistoseg.errors import PistoSegError, suggestion
 
 _HELP = "`pistoseg config show` prints every key with its meaning"
+
+
+DEFAULT_PRESET = "wsss4luad"
 
 
 def presets() -> list[str]:
@@ -41,7 +44,7 @@ def load_config(
         PistoSegError: listing every problem of the config.
     """
     own = read_yaml(file) if file else {}
-    preset = preset or own.pop("preset", None) or (None if file else "wsss4luad")
+    preset = preset or own.pop("preset", None) or (None if file else DEFAULT_PRESET)
     profile = profile or own.pop("profile", None)
     own = {key: value for key, value in own.items() if key not in ("preset", "profile")}
     for key, name in (("preset", preset), ("profile", profile)):
@@ -50,7 +53,9 @@ def load_config(
     values: dict[str, Any] = {}
     if profile and not preset:
         raise PistoSegError(
-            f"profile {profile!r} belongs to a preset, and none is given", field="--profile", remedy="add --preset NAME"
+            f"profile {profile!r} belongs to a preset, and beside a file none is taken unless it is named",
+            field="--profile",
+            remedy="add --preset NAME, or the key preset to the file",
         )
     if preset:
         values = _read_preset(preset)
@@ -97,39 +102,62 @@ def load_services(
     try:
         services = _Services.model_validate(values)
     except ValidationError as error:
-        raise _refusal(error, source) from None
+        raise _refusal(error, source, _Services) from None
     return services.tracking, services.storage
 
 
 def load_classes(uri: str) -> TissueClasses:
     """Tissue classes from a YAML file with the keys of the config's `classes` section."""
+    return _read_classes(uri).tissue()
+
+
+def _read_classes(uri: str) -> ClassesConfig:
     try:
-        return ClassesConfig.model_validate(read_yaml(uri)).tissue()
+        return ClassesConfig.model_validate(read_yaml(uri))
     except ValidationError as error:
-        raise _refusal(error, uri) from None
+        raise _refusal(error, uri, ClassesConfig) from None
 
 
 def validate(values: dict[str, Any], source: str = "config") -> Config:
-    """A `Config` from plain values; `PistoSegError` lists all problems at once."""
+    """A `Config` from plain values; `PistoSegError` lists all problems at once, those of a file of classes first."""
+    classes = values.get("classes")
+    if isinstance(classes, str):
+        values = values | {"classes": _read_classes(classes)}
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise _refusal(error, source) from None
+        raise _refusal(error, source, Config) from None
 
 
-def _refusal(error: ValidationError, source: str) -> PistoSegError:
-    lines = []
-    for problem in error.errors():
-        key = ".".join(str(part) for part in problem["loc"] if part not in ("literal", "dict"))
-        message = problem["msg"].removeprefix("Value error, ")
-        if problem["type"] == "extra_forbidden":
-            message = f"unknown key{_suggestion(problem['loc'])}"
-        lines.append(f"\n  {key + ': ' if key else ''}{message}")
-    return PistoSegError(
-        f"{len(lines)} problem(s) in the config:" + "".join(dict.fromkeys(lines)),
-        file=source,
-        remedy=_HELP,
-    )
+def _refusal(error: ValidationError, source: str, root: type[BaseModel]) -> PistoSegError:
+    """What to say of the problems with a source that was read as `root`."""
+    problems, lines = error.errors(), []
+    for problem in problems:
+        location = problem["loc"]
+        if problem["type"] == "too_short" and any(_is_below(other["loc"], location) for other in problems):
+            continue  # pydantic does not count entries that are wrong themselves
+        key = ".".join(str(part) for part in location if part not in ("literal", "dict"))
+        lines.append(f"\n  {key + ': ' if key else ''}{_message(problem, root)}")
+    lines = list(dict.fromkeys(lines))
+    what = "classes" if root is ClassesConfig else "config"
+    return PistoSegError(f"{len(lines)} problem(s) in the {what}:" + "".join(lines), file=source, remedy=_HELP)
+
+
+def _is_below(location: tuple[int | str, ...], other: tuple[int | str, ...]) -> bool:
+    return len(location) > len(other) and location[: len(other)] == other
+
+
+def _message(problem: Any, root: type[BaseModel]) -> str:
+    """A problem of pydantic's in the words of a YAML file."""
+    location = problem["loc"]
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key{_suggestion(location, root)}"
+    if problem["type"] == "model_type":
+        if _model_at(location, root) is ClassConfig:
+            return f"write {{name: {problem['input']}, color: [r, g, b]}}"
+        return "must be a mapping of keys to values"
+    message: str = problem["msg"]
+    return message.removeprefix("Value error, ").rstrip(".")
 
 
 def describe(config: Config) -> str:
@@ -184,16 +212,18 @@ def parse_override(item: str) -> dict[str, Any]:
     return nested
 
 
-def _suggestion(location: tuple[int | str, ...]) -> str:
-    import difflib
+def _suggestion(location: tuple[int | str, ...], root: type[BaseModel]) -> str:
+    model = _model_at(location[:-1], root)
+    return suggestion(str(location[-1]), model.model_fields if model else ())
 
-    model: Any = Config
-    for part in location[:-1]:
-        annotation = (
-            model.model_fields[part].annotation if isinstance(part, str) and part in model.model_fields else None
-        )
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return ""
-        model = annotation
-    close = difflib.get_close_matches(str(location[-1]), list(model.model_fields), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+
+def _model_at(location: tuple[int | str, ...], root: type[BaseModel]) -> type[BaseModel] | None:
+    """The section, or the entry of a list, at a place in a file; None where there is none."""
+    found: Any = root
+    for part in location:
+        if isinstance(part, int):
+            found = next(iter(get_args(found)), None)
+        else:
+            field = getattr(found, "model_fields", {}).get(part)
+            found = field.annotation if field else None
+    return found if isinstance(found, type) and issubclass(found, BaseModel) else None

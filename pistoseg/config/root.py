@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from pistoseg.classes import class_weights
-from pistoseg.config.base import Section, read_yaml
+from pistoseg.config.base import Section
 from pistoseg.config.networks import (
     CamConfig,
     ClassifierConfig,
@@ -50,11 +50,6 @@ class Config(Section):
     compute: ComputeConfig = Field(default_factory=ComputeConfig, description="Machine or cluster.")
     storage: StorageConfig = Field(default_factory=StorageConfig, description="Object storage.")
     tracking: TrackingConfig = Field(default_factory=TrackingConfig, description="MLflow.")
-
-    @field_validator("classes", mode="before")
-    @classmethod
-    def _classes_file(cls, value: Any) -> Any:
-        return read_yaml(value) if isinstance(value, str) else value
 
     @field_validator("synthesis")
     @classmethod

@@ -183,6 +183,11 @@ class Segmenter:
         self.device = inference.resolve_device(device)
         self._default: Predictor | None = None
 
+    def __repr__(self) -> str:
+        parts = {key: self.info.get(key) for key in ("architecture", "encoder")}
+        parts |= {"classes": self.classes.names, "mpp": self.info.get("scale", {}).get("mpp")}
+        return f"Segmenter({', '.join(f'{key}={value!r}' for key, value in parts.items())})"
+
     @cached_property
     def fingerprint(self) -> str:
         """Hash of the bundle's files."""

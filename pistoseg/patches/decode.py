@@ -183,12 +183,18 @@ def _open(data: bytes, name: str) -> Image.Image:
         plugin = TiffImageFile
     else:
         raise PistoSegError(
-            f"is not a PNG, JPEG or TIFF (it starts with {bytes(data[:8])!r})", file=name, remedy=_SAVE_AS
+            f"is not a PNG, JPEG or TIFF (it starts with {_shown(data[:8])})", file=name, remedy=_SAVE_AS
         )
     try:
         return plugin(io.BytesIO(data))
     except Exception as error:  # decoders of untrusted bytes raise anything
         raise _unreadable(name, error) from error
+
+
+def _shown(start: bytes) -> str:
+    """The first bytes of a file as text, in hexadecimal where they are none."""
+    line = start.splitlines()[0].decode("ascii", "backslashreplace")
+    return f"the text {line!r}" if line and line.isprintable() and start.isascii() else start.hex(" ")
 
 
 def _load(image: Image.Image, name: str) -> Image.Image:

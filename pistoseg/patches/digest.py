@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pistoseg import storage
 from pistoseg.config import Config
 from pistoseg.errors import PistoSegError, UnavailableError
-from pistoseg.patches.layouts import find_split, relative_files
+from pistoseg.patches.layouts import find_split, relative_files, scan_training
 from pistoseg.patches.manifest import is_manifest, scan_slides
 from pistoseg.patches.table import find_table, images_elsewhere, is_elsewhere
 
@@ -27,6 +27,15 @@ def training_folder(config: Config) -> str:
     if is_manifest(uri):
         return uri
     return find_split(uri, "training") or uri
+
+
+def check_labels(config: Config) -> None:
+    """Refuse training data without a label that can be used, as the stage `patches` does; no image is read."""
+    uri, classes = training_folder(config), config.classes.tissue()
+    if is_manifest(uri):
+        scan_slides(uri, classes)
+    else:
+        scan_training(uri, classes, config.data)
 
 
 def validation_folder(config: Config) -> str | None:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 
 from pistoseg.classes import TissueClasses
-from pistoseg.errors import PistoSegError
+from pistoseg.errors import PistoSegError, suggestion
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 
@@ -99,7 +99,7 @@ def parse_prefix(file_name: str, classes: TissueClasses) -> list[int] | None:
     index = class_named(prefix, classes)
     if index is None:
         raise PistoSegError(
-            f"no class is called {prefix!r}",
+            f"no class is called {prefix!r}{suggestion(prefix, classes.names)}",
             file=file_name,
             field="label",
             remedy=f"rename the file, or add the class; the classes are {', '.join(classes.names)}",

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pistoseg import storage
 from pistoseg.classes import TissueClasses, composed
 from pistoseg.config import DataConfig
-from pistoseg.errors import PistoSegError
+from pistoseg.errors import PistoSegError, suggestion
 from pistoseg.patches import labels, table
 from pistoseg.patches.source import EvaluationListing, EvaluationPair, Listing, Rejection, SourceImage, Window
 
@@ -59,7 +59,7 @@ def scan_training(uri: str, classes: TissueClasses, config: DataConfig) -> Listi
         config: `layout`, or `auto`: a table if there is one with the right columns, else folders named like classes,
             else labels in file names.
     Raises:
-        PistoSegError: no such folder, nothing in it, no layout that fits, or a table that cannot be read.
+        PistoSegError: no such folder, nothing in it, no layout that fits, or a table that cannot be read or used.
     """
     _require_folder(uri)
     files = relative_files(uri)
@@ -170,7 +170,10 @@ def _scan_folders(files: dict[str, str], classes: TissueClasses) -> tuple[list[S
         folder = name.split("/")[0] if "/" in name else ""
         found = labels.parse_folder(folder, classes)
         if found is None:
-            where = f"no class is called {folder!r}, the folder that it is in" if folder else "it is in no class folder"
+            where = "it is in no class folder"
+            if folder:
+                like = suggestion(folder, classes.names)
+                where = f"no class is called {folder!r}, the folder that it is in{like}"
             raise PistoSegError(
                 where, field="label", remedy=f"move it to a folder named like a class: {', '.join(classes.names)}"
             )

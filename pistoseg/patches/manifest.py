@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from pistoseg import storage
 from pistoseg.classes import TissueClasses, folded
-from pistoseg.errors import PistoSegError
+from pistoseg.errors import PistoSegError, suggestion
 from pistoseg.patches.labels import class_named
 from pistoseg.patches.source import Rejection, SlideListing, SlideSource, Window
 from pistoseg.patches.table import BOX, box_in, flags_in, number_in, repeated
@@ -30,6 +30,21 @@ _IDS_OF_A_SLIDE = 2**32
 def is_manifest(uri: str) -> bool:
     """Whether training data is a manifest of slides: a CSV or Parquet file instead of a folder."""
     return uri.lower().endswith(_ENDINGS) and not storage.is_dir(uri)
+
+
+def refuse_images(uri: str) -> None:
+    """Refuse a table of windows of images, which is read with the folder that it lies in; `PistoSegError`."""
+    _refuse_images(uri, open_table(uri)[0])
+
+
+def _refuse_images(uri: str, header: list[str]) -> None:
+    if "image" in header and "slide" not in header:
+        raise PistoSegError(
+            "is a table of windows of images, and a file as data is a manifest of slides",
+            file=uri,
+            field="columns",
+            remedy=f"give its folder as --data: {posixpath.dirname(uri)}",
+        )
 
 
 def expected_columns(classes: TissueClasses) -> str:
@@ -93,6 +108,7 @@ class _Reader:
         elif not self.has_windows and "annotations" not in header:
             missing += [*BOX, "or annotations"]
         if missing:
+            _refuse_images(uri, header)
             raise PistoSegError(
                 f"lacks the columns {', '.join(missing)} (it has {', '.join(header) or 'none'})",
                 file=uri,
@@ -169,7 +185,9 @@ def names_to_flags(value: object, classes: TissueClasses, column: str = "labels"
         index = class_named(name, classes)
         if index is None:
             raise PistoSegError(
-                f"no class is called {name!r}", field=column, remedy=f"the classes are {', '.join(classes.names)}"
+                f"no class is called {name!r}{suggestion(name, classes.names)}",
+                field=column,
+                remedy=f"the classes are {', '.join(classes.names)}",
             )
         flags[index] = 1
     return tuple(flags)

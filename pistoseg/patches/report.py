@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -89,10 +90,8 @@ class Report:
             lines += self._training_lines()
         for name, split in self.splits.items():
             lines += ["", *_split_lines(name, split)]
-        rejected = [(r.name, f"{r.field}: {r.reason}" if r.field else r.reason) for r in self.rejected]
-        bad = [(r.name, f"{r.field}: {r.reason}" if r.field else r.reason) for s in self.splits.values() for r in s.bad]
-        lines += _listed("rejected", rejected)
-        lines += _listed("bad evaluation images and masks", bad)
+        lines += _rejected("rejected", self.rejected)
+        lines += _rejected("bad evaluation images and masks", [bad for s in self.splits.values() for bad in s.bad])
         lines += _listed("same pixels", [(group[0], ", ".join(group[1:])) for group in self.duplicates])
         lines += _listed("same pixels, other labels", [(group[0], ", ".join(group[1:])) for group in self.conflicts])
         lines += _listed("training images that are also evaluated", self.leaks)
@@ -123,6 +122,14 @@ def _split_lines(name: str, split: SplitReport) -> list[str]:
     return [
         f"{name:<10}  {split.images} images, {split.scored} with a mask that fits" + (f": {shares}" if shares else "")
     ]
+
+
+def _rejected(title: str, found: list[Rejection]) -> list[str]:
+    """What was rejected and why, and below it what to do about each kind, with how many it is for."""
+    lines = _listed(title, [(r.name, f"{r.field}: {r.reason}" if r.field else r.reason) for r in found])
+    kinds = list(Counter((r.field, r.remedy) for r in found if r.remedy).most_common())
+    lines += [f"  -> {field + ': ' if field else ''}{remedy} ({count})" for (field, remedy), count in kinds[:_SHOWN]]
+    return lines + _more(kinds, _SHOWN)
 
 
 def _listed(title: str, entries: list[tuple[str, str]]) -> list[str]:

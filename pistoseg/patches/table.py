@@ -40,7 +40,7 @@ def find_table(
     Returns:
         The table's URI, or None.
     Raises:
-        PistoSegError: the named table is missing, several fit, or patches.csv lacks columns.
+        PistoSegError: the named table is missing, several fit, or the only one that is meant as one lacks columns.
     """
     if name is not None:
         relative = (uri, posixpath.dirname(uri.rstrip("/"))) if "://" not in name else ()
@@ -52,7 +52,8 @@ def find_table(
     for item in top:
         if item.lower() in _PREFERRED:
             return files[item]
-    fitting = [item for item in top if not _missing_columns(_header(files[item]), classes)]
+    headers = {item: _header(files[item]) for item in top}
+    fitting = [item for item in top if not _missing_columns(headers[item], classes)]
     if len(fitting) > 1:
         raise PistoSegError(
             f"has several tables of windows: {', '.join(fitting)}",
@@ -60,6 +61,9 @@ def find_table(
             field="data.table",
             remedy="name the one to use in data.table",
         )
+    for item in () if fitting else top:
+        if _is_meant(headers[item], classes):  # labels elsewhere may be others, and it would be ignored without a word
+            raise _lacks_columns(files[item], headers[item], classes)
     if not fitting and required:
         raise PistoSegError(
             f"has no {expected_columns(classes)}", file=uri, field="data.table", remedy="name the table"
@@ -81,14 +85,8 @@ def read_windows(
         PistoSegError: the table cannot be read, lacks columns, has no rows, or none of its images exists.
     """
     header, rows = open_table(table_uri)
-    missing = _missing_columns(header, classes)
-    if missing:
-        raise PistoSegError(
-            f"lacks the columns {', '.join(missing)} (it has {', '.join(header)})",
-            file=table_uri,
-            field="columns",
-            remedy=f"a table of windows is a {expected_columns(classes)}",
-        )
+    if _missing_columns(header, classes):
+        raise _lacks_columns(table_uri, header, classes)
     find = _ImageFinder(storage.name(table_uri), table_uri, uri, files)
     windows: dict[str, list[Window]] = {}
     rejected: list[Rejection] = []
@@ -269,10 +267,26 @@ def repeated(first: Window, second: Window) -> PistoSegError:
 
 
 def _missing_columns(header: list[str], classes: TissueClasses) -> list[str]:
-    wanted = ["image", *map(folded, classes.names)]
+    wanted = ["image", *classes.names]
     if any(column in header for column in BOX):
         wanted[1:1] = BOX
-    return [column for column in wanted if column not in header]
+    return [column for column in wanted if folded(column) not in header]
+
+
+def _is_meant(header: list[str], classes: TissueClasses) -> bool:
+    """Whether a table without some columns is one of windows: it names images, and their boxes or a class."""
+    has_class = any(folded(name) in header for name in classes.names)
+    return "image" in header and (has_class or all(column in header for column in BOX))
+
+
+def _lacks_columns(table_uri: str, header: list[str], classes: TissueClasses) -> PistoSegError:
+    return PistoSegError(
+        f"lacks the columns {', '.join(_missing_columns(header, classes))} (it has {', '.join(header)})",
+        file=table_uri,
+        field="columns",
+        remedy=f"a table of windows is a {expected_columns(classes)}; where it is something else, set data.layout to "
+        "folders or flags",
+    )
 
 
 def _header(table_uri: str) -> list[str]:

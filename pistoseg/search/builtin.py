@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from pistoseg import storage
 from pistoseg.config import Config
+from pistoseg.errors import PistoSegError
 from pistoseg.search.spaces import Parameter, Space, read_space
 
 LEAST_CROP = 8
@@ -13,8 +15,14 @@ MOST_CROPS = 16
 
 
 def load_space(name: str, config: Config) -> Space:
-    """A space by its name, or of a YAML file."""
+    """A space by its name, or of a YAML file; `PistoSegError` where it is neither."""
     build = SPACES.get(name)
+    if build is None and not storage.exists(name):
+        raise PistoSegError(
+            f"there is no space {name!r}, and no such file",
+            field="--space",
+            remedy=f"use one of: {', '.join(SPACES)}; or a YAML file",
+        )
     return Space(name, tuple(build(config))) if build else read_space(name, config)
 
 

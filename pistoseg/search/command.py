@@ -31,15 +31,21 @@ def search(config: Config, workspace: str, space: str, options: Mapping[str, Any
         options: `algorithm`, `trials`, `hours`, `objective`, `time`, `parallel`, `pruning`, `grace`, `reduction`,
             `confirm_seeds`, `name` and `dry_run`, as the command line has them.
     """
-    from pistoseg.patches.digest import training_folder
+    from pistoseg.patches.digest import check_labels, training_folder
 
     training_folder(config)
     place = Workspace(storage.absolute(workspace))
+    holdout = config.data.label_holdout
     objective, config = choose(options["objective"], config)
+    wanted = load_space(space, config)
     check_weights(config, objective.targets)
-    found, sharing = analyse(load_space(space, config), config, objective, config.seed)
+    found, sharing = analyse(wanted, config, objective, config.seed)
     console = Console()
+    if config.data.label_holdout != holdout:
+        share = f"data.label_holdout is {config.data.label_holdout:g} in place of {holdout:g}"
+        console.print(f"trials are compared by the {objective.title}: {share}", highlight=False, soft_wrap=True)
     if options["dry_run"]:
+        check_labels(config)
         console.print(_space_table(found, config))
         for title, stages in (("shared by all trials", sharing.shared), ("computed by trial", sharing.varied)):
             console.print(f"{title}: {', '.join(stages) or 'nothing'}", highlight=False)

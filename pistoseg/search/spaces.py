@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self
 
@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from pistoseg.config import Config
 from pistoseg.config.base import Section, read_yaml
-from pistoseg.errors import PistoSegError
+from pistoseg.errors import PistoSegError, suggestion
 
 Point = dict[str, Any]
 DIGITS = 4
@@ -245,41 +245,66 @@ class SpaceFile(Section):
 
 def read_space(uri: str, config: Config) -> Space:
     """A space from a YAML file; `PistoSegError` lists what is wrong with it."""
+    values = read_yaml(uri)
+    problems = list(_wrong_keys(values.get("parameters"), config))
+    parameters: tuple[Parameter, ...] = ()
     try:
-        file = SpaceFile.model_validate(read_yaml(uri))
+        file = SpaceFile.model_validate(values)
+        parameters = tuple(spec.parameter(name) for name, spec in file.parameters.items())
+        problems += _wrong_order(parameters)
     except ValidationError as error:
-        lines = [f"\n  {'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
-        raise PistoSegError(f"{len(lines)} problem(s) in the space:" + "".join(lines), file=uri) from None
-    parameters = tuple(spec.parameter(name) for name, spec in file.parameters.items())
-    _check_order(parameters, uri)
-    _check_keys(parameters, config, uri)
+        problems += [f"{'.'.join(map(str, item['loc']))}: {_message(item)}" for item in error.errors()]
+    if problems:
+        text = "".join(f"\n  {problem.removeprefix('parameters.')}" for problem in problems)
+        raise PistoSegError(
+            f"{len(problems)} problem(s) in the space:{text}",
+            file=uri,
+            remedy="`pistoseg config show` prints every key; a parameter has low and high, or values, or options",
+        )
     return Space(uri.rsplit("/", 1)[-1].rsplit(".", 1)[0], parameters)
 
 
-def _check_order(parameters: Sequence[Parameter], uri: str) -> None:
+def _message(problem: Any) -> str:
+    """A problem of pydantic's in the words of a YAML file."""
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key{suggestion(str(problem['loc'][-1]), ParameterSpec.model_fields)}"
+    if problem["type"] == "model_type":
+        return "must be a mapping with low and high, or values, or options"
+    message: str = problem["msg"]
+    return message.removeprefix("Value error, ")
+
+
+def _wrong_order(parameters: Sequence[Parameter]) -> Iterator[str]:
+    """What is wrong with parameters beside those that come before them."""
     ranges: dict[str, Parameter] = {}
     for item in parameters:
-        for other in {*item.when, *([item.above] if item.above else [])} - set(ranges):
-            raise PistoSegError(f"names {other}, which does not come before it", file=uri, field=item.name)
-        if item.above:
+        for other in sorted({*item.when, *([item.above] if item.above else [])} - set(ranges)):
+            yield f"{item.name}: names {other}, which does not come before it"
+        if item.above in ranges:
             lower = ranges[item.above]
             if lower.options or lower.high is None or item.high is None or item.low is None:
-                raise PistoSegError(f"{item.above} is no range", file=uri, field=item.name)
-            if lower.high + MARGIN * (item.high - item.low) >= item.high:
-                raise PistoSegError(f"must exceed {item.above}, which may be {lower.high:g}", file=uri, field=item.name)
+                yield f"{item.name}: {item.above} is no range"
+            elif lower.high + MARGIN * (item.high - item.low) >= item.high:
+                yield f"{item.name}: must exceed {item.above}, which may be {lower.high:g}"
         ranges[item.name] = item
 
 
-def _check_keys(parameters: Sequence[Parameter], config: Config, uri: str) -> None:
-    """Refuse keys that the config has not; a value out of range is found when the first points are validated."""
+def _wrong_keys(parameters: Any, config: Config) -> Iterator[str]:
+    """The keys that the config has not; a value out of range is found when the first points are validated.
+
+    Args:
+        parameters: as the YAML has them, be they right or wrong otherwise.
+        config: has the keys.
+    """
     values = config.model_dump(mode="json")
-    for item in parameters:
-        keys = {key for sets in item.options.values() for key in sets} if item.options else {item.name}
-        for key in keys:
+    known = [f"{section}.{key}" for section, found in values.items() if isinstance(found, dict) for key in found]
+    for name, spec in parameters.items() if isinstance(parameters, dict) else ():
+        options = spec.get("options") if isinstance(spec, dict) else None
+        sets = [item for item in options if isinstance(item, dict)] if isinstance(options, list) else [{name: None}]
+        keys = [key for item in sets for key in item]
+        for key in dict.fromkeys(map(str, keys)):
             if _value(values, key) is _MISSING and not key.startswith("synthesis.class_sampling."):
-                raise PistoSegError(
-                    "is no key of the config", file=uri, field=key, remedy="`pistoseg config show` prints every key"
-                )
+                yield f"{key}: is no key of the config{suggestion(key, known)}"
 
 
 _MISSING = object()

@@ -64,8 +64,8 @@ def _from_images(uri: str, classes: TissueClasses, context: StageContext) -> tup
 
 def _from_slides(uri: str, classes: TissueClasses, context: StageContext) -> tuple[str, list[Rejection]]:
     """Read the windows of a manifest's slides; the layout's name, and the rows that are not usable."""
-    network_mpp(context.config.scale)
     listing = scan_slides(uri, classes)
+    network_mpp(context.config.scale)
     for folder, slides in _parts(listing.slides, context):
         shards = [[asdict(slide) for slide in shard] for shard in in_shards(slides, SHARD_WINDOWS)]
         arguments = {"config": context.config, "folder": folder}

@@ -114,7 +114,7 @@ def no_ray(monkeypatch):
 def failed(arguments, capsys):
     assert main(arguments) == 2
     captured = capsys.readouterr()
-    assert captured.err.startswith("pistoseg: ")
+    assert "\npistoseg: " in f"\n{captured.err}"
     assert "Traceback" not in captured.err
     return captured.err
 
@@ -207,6 +207,26 @@ def test_wrong_arguments_end_with_2(arguments, capsys):
     assert "usage: pistoseg" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "usage", "says"),
+    [
+        (["trian"], "pistoseg [-h]", "; did you mean train?\n"),
+        (["train", "--profil", "cpu"], "pistoseg train [-h]", "arguments: --profil cpu; did you mean --profile?\n"),
+        (["data", "check", "x", "--outt=y"], "pistoseg data check [-h]", "arguments: --outt=y; did you mean --out?\n"),
+        (["models", "lst"], "pistoseg models [-h]", "; did you mean list?\n"),
+        (["ablate", "tabel1"], "pistoseg ablate [-h]", "; did you mean table1?\n"),
+        (["train", "x"], "pistoseg train [-h]", "unrecognized arguments: x\n"),
+        (["train", "--zzz"], "pistoseg train [-h]", "unrecognized arguments: --zzz\n"),
+    ],
+)
+def test_wrong_arguments_show_the_verbs_usage_and_what_was_probably_meant(arguments, usage, says, capsys):
+    with pytest.raises(SystemExit):
+        main(arguments)
+    error = capsys.readouterr().err
+    assert error.startswith(f"usage: {usage}")
+    assert error.endswith(says)
+
+
 def test_an_interrupt_says_how_to_go_on(monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
@@ -257,6 +277,23 @@ def test_arguments_reach_the_config(monkeypatch):
     )
     (config, workspace) = seen[0]
     assert (config.data.uri, config.compute.workers, config.seed, workspace) == (data, 3, 4, "w")
+
+
+def test_a_run_says_which_preset_it_takes_where_none_is_given(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("pistoseg.commands.train", lambda config, workspace: None)
+    file = tmp_path / "own.yaml"
+    file.write_text("preset: glas\n")
+    for chosen in ([], ["--profile", "cpu"], ["--preset", "glas"], ["--config", str(file)]):
+        assert main(["train", "--data", "somewhere", *chosen]) == 0
+        said = capsys.readouterr().err.count("the preset is wsss4luad")
+        assert said == (0 if {"--preset", "--config"} & set(chosen) else 1), chosen
+    monkeypatch.setattr("pistoseg.submission.submit", lambda given, options: 0)
+    for verb, times in ((["train", "--data", "s3://b/d"], 1), (["segment", "--model", "m", "--slides", "s"], 0)):
+        assert main([*verb, "--submit", "auto", *(() if times else ("--out", "o"))]) == 0
+        assert capsys.readouterr().err.count("the preset is wsss4luad") == times
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    assert "default: wsss4luad" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("name", ["my demo #2", "a: b", "Übung 😀"])

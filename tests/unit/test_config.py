@@ -235,6 +235,46 @@ def test_classes_may_be_a_file_of_their_own(tmp_path):
     assert classes.background_id == 2
 
 
+@pytest.mark.parametrize(
+    ("content", "problems"),
+    [
+        ("classes: [TUM, STR]", ["classes.0: write {name: TUM, color: [r, g, b]}", "classes.1: write {name: STR, c"]),
+        (
+            "classes: [{name: TUM, colour: [1, 2, 3]}, {name: STR, color: [1, 2, 300]}]\nbackground: 2",
+            [
+                "classes.0.color: Field required",
+                "classes.0.colour: unknown key; did you mean color?",
+                "classes.1.color.2: Input should be less than or equal to 255",
+                "background: unknown key; did you mean background_",
+            ],
+        ),
+        ("classes: [{name: TUM, color: [1, 2, 3]}]", ["classes: Tuple should have at least 2 items"]),
+    ],
+)
+def test_the_problems_of_a_file_of_classes_are_listed_under_its_name(tmp_path, content, problems):
+    file = tmp_path / "classes.yaml"
+    file.write_text(content)
+    for read in (load_classes, lambda uri: load_config("glas", overrides=[f"classes={uri}", "seed=-1"])):
+        with pytest.raises(PistoSegError) as caught:
+            read(str(file))
+        assert caught.value.file == str(file)
+        title, *lines = caught.value.reason.splitlines()
+        assert title == f"{len(problems)} problem(s) in the classes:"
+        assert all(line.startswith(f"  {says}") for line, says in zip(lines, problems, strict=True))
+
+
+def test_a_file_of_classes_that_is_not_there_is_named(tmp_path):
+    file = tmp_path / "classes.yam"
+    with pytest.raises(PistoSegError, match=r"classes\.yam: does not exist\. Remedy: give the path") as caught:
+        load_config("glas", overrides=[f"classes={file}"])
+    assert caught.value.file == str(file)
+
+
+def test_a_section_that_is_no_mapping_is_said_in_the_words_of_yaml():
+    with pytest.raises(PistoSegError, match=r"\n  data: must be a mapping of keys to values\."):
+        load_config("glas", overrides=["data=3"])
+
+
 @pytest.mark.parametrize("content", ["[1, 2]", "a: [1", "just text"])
 def test_a_file_that_is_no_mapping_is_named(tmp_path, content):
     file = tmp_path / "bad.yaml"
@@ -300,6 +340,7 @@ def unreadable(tmp_path, monkeypatch):
     def refused(uri):
         raise PermissionError(errno.EACCES, "Permission denied", uri)  # root may read everything
 
+    (tmp_path / "mine.yaml").touch()
     monkeypatch.setattr("pistoseg.storage.read_bytes", refused)
     return str(tmp_path / "mine.yaml"), "Permission denied"
 

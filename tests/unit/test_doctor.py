@@ -1,3 +1,4 @@
+import errno
 import json
 from dataclasses import asdict
 
@@ -83,6 +84,26 @@ def test_weights_that_can_not_be_had_fail_for_their_stage(monkeypatch):
     assert {(item.status, item.remedy) for item in found} == {("failed", "use a file"), ("ok", "")}
 
 
+@pytest.mark.parametrize("chosen", [[], ["--profile", "cpu"], ["--preset", "demo"]])
+def test_weights_are_those_of_a_chosen_preset_or_of_none(monkeypatch, capsys, tmp_path, chosen):
+    for name in ("_ray", "_mlflow", "_packages", "_disk", "_workspace", "_openslide"):
+        monkeypatch.setattr(doctor, name, lambda *_: iter([]))
+    monkeypatch.setattr(doctor, "_encoder", lambda *_: iter([Finding("weights", "failed", "gone")]))
+    assert main(["doctor", "--workspace", str(tmp_path), "--json", *chosen]) == (1 if chosen else 0)
+    details = [item["detail"] for item in json.loads(capsys.readouterr().out) if item["what"].startswith("weights")]
+    assert (details[0] == "gone") if chosen else ("none is named (add --preset" in details[0])
+
+
+def test_a_workspace_that_can_not_be_made_says_what_to_do(monkeypatch, tmp_path):
+    def refused(uri, data):
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", uri)  # as below /proc
+
+    monkeypatch.setattr(storage, "write_bytes", refused)
+    (found,) = doctor._guarded("workspace", lambda: doctor._workspace(str(tmp_path)))
+    assert found.detail == f"{tmp_path}: can't be written or read (No such file or directory)"
+    assert "give --workspace a folder" in found.remedy
+
+
 def test_a_tracking_server_that_is_away_is_a_warning(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     for name in ("MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES"):
@@ -118,7 +139,7 @@ def test_whatever_goes_wrong_is_a_finding_and_the_rest_is_looked_at(monkeypatch,
 @pytest.mark.parametrize(("status", "code"), [("ok", 0), ("warning", 0), ("failed", 1)])
 def test_the_exit_code_says_whether_something_would_fail(monkeypatch, capsys, status, code):
     finding = Finding("x [1]", status, "is so", "mend [it]")
-    monkeypatch.setattr(doctor, "examine", lambda config, workspace: iter([finding]))
+    monkeypatch.setattr(doctor, "examine", lambda config, workspace, **_: iter([finding]))
     assert main(["doctor", "--preset", "demo"]) == code
     printed = capsys.readouterr().out
     assert "x [1]" in printed

@@ -44,6 +44,20 @@ def test_a_full_disk_is_found_below_what_was_wrapped_around_it(error):
     assert str(found).startswith("/data/runs: no space is left on the disk. Remedy: make room")
 
 
+@pytest.mark.parametrize(
+    ("reason", "remedy", "says"),
+    [
+        ("is bad", None, "is bad."),
+        ("is bad.", "mend it.", "is bad. Remedy: mend it."),
+        ("is bad; did you mean good?", "mend it", "is bad; did you mean good? Remedy: mend it."),
+    ],
+)
+def test_an_error_has_one_full_stop_whatever_it_quotes(reason, remedy, says):
+    error = PistoSegError(reason, file="x.png", remedy=remedy)
+    assert str(error) == f"x.png: {says}"
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
 @pytest.mark.parametrize("kind", [torch.OutOfMemoryError, type("Other", (torch.OutOfMemoryError,), {})])
 def test_a_gpu_that_is_out_of_memory_is_a_setting_that_does_not_fit_not_an_outage(kind):
     error = kind("CUDA out of memory. Tried to allocate 2.00 GiB")

@@ -48,6 +48,11 @@ def picture(height=70, width=90):
     return np.random.default_rng(0).integers(0, 256, (height, width, 3)).astype(np.uint8)
 
 
+def test_a_loaded_bundle_prints_what_it_is(folder):
+    expected = "architecture='unet', encoder='tu-mobilenetv3_small_050', classes=['tumor', 'strôma'], mpp=1.0"
+    assert repr(pistoseg.load(folder, device="cpu")) == f"Segmenter({expected})"
+
+
 def test_a_bundle_is_two_files_and_gives_the_model_back(model, folder):
     assert sorted(item.name for item in Path(folder).iterdir()) == ["model.json", "model.safetensors"]
     loaded = pistoseg.load(folder, device="cpu")

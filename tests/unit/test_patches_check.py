@@ -117,6 +117,26 @@ def test_bad_files_are_listed_and_too_many_of_them_are_a_problem(tmp_path):
     assert not run(tmp_path, max_rejected=0.1).ok
 
 
+def test_the_text_says_once_for_each_kind_of_bad_file_what_to_do(tmp_path):
+    write_good(tmp_path)
+    put(tmp_path, "training/text-[1, 0, 0].png", b"hello\nyou")
+    put(tmp_path, "training/bytes-[1, 0, 0].png", b"\x00\x01\xff")
+    put(tmp_path, "training/tumro___x.png")
+    put(tmp_path, "training/cartilage___x.png")
+    put(tmp_path, "validation/mask/v.png", b"no mask")
+    text = run(tmp_path).to_text()
+    assert "text-[1, 0, 0].png: is not a PNG, JPEG or TIFF (it starts with the text 'hello')" in text
+    assert "bytes-[1, 0, 0].png: is not a PNG, JPEG or TIFF (it starts with 00 01 ff)" in text
+    assert "v.png: is not a PNG, JPEG or TIFF (it starts with the text 'no mask')" in text
+    assert "tumro___x.png: label: no class is called 'tumro'; did you mean tumor?\n" in text
+    assert "cartilage___x.png: label: no class is called 'cartilage'\n" in text
+    rejected, bad = text.split("rejected (4)")[1].split("bad evaluation images and masks (1)")
+    assert rejected.count("  -> save it as an 8-bit RGB PNG, JPEG or TIFF (2)\n") == 1
+    assert rejected.count("  -> label: rename the file, or add the class; the classes are tumor") == 1
+    assert "tumor, stroma, normal (2)\n" in rejected
+    assert bad.count("  -> save it as an 8-bit RGB PNG, JPEG or TIFF (1)\n") == 1
+
+
 def test_rare_and_absent_single_tissue_classes_are_said(tmp_path):
     write_good(tmp_path)
     for number in range(3):

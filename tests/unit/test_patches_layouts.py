@@ -214,6 +214,40 @@ def test_a_table_that_cannot_be_used_is_a_clear_error(tmp_path, content, says):
     assert "patches.csv" in (caught.value.file or "")
 
 
+@pytest.mark.parametrize(
+    ("header", "lacking"),
+    [
+        ("image,x,y,width,height,tumor,muscle", "stroma, normal"),
+        ("image,x,y,width,height,T,S", "tumor, stroma, normal"),
+        ("image,x,y,w,h,tumor,stroma,normal", "width, height"),
+        ("image,tumor,stroma", "normal"),
+    ],
+)
+def test_a_table_that_lacks_columns_is_not_ignored_for_labels_in_names(tmp_path, header, lacking):
+    put(tmp_path, "a[100].png")
+    table(tmp_path, [], header=header + "\n", name="labels.csv")
+    for layout in ("auto", "table"):
+        with pytest.raises(PistoSegError, match=f"lacks the columns {lacking} .it has image") as caught:
+            scan(tmp_path, layout=layout)
+        assert caught.value.file == str(tmp_path / "labels.csv")
+    assert scan(tmp_path, layout="flags").layout == "flags"
+
+
+def test_a_column_that_a_table_lacks_is_written_like_its_class(tmp_path):
+    put(tmp_path, "a.png")
+    table(tmp_path, [], header="image,rest\n")
+    classes = TissueClasses((TissueClass("Drüse", (1, 2, 3)), TissueClass("REST", (4, 5, 6))))
+    with pytest.raises(PistoSegError, match=r"lacks the columns Drüse \("):
+        scan_training(str(tmp_path), classes, DataConfig())
+
+
+@pytest.mark.parametrize("header", ["image,patient", "name,tumor,stroma", "x,y,width,height"])
+def test_a_table_of_something_else_is_none_of_windows(tmp_path, header):
+    put(tmp_path, "a[100].png")
+    table(tmp_path, [], header=header + "\n", name="clinical.csv")
+    assert scan(tmp_path).layout == "flags"
+
+
 def test_blank_rows_of_spreadsheets_are_no_bad_rows_and_keep_their_numbers(tmp_path):
     put(tmp_path, "a.png")
     table(tmp_path, ["a.png,0,0,20,20,1,0,0", ",,,,,,,", "", " , ,,,,,,,,", "a.png,0,0,8,8,2,0,0", ",,,,,,,"])

@@ -131,7 +131,8 @@ def test_a_slide_with_two_pixel_sizes_is_refused_from_the_second_on(tmp_path):
 @pytest.mark.parametrize(
     ("header", "row", "message"),
     [
-        ("image,x,y,width,height,tumor,stroma,normal", "a.png,0,0,9,9,1,0,0", "lacks the columns slide "),
+        ("image,x,y,width,height,tumor,stroma,normal", "a.png,0,0,9,9,1,0,0", "is a table of windows of images"),
+        ("x,y,width,height,tumor,stroma,normal", "0,0,9,9,1,0,0", "lacks the columns slide "),
         ("slide,x,y,tumor,stroma,normal", "a.svs,0,0,1,0,0", "lacks the columns width, height "),
         ("slide,x,y,width,height,tumor", "a.svs,0,0,9,9,1", "lacks the columns stroma, normal "),
         ("slide,mpp", "a.svs,1", "lacks the columns x, y, width, height, or annotations "),
@@ -145,6 +146,15 @@ def test_a_slide_with_two_pixel_sizes_is_refused_from_the_second_on(tmp_path):
 def test_a_manifest_that_cannot_be_used_is_refused(tmp_path, header, row, message):
     with pytest.raises(PistoSegError, match=message):
         scan_slides(manifest(tmp_path, row, header=header), CLASSES)
+
+
+@pytest.mark.parametrize("verb", [["data", "check"], ["train", "--workspace", "no/where", "--data"]])
+def test_a_table_of_images_in_place_of_its_folder_is_told_from_a_manifest(tmp_path, monkeypatch, capsys, verb):
+    monkeypatch.chdir(tmp_path)
+    uri = manifest(tmp_path, "a.png,0,0,9,9,1,0,0", header="image,x,y,width,height,tumor,stroma,normal")
+    assert main([*verb, uri]) == 2
+    assert f"{uri}: columns: is a table of windows of images" in (said := capsys.readouterr().err)
+    assert f"give its folder as --data: {tmp_path}" in said
 
 
 def test_annotated_slides_are_listed_once_each_with_ids_to_spare(tmp_path):

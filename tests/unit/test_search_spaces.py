@@ -119,6 +119,42 @@ def test_a_space_that_makes_no_sense_is_refused_with_its_field(tmp_path, paramet
         read_space(space_file(tmp_path, parameters), config_of("wsss4luad"))
 
 
+def test_all_that_is_wrong_with_a_space_is_listed_at_once(tmp_path):
+    parameters = {
+        "synthesis.alfa": {"low": 0.1, "high": 0.4},
+        "precise.lr": {"low": 1, "high": 0.1},
+        "precise.optimizer": {"values": ["sgd"]},
+        "precise.epochs": 3,
+        "precise.loss": {"value": ["bce", "dice"], "low": 1, "high": 2},
+        "both": {"options": [{"refiner.lambda": 1}, {"precise.loss": "bce"}]},
+    }
+    with pytest.raises(PistoSegError) as caught:
+        read_space(space_file(tmp_path, parameters), config_of("wsss4luad"))
+    title, *lines = caught.value.reason.splitlines()
+    assert title == "6 problem(s) in the space:"
+    assert lines == [
+        "  synthesis.alfa: is no key of the config; did you mean synthesis.alpha?",
+        "  refiner.lambda: is no key of the config; did you mean refiner.lambda_cls?",
+        "  precise.lr: low must be less than high",
+        "  precise.optimizer: there is nothing to choose between",
+        "  precise.epochs: must be a mapping with low and high, or values, or options",
+        "  precise.loss.value: unknown key; did you mean values?",
+    ]
+    assert "config show" in caught.value.remedy
+
+
+def test_parameters_in_a_wrong_order_are_listed_at_once(tmp_path):
+    later = {"low": 0.5, "high": 0.9, "when": {"precise.optimizer": "sgd"}}
+    parameters = {"precise.momentum": later, "synthesis.beta": {"low": 0.2, "high": 0.8, "above": "synthesis.alpha"}}
+    with pytest.raises(PistoSegError, match=r"names precise\.optimizer, which(.|\n)*names synthesis\.alpha, which"):
+        read_space(space_file(tmp_path, parameters), config_of("wsss4luad"))
+
+
+def test_an_unknown_space_is_answered_with_those_that_there_are():
+    with pytest.raises(PistoSegError, match=r"no space 'synthesi'.*use one of: synthesis, losses, optim; or a"):
+        load_space("synthesi", config_of("wsss4luad"))
+
+
 def test_points_that_the_config_refuses_stop_a_search_before_it_starts(tmp_path):
     config = config_of("wsss4luad", "data.uri=nowhere")
     space = read_space(space_file(tmp_path, {"precise.lr": {"low": 0.5, "high": 3.0}}), config)

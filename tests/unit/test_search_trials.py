@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import ray
 import yaml
+from patch_files import put
 from scipy.stats import ttest_rel
 
 from pistoseg import claims, storage
+from pistoseg.cli import main
 from pistoseg.config import TrackingConfig, load_config
 from pistoseg.errors import PistoSegError, UnavailableError
 from pistoseg.metrics import label_agreement
@@ -739,3 +741,18 @@ def test_runs_that_were_deleted_in_mlflow_are_made_anew_and_are_kept_while_track
     assert client.get_run(found[1]).data.tags["mlflow.parentRunId"] == found[0]
     begin(config.model_copy(update={"tracking": TrackingConfig(enabled=False)}))
     assert Journal.open(recorder.journal.folder, IDENTITY).records[0].run_id == found[1]
+
+
+def test_a_dry_run_of_a_search_refuses_data_without_usable_labels(tmp_path, capsys):
+    put(tmp_path, "training/a.png")
+    table = put(tmp_path, "training/patches.csv", b"image,gland,stroma\na.png,1,0\n")
+    arguments = ["search", "--space", "losses", "--dry-run", "--data", str(tmp_path)]
+    arguments += ["--workspace", str(tmp_path / "w")]
+    assert main([*arguments, "--preset", "demo"]) == 2
+    assert f"{table}: columns: lacks the columns tumor" in capsys.readouterr().err
+    assert main([*arguments, "--preset", "glas"]) == 0
+    said = capsys.readouterr().out
+    assert "compared by the agreement with held-out labels: data.label_holdout is 0.2 in place of 0\n" in said
+    assert main([*arguments, "--preset", "glas", "--set", "data.label_holdout=0.1"]) == 0
+    assert "in place of" not in capsys.readouterr().out
+    assert not (tmp_path / "w").exists()

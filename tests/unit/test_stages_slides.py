@@ -10,11 +10,13 @@ from types import SimpleNamespace
 
 import botocore.exceptions
 import fsspec
+import pyarrow as pa
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
 from pistoseg import storage
+from pistoseg.commands import _print_slides
 from pistoseg.config import ComputeConfig
 from pistoseg.errors import PistoSegError, UnavailableError
 from pistoseg.outputs.summary import SlideRow
@@ -238,3 +240,24 @@ def test_nodes_for_the_workers_are_waited_for_before_the_pool_is_planned(
     run = replace(run, device="cuda", workers=workers, wait_for_nodes=900)
     with pytest.raises(PistoSegError, match="waited in vain"):
         slides.segment(run, plan, Progress(), StageRun())
+
+
+def test_slides_that_failed_for_the_same_reason_are_one_line_at_the_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reasons = {f"p{number} [1]": "mpp: has no pixel size. Remedy: give mpp." for number in range(5)}
+    reasons |= {"q": "is damaged.", "r": "is truncated.", "s": "is truncated."}
+    failed = [
+        {"slide_id": name, "slide": f"/in/{name}.png", "status": "failed", "reason": f"/in/{name}.png: {reason}"}
+        for name, reason in reasons.items()
+    ]
+    done = {"slide_id": "t", "slide": "/in/t.svs", "status": "completed", "reason": ""}
+    storage.write_parquet(pa.Table.from_pylist([*failed, done]), str(tmp_path / "summary.parquet"))
+    _print_slides(str(tmp_path), {"slides": {"completed": 1, "failed": 8, "skipped": 0}})
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("failed: ")]
+    assert printed == [
+        "failed: 5 slides, p0 [1], p1 [1], p2 [1] and 2 more (see summary.csv): mpp: has no pixel size. "
+        "Remedy: give mpp.",
+        "failed: q: /in/q.png: is damaged.",
+        "failed: 2 slides, r, s: is truncated.",
+    ]
