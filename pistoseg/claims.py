@@ -88,9 +88,11 @@ class Claim:
             return False
         try:
             body = json.loads(storage.read_bytes(self.uri))
-        except (FileNotFoundError, json.JSONDecodeError):
+        except FileNotFoundError:
             return False
-        return body.get("token") == self._body["token"]
+        except json.JSONDecodeError:  # it is just being written: not every file system shows files whole
+            return True
+        return bool(body.get("token") == self._body["token"])
 
     def _bytes(self) -> bytes:
         return json.dumps(self._body).encode()
