@@ -69,7 +69,7 @@ class Claim:
             if not self._holds():
                 return  # whoever took it over has it, or had it
             if done:
-                storage.remove_tree(storage.join(self.folder, FOLDER))
+                self._remove()
             else:
                 self._body["beat"] = RELEASED
                 storage.write_bytes(self.uri, self._bytes())
@@ -82,15 +82,26 @@ class Claim:
                     return
                 storage.write_bytes(self.uri, self._bytes())
 
+    def _remove(self) -> None:
+        """Delete the claims, this one last: then whoever waits may at once make a first one, which stays."""
+        folder = storage.join(self.folder, FOLDER)
+        for number in range(1, self.generation + 1):
+            with suppress(FileNotFoundError):
+                storage.remove_file(_file(self.folder, number))
+        if local := storage.local_path(folder):
+            local.rmdir()
+
     def _holds(self) -> bool:
         """Whether the folder is still this claim's: whoever took it over and finished it has deleted all claims."""
         if storage.exists(_file(self.folder, self.generation + 1)):
             return False
         try:
             body = json.loads(storage.read_bytes(self.uri))
-        except (FileNotFoundError, json.JSONDecodeError):
+        except FileNotFoundError:
             return False
-        return body.get("token") == self._body["token"]
+        except json.JSONDecodeError:  # it is just being written: not every file system shows files whole
+            return True
+        return bool(body.get("token") == self._body["token"])
 
     def _bytes(self) -> bytes:
         return json.dumps(self._body).encode()

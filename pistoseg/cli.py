@@ -50,20 +50,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown:
         _refuse(unknown, options.parser)
     try:
-        with _terminable():
-            code = _run(given, options)
-        sys.stdout.flush()
+        code = _told(given, options)
+        if sys.stdout:  # there is none where it was closed before the start
+            sys.stdout.flush()
         return code
+    except SystemExit as end:  # that of rich, which meets the closed pipe before us
+        if isinstance(end.__context__, BrokenPipeError):
+            return 141
+        raise
+    except BrokenPipeError:  # or that of a connection, which is a defect
+        if not _is_unread():
+            raise
+        return 141
+
+
+def _told(given: list[str], options: argparse.Namespace) -> int:
+    """Run a command and say why it ended."""
+    try:
+        with _terminable():
+            return _run(given, options)
     except PistoSegError as error:
         print(f"pistoseg: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"pistoseg: {INTERRUPTED}", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # or that of a connection, which is a defect
-        if not _is_unread():
-            raise
-        return 141
 
 
 @contextmanager
@@ -110,7 +121,7 @@ def _submit(given: list[str], options: argparse.Namespace) -> int:
 def _is_unread() -> bool:
     """Whether what is printed goes into a closed pipe; from then on it goes nowhere, or Python's end would fail."""
     unread = False
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):
         with suppress(OSError, ValueError):  # none of the system's
             pipe = select.poll()
             pipe.register(stream.fileno(), 0)

@@ -312,7 +312,8 @@ def _names(host: str) -> list[str]:
     with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as route:
         route.connect(("192.0.2.1", 9))  # sends nothing, and finds the address that other machines see
         names.append(route.getsockname()[0])
-    own = [_in_url(name.lower()) for name in names if not _is_loopback(name)]
+    # What a machine without a name of its own is called by some systems is its address backwards.
+    own = [_in_url(name.lower()) for name in names if not _is_loopback(name) and not name.endswith(".arpa")]
     return list(dict.fromkeys(own)) or ["localhost"]
 
 
@@ -322,8 +323,9 @@ def _in_url(host: str) -> str:
 
 def _admitted(names: Sequence[str], port: int) -> dict[str, str]:
     """Variables that let MLflow's server take requests by names; its own default takes none by a machine's name."""
-    private = ["10.*", "192.168.*", *(f"172.{number}.*" for number in range(16, 32))]
+    private = ["10.*", "192.168.*", *(f"172.{number}.*" for number in range(16, 32)), "fc00:*", "fd00:*"]
     here = [f"{name}{port}" for name in ("localhost", "127.0.0.1", "0.0.0.0") for port in ("", ":*")]
+    here += ["[::1]", "[[]::1]:*"]  # the second one is a pattern, where a bracket stands for a set
     hosts = [*here, *private, *names, *(f"{name}:{port}" for name in names)]
     return {
         "MLFLOW_SERVER_ALLOWED_HOSTS": ",".join(hosts),

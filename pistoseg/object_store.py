@@ -166,6 +166,8 @@ def arrow_filesystem() -> Any:
         options["region"] = region
     if now.anonymous:
         options["anonymous"] = True
+    if bundle := os.environ.get("AWS_CA_BUNDLE") or _of_profile("ca_bundle"):
+        options["tls_ca_file_path"] = bundle
     return arrow_fs.S3FileSystem(
         force_virtual_addressing=now.addressing == "virtual",
         connect_timeout=CONNECT_S,
@@ -279,8 +281,8 @@ def explain(error: BaseException, uri: str) -> PistoSegError | None:
     elif "ProfileNotFound" in names:
         reason, remedy = f"the profile {settings().profile!r} is not in AWS's config file", "set AWS_PROFILE"
     elif setting := _wrong_setting(error):
-        name, value, remedy = setting
-        reason = f"{name}={value} can't be used"
+        what, remedy = setting
+        reason = f"{what} can't be used"
     elif _is_without_tls(error):
         reason = f"{server} has no certificate that this machine trusts ({first_line(error)})"
         remedy = "set AWS_CA_BUNDLE to the file of its authority; one without TLS needs an address with http://"
@@ -314,16 +316,26 @@ def explain(error: BaseException, uri: str) -> PistoSegError | None:
     return kind(reason, file=uri, remedy=remedy)
 
 
-def _wrong_setting(error: BaseException) -> tuple[str, str | None, str] | None:
-    """Variable, value and remedy of a setting that botocore refuses, which it does when it is first used."""
-    now, names = settings(), _names(error)
+def _wrong_setting(error: BaseException) -> tuple[str, str] | None:
+    """A setting that botocore refuses, which it does when it is first used, and the remedy."""
+    names = _names(error)
     if isinstance(error, ValueError) and str(error).startswith("Invalid endpoint"):
-        return "AWS_ENDPOINT_URL", now.endpoint, "give the server's address with http:// or https://"
+        remedy = "give the server's address with http:// or https://"
+        return _source("endpoint_url", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"), remedy
     if "InvalidRegionError" in names:
-        return "AWS_REGION", now.region, "give the region's name, e.g. eu-central-1"
+        return _source("region", "AWS_REGION", "AWS_DEFAULT_REGION"), "give the region's name, e.g. eu-central-1"
     if "InvalidS3AddressingStyleError" in names:
-        return ADDRESSING, now.addressing, "give path, virtual or auto"
+        return _source("addressing_style", ADDRESSING), "give path, virtual or auto"
     return None
+
+
+def _source(key: str, *variables: str) -> str:
+    """Where a setting comes from: a variable with its value, else the profile."""
+    name = next((name for name in variables if os.environ.get(name)), None)
+    if name is None:
+        return f"the profile's {key}"
+    user, at, rest = os.environ[name].rpartition("@")
+    return f"{name}={HIDDEN if user else ''}{at}{rest}"
 
 
 def _is_without_tls(error: BaseException) -> bool:

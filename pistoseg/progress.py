@@ -59,7 +59,7 @@ class JsonLines(io.TextIOBase):
         *lines, self._rest = (self._rest + text).split("\n")
         for line in lines:
             if _is_object(line):
-                print(line, file=self._file, flush=True)
+                print(redact(line), file=self._file, flush=True)
             elif line.strip():
                 json_line(self._file, "output", text=line.rstrip())
         return len(text)
@@ -71,9 +71,12 @@ class JsonLines(io.TextIOBase):
 
 
 def _is_object(line: str) -> bool:
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
     try:
-        return line.startswith("{") and isinstance(json.loads(line), dict)
-    except ValueError:
+        return line.startswith("{") and isinstance(json.loads(line, parse_constant=refuse), dict)
+    except (ValueError, RecursionError):
         return False
 
 

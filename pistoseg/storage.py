@@ -23,7 +23,9 @@ from pistoseg.errors import PistoSegError, UnavailableError, explained
 if TYPE_CHECKING:
     import pyarrow as pa
 
-UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
+_UNWRITABLE = {
+    getattr(errno, name) for name in ("EACCES", "EPERM", "EROFS", "ENOTDIR", "EISDIR", "EEXIST", "ENAMETOOLONG")
+}
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -269,7 +271,7 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in UNWRITABLE:
+        if error.errno not in _UNWRITABLE:
             raise
         raise UnavailableError(
             f"can't be written ({error.strerror})",

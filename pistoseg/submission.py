@@ -241,7 +241,7 @@ def _setting(item: str, here: bool, folder: Path) -> str:
     changed = _settle(values, here)
     if key == "classes" and isinstance(value, str):
         value, changed = _place(value, "--classes", here, folder), True
-    return f"{key}={json.dumps(value, ensure_ascii=False)}" if changed else item
+    return f"{key}={json.dumps(value, ensure_ascii=False, default=str)}" if changed else item
 
 
 def _place(value: str, flag: str, here: bool, folder: Path) -> str:
@@ -359,7 +359,8 @@ def _follow(client: JobSubmissionClient, job: str) -> int:
     if info.status == JobStatus.SUCCEEDED:
         return 0
     reason = redact(" ".join((info.message or str(info.status)).split())[:500])
-    _say("job_ended", f"pistoseg: the job ended: {reason}; submit the same command again to go on", job=job)
+    text = f"pistoseg: the job ended: {reason}; submit the same command again to go on"
+    _say("job_ended", text, level="error", job=job)
     return 1
 
 

@@ -47,11 +47,14 @@ def one_per_slide(uris: list[str]) -> list[str]:
         for uri in uris
         if is_slide(uri) and not (extension(uri) in PICTURES and posixpath.dirname(uri) in described)
     ]
+    dicom = [uri for uri in kept if extension(uri) == ".dcm"]
+    listed: dict[str, tuple[int, str]] = {}
+    for parent in {posixpath.dirname(uri) for uri in dicom}:
+        listed |= {storage.join(parent, name): (size, tag) for name, size, tag in storage.list_details(parent)}
     series: dict[tuple[str, str], list[str]] = {}
-    for uri in kept:
-        if extension(uri) == ".dcm":
-            series.setdefault((posixpath.dirname(uri), _series(uri)), []).append(uri)
-    largest = {max(group, key=lambda uri: (storage.file_size(uri), uri)) for group in series.values()}
+    for uri in dicom:
+        series.setdefault((posixpath.dirname(uri), _series(uri, listed.get(uri))), []).append(uri)
+    largest = {max(group, key=lambda uri: (listed[uri][0] if uri in listed else 0, uri)) for group in series.values()}
     return [uri for uri in kept if extension(uri) != ".dcm" or uri in largest]
 
 

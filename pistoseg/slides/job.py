@@ -68,6 +68,7 @@ def segment_one(
         tissue_mask=storage.absolute(tissue_mask) if tissue_mask else entry.tissue_mask,
     )
     network = SlideNetwork(segmenter, SlideSettings(**settings), readers)
+    results.refuse_another(storage.absolute(out), entry.slide_id, entry.uri, network.made_from(entry))
     with scratch_folder() as folder:
         cache = SlideCache(folder, shutil.disk_usage(folder).free)
         return segment_slide(network, entry, storage.absolute(out), cache=cache)

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+import posixpath
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pistoseg import storage
-from pistoseg.errors import UnavailableError
-from pistoseg.redaction import redacted
+from pistoseg.errors import PistoSegError, UnavailableError
+from pistoseg.redaction import redact, redacted
+from pistoseg.slides.files import extension
 from pistoseg.slides.scratch import scratch_folder
 
 RECORD = "slide.json"
-PICTURES = ("mask.tif", "overview.png")
-"""Results that end like slides."""
-_FILES = {*PICTURES, "regions.geojson", "areas.json"}
 FAILURE = "failure.json"
 """Record of a later try that failed, beside the complete results of an earlier one that were kept."""
 FORMAT = "pistoseg slide 1"
+_LIKE_SLIDES = {"mask.tif", "overview.png"}
+_BESIDE_THEM = {RECORD, FAILURE, "regions.geojson", "areas.json"}
+_FILES = {RECORD, "regions.geojson", "areas.json", *_LIKE_SLIDES}
 
 
 def slide_folder(out: str, slide_id: str) -> str:
@@ -61,6 +63,42 @@ def is_whole(out: str, slide_id: str, *, probabilities: bool) -> bool:
     """Whether the files of a completed slide are all there, for which its folder is listed."""
     wanted = _FILES | ({"probabilities.zarr"} if probabilities else set())
     return wanted <= {storage.name(item) for item in storage.list_dir(slide_folder(out, slide_id))}
+
+
+def not_results(uris: Sequence[str]) -> list[str]:
+    """Files without the masks and overviews of segmented slides, which end like slides."""
+    folders = {posixpath.dirname(uri) for uri in uris if storage.name(uri) in _BESIDE_THEM}
+    return [uri for uri in uris if storage.name(uri) not in _LIKE_SLIDES or posixpath.dirname(uri) not in folders]
+
+
+def refuse_another(out: str, slide_id: str, slide: str, made_from: Mapping[str, str]) -> None:
+    """Refuse to replace the complete results of another slide, which had the same id.
+
+    A slide that has changed is where it was, and one that was moved or copied has the size that it had, though perhaps
+    another modification time or ETag: what is elsewhere and of another size is another slide.
+
+    Args:
+        out: URI of the run's output.
+        slide_id: of the slide.
+        slide: its URI.
+        made_from: what its results would be made from.
+    """
+    record = read_record(out, slide_id)
+    if record is None or record.get("status") != "completed":
+        return
+    before, now = (of.get("etag", "").partition("-")[0] for of in (record["made_from"], made_from))
+    if now and now != before and _place(record["slide"]) != _place(redact(slide)):
+        raise PistoSegError(
+            f"has the results of another slide, {record['slide']}, and {redact(slide)} would replace them",
+            file=slide_folder(out, slide_id),
+            field="slide_id",
+            remedy="give another output folder (--out), or a slide_id of its own (a column of a manifest)",
+        )
+
+
+def _place(uri: str) -> str:
+    """Where a slide is: of a DICOM series, whose largest file stands for it, the folder."""
+    return posixpath.dirname(uri) if extension(uri) == ".dcm" else uri
 
 
 def settings_fingerprint(settings: Mapping[str, Any]) -> str:
@@ -127,8 +165,10 @@ def _upload(folder: Path, target: str) -> None:
     if storage.exists(old):
         storage.remove_file(old)
     storage.remove_tree(target)
-    files = sorted((item for item in folder.rglob("*") if item.is_file()), key=lambda item: item.name == RECORD)
-    for file in files:
+    # Whoever lists the folder meanwhile has to know by other files that the pictures are no slides.
+    last = (*sorted(_LIKE_SLIDES), RECORD)
+    files = (item for item in folder.rglob("*") if item.is_file())
+    for file in sorted(files, key=lambda item: last.index(item.name) if item.name in last else -1):
         storage.put_file(storage.join(target, file.relative_to(folder).as_posix()), file)
 
 

@@ -15,7 +15,7 @@ from pistoseg.redaction import redact
 from pistoseg.slides import files
 from pistoseg.slides.ids import safe_id
 from pistoseg.slides.manifest import ManifestRow, read_manifest
-from pistoseg.slides.results import PICTURES, RECORD
+from pistoseg.slides.results import not_results
 
 _KINDS = "a slide, a folder, a pattern with * or **, or a CSV or Parquet manifest"
 
@@ -91,9 +91,7 @@ def _matching(uri: str) -> tuple[str, list[str]]:
 
 def _files_below(root: str) -> list[str]:
     """Every file below a folder but the pictures in results of slides."""
-    found = storage.list_files(root)
-    segmented = {posixpath.dirname(uri) for uri in found if storage.name(uri) == RECORD}
-    return [uri for uri in found if storage.name(uri) not in PICTURES or posixpath.dirname(uri) not in segmented]
+    return not_results(storage.list_files(root))
 
 
 def _below(root: str, uri: str) -> str:
@@ -126,7 +124,7 @@ def _resolved(parent: str, written: str) -> str:
 
 def _slide_in_folder(folder: str, manifest: str, row: ManifestRow) -> str:
     """The one slide of a folder, as DICOM has them."""
-    slides = files.one_per_slide(storage.list_files(folder))
+    slides = files.one_per_slide(_files_below(folder))
     if len(slides) != 1:
         raise PistoSegError(
             f"the folder {row.slide} holds {len(slides)} slides, and a row is one slide",

@@ -244,7 +244,9 @@ def _checked_tile(page: Any, name: str) -> tuple[int, int]:
     """Height and width of a page's tiles or strips, once it is sure that they can be read piece by piece."""
     if page.dtype != np.uint8:
         raise PistoSegError(f"has {page.dtype} samples, and 8-bit ones are needed", file=name, remedy=_REMEDY)
-    ycbcr = page.photometric == _YCBCR or page.compression == _YCBCR_2000
+    # Aperio says by its compression that pixels are YCbCr; OME-TIFFs use the same one for any.
+    aperio = page.compression == _YCBCR_2000 and page.photometric != _GREY and not page.parent.is_ome
+    ycbcr = page.photometric == _YCBCR or aperio
     if ycbcr and not _is_jpeg(page):  # tifffile leaves such colours as they are
         raise PistoSegError("has YCbCr pixels without JPEG compression", file=name, remedy=_REMEDY)
     if page.is_tiled:

@@ -153,7 +153,7 @@ def _greet(connection: socket.socket) -> None:
     with connection.makefile("rb") as answer:
         frame = answer.read(4)  # three bytes of length, and the kind
     if frame[3:] != b"\4":
-        raise ConnectionError("something else than Ray listens there; a dashboard's address is for --submit")
+        raise ConnectionError("something else than Ray listens there")
 
 
 def _unreachable(address: str, error: Exception) -> PistoSegError:

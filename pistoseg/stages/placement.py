@@ -60,8 +60,8 @@ def check_networks(compute: ComputeConfig, networks: int, say: Callable[[str], N
         if fits(bundles, nodes):
             return None, []
         reason = f"{networks} networks need {_each(bundle)} each, and {_has(nodes)}"
-        remedy = "give fewer --workers, or a longer --wait-for-nodes"
-        return PistoSegError(reason, field="--workers", remedy=remedy), bundles
+        remedy = "give a longer --wait-for-nodes" + (", or fewer --workers" if networks > 1 else "")
+        return PistoSegError(reason, field="--workers" if networks > 1 else "--device", remedy=remedy), bundles
 
     if compute.wait_for_nodes:
         _wait(missing, compute.wait_for_nodes, say)

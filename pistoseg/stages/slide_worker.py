@@ -249,7 +249,8 @@ def write_failure(
         "settings": network.decisive,
     }
     try:
-        before = results.read_record(out, entry.slide_id) if isinstance(known, UnavailableError) else None
+        keeps = isinstance(known, UnavailableError) or not made_from  # what is there says more than this try
+        before = results.read_record(out, entry.slide_id) if keeps else None
         if before is not None and before.get("status") == "completed":
             results.write_failure(out, entry.slide_id, record)
         else:

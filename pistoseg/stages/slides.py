@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import posixpath
 import tempfile
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -24,7 +23,7 @@ from pistoseg.models import bundle
 from pistoseg.outputs.summary import SlideRow, sheet_of_overviews, write_summary
 from pistoseg.progress import Progress
 from pistoseg.redaction import redact
-from pistoseg.slides import files, results
+from pistoseg.slides import results
 from pistoseg.slides.network import SlideNetwork, SlideSettings
 from pistoseg.slides.source import SlideEntry, list_slides
 from pistoseg.stages import cluster, placement
@@ -127,9 +126,10 @@ def plan(run: SlideRun) -> Plan:
             made_from = {}
         if results.is_current(record, made_from):
             whole = results.is_whole(run.out, entry.slide_id, probabilities=run.settings.probabilities)
-            record = record if whole else None  # somebody deleted a part
+            if not whole:  # somebody deleted a part
+                record = results.read_record(run.out, entry.slide_id, results.FAILURE)
         elif record is not None and record.get("status") == "completed":
-            _refuse_another(run.out, entry, record, made_from)
+            results.refuse_another(run.out, entry.slide_id, entry.uri, made_from)
             record = results.read_record(run.out, entry.slide_id, results.FAILURE) or record
         return record, made_from
 
@@ -151,27 +151,6 @@ def plan(run: SlideRun) -> Plan:
     wanted.sort(key=lambda item: item[1])  # or a limit would never get past slides that keep failing
     todo = wanted[: run.limit]
     return Plan(network, todo, done, left + len(wanted) - len(todo))
-
-
-def _refuse_another(out: str, entry: SlideEntry, record: Mapping[str, Any], made_from: Mapping[str, str]) -> None:
-    """Refuse to replace the results of another slide, which had the same id.
-
-    A slide that has changed is where it was, and one that was moved or copied has the size that it had, though perhaps
-    another modification time or ETag: what is elsewhere and of another size is another slide.
-    """
-    before, now = (of.get("etag", "").partition("-")[0] for of in (record["made_from"], made_from))
-    if now and now != before and _place(record["slide"]) != _place(redact(entry.uri)):
-        raise PistoSegError(
-            f"has the results of another slide, {record['slide']}, and {redact(entry.uri)} would replace them",
-            file=results.slide_folder(out, entry.slide_id),
-            field="slide_id",
-            remedy="give another --out, or ids of their own in the column slide_id of a manifest",
-        )
-
-
-def _place(uri: str) -> str:
-    """Where a slide is: of a DICOM series, whose largest file stands for it, the folder."""
-    return posixpath.dirname(uri) if files.extension(uri) == ".dcm" else uri
 
 
 def estimate(run: SlideRun, found: Plan) -> Estimate:

@@ -77,13 +77,15 @@ def bundle_uri(model: str, config: TrackingConfig, workspace: Workspace) -> str:
     """
     if not model.startswith("models:/"):
         return _bundle_at(model)
-    version = Registry(config, workspace).find(model)
+    registry = Registry(config, workspace)
+    version = registry.find(model)
     if not storage.exists(storage.join(version.bundle, FILES[0])):
+        place = f"--workspace {workspace.root} " if database_file(registry.uri) else ""
         raise PistoSegError(
             f"its bundle {version.bundle} is not there",
             file=model,
             remedy=f"write MLflow's copy to a folder with `pistoseg models export {version.name}/{version.version} "
-            "--out FOLDER`, and give that folder",
+            f"{place}--out FOLDER`, and give that folder",
         )
     return version.bundle
 

@@ -45,8 +45,12 @@ def database_uri(file: Path) -> str:
 def database_file(uri: str) -> Path | None:
     """The file of a SQLite database; None for another server, and for one in memory."""
     from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
 
-    name = make_url(uri).database if uri.startswith("sqlite:") else None
+    try:
+        name = make_url(uri).database if uri.startswith("sqlite:") else None
+    except ArgumentError as error:
+        raise PistoSegError("is no URI of a SQLite database", file=uri, remedy="write sqlite:///FILE") from error
     return None if not name or name == ":memory:" or name.startswith("file:") else Path(name)
 
 

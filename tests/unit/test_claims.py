@@ -181,6 +181,21 @@ def test_one_that_was_taken_over_sees_it_also_when_the_other_has_finished(folder
     assert files(folder) == (["000001.json"] if again else [])
 
 
+def test_whoever_waits_for_a_folder_that_is_written_again_keeps_the_claim_that_it_makes_meanwhile(folder, monkeypatch):
+    remove_file = storage.remove_file
+
+    def remove(uri):
+        remove_file(uri)
+        if not files(folder):
+            foreign(folder)
+
+    monkeypatch.setattr(storage, "remove_file", remove)
+    foreign(folder, beat=claims.RELEASED)
+    with claimed(folder) as claim:
+        assert claim.generation == 2
+    assert files(folder) == ["000001.json"]
+
+
 def test_one_that_was_taken_over_gives_no_sign_of_life_any_more(folder):
     with claimed(folder) as sleeper:
         storage.remove_tree(storage.join(folder, claims.FOLDER))  # as whoever took it over and finished it does

@@ -185,7 +185,8 @@ def test_runs_can_be_browsed_by_the_machines_name_where_other_machines_are_serve
     for name in ("node12.cluster.example", "node12"):
         assert is_allowed_host_header(hosts, f"{name}:5057")
         assert not should_block_cors_request(f"http://{name}:5057", "POST", origins)
-    assert is_allowed_host_header(hosts, "localhost:8080")
+    for name in ("localhost:8080", "[::1]:8080", "[::1]", "10.0.0.5:5057"):
+        assert is_allowed_host_header(hosts, name)
     assert not is_allowed_host_header(hosts, "evil.example:5057")
     assert should_block_cors_request("http://evil.example:5057", "POST", origins)
     monkeypatch.setenv("MLFLOW_SERVER_ALLOWED_HOSTS", "mine.example")  # as behind a proxy

@@ -139,6 +139,17 @@ def test_a_profile_may_name_server_and_region(monkeypatch, tmp_path):
         storage.arrow_filesystem("s3://bucket/a")
 
 
+def test_pyarrow_trusts_whom_awss_tools_trust(monkeypatch, tmp_path):
+    monkeypatch.delenv("AWS_PROFILE")
+    monkeypatch.delenv("AWS_DEFAULT_PROFILE")
+    assert not storage.arrow_filesystem("s3://bucket/a")[0].__reduce__()[1][0]["tls_ca_file_path"]
+    monkeypatch.setenv("AWS_PROFILE", "lab")
+    (tmp_path / "config").write_text("[profile lab]\nca_bundle = /etc/lab.pem\n")
+    assert storage.arrow_filesystem("s3://bucket/a")[0].__reduce__()[1][0]["tls_ca_file_path"] == "/etc/lab.pem"
+    monkeypatch.setenv("AWS_CA_BUNDLE", "/etc/mine.pem")
+    assert storage.arrow_filesystem("s3://bucket/a")[0].__reduce__()[1][0]["tls_ca_file_path"] == "/etc/mine.pem"
+
+
 def test_a_config_holds_no_keys():
     with pytest.raises(PistoSegError, match="AWS_SECRET_ACCESS_KEY") as caught:
         load_config("demo", overrides=["storage.secret_key=hunter2hunter2"])
@@ -263,6 +274,8 @@ def test_an_image_is_not_rejected_because_credentials_have_expired():
         ("AWS_ENDPOINT_URL", "localhost:9000", r"AWS_ENDPOINT_URL=localhost:9000 can't be used.*http://"),
         ("AWS_REGION", "eu_central!", r"AWS_REGION=eu_central! can't be used.*eu-central-1"),
         (object_store.ADDRESSING, "virtuell", r"ADDRESSING=virtuell can't be used.*path, virtual or auto"),
+        ("AWS_ENDPOINT_URL_S3", "localhost:9000", r"AWS_ENDPOINT_URL_S3=localhost:9000 can't be used"),
+        ("AWS_ENDPOINT_URL", "KEY:pass_word@minio:9000", r"AWS_ENDPOINT_URL=\*\*\*@minio:9000 can't be used"),
     ],
 )
 def test_a_variable_that_can_not_be_used_is_named(monkeypatch, name, value, message):
@@ -271,6 +284,14 @@ def test_a_variable_that_can_not_be_used_is_named(monkeypatch, name, value, mess
     monkeypatch.delenv("AWS_DEFAULT_PROFILE")
     monkeypatch.setenv(name, value)
     with pytest.raises(PistoSegError, match=message):
+        storage.exists("s3://bucket/x")
+
+
+def test_a_profiles_setting_that_can_not_be_used_is_said_to_be_the_profiles(monkeypatch, tmp_path):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_PROFILE", "lab")
+    (tmp_path / "config").write_text("[profile lab]\nregion = eu_central!\n")
+    with pytest.raises(PistoSegError, match="the profile's region can't be used"):
         storage.exists("s3://bucket/x")
 
 

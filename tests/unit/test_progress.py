@@ -9,7 +9,7 @@ from rich.console import Console
 from pistoseg import progress
 from pistoseg.cli import main
 from pistoseg.errors import PistoSegError
-from pistoseg.progress import Progress
+from pistoseg.progress import JsonLines, Progress
 
 
 def run(file, terminal=False):
@@ -41,6 +41,21 @@ def test_a_terminal_has_a_bar_instead_of_a_line_per_epoch():
     shown = run(io.StringIO(), terminal=True)
     assert "loss 0.250" not in shown
     assert "5/10" in shown
+
+
+@pytest.mark.parametrize(
+    ("line", "written"),
+    [
+        ('{"event": "x", "uri": "s3://me:hunter2@b/x"}', {"event": "x", "uri": "s3://***@b/x"}),
+        ('{"a": NaN}', {"event": "output", "text": '{"a": NaN}'}),
+        ('{"a":' * 5000, {"event": "output", "text": '{"a":' * 5000}),
+    ],
+)
+def test_lines_that_are_objects_go_on_without_secrets_and_only_as_json(line, written):
+    stream = io.StringIO()
+    JsonLines(stream).write(f"{line}\n")
+    found = json.loads(stream.getvalue())
+    assert {key: found[key] for key in written} == written
 
 
 def test_json_has_the_same_events_as_objects(monkeypatch):

@@ -138,7 +138,7 @@ def test_a_model_is_found_by_name_version_or_alias(registry):
 def test_a_registered_model_whose_bundle_was_deleted_says_where_a_copy_is(workspace, monkeypatch):
     assert bundle_uri("models:/tissue/2", TrackingConfig(), workspace).endswith("/precise/bbbb/bundle")
     monkeypatch.setattr(storage, "exists", lambda uri: False)
-    with pytest.raises(PistoSegError, match=r"bundle is not there.*pistoseg models export tissue/2 --out FOLDER"):
+    with pytest.raises(PistoSegError, match=r"not there.*models export tissue/2 --workspace /.* --out FOLDER"):
         bundle_uri("models:/tissue/2", TrackingConfig(), workspace)
 
 
@@ -319,6 +319,11 @@ def test_a_workspace_has_its_database_whatever_its_name_means_in_a_uri(tmp_path,
     assert "is not there" not in capsys.readouterr().err
     # A name that means itself is not quoted: MLflow would make a folder of the quoted one.
     assert database_uri(Path("/50% of sl\u00e4s #1/mlflow.db")) == "sqlite:////50% of sl\u00e4s #1/mlflow.db"
+
+
+def test_an_address_that_is_none_of_a_database_is_said_to_be_none():
+    with pytest.raises(PistoSegError, match=r"is no URI of a SQLite database. Remedy: write sqlite:///FILE"):
+        database_file("sqlite:ml.db")
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,27 @@ def test_an_id_that_is_no_folder_of_its_own_is_refused_before_anything_is_replac
     assert [item for item in (tmp_path / "out").rglob("*") if item.is_file()] == [other]
 
 
+def test_python_replaces_no_results_of_another_slide_either(model, tmp_path):
+    for name, size in (("x", 100), ("y", 120)):
+        (tmp_path / name).mkdir()
+        write_tiff(tmp_path / name / "a.tif", texture(size, size), mpp=(1.0, 1.0))
+    segmenter = bundle.load(model, "cpu")
+    segmenter.segment_slide(tmp_path / "x" / "a.tif", tmp_path / "out", mpp=1.0)
+    with pytest.raises(PistoSegError, match="results of another slide"):
+        segmenter.segment_slide(tmp_path / "y" / "a.tif", tmp_path / "out", mpp=1.0)
+    segmenter.segment_slide(tmp_path / "y" / "a.tif", tmp_path / "out", slide_id="b", mpp=1.0)
+
+
+def test_results_stay_where_a_slide_that_is_not_there_would_replace_them(failed, tmp_path):
+    folder = tmp_path / "out" / "slides" / "a"
+    folder.mkdir(parents=True)
+    (folder / "slide.json").write_text(json.dumps({"format": results.FORMAT, "status": "completed"}))
+    told, written = failed(PistoSegError("does not exist"))
+    assert told["status"] == "failed"
+    assert written["status"] == "completed"
+    assert json.loads((folder / "failure.json").read_text())["status"] == "failed"
+
+
 @pytest.fixture
 def failed(model, tmp_path):
     """What becomes of a slide `a` at an error: what the run is told, and what slide.json says."""
@@ -147,6 +168,7 @@ def test_the_reason_of_a_failed_slide_holds_no_secret_in_the_summary_either(fail
 def test_a_full_disk_leaves_an_earlier_result_and_a_bad_slide_does_not(failed, tmp_path):
     folder = tmp_path / "out" / "slides" / "a"
     full = OSError(errno.ENOSPC, "No space left on device")
+    (tmp_path / "a.tif").touch()
     record, written = failed(full)
     assert record["status"] == written["status"] == "failed"  # there was nothing
     with results.published(str(folder)) as (target, _):

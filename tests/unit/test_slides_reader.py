@@ -108,12 +108,19 @@ def test_tiled_tiffs_of_compressions_that_openslide_has_not_are_read_at_every_le
         assert np.array_equal(slide.read_region(80, 60, 150, 100, level=1), halved(IMAGE)[30:130, 40:190])
 
 
-def test_jpeg_2000_of_other_colours_than_rgb_is_refused_outside_of_aperio_slides(tmp_path: Path) -> None:
-    path = write_tiff(tmp_path / "a.tif", IMAGE, compression="jpeg2000")
+@pytest.mark.parametrize("ome", [False, True])
+def test_a_compression_that_is_aperios_for_ycbcr_is_any_jpeg_2000_in_an_ome_tiff(tmp_path: Path, ome: bool) -> None:
+    path = tmp_path / ("a.ome.tif" if ome else "a.tif")
+    options = {"compression": "jpeg2000", "tile": (64, 64), "photometric": "rgb"}
+    tifffile.imwrite(path, IMAGE, ome=ome, metadata={"axes": "YXS"} if ome else None, **options)
     with tifffile.TiffFile(path, mode="r+") as tiff:
         tiff.pages[0].tags["Compression"].overwrite(33003)
-    with pytest.raises(PistoSegError, match="has YCbCr pixels"):
-        open_slide(path)
+    if not ome:
+        with pytest.raises(PistoSegError, match="has YCbCr pixels"):
+            open_slide(path)
+        return
+    with open_slide(path, mpp=1.0) as slide:
+        assert np.array_equal(slide.read_region(101, 77, 300, 200), IMAGE[77:277, 101:401])
 
 
 def test_rgb_in_three_channels_and_jpeg_are_read(tmp_path: Path) -> None:

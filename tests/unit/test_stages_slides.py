@@ -116,6 +116,9 @@ def test_a_slide_that_lacks_one_of_its_results_is_done_again(
         assert [entry.slide_id for entry, _ in slides.plan(run).done] == ["a"]
         storage.remove_file(f"{run.out}/slides/a/{name}")
     assert [(entry.slide_id, attempt) for entry, attempt in slides.plan(run).todo] == [("a", 1)]
+    results.write_failure(run.out, "a", {"status": "failed", "made_from": MADE_FROM, "attempts": 1})
+    again = slides.plan(replace(run, only_failed=True))
+    assert [(entry.slide_id, attempt) for entry, attempt in again.todo] == [("a", 2)]
 
 
 def test_a_limit_gets_past_slides_that_keep_failing(run: slides.SlideRun, tmp_path: Path) -> None:
@@ -170,7 +173,7 @@ def test_results_of_another_slide_with_the_same_id_are_not_replaced(
     network.etag = MADE_FROM["etag"]
     assert [entry.uri for entry, _ in slides.plan(moved).done] == [moved.slides]
     network.error = PistoSegError("does not exist")
-    assert [entry.uri for entry, _ in slides.plan(moved).todo] == [moved.slides]
+    assert [entry.uri for entry, _ in slides.plan(moved).todo] == [moved.slides]  # a failed row
 
 
 def test_a_dicom_series_that_has_grown_is_the_same_slide(

@@ -330,7 +330,7 @@ def test_a_cluster_that_is_not_there(capsys):
 def test_an_address_without_http_where_ray_is_not_is_no_traceback(capsys, monkeypatch):
     command = ["train", "--preset", "demo", *DATA, "--submit"]
     assert main([*command, "127.0.0.1:9"]) == 2
-    assert "127.0.0.1:9: --submit: can't be reached ([Errno 111]" in capsys.readouterr().err
+    assert f"127.0.0.1:9: --submit: can't be reached ([Errno {errno.ECONNREFUSED}]" in capsys.readouterr().err
 
     def lost(address):
         raise RpcError("Timed out while waiting for GCS")
