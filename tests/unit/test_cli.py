@@ -1,5 +1,6 @@
 import contextlib
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -78,13 +79,29 @@ def test_the_whole_command_ends_with_2_and_a_message_without_a_traceback():
     assert call.stdout == ""
 
 
-def test_a_command_whose_output_nobody_reads_ends_as_others_in_a_pipe():
+@pytest.mark.parametrize(
+    ("words", "closed"),
+    [
+        (["config", "show", "--preset", "demo"], "stdout"),
+        (["models", "list", "--workspace", "w"], "stdout"),  # a table, which rich prints
+        (["config", "show", "--preset", "wsss"], "stderr"),
+    ],
+)
+def test_a_command_whose_output_nobody_reads_ends_as_others_in_a_pipe(words, closed, tmp_path):
+    connect(TrackingConfig(), Workspace(str(tmp_path / "w"))).create_registered_model("tissue")
     reader, writer = os.pipe()
     os.close(reader)
-    command = [sys.executable, "-m", "pistoseg", "config", "show", "--preset", "demo"]
-    call = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | {closed: writer}
+    command = [sys.executable, "-m", "pistoseg", *words]
+    call = subprocess.run(command, **streams, text=True, timeout=120, check=False, cwd=tmp_path)
     os.close(writer)
-    assert (call.returncode, call.stderr) == (141, "")
+    assert (call.returncode, call.stdout or "", call.stderr or "") == (141, "", "")
+
+
+def test_a_command_without_any_output_ends_well():
+    command = f"{shlex.quote(sys.executable)} -m pistoseg config show --preset demo >&-"
+    call = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True, timeout=120, check=False)
+    assert (call.returncode, call.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(("encoding", "shown"), [("ascii", "T\\xfcm\\xf6r \\u7d44"), ("utf-8", "Tümör 組")])
