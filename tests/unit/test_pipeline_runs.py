@@ -145,9 +145,9 @@ def test_a_network_that_cannot_be_trained_is_refused_before_the_first_stage(
 
 
 def test_the_networks_of_stages_that_are_done_are_not_looked_at():
-    from pistoseg.stages.trained import check_networks
+    from pistoseg.stages.trained import check_buildable
 
     config = load_config("demo", overrides=["data.uri=/data", "precise.weights=/nowhere/b3.pth"])
-    check_networks(config, ["patches", "preliminary", "evaluation"])
+    check_buildable(config, ["patches", "preliminary", "evaluation"])
     with pytest.raises(PistoSegError, match=r"precise\.weights"):
-        check_networks(config, ["precise"])
+        check_buildable(config, ["precise"])
