@@ -288,6 +288,29 @@ def test_rows_share_what_they_do_not_vary_and_a_broken_one_stops_no_other(config
     ]
 
 
+def test_rows_whose_networks_cannot_be_trained_are_reported_together_before_the_first_one_runs(
+    config, pipeline, tmp_path
+):
+    (synthesized, pseudo, full) = TABLES["table1"].rows
+    table = Table("own", "Own", (synthesized, full, Row("again", full.overrides)))
+    missing = config.model_copy(update={"refiner": config.refiner.model_copy(update={"weights": "/nowhere/b.pth"})})
+    workspace = Workspace(str(tmp_path / "w"))
+    with pytest.raises(PistoSegError, match=r"'PistoSeg', 'again': /nowhere/b\.pth: refiner\.weights") as caught:
+        ablation.run(table, missing, workspace, seeds=2)
+    assert synthesized.label not in str(caught.value)
+    assert {call[0] for call in pipeline} == {"patches", "validation"}
+    assert ablation.run(Table("own", "Own", (synthesized, pseudo)), missing, workspace).failures == []
+
+
+def test_an_outage_is_no_fault_of_a_row_whose_networks_are_looked_at(config, pipeline, tmp_path, monkeypatch):
+    def check(*arguments):
+        raise UnavailableError("the storage is away")
+
+    monkeypatch.setattr(ablation, "check_trainings", check)
+    with pytest.raises(UnavailableError, match=r"^the storage is away"):
+        ablation.run(TABLES["table1"], config, Workspace(str(tmp_path / "w")))
+
+
 def breaking(monkeypatch, mask, error):
     """A pipeline whose precise model with some masks ends with an error."""
     fake = ablation.run_pipeline

@@ -588,6 +588,23 @@ def test_another_search_is_refused_before_it_waits(study_of):
         run()
 
 
+def test_an_own_setting_that_cannot_be_trained_is_refused_before_there_is_a_search_of_its_name(tmp_path, monkeypatch):
+    from pistoseg.artifacts import Workspace
+    from pistoseg.search import study
+
+    (tmp_path / "a-[1, 0].png").write_bytes(b"1")
+    given = ["precise.masks=synthesized", "precise.encoder=efficientnet-b33", "tracking.enabled=false"]
+    config = load_config("demo", overrides=[f"data.uri={tmp_path}", *given])
+    objective = Objective("miou", masks=True, labels=False)
+    space, sharing = analyse(load_space("losses", config), config, objective)
+    assert "precise" not in sharing.shared  # whose networks are looked at when it is computed
+    search = study.Search("mine", config, space, sharing, objective, "tpe", False, None)
+    monkeypatch.setattr(study, "_run", lambda *arguments: pytest.fail("it began"))
+    with pytest.raises(PistoSegError, match=r"precise\.encoder: encoder 'efficientnet-b33' can't be built"):
+        study.run(search, Workspace(str(tmp_path / "w")), study.Budget(3))
+    assert not (tmp_path / "w").exists()
+
+
 def test_a_search_that_was_taken_over_writes_nothing_more(study_of, monkeypatch):
     run, folder = study_of
 
