@@ -457,6 +457,7 @@ def _compute(
         with tracker.stage(stage.name, key, settings, inputs) as run:
             started = time.monotonic()
             context = StageContext(config, folder, inputs, progress, run, hooks.train_callbacks(step))
+            hooks.begun(step)
             summary = stage.run(context)
             claim.check()
             artifact = workspace.commit(

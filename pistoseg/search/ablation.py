@@ -11,7 +11,8 @@ from pistoseg import storage
 from pistoseg.artifacts import Artifact, Workspace
 from pistoseg.config import Config, validate
 from pistoseg.errors import PistoSegError, UnavailableError, explained
-from pistoseg.pipeline import check_trainings, check_weights, plan, run_pipeline
+from pistoseg.hooks import Hooks
+from pistoseg.pipeline import Step, check_trainings, check_weights, plan, run_pipeline
 from pistoseg.progress import Progress
 from pistoseg.search.tables import PaperScores, Row, Table, published_data
 from pistoseg.tracking import Tracker
@@ -296,6 +297,16 @@ def run(
     return report
 
 
+class _Begun(Hooks):
+    """Knows which artifacts a run began to compute."""
+
+    def __init__(self) -> None:
+        self.keys: set[tuple[str, str]] = set()
+
+    def begun(self, step: Step) -> None:
+        self.keys.add((step.stage.name, step.fingerprint))
+
+
 def _run(
     job: Job, workspace: Workspace, progress: Progress, parent: str | None, failed: dict[tuple[str, str], str]
 ) -> RunResult:
@@ -306,11 +317,11 @@ def _run(
     problem = next(
         (f"needs {key[0]}, which failed in {failed[key]}" for key in steps if key in failed and not before[key]), None
     )
-    lost = False
+    lost, hooks = False, _Begun()
     if problem is None:
         try:
             artifacts = run_pipeline(
-                job.config, workspace, TARGETS, progress=progress, run_name=job.name, parent_run=parent
+                job.config, workspace, TARGETS, progress=progress, run_name=job.name, parent_run=parent, hooks=hooks
             )
             scores = _scores(artifacts["evaluation"].summary["report"])
         except Exception as error:  # whatever ends a row is its result; the others go on
@@ -321,9 +332,10 @@ def _run(
 
             problem, lost = explain(error), is_lost(error)
     found = {key: step.find(workspace) for key, step in steps.items()}
-    missing = next((key for key, artifact in found.items() if artifact is None), None)
-    if problem and missing and not lost:  # a process that went away says nothing of other rows
-        failed.setdefault(missing, job.name)
+    # A row that was refused before its first stage began says nothing of that stage.
+    broken = next((key for key, artifact in found.items() if artifact is None and key in hooks.keys), None)
+    if problem and broken and not lost:  # a process that went away says nothing of other rows
+        failed.setdefault(broken, job.name)
     seconds: dict[bool, dict[str, float]] = {True: {}, False: {}}
     for key, artifact in found.items():
         if artifact is not None:

@@ -16,6 +16,7 @@ from pistoseg.artifacts import Workspace
 from pistoseg.cli import main
 from pistoseg.config import load_config, presets
 from pistoseg.errors import PistoSegError, UnavailableError
+from pistoseg.hooks import Hooks
 from pistoseg.patches.store import IMAGES_SCHEMA, WINDOWS_SCHEMA
 from pistoseg.pipeline import plan
 from pistoseg.progress import Progress
@@ -230,12 +231,13 @@ def pipeline(monkeypatch):
     """A pipeline that computes nothing: a stage takes 2 s, the score of a run depends on what it is trained on."""
     calls = []
 
-    def run_pipeline(config, workspace, targets, **_):
-        artifacts = {}
+    def run_pipeline(config, workspace, targets, hooks=None, **_):
+        artifacts, hooks = {}, hooks or Hooks()
         for step in plan(config, targets):
             name = step.stage.name
             found = step.find(workspace)
             if found is None:
+                hooks.begun(step)
                 if name == "refiner":
                     raise PistoSegError("it broke", field="refiner")
                 calls.append((name, config.precise.masks, config.seed))
@@ -318,6 +320,7 @@ def breaking(monkeypatch, mask, error):
     def run_pipeline(config, workspace, targets, **named):
         if "evaluation" in targets and config.precise.masks == mask:
             fake(config, workspace, ("synthesis",), **named)
+            named["hooks"].begun(plan(config, ("precise",))[-1])
             raise error
         return fake(config, workspace, targets, **named)
 
@@ -356,6 +359,21 @@ def test_rows_that_want_what_a_lost_process_was_at_are_tried_all_the_same(
         last = ablation._run(job, Workspace(str(tmp_path)), Progress(), None, failed)
         assert last.problem
     assert last.problem.startswith("needs") != tried
+
+
+def test_a_row_that_is_refused_before_its_first_stage_spoils_no_other_row(config, pipeline, tmp_path, monkeypatch):
+    fake = ablation.run_pipeline
+
+    def run_pipeline(config, workspace, targets, **named):
+        if "evaluation" in targets and config.precise.masks == "synthesized":
+            raise PistoSegError("no node has room")
+        return fake(config, workspace, targets, **named)
+
+    monkeypatch.setattr(ablation, "run_pipeline", run_pipeline)
+    table = Table("own", "Own", TABLES["table1"].rows[:2])
+    result = ablation.run(table, config, Workspace(str(tmp_path)))  # both rows need the mosaics
+    assert result.rows[0].runs[0].problem == "no node has room."
+    assert result.rows[1].mean("miou") == 0.5
 
 
 @pytest.mark.parametrize("wrap", [lambda error: error, lambda error: ray.train.WorkerGroupError("failed", {0: error})])
