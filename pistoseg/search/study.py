@@ -19,7 +19,7 @@ from pistoseg.artifacts import Artifact, Workspace
 from pistoseg.claims import claimed
 from pistoseg.config import Config
 from pistoseg.errors import PistoSegError, UnavailableError, explained
-from pistoseg.pipeline import check_trainings, plan, run_pipeline
+from pistoseg.pipeline import BY_NAME, check_trainings, plan, run_pipeline
 from pistoseg.progress import Progress
 from pistoseg.redaction import redacted
 from pistoseg.search.ablation import DATA, with_overrides
@@ -95,10 +95,12 @@ class Search:
 
     def identity(self) -> dict[str, Any]:
         """What makes it another search; the budget, the machine, MLflow and passwords don't."""
+        kind: str = self.objective.kind
         return {
             "config": redacted(self.config.model_dump(mode="json", exclude={"compute", "tracking"})),
             "parameters": [repr(item) for item in self.space.parameters],
-            "objective": self.objective.kind,
+            # Trials with scores of two versions could not be compared.
+            "objective": f"labels {BY_NAME['label_scores'].version}" if kind == "labels" else kind,
             "timed": self.timed,
         }
 

@@ -581,6 +581,19 @@ def test_a_confirmed_report_stays_where_a_later_confirmation_is_cut_off(study_of
     assert (folder / "report.md").read_text() == before
 
 
+def test_a_search_by_labels_does_not_go_on_with_scores_of_an_earlier_version(tmp_path, config, space):
+    from pistoseg.search.study import Search
+
+    def identity(kind):
+        return Search("mine", config, space, None, Objective(kind, True, True), "tpe", False, None).identity()
+
+    for kind, first in (("miou", "miou"), ("labels", "labels")):  # as the first version wrote it
+        filled(tmp_path / kind, space, [0.1], identity=identity(kind) | {"objective": first})
+    assert Journal.open(str(tmp_path / "miou"), {"identity": identity("miou")}).records
+    with pytest.raises(PistoSegError, match=r"another score.*give another --name"):
+        Journal.open(str(tmp_path / "labels"), {"identity": identity("labels")})
+
+
 def test_another_search_is_refused_before_it_waits(study_of):
     run, folder = study_of
     (folder / "search.json").write_text(json.dumps({"identity": "another"}))
