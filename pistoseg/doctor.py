@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any, Literal
@@ -263,7 +264,7 @@ def _mlflow(config: Config, workspace: str) -> Iterator[Finding]:
 
 
 def _weights(config: Config) -> Iterator[Finding]:
-    """Build every encoder that a pipeline of this config trains, with its weights."""
+    """Build every network that a pipeline of this config trains as it does, and its encoder with its weights."""
     from pistoseg.models import encoders
     from pistoseg.pipeline import check_weights, needed
 
@@ -272,10 +273,21 @@ def _weights(config: Config) -> Iterator[Finding]:
     for stage in needed(config, TARGETS):
         section = getattr(config, stage.name, None)
         if encoder := getattr(section, "encoder", None):
+            if problems := list(_guarded(f"network of {stage.name}", partial(_network, config, stage.name))):
+                yield from problems
+                continue
             wanted.setdefault((encoder, getattr(section, "weights", None)), stage.name)
     for (encoder, weights), name in wanted.items():
         stride = 8 if encoder == encoders.RESNET38D else 32
         yield from _guarded(f"weights of {name}", lambda e=encoder, w=weights, s=stride: _encoder(e, w, s))  # type: ignore[misc]
+
+
+def _network(config: Config, stage: str) -> Iterator[Finding]:
+    """Nothing where a stage's network can be built: its weights are what is reported."""
+    from pistoseg.stages import trained
+
+    trained.check_buildable(config, (stage,))
+    yield from ()
 
 
 def _encoder(encoder: str, weights: str | None, stride: int) -> Iterator[Finding]:
