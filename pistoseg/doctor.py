@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any, Literal
@@ -275,7 +276,7 @@ def _mlflow(config: Config, workspace: str) -> Iterator[Finding]:
 
 
 def _weights(config: Config) -> Iterator[Finding]:
-    """Build every encoder that a pipeline of this config trains, with its weights."""
+    """Build every network that a pipeline of this config trains as it does, and its encoder with its weights."""
     from pistoseg.models import encoders
     from pistoseg.pipeline import check_weights, needed
 
@@ -284,6 +285,9 @@ def _weights(config: Config) -> Iterator[Finding]:
     for stage in needed(config, TARGETS):
         section = getattr(config, stage.name, None)
         if encoder := getattr(section, "encoder", None):
+            if problems := list(_guarded(f"network of {stage.name}", partial(_network, config, stage.name))):
+                yield from problems
+                continue
             wanted.setdefault((encoder, getattr(section, "weights", None)), stage.name)
     for (encoder, weights), name in wanted.items():
         stride = 8 if encoder == encoders.RESNET38D else 32
@@ -296,6 +300,14 @@ def _no_weights() -> Iterator[Finding]:
         "ok",
         "not looked at: each preset and profile has its own, and none is named (add --preset, --profile or --config)",
     )
+
+
+def _network(config: Config, stage: str) -> Iterator[Finding]:
+    """Nothing where a stage's network can be built: its weights are what is reported."""
+    from pistoseg.stages import trained
+
+    trained.check_buildable(config, (stage,))
+    yield from ()
 
 
 def _encoder(encoder: str, weights: str | None, stride: int) -> Iterator[Finding]:

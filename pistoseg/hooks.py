@@ -1,4 +1,4 @@
-"""Where a search looks into its pipelines."""
+"""Where a search or an ablation looks into its pipelines."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ if TYPE_CHECKING:
 
 
 class Hooks:
-    """What a search does around the stages of its pipelines; by default nothing."""
+    """What a search or an ablation does around the stages of its pipelines; by default nothing."""
 
     def train_callbacks(self, step: Step) -> tuple[Any, ...]:
         """`ray.train.UserCallback`s of a stage's training."""
         return ()
+
+    def begun(self, step: Step) -> None:
+        """Told of a stage that begins to compute its artifact."""
 
     def reused(self, artifact: Artifact) -> None:
         """Told of an artifact that was there, or that another run made in the meantime."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -299,6 +299,25 @@ def check_weights(config: Config, targets: tuple[str, ...]) -> None:
             )
 
 
+def check_trainings(config: Config, stages: Sequence[str], say: Callable[[str], None]) -> None:
+    """Refuse networks that can't be built or trained.
+
+    Args:
+        config: of the run.
+        stages: names of those that are to be computed; the ones that train no network are passed over.
+        say: told of batches that are not of the size that is set.
+    Raises:
+        PistoSegError: naming the setting.
+    """
+    from pistoseg.stages import placement
+
+    if any(stage in placement.TRAINED for stage in stages):
+        from pistoseg.stages import trained
+
+        trained.check_buildable(config, stages)
+        trained.check_batches(config, stages, say)
+
+
 @dataclass(frozen=True)
 class Step:
     """A stage as a config runs it.
@@ -405,11 +424,7 @@ def _check(config: Config, workspace: Workspace, steps: list[Step], progress: Pr
     from pistoseg.stages import placement
 
     todo = [step.stage.name for step in steps if step.find(workspace) is None]
-    if any(stage in placement.TRAINED for stage in todo):
-        from pistoseg.stages import trained
-
-        trained.check_networks(config, todo)
-        trained.check_batches(config, todo, progress.say)
+    check_trainings(config, todo, progress.say)
     if todo:
         read = {"data.uri": config.data.uri, "data.validation": config.data.validation}
         placement.check_shared(workspace.root, read)
@@ -442,6 +457,7 @@ def _compute(
         with tracker.stage(stage.name, key, settings, inputs) as run:
             started = time.monotonic()
             context = StageContext(config, folder, inputs, progress, run, hooks.train_callbacks(step))
+            hooks.begun(step)
             summary = stage.run(context)
             claim.check()
             artifact = workspace.commit(

@@ -115,7 +115,7 @@ def evaluation_config(uri: str) -> EvaluationConfig:
     try:
         return EvaluationConfig.model_validate(info.get("evaluation", {}).get("config", {}))
     except ValidationError as error:
-        raise files.damaged(uri, info, error) from error
+        raise files.damaged(uri, info, error, "give --protocol") from error
 
 
 class _Protocol(BaseModel):

@@ -95,17 +95,22 @@ def read_info(uri: str, expected_format: str, required: Iterable[str] = ()) -> d
     return info
 
 
-def damaged(uri: str, info: Mapping[str, Any], error: Exception) -> PistoSegError:
-    """What to tell a user whose `model.json` has values that make no sense, at least to this version of PistoSeg."""
+def damaged(uri: str, info: Mapping[str, Any], error: Exception, remedy: str = "") -> PistoSegError:
+    """What to tell a user whose `model.json` has values that make no sense, at least to this version of PistoSeg.
+
+    Args:
+        uri: of the bundle's folder.
+        info: what its `model.json` says.
+        error: what is wrong with it.
+        remedy: what helps as well; empty: nothing.
+    """
     file, said = storage.join(uri, INFO), _in_a_line(error)
-    version = info.get("pistoseg_version")
-    if version in (None, __version__):
-        return PistoSegError(f"is damaged: {said}", file=file, remedy="copy the bundle again")
-    return PistoSegError(
-        f"was written by PistoSeg {version}, and {__version__} can't make sense of it: {said}",
-        file=file,
-        remedy=f"use PistoSeg {version} or a newer one",
-    )
+    version, remedies = info.get("pistoseg_version"), ["copy the bundle again"]
+    reason = f"is damaged: {said}"
+    if version not in (None, __version__):
+        reason = f"was written by PistoSeg {version}, and {__version__} can't make sense of it: {said}"
+        remedies.append(f"use PistoSeg {version}")
+    return PistoSegError(reason, file=file, remedy=", or ".join([*remedies, remedy] if remedy else remedies))
 
 
 def _in_a_line(error: Exception) -> str:

@@ -11,7 +11,8 @@ from pistoseg import storage
 from pistoseg.artifacts import Artifact, Workspace
 from pistoseg.config import Config, validate
 from pistoseg.errors import PistoSegError, UnavailableError, explained
-from pistoseg.pipeline import check_weights, plan, run_pipeline
+from pistoseg.hooks import Hooks
+from pistoseg.pipeline import Step, check_trainings, check_weights, plan, run_pipeline
 from pistoseg.progress import Progress
 from pistoseg.search.tables import PaperScores, Row, Table, published_data
 from pistoseg.tracking import Tracker
@@ -164,13 +165,32 @@ def prepare(table: Table, config: Config, seeds: int = 1) -> tuple[list[Job], li
                 jobs.append(Job(adapted, merged))
         except PistoSegError as error:
             problems.setdefault(str(error), []).append(row.label)
-    if problems:
-        lines = [f"\n  {', '.join(map(repr, labels))}: {problem}" for problem, labels in problems.items()]
-        raise PistoSegError(f"{table.name} can't be run with these settings:" + "".join(lines).rstrip("."))
+    _refuse(table, problems)
     if not jobs:
         raise PistoSegError(f"no row of {table.name} fits these settings: {'; '.join(left_out)}")
     jobs.sort(key=lambda job: job.config.seed)
     return jobs, left_out
+
+
+def _refuse(table: Table, problems: Mapping[str, Sequence[str]]) -> None:
+    """Raise what is wrong with rows, if anything is: problem -> their labels."""
+    if problems:
+        lines = [f"\n  {', '.join(map(repr, labels))}: {problem}" for problem, labels in problems.items()]
+        raise PistoSegError(f"{table.name} can't be run with these settings:" + "".join(lines).rstrip("."))
+
+
+def _check_trainings(table: Table, jobs: Sequence[Job], workspace: Workspace) -> None:
+    """Refuse rows whose networks can't be built or trained, before the first one takes hours; all are named."""
+    problems: dict[str, list[str]] = {}
+    for job in jobs:
+        todo = [step.stage.name for step in plan(job.config, TARGETS) if step.find(workspace) is None]
+        try:
+            check_trainings(job.config, todo, lambda text: None)  # the row's run says it
+        except UnavailableError:
+            raise
+        except PistoSegError as error:
+            problems.setdefault(str(error), []).append(job.row.label)
+    _refuse(table, problems)
 
 
 def equal_budget(job: Job, patches: Artifact) -> Job:
@@ -256,6 +276,8 @@ def run(
                 field="data.validation",
                 remedy="name a folder with img/ and mask/",
             )
+        first = [equal_budget(job, data["patches"]) for job in jobs if job.config.seed == config.seed]
+        _check_trainings(table, first, workspace)  # networks are the same for all seeds
         results: dict[str, list[RunResult]] = {job.row.label: [] for job in jobs}
         failed: dict[tuple[str, str], str] = {}
         for number, job in enumerate(jobs, 1):
@@ -275,6 +297,16 @@ def run(
     return report
 
 
+class _Begun(Hooks):
+    """Knows which artifacts a run began to compute."""
+
+    def __init__(self) -> None:
+        self.keys: set[tuple[str, str]] = set()
+
+    def begun(self, step: Step) -> None:
+        self.keys.add((step.stage.name, step.fingerprint))
+
+
 def _run(
     job: Job, workspace: Workspace, progress: Progress, parent: str | None, failed: dict[tuple[str, str], str]
 ) -> RunResult:
@@ -285,11 +317,11 @@ def _run(
     problem = next(
         (f"needs {key[0]}, which failed in {failed[key]}" for key in steps if key in failed and not before[key]), None
     )
-    lost = False
+    lost, hooks = False, _Begun()
     if problem is None:
         try:
             artifacts = run_pipeline(
-                job.config, workspace, TARGETS, progress=progress, run_name=job.name, parent_run=parent
+                job.config, workspace, TARGETS, progress=progress, run_name=job.name, parent_run=parent, hooks=hooks
             )
             scores = _scores(artifacts["evaluation"].summary["report"])
         except Exception as error:  # whatever ends a row is its result; the others go on
@@ -300,9 +332,10 @@ def _run(
 
             problem, lost = explain(error), is_lost(error)
     found = {key: step.find(workspace) for key, step in steps.items()}
-    missing = next((key for key, artifact in found.items() if artifact is None), None)
-    if problem and missing and not lost:  # a process that went away says nothing of other rows
-        failed.setdefault(missing, job.name)
+    # A row that was refused before its first stage began says nothing of that stage.
+    broken = next((key for key, artifact in found.items() if artifact is None and key in hooks.keys), None)
+    if problem and broken and not lost:  # a process that went away says nothing of other rows
+        failed.setdefault(broken, job.name)
     seconds: dict[bool, dict[str, float]] = {True: {}, False: {}}
     for key, artifact in found.items():
         if artifact is not None:

@@ -120,7 +120,9 @@ class Journal:
         found = _read(file)
         if found.get("identity") != settings["identity"]:
             raise PistoSegError(
-                "holds a search of other settings or another space", file=folder, remedy="give another --name"
+                "holds a search of other settings, another space or another score",
+                file=folder,
+                remedy="give another --name",
             )
         return found
 

@@ -75,11 +75,14 @@ def analyse(space: Space, config: Config, objective: Objective, seed: int = 0) -
 def keys(config: Config, targets: tuple[str, ...]) -> dict[str, str]:
     """Fingerprints by stage as the settings make them; the data set's files are not looked at."""
     found: dict[str, str] = {}
+    # Where images are held out, a training's settings say whether there are masks, which takes a look at the folders
+    # and is the same for all points; that images are held out, the patches' settings say.
+    whole = config.model_copy(update={"data": config.data.model_copy(update={"label_holdout": 0.0})})
     for stage in needed(config, targets):
         if stage.name in DATA:
             settings = config.model_dump(mode="json", include={"classes", "scale", "data"})
         else:
-            settings = stage.settings(config)
+            settings = stage.settings(whole)
         inputs = {role: found[source] for role, source in stage.inputs(config).items()}
         found[stage.name] = fingerprint(stage.name, stage.version, settings, inputs)
     return found

@@ -19,7 +19,7 @@ from pistoseg.artifacts import Artifact, Workspace
 from pistoseg.claims import claimed
 from pistoseg.config import Config
 from pistoseg.errors import PistoSegError, UnavailableError, explained
-from pistoseg.pipeline import plan, run_pipeline
+from pistoseg.pipeline import BY_NAME, check_trainings, plan, run_pipeline
 from pistoseg.progress import Progress
 from pistoseg.redaction import redacted
 from pistoseg.search.ablation import DATA, with_overrides
@@ -95,10 +95,12 @@ class Search:
 
     def identity(self) -> dict[str, Any]:
         """What makes it another search; the budget, the machine, MLflow and passwords don't."""
+        kind: str = self.objective.kind
         return {
             "config": redacted(self.config.model_dump(mode="json", exclude={"compute", "tracking"})),
             "parameters": [repr(item) for item in self.space.parameters],
-            "objective": self.objective.kind,
+            # Trials with scores of two versions could not be compared.
+            "objective": f"labels {BY_NAME['label_scores'].version}" if kind == "labels" else kind,
             "timed": self.timed,
         }
 
@@ -135,12 +137,15 @@ def run(search: Search, workspace: Workspace, budget: Budget, progress: Progress
         workspace: of artifacts, journal and report.
         budget: when it ends.
         progress: where to say what happens.
+    Raises:
+        PistoSegError: another search has the folder, the own setting can't be trained, or images or labels changed.
     """
     object_store.use(search.config.storage)
     progress = progress or Progress()
     folder = folder_of(workspace, search.name)
     settings = {"identity": search.identity(), "spent_s": 0.0, "run_id": None}
     Journal.refuse_another(folder, settings)  # before it waits for that to end
+    _check_trainings(search, workspace, progress)  # before there is a journal, which would keep its name
     # Two runs of one search would overwrite each other's trials.
     with claimed(folder, say=progress.say) as claim:
         assert claim is not None
@@ -149,6 +154,15 @@ def run(search: Search, workspace: Workspace, budget: Budget, progress: Progress
         if 0 in journal.records and search.space.point_of(search.config) is None:
             journal.records[0].point = None  # an earlier version may have taken it for one of the space
         return _run(search, workspace, budget, journal, progress)
+
+
+def _check_trainings(search: Search, workspace: Workspace, progress: Progress) -> None:
+    """Refuse an own setting whose networks can't be built or trained, before hours go into what trials share."""
+    steps = plan(search.config, search.objective.targets)
+    # What is shared is looked at when it is computed, which comes first.
+    varied = [step for step in steps if step.stage.name in search.sharing.varied]
+    todo = [step.stage.name for step in varied if step.find(workspace) is None]
+    check_trainings(search.config, todo, progress.say)
 
 
 def _check_data(search: Search, journal: Journal) -> None:

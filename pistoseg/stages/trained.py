@@ -36,7 +36,7 @@ def first_weights(seed: int) -> Iterator[None]:
         yield
 
 
-def check_networks(config: Config, stages: Sequence[str]) -> None:
+def check_buildable(config: Config, stages: Sequence[str]) -> None:
     """Refuse networks that can't be built, and files of weights that are not there: no weights are read or fetched.
 
     Args:

@@ -104,6 +104,15 @@ def test_a_workspace_that_can_not_be_made_says_what_to_do(monkeypatch, tmp_path)
     assert "give --workspace a folder" in found.remedy
 
 
+def test_a_network_that_a_run_refuses_fails_though_its_encoder_can_be_built():
+    none = [f"{name}.weights=null" for name in ("preliminary", "precise")]
+    given = ["precise.masks=pseudo", "precise.initial=imagenet", "precise.architecture=pan"]
+    config = load_config("demo", overrides=[*none, *given, "precise.encoder=densenet121"])
+    found = list(doctor._weights(config))
+    assert [(item.what, item.status) for item in found] == [("network of precise", "failed"), ("weights", "ok")]
+    assert found[0].detail.startswith("precise.encoder: encoder 'densenet121' can't be built")
+
+
 def test_a_tracking_server_that_is_away_is_a_warning(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     for name in ("MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES"):

@@ -140,9 +140,9 @@ def test_a_profile_may_name_server_and_region(monkeypatch, tmp_path):
 
 
 def test_pyarrow_trusts_whom_awss_tools_trust(monkeypatch, tmp_path):
+    monkeypatch.delenv("AWS_CA_BUNDLE", raising=False)
     monkeypatch.delenv("AWS_PROFILE")
     monkeypatch.delenv("AWS_DEFAULT_PROFILE")
-    assert not storage.arrow_filesystem("s3://bucket/a")[0].__reduce__()[1][0]["tls_ca_file_path"]
     monkeypatch.setenv("AWS_PROFILE", "lab")
     (tmp_path / "config").write_text("[profile lab]\nca_bundle = /etc/lab.pem\n")
     assert storage.arrow_filesystem("s3://bucket/a")[0].__reduce__()[1][0]["tls_ca_file_path"] == "/etc/lab.pem"
@@ -289,6 +289,8 @@ def test_a_variable_that_can_not_be_used_is_named(monkeypatch, name, value, mess
 
 def test_a_profiles_setting_that_can_not_be_used_is_said_to_be_the_profiles(monkeypatch, tmp_path):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.delenv("AWS_REGION")
+    monkeypatch.delenv("AWS_DEFAULT_REGION")
     monkeypatch.setenv("AWS_PROFILE", "lab")
     (tmp_path / "config").write_text("[profile lab]\nregion = eu_central!\n")
     with pytest.raises(PistoSegError, match="the profile's region can't be used"):

@@ -8,6 +8,7 @@ from pistoseg import claims, storage
 from pistoseg.artifacts import Workspace
 from pistoseg.config import load_config
 from pistoseg.errors import PistoSegError
+from pistoseg.hooks import Hooks
 from pistoseg.pipeline import Stage, plan, run_pipeline
 from pistoseg.progress import Progress
 
@@ -144,10 +145,36 @@ def test_a_network_that_cannot_be_trained_is_refused_before_the_first_stage(
         run_pipeline(given, Workspace(str(tmp_path / "w")))
 
 
+def test_hooks_are_told_of_the_stages_that_begin_and_of_no_other(config, tmp_path, monkeypatch):
+    told = []
+
+    class Told(Hooks):
+        def begun(self, step):
+            told.append(("begun", step.stage.name, step.fingerprint))
+
+        def reused(self, artifact):
+            told.append(("reused", artifact.stage, artifact.fingerprint))
+
+    def run(stage, context):
+        if stage.name == "synthesis":
+            raise RuntimeError("it broke")
+        return {"images": 1}
+
+    monkeypatch.setattr(Stage, "run", run)
+    workspace, targets = Workspace(str(tmp_path / "w")), ("preliminary",)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="it broke"):
+            run_pipeline(config, workspace, targets, hooks=Told())
+    keys = {step.stage.name: step.fingerprint for step in plan(config, targets)}
+    names = [("begun", "patches"), ("begun", "validation"), ("begun", "synthesis")]
+    names += [("reused", "patches"), ("reused", "validation"), ("begun", "synthesis")]
+    assert told == [(what, name, keys[name]) for what, name in names]
+
+
 def test_the_networks_of_stages_that_are_done_are_not_looked_at():
-    from pistoseg.stages.trained import check_networks
+    from pistoseg.stages.trained import check_buildable
 
     config = load_config("demo", overrides=["data.uri=/data", "precise.weights=/nowhere/b3.pth"])
-    check_networks(config, ["patches", "preliminary", "evaluation"])
+    check_buildable(config, ["patches", "preliminary", "evaluation"])
     with pytest.raises(PistoSegError, match=r"precise\.weights"):
-        check_networks(config, ["precise"])
+        check_buildable(config, ["precise"])

@@ -16,6 +16,7 @@ from pistoseg.artifacts import Workspace
 from pistoseg.cli import main
 from pistoseg.config import load_config, presets
 from pistoseg.errors import PistoSegError, UnavailableError
+from pistoseg.hooks import Hooks
 from pistoseg.patches.store import IMAGES_SCHEMA, WINDOWS_SCHEMA
 from pistoseg.pipeline import plan
 from pistoseg.progress import Progress
@@ -230,12 +231,13 @@ def pipeline(monkeypatch):
     """A pipeline that computes nothing: a stage takes 2 s, the score of a run depends on what it is trained on."""
     calls = []
 
-    def run_pipeline(config, workspace, targets, **_):
-        artifacts = {}
+    def run_pipeline(config, workspace, targets, hooks=None, **_):
+        artifacts, hooks = {}, hooks or Hooks()
         for step in plan(config, targets):
             name = step.stage.name
             found = step.find(workspace)
             if found is None:
+                hooks.begun(step)
                 if name == "refiner":
                     raise PistoSegError("it broke", field="refiner")
                 calls.append((name, config.precise.masks, config.seed))
@@ -288,6 +290,29 @@ def test_rows_share_what_they_do_not_vary_and_a_broken_one_stops_no_other(config
     ]
 
 
+def test_rows_whose_networks_cannot_be_trained_are_reported_together_before_the_first_one_runs(
+    config, pipeline, tmp_path
+):
+    (synthesized, pseudo, full) = TABLES["table1"].rows
+    table = Table("own", "Own", (synthesized, full, Row("again", full.overrides)))
+    missing = config.model_copy(update={"refiner": config.refiner.model_copy(update={"weights": "/nowhere/b.pth"})})
+    workspace = Workspace(str(tmp_path / "w"))
+    with pytest.raises(PistoSegError, match=r"'PistoSeg', 'again': /nowhere/b\.pth: refiner\.weights") as caught:
+        ablation.run(table, missing, workspace, seeds=2)
+    assert synthesized.label not in str(caught.value)
+    assert {call[0] for call in pipeline} == {"patches", "validation"}
+    assert ablation.run(Table("own", "Own", (synthesized, pseudo)), missing, workspace).failures == []
+
+
+def test_an_outage_is_no_fault_of_a_row_whose_networks_are_looked_at(config, pipeline, tmp_path, monkeypatch):
+    def check(*arguments):
+        raise UnavailableError("the storage is away")
+
+    monkeypatch.setattr(ablation, "check_trainings", check)
+    with pytest.raises(UnavailableError, match=r"^the storage is away"):
+        ablation.run(TABLES["table1"], config, Workspace(str(tmp_path / "w")))
+
+
 def breaking(monkeypatch, mask, error):
     """A pipeline whose precise model with some masks ends with an error."""
     fake = ablation.run_pipeline
@@ -295,6 +320,7 @@ def breaking(monkeypatch, mask, error):
     def run_pipeline(config, workspace, targets, **named):
         if "evaluation" in targets and config.precise.masks == mask:
             fake(config, workspace, ("synthesis",), **named)
+            named["hooks"].begun(plan(config, ("precise",))[-1])
             raise error
         return fake(config, workspace, targets, **named)
 
@@ -333,6 +359,21 @@ def test_rows_that_want_what_a_lost_process_was_at_are_tried_all_the_same(
         last = ablation._run(job, Workspace(str(tmp_path)), Progress(), None, failed)
         assert last.problem
     assert last.problem.startswith("needs") != tried
+
+
+def test_a_row_that_is_refused_before_its_first_stage_spoils_no_other_row(config, pipeline, tmp_path, monkeypatch):
+    fake = ablation.run_pipeline
+
+    def run_pipeline(config, workspace, targets, **named):
+        if "evaluation" in targets and config.precise.masks == "synthesized":
+            raise PistoSegError("no node has room")
+        return fake(config, workspace, targets, **named)
+
+    monkeypatch.setattr(ablation, "run_pipeline", run_pipeline)
+    table = Table("own", "Own", TABLES["table1"].rows[:2])
+    result = ablation.run(table, config, Workspace(str(tmp_path)))  # both rows need the mosaics
+    assert result.rows[0].runs[0].problem == "no node has room."
+    assert result.rows[1].mean("miou") == 0.5
 
 
 @pytest.mark.parametrize("wrap", [lambda error: error, lambda error: ray.train.WorkerGroupError("failed", {0: error})])

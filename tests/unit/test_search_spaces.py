@@ -195,6 +195,16 @@ def test_what_trials_share_and_what_changes_nothing_is_found_by_fingerprints():
     assert set(sharing.varied) == {"precise", "evaluation"}
 
 
+def test_a_space_is_analysed_without_a_look_at_the_data(tmp_path):
+    where = [f"data.uri={tmp_path}/none", f"data.validation={tmp_path}/none", "data.label_holdout=0.2"]
+    config = config_of("wsss4luad", "precise.masks=pseudo", *where)
+    _, sharing = analyse(load_space("losses", config), config, Objective("labels", masks=False, labels=True))
+    assert sharing.varied == ("precise", "label_scores")
+    space = read_space(space_file(tmp_path, {"data.label_holdout": {"values": [0, 0.2]}}), config)
+    _, sharing = analyse(space, config, MASKS)
+    assert {"patches", "preliminary", "precise"} <= set(sharing.varied)
+
+
 def test_mosaics_are_compared_by_both_segmentation_models():
     config = config_of("wsss4luad", "precise.masks=pseudo")
     _, sharing = analyse(load_space("synthesis", config), config, MASKS)

@@ -583,11 +583,41 @@ def test_a_confirmed_report_stays_where_a_later_confirmation_is_cut_off(study_of
     assert (folder / "report.md").read_text() == before
 
 
+def test_a_search_by_labels_does_not_go_on_with_scores_of_an_earlier_version(tmp_path, config, space):
+    from pistoseg.search.study import Search
+
+    def identity(kind):
+        return Search("mine", config, space, None, Objective(kind, True, True), "tpe", False, None).identity()
+
+    for kind, first in (("miou", "miou"), ("labels", "labels")):  # as the first version wrote it
+        filled(tmp_path / kind, space, [0.1], identity=identity(kind) | {"objective": first})
+    assert Journal.open(str(tmp_path / "miou"), {"identity": identity("miou")}).records
+    with pytest.raises(PistoSegError, match=r"another score.*give another --name"):
+        Journal.open(str(tmp_path / "labels"), {"identity": identity("labels")})
+
+
 def test_another_search_is_refused_before_it_waits(study_of):
     run, folder = study_of
     (folder / "search.json").write_text(json.dumps({"identity": "another"}))
     with claims.claimed(str(folder)), pytest.raises(PistoSegError, match="another space"):
         run()
+
+
+def test_an_own_setting_that_cannot_be_trained_is_refused_before_there_is_a_search_of_its_name(tmp_path, monkeypatch):
+    from pistoseg.artifacts import Workspace
+    from pistoseg.search import study
+
+    (tmp_path / "a-[1, 0].png").write_bytes(b"1")
+    given = ["precise.masks=synthesized", "precise.encoder=efficientnet-b33", "tracking.enabled=false"]
+    config = load_config("demo", overrides=[f"data.uri={tmp_path}", *given])
+    objective = Objective("miou", masks=True, labels=False)
+    space, sharing = analyse(load_space("losses", config), config, objective)
+    assert "precise" not in sharing.shared  # whose networks are looked at when it is computed
+    search = study.Search("mine", config, space, sharing, objective, "tpe", False, None)
+    monkeypatch.setattr(study, "_run", lambda *arguments: pytest.fail("it began"))
+    with pytest.raises(PistoSegError, match=r"precise\.encoder: encoder 'efficientnet-b33' can't be built"):
+        study.run(search, Workspace(str(tmp_path / "w")), study.Budget(3))
+    assert not (tmp_path / "w").exists()
 
 
 def test_a_search_that_was_taken_over_writes_nothing_more(study_of, monkeypatch):
