@@ -10,6 +10,7 @@ import select
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -77,6 +78,12 @@ def _told(given: list[str], options: argparse.Namespace) -> int:
         return 130
 
 
+TWICE_S = 5.0
+"""Some send a signal twice; the second one would cut off the tidying up."""
+_interrupted = -TWICE_S
+"""When SIGTERM came last."""
+
+
 @contextmanager
 def _terminable() -> Iterator[None]:
     """Make an interrupt of SIGTERM, by which SLURM, Kubernetes and `timeout` end a job."""
@@ -95,8 +102,10 @@ def _terminable() -> Iterator[None]:
 
 
 def _interrupt(*_: object) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # some send it twice; the second would cut off the tidying up
-    raise KeyboardInterrupt
+    global _interrupted
+    before, _interrupted = _interrupted, time.monotonic()
+    if _interrupted - before > TWICE_S:
+        raise KeyboardInterrupt
 
 
 def _run(given: list[str], options: argparse.Namespace) -> int:
@@ -131,12 +140,18 @@ def _is_unread() -> bool:
     return unread
 
 
+FEW = 3
+"""Choices that are seen at a glance."""
+
+
 class _Parser(argparse.ArgumentParser):
     """Says with an error what was probably meant."""
 
     def error(self, message: str) -> NoReturn:
         wrong = re.search(r"invalid choice: '(.+)' \(choose from (.+)\)", message)
-        super().error(message + (suggestion(wrong[1], re.findall(r"[\w.-]+", wrong[2])) if wrong else ""))
+        choices = re.findall(r"[\w.-]+", wrong[2]) if wrong else []
+        meant = suggestion(wrong[1], choices) if wrong and len(choices) > FEW else ""  # `gpu` resembles `cpu`
+        super().error(message + meant)
 
 
 def _refuse(unknown: list[str], parser: argparse.ArgumentParser) -> NoReturn:
@@ -522,6 +537,7 @@ def _doctor(options: argparse.Namespace) -> int:
     from pistoseg.commands import doctor
 
     chosen = bool(options.preset or options.profile or options.config)
+    chosen = chosen or any(item.partition("=")[0].endswith(".weights") for item in options.overrides)
     return doctor(_config(options), options.workspace, options.json, weights=chosen)
 
 

@@ -93,7 +93,8 @@ def run_with_json_log(run: Callable[[], int]) -> int:
     os.environ[LOG_FORMAT] = "json"
     logger.addHandler(handler)
     try:
-        with redirect_stdout(JsonLines(sys.stdout)) as lines, closing(lines):
+        stdout = sys.stdout or io.StringIO()  # which somebody may have closed before the start
+        with redirect_stdout(JsonLines(stdout)) as lines, closing(lines):
             return run()
     except PistoSegError as error:
         json_line(sys.stderr, "error", level="error", **error.fields())
@@ -200,7 +201,7 @@ class Progress:
     def say(self, text: str) -> None:
         """A line of its own, e.g. a warning."""
         self._line("message", text)
-        sys.stderr.flush()
+        self._file.flush()
 
     @property
     def _file(self) -> TextIO:

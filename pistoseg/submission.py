@@ -136,8 +136,8 @@ def is_this_machine(address: str) -> bool:
 def _needed(options: argparse.Namespace, here: bool) -> Iterator[str]:
     """Options whose defaults are places of this machine, which a job has to be told."""
     stage = getattr(options, "stage", None)  # of `evaluate`: its masks are in the workspace
-    # Elsewhere a job that segments has the tracking server of its cluster, and wants no workspace.
-    if options.verb in NEEDS_WORKSPACE or stage or (here and options.verb == "segment"):
+    # Elsewhere a job that looks for a registered model has its cluster's tracking server, and wants no workspace.
+    if options.verb in NEEDS_WORKSPACE or stage or (here and options.verb in ("segment", "evaluate")):
         yield "--workspace"
     if getattr(options, "preview", None):
         yield "--out"

@@ -267,7 +267,9 @@ def read_space(uri: str, config: Config) -> Space:
 def _message(problem: Any) -> str:
     """A problem of pydantic's in the words of a YAML file."""
     if problem["type"] == "extra_forbidden":
-        return f"unknown key{suggestion(str(problem['loc'][-1]), ParameterSpec.model_fields)}"
+        place = problem["loc"]
+        section = ParameterSpec if len(place) > 1 else SpaceFile
+        return f"unknown key{suggestion(str(place[-1]), section.model_fields)}"
     if problem["type"] == "model_type":
         return "must be a mapping with low and high, or values, or options"
     message: str = problem["msg"]

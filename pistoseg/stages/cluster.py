@@ -106,8 +106,12 @@ def _started(config: ComputeConfig) -> Iterator[None]:
         if not address:
             raise
         raise _unreachable(address, error) from error
-    if callable(on_term) and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_term)  # Ray's would end this process at once, with a stack of C++
+    except SystemExit:
+        if not callable(on_term):
+            raise
+        raise KeyboardInterrupt from None  # SIGTERM, which meanwhile is Ray's
+    finally:
+        _restore(on_term)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     for name in ("ray", "ray.data", "ray.train"):
@@ -116,6 +120,12 @@ def _started(config: ComputeConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _restore(on_term: Any) -> None:
+    """Put a handler of SIGTERM back: Ray's would end this process at once, with a stack of C++."""
+    if callable(on_term) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_term)
 
 
 def require_ray(address: str) -> None:

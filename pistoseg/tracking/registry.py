@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pistoseg import storage
 from pistoseg.artifacts import MANIFEST, Artifact, Workspace
 from pistoseg.config import TrackingConfig
-from pistoseg.errors import PistoSegError
+from pistoseg.errors import PistoSegError, UnavailableError
 from pistoseg.redaction import first_line
 from pistoseg.tracking.delivery import is_refusal, quoted
 from pistoseg.tracking.server import connect, database_file, default_server, tracking_uri
@@ -80,7 +81,7 @@ def bundle_uri(model: str, config: TrackingConfig, workspace: Workspace) -> str:
     registry = Registry(config, workspace)
     version = registry.find(model)
     if not storage.exists(storage.join(version.bundle, FILES[0])):
-        place = f"--workspace {workspace.root} " if database_file(registry.uri) else ""
+        place = f"--workspace {shlex.quote(workspace.root)} " if database_file(registry.uri) else ""
         raise PistoSegError(
             f"its bundle {version.bundle} is not there",
             file=model,
@@ -96,20 +97,32 @@ def _bundle_at(model: str) -> str:
     if storage.exists(storage.join(uri, FILES[0])):
         return uri
     folders = storage.list_dir(storage.join(uri, "precise"))
-    found = [Workspace(uri).find("precise", storage.name(folder)) for folder in folders]
+    found = [_finished(Workspace(uri), storage.name(folder)) for folder in folders]
     made = sorted((item for item in found if item), key=lambda item: str(item.manifest["created"]), reverse=True)
     if len(made) > 1:
         lines = "".join(f"\n  {_made(item)}" for item in made)
         raise PistoSegError(f"has {len(made)} models, the newest first:{lines}", file=model, remedy="give one of them")
     if made:
         return made[0].path("bundle")
-    if _NAMED.fullmatch(model) and not storage.exists(uri):
+    name = next(filter(_NAMED.fullmatch, (model, storage.name(model))), None)  # of a job it is in an absolute path
+    if name and not storage.exists(uri):
         raise PistoSegError(
             "is no folder",
             file=model,
-            remedy=f"write models:/{model} if it is a registered model, and give the --workspace that knows it",
+            remedy=f"write models:/{name} if it is a registered model, and give the --workspace that knows it",
         )
     return uri
+
+
+def _finished(workspace: Workspace, key: str) -> Artifact | None:
+    """A model of a workspace whose bundle is there."""
+    try:
+        found = workspace.find("precise", key)
+    except UnavailableError:
+        raise
+    except PistoSegError:  # its manifest is damaged, which a run says
+        return None
+    return found if found and storage.exists(storage.join(found.path("bundle"), FILES[0])) else None
 
 
 def _made(artifact: Artifact) -> str:

@@ -30,6 +30,8 @@ from pistoseg.training.tasks import Task
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 """What `ray.train.Result.from_path` reads; Ray Train writes it with the first checkpoint."""
 POLL_S = 0.5
+ENDING_S = 2.0
+"""How long an interrupt waits for what is shown: who sends SIGTERM kills after 10 to 30 s."""
 
 
 @dataclass(frozen=True)
@@ -244,20 +246,22 @@ class _Watch:
         on_epoch: Callable[[dict[str, float]], None],
     ) -> None:
         self.progress, self.total, self.on_step, self.on_epoch = progress, total, on_step, on_epoch
-        self._stop = threading.Event()
+        self._stop, self._interrupted = threading.Event(), False
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __enter__(self) -> None:
         self._thread.start()
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
         self._stop.set()
-        self._thread.join()
+        self._thread.join(ENDING_S if self._interrupted else None)
 
     def _run(self) -> None:
         while not self._stop.wait(POLL_S):
             self._fetch()
-        self._fetch()
+        if not self._interrupted:
+            self._fetch()
 
     def _fetch(self) -> None:
         try:

@@ -4,6 +4,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import yaml
@@ -11,7 +12,7 @@ from mlflow.server.security_utils import is_allowed_host_header, should_block_co
 
 import pistoseg
 from pistoseg.artifacts import Workspace
-from pistoseg.cli import EPILOG, _config, build_parser, main
+from pistoseg.cli import EPILOG, _config, _interrupt, build_parser, main
 from pistoseg.config import TrackingConfig
 from pistoseg.pipeline import check_weights
 from pistoseg.tracking import connect
@@ -98,10 +99,19 @@ def test_a_command_whose_output_nobody_reads_ends_as_others_in_a_pipe(words, clo
     assert (call.returncode, call.stdout or "", call.stderr or "") == (141, "", "")
 
 
-def test_a_command_without_any_output_ends_well():
-    command = f"{shlex.quote(sys.executable)} -m pistoseg config show --preset demo >&-"
-    call = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True, timeout=120, check=False)
-    assert (call.returncode, call.stderr) == (0, "")
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        ("config show --preset demo >&-", 0),
+        ("data check nowhere 2>&-", 2),  # which would say that no preset is named
+        ("train --data nowhere --log-format json >&- 2>&-", 2),
+    ],
+)
+def test_a_command_that_cannot_say_anything_ends_as_others(words, code):
+    command = f"{shlex.quote(sys.executable)} -m pistoseg {words}"
+    call = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=120, check=False)
+    assert call.returncode == code
+    assert "Traceback" not in call.stderr
 
 
 @pytest.mark.parametrize(("encoding", "shown"), [("ascii", "T\\xfcm\\xf6r \\u7d44"), ("utf-8", "Tümör 組")])
@@ -252,6 +262,16 @@ def test_an_interrupt_says_how_to_go_on(monkeypatch, capsys):
     monkeypatch.setattr("pistoseg.commands.train", interrupted)
     assert main(["train", "--data", "somewhere"]) == 130
     assert "run the same command again" in capsys.readouterr().err
+
+
+def test_a_sigterm_that_was_lost_makes_no_later_one_be_ignored(monkeypatch):
+    monkeypatch.setattr("pistoseg.cli._interrupted", time.monotonic() - 60)
+    with pytest.raises(KeyboardInterrupt):
+        _interrupt()
+    _interrupt()  # sent twice
+    monkeypatch.setattr("pistoseg.cli._interrupted", time.monotonic() - 60)
+    with pytest.raises(KeyboardInterrupt):
+        _interrupt()
 
 
 @pytest.mark.parametrize("times", [1, 2])

@@ -84,7 +84,9 @@ def test_weights_that_can_not_be_had_fail_for_their_stage(monkeypatch):
     assert {(item.status, item.remedy) for item in found} == {("failed", "use a file"), ("ok", "")}
 
 
-@pytest.mark.parametrize("chosen", [[], ["--profile", "cpu"], ["--preset", "demo"]])
+@pytest.mark.parametrize(
+    "chosen", [[], ["--profile", "cpu"], ["--preset", "demo"], ["--profile=cpu", "--set", "precise.weights=null"]]
+)
 def test_weights_are_those_of_a_chosen_preset_or_of_none(monkeypatch, capsys, tmp_path, chosen):
     for name in ("_ray", "_mlflow", "_packages", "_disk", "_workspace", "_openslide"):
         monkeypatch.setattr(doctor, name, lambda *_: iter([]))

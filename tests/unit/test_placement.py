@@ -269,6 +269,26 @@ def test_ray_does_not_take_the_place_of_the_handler_of_sigterm(monkeypatch):
         signal.signal(signal.SIGTERM, before)
 
 
+def test_sigterm_while_ray_starts_is_an_interrupt(monkeypatch):
+    def init(**_):
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))  # as Ray does
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", init)
+
+    def ours(*_):
+        raise AssertionError
+
+    before = signal.signal(signal.SIGTERM, ours)
+    try:
+        with pytest.raises(KeyboardInterrupt), cluster.connected(load_config("demo").compute):
+            pass
+        assert signal.getsignal(signal.SIGTERM) is ours
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 class Answers:
     """Stands in for `ray.remote`: each node looks at what its own disk has."""
 

@@ -160,6 +160,10 @@ def test_of_a_workspace_its_one_model_is_taken(root, tmp_path):
     only = trained(place, "aaaa", "2026-01-02T00:00:00Z")
     assert bundle_uri(place.root, TrackingConfig(), place) == only
     assert bundle_uri(only, TrackingConfig(), place) == only
+    deleted = trained(place, "gone", "2026-01-04T00:00:00Z")
+    storage.remove_tree(deleted)
+    storage.write_bytes(storage.join(place.root, "precise", "damaged", "manifest.json"), b"{")
+    assert bundle_uri(place.root, TrackingConfig(), place) == only
 
 
 def test_of_a_workspace_with_several_models_the_user_chooses_one(tmp_path):
@@ -181,6 +185,9 @@ def test_a_name_that_is_taken_for_a_folder_is_said_how_to_write(name, verb, tmp_
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     assert main([*verb, "--model", name, "--out", "out"]) == 2
     assert f"models:/{name} if it is a registered model" in capsys.readouterr().err
+    if "@" in name:  # as a job is given it
+        with pytest.raises(PistoSegError, match=f"write models:/{name} if"):
+            bundle_uri(str(tmp_path / name), TrackingConfig(), Workspace(str(tmp_path)))
     (tmp_path / name).mkdir(parents=True)
     assert bundle_uri(name, TrackingConfig(), Workspace(str(tmp_path))) == str(tmp_path / name)
 

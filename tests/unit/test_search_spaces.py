@@ -143,6 +143,14 @@ def test_all_that_is_wrong_with_a_space_is_listed_at_once(tmp_path):
     assert "config show" in caught.value.remedy
 
 
+def test_a_wrong_key_of_the_file_itself_is_compared_with_the_files_keys(tmp_path):
+    file = tmp_path / "space.yaml"
+    file.write_text("paramters: {}\noption: 3\n")
+    with pytest.raises(PistoSegError, match=r"paramters: unknown key; did you mean parameters\?") as caught:
+        read_space(str(file), config_of("wsss4luad"))
+    assert "options?" not in caught.value.reason
+
+
 def test_parameters_in_a_wrong_order_are_listed_at_once(tmp_path):
     later = {"low": 0.5, "high": 0.9, "when": {"precise.optimizer": "sgd"}}
     parameters = {"precise.momentum": later, "synthesis.beta": {"low": 0.2, "high": 0.8, "above": "synthesis.alpha"}}

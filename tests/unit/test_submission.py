@@ -157,6 +157,7 @@ def test_places_in_settings_are_absolute_for_a_cluster_on_this_machine(tmp_path,
     [
         (["segment", "--model", "models:/m@best", "--slides", "s3://b/s", "--out", "s3://b/o"], "--workspace"),
         (["evaluate", "--stage", "all", "--data", "s3://b/masks"], "--workspace"),
+        (["evaluate", "--model", "models:/m@best", "--data", "s3://b/t", "--out", "s3://b/o"], "--workspace"),
         (["synthesize", "--config", "s3://b/c.yaml", "--preview", "4", "--workspace", "s3://b/runs"], "--out"),
     ],
 )
