@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
-import socket
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -271,67 +267,6 @@ def doctor(config: Config, workspace: str, as_json: bool = False, *, weights: bo
         console = Console()
         (console if console.is_terminal else Console(width=FILE_WIDTH)).print(table(findings))
     return 1 if any(found.status == "failed" for found in findings) else 0
-
-
-def ui(workspace: str, host: str, port: int, tracking: TrackingConfig) -> int:
-    """Serve MLflow over a workspace's runs, or say where the server is; replaces this process.
-
-    Listening for other machines, it takes requests by this one's names and addresses, or by what MLflow's variables
-    MLFLOW_SERVER_ALLOWED_HOSTS and MLFLOW_SERVER_CORS_ALLOWED_ORIGINS say.
-    """
-    from pistoseg.tracking import tracking_uri
-    from pistoseg.tracking.server import database_file
-
-    uri = tracking_uri(tracking, Workspace(storage.absolute(workspace)))
-    database = database_file(uri)
-    if uri.startswith("sqlite:") and not (database and database.exists()):
-        raise PistoSegError("has no runs yet", file=workspace, remedy="run `pistoseg train --workspace` with it first")
-    if not uri.startswith("sqlite:"):
-        print(f"runs are at {redact(uri)}")
-        return 0
-    from mlflow.tracking import MlflowClient
-
-    # MLflow opens on a page about language models; the runs have an address of their own.
-    experiment = MlflowClient(uri).get_experiment_by_name(tracking.experiment)
-    page = f"/#/experiments/{experiment.experiment_id}/runs" if experiment else ""
-    names = [_in_url(host)] if _is_loopback(host) else _names(host)
-    print(f"http://{names[0]}:{port}{page}  (Ctrl-C ends it)", flush=True)
-    admitted = {} if _is_loopback(host) else _admitted(names, port)
-    command = ["mlflow", "server", "--backend-store-uri", uri, "--host", host, "--port", str(port)]
-    os.execve(sys.executable, [sys.executable, "-m", *command], {**admitted, **os.environ})
-
-
-def _is_loopback(host: str) -> bool:
-    return host.startswith(("localhost", "127.")) or host == "::1"
-
-
-def _names(host: str) -> list[str]:
-    """What browsers elsewhere may call a server that listens on a host, as in a URL; the best name first."""
-    names = [] if host in ("0.0.0.0", "::", "") else [host]
-    names += [socket.getfqdn(), socket.gethostname()]
-    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as route:
-        route.connect(("192.0.2.1", 9))  # sends nothing, and finds the address that other machines see
-        names.append(route.getsockname()[0])
-    # What a machine without a name of its own is called by some systems is its address backwards.
-    own = [_in_url(name.lower()) for name in names if not _is_loopback(name) and not name.endswith(".arpa")]
-    return list(dict.fromkeys(own)) or ["localhost"]
-
-
-def _in_url(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
-
-
-def _admitted(names: Sequence[str], port: int) -> dict[str, str]:
-    """Variables that let MLflow's server take requests by names; its own default takes none by a machine's name."""
-    private = ["10.*", "192.168.*", *(f"172.{number}.*" for number in range(16, 32)), "fc00:*", "fd00:*"]
-    here = [f"{name}{port}" for name in ("localhost", "127.0.0.1", "0.0.0.0") for port in ("", ":*")]
-    here += ["[::1]", "[[]::1]:*"]  # the second one is a pattern, where a bracket stands for a set
-    hosts = [*here, *private, *names, *(f"{name}:{port}" for name in names)]
-    return {
-        "MLFLOW_SERVER_ALLOWED_HOSTS": ",".join(hosts),
-        # Its pages look for runs by POST, to which a browser adds where the page is from.
-        "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": ",".join(f"http://{name}:{port}" for name in names),
-    }
 
 
 def demo(workspace: str, overrides: list[str]) -> None:

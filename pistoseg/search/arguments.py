@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from pistoseg.arguments import positive
+
 
 def search_options(parser: argparse.ArgumentParser) -> None:
     """Add them to the verb's parser."""
@@ -12,7 +14,7 @@ def search_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--trials",
-        type=_at_least_one,
+        type=positive,
         metavar="N",
         help="trials in all (default: 32, without --hours); run again to go on",
     )
@@ -28,25 +30,16 @@ def search_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pruning", choices=("asha", "none"), default="asha", help="stop bad trials early (default: %(default)s)"
     )
-    parser.add_argument("--grace", type=_at_least_one, metavar="N", help="epochs before a trial can be stopped")
+    parser.add_argument("--grace", type=positive, metavar="N", help="epochs before a trial can be stopped")
     parser.add_argument(
         "--reduction", type=_factor, default=3.0, metavar="N", help="the best 1/N goes on at each rung (default: 3)"
     )
-    parser.add_argument(
-        "--parallel", type=_at_least_one, metavar="N", help="trials at a time (default: one a GPU or node)"
-    )
+    parser.add_argument("--parallel", type=positive, metavar="N", help="trials at a time (default: one a GPU or node)")
     parser.add_argument(
         "--confirm-seeds", type=_count, default=3, metavar="N", help="seeds that the best must hold on (default: 3)"
     )
     parser.add_argument("--name", help="of its folder search/NAME in the workspace (default: from its settings)")
     parser.add_argument("--dry-run", action="store_true", help="only print the space and what its trials share")
-
-
-def _at_least_one(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
 
 
 def _count(text: str) -> int:

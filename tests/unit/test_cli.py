@@ -12,8 +12,9 @@ from mlflow.server.security_utils import is_allowed_host_header, should_block_co
 
 import pistoseg
 from pistoseg.artifacts import Workspace
-from pistoseg.cli import EPILOG, _config, _interrupt, build_parser, main
+from pistoseg.cli import EPILOG, _config, build_parser, main
 from pistoseg.config import TrackingConfig
+from pistoseg.ending import _interrupt
 from pistoseg.pipeline import check_weights
 from pistoseg.tracking import connect
 
@@ -265,11 +266,11 @@ def test_an_interrupt_says_how_to_go_on(monkeypatch, capsys):
 
 
 def test_a_sigterm_that_was_lost_makes_no_later_one_be_ignored(monkeypatch):
-    monkeypatch.setattr("pistoseg.cli._interrupted", time.monotonic() - 60)
+    monkeypatch.setattr("pistoseg.ending._interrupted", time.monotonic() - 60)
     with pytest.raises(KeyboardInterrupt):
         _interrupt()
     _interrupt()  # sent twice
-    monkeypatch.setattr("pistoseg.cli._interrupted", time.monotonic() - 60)
+    monkeypatch.setattr("pistoseg.ending._interrupted", time.monotonic() - 60)
     with pytest.raises(KeyboardInterrupt):
         _interrupt()
 
