@@ -136,7 +136,7 @@ def _training(config: Config, section: str) -> dict[str, Any]:
     if settings[section]["samples_per_epoch"] is None:
         settings["count"] = config.synthesis.count  # the length of an epoch on streamed mosaics
     if config.data.label_holdout and validation_folder(config) is None:
-        settings["label_agreement"] = 2  # version of the score by which the best epoch is kept
+        settings["label_agreement"] = BY_NAME["label_scores"].version  # of the score by which the best epoch is kept
     if section == "precise" and _takes_other_normalization(config):
         settings["normalization"] = "preliminary"
     return settings

@@ -16,10 +16,10 @@ from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
 from pistoseg import storage
-from pistoseg.commands import _print_slides
 from pistoseg.config import ComputeConfig
 from pistoseg.errors import PistoSegError, UnavailableError
 from pistoseg.outputs.summary import SlideRow
+from pistoseg.printing import print_slides
 from pistoseg.progress import Progress
 from pistoseg.slides import results
 from pistoseg.slides.network import SlideSettings
@@ -256,7 +256,7 @@ def test_slides_that_failed_for_the_same_reason_are_one_line_at_the_end(
     ]
     done = {"slide_id": "t", "slide": "/in/t.svs", "status": "completed", "reason": ""}
     storage.write_parquet(pa.Table.from_pylist([*failed, done]), str(tmp_path / "summary.parquet"))
-    _print_slides(str(tmp_path), {"slides": {"completed": 1, "failed": 8, "skipped": 0}})
+    print_slides(str(tmp_path), {"slides": {"completed": 1, "failed": 8, "skipped": 0}})
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("failed: ")]
     assert printed == [
         "failed: 5 slides, p0 [1], p1 [1], p2 [1] and 2 more (see summary.csv): mpp: has no pixel size. "
