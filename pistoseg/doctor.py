@@ -277,8 +277,9 @@ def _mlflow(config: Config, workspace: str) -> Iterator[Finding]:
 
 def _weights(config: Config) -> Iterator[Finding]:
     """Build every network that a pipeline of this config trains as it does, and its encoder with its weights."""
+    from pistoseg.graph import needed
     from pistoseg.models import encoders
-    from pistoseg.pipeline import check_weights, needed
+    from pistoseg.pipeline import check_weights
 
     check_weights(config, TARGETS)
     wanted: dict[tuple[str, str | None], str] = {}
@@ -341,7 +342,7 @@ def _openslide() -> Iterator[Finding]:
 def _ray(config: Config, workspace: str) -> Iterator[Finding]:
     import ray
 
-    from pistoseg.pipeline import needed
+    from pistoseg.graph import needed
     from pistoseg.stages import cluster, placement
 
     address = config.compute.address or os.environ.get("RAY_ADDRESS")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pistoseg.artifacts import Artifact
-    from pistoseg.pipeline import Step
+    from pistoseg.graph import Step
 
 
 class Hooks:

@@ -11,8 +11,9 @@ from pistoseg import storage
 from pistoseg.artifacts import Artifact, Workspace
 from pistoseg.config import Config, validate
 from pistoseg.errors import PistoSegError, UnavailableError, explained
+from pistoseg.graph import Step, plan
 from pistoseg.hooks import Hooks
-from pistoseg.pipeline import Step, check_trainings, check_weights, plan, run_pipeline
+from pistoseg.pipeline import check_trainings, check_weights, run_pipeline
 from pistoseg.progress import Progress
 from pistoseg.search.tables import PaperScores, Row, Table, published_data
 from pistoseg.tracking import Tracker

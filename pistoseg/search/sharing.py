@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pistoseg.artifacts import fingerprint
 from pistoseg.config import Config
 from pistoseg.errors import PistoSegError
-from pistoseg.pipeline import needed
+from pistoseg.graph import needed
 from pistoseg.search.ablation import DATA, with_overrides
 from pistoseg.search.objective import Objective
 from pistoseg.search.spaces import Parameter, Point, Space

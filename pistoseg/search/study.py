@@ -19,7 +19,8 @@ from pistoseg.artifacts import Artifact, Workspace
 from pistoseg.claims import claimed
 from pistoseg.config import Config
 from pistoseg.errors import PistoSegError, UnavailableError, explained
-from pistoseg.pipeline import BY_NAME, check_trainings, plan, run_pipeline
+from pistoseg.graph import BY_NAME, plan
+from pistoseg.pipeline import check_trainings, run_pipeline
 from pistoseg.progress import Progress
 from pistoseg.redaction import redacted
 from pistoseg.search.ablation import DATA, with_overrides

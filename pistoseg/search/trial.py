@@ -17,8 +17,9 @@ from pistoseg import storage
 from pistoseg.artifacts import Artifact, Workspace
 from pistoseg.config import Config, TrackingConfig
 from pistoseg.errors import UnavailableError, below, explained
+from pistoseg.graph import Step
 from pistoseg.hooks import Hooks
-from pistoseg.pipeline import Step, run_pipeline
+from pistoseg.pipeline import run_pipeline
 from pistoseg.progress import Progress
 from pistoseg.redaction import redact
 from pistoseg.search.ablation import with_overrides

@@ -15,13 +15,13 @@ from torch.nn import functional as F
 
 from pistoseg import storage
 from pistoseg.config import Config, LabelledCropConfig
+from pistoseg.graph import StageContext
 from pistoseg.models import bundle, classifier
 from pistoseg.models.classifier import Classifier
 from pistoseg.models.inference import Predictor
 from pistoseg.outputs.pictures import Panel, sheet
 from pistoseg.patches.decode import encode_png
 from pistoseg.patches.store import PatchSet
-from pistoseg.pipeline import StageContext
 from pistoseg.stages import masks
 from pistoseg.stages.trained import first_weights, train_stage
 from pistoseg.training.labelled import LabelledCrops, labelled_source

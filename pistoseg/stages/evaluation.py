@@ -14,12 +14,12 @@ from pistoseg import metrics, storage
 from pistoseg.classes import TissueClasses
 from pistoseg.config import ComputeConfig, EvaluationConfig
 from pistoseg.errors import PistoSegError
+from pistoseg.graph import StageContext
 from pistoseg.models import bundle
 from pistoseg.outputs.pictures import Panel, sheet
 from pistoseg.patches.decode import decode_ids, encode_mask, encode_png
 from pistoseg.patches.layouts import scan_evaluation
 from pistoseg.patches.masked import MaskedImages
-from pistoseg.pipeline import StageContext
 from pistoseg.progress import Progress
 from pistoseg.stages import cluster
 from pistoseg.stages.validation import collect

@@ -12,9 +12,9 @@ import pyarrow as pa
 from pistoseg import metrics, storage
 from pistoseg.config import Config
 from pistoseg.errors import PistoSegError
+from pistoseg.graph import StageContext
 from pistoseg.models import bundle
 from pistoseg.patches.store import PatchSet
-from pistoseg.pipeline import StageContext
 from pistoseg.stages import cluster
 from pistoseg.stages.patches import held_out_folder
 from pistoseg.training.labelled_images import LabelledImages, window_areas

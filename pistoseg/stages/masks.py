@@ -21,11 +21,11 @@ from pistoseg import storage
 from pistoseg.classes import IGNORE_ID, TissueClasses
 from pistoseg.config import Config, DataConfig, TilingConfig
 from pistoseg.errors import PistoSegError
+from pistoseg.graph import StageContext
 from pistoseg.outputs.pictures import Panel, sheet
 from pistoseg.patches.background import background_mask
 from pistoseg.patches.decode import decode_ids, encode_mask, encode_png
 from pistoseg.patches.store import PatchSet
-from pistoseg.pipeline import StageContext
 from pistoseg.stages import cluster
 
 FOLDER = "masks"

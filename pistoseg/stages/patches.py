@@ -14,13 +14,13 @@ from pistoseg import storage
 from pistoseg.classes import TissueClasses
 from pistoseg.config import Config, DataConfig, ScaleConfig
 from pistoseg.errors import PistoSegError
+from pistoseg.graph import StageContext
 from pistoseg.patches.crops import CutNote, ingest_slide, network_mpp, note_lines
 from pistoseg.patches.digest import training_folder
 from pistoseg.patches.layouts import scan_training
 from pistoseg.patches.manifest import in_shards, is_manifest, scan_slides
 from pistoseg.patches.source import Rejection, SlideSource, SourceImage, Window
 from pistoseg.patches.store import IMAGES_SCHEMA, REJECTED_SCHEMA, WINDOWS_SCHEMA, PatchSet, ingest
-from pistoseg.pipeline import StageContext
 from pistoseg.stages import cluster
 from pistoseg.stages.slide_images import SlideOpener
 

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from pistoseg import storage
 from pistoseg.config import Config
+from pistoseg.graph import StageContext
 from pistoseg.models import bundle
 from pistoseg.patches.store import PatchSet
-from pistoseg.pipeline import StageContext
 from pistoseg.stages import masks
 
 

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from pistoseg import storage
 from pistoseg.config import Config
+from pistoseg.graph import StageContext
 from pistoseg.models import refiner
 from pistoseg.models.inference import Predictor
 from pistoseg.models.refiner import RefineModel
 from pistoseg.patches.store import PatchSet
-from pistoseg.pipeline import StageContext
 from pistoseg.stages import masks as mask_files
 from pistoseg.stages.classification import crop_settings, start_from_preliminary
 from pistoseg.stages.trained import first_weights, train_stage

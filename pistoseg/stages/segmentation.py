@@ -10,9 +10,9 @@ import ray
 from pistoseg import storage
 from pistoseg.config import Config, PreciseConfig, SegmentationConfig
 from pistoseg.errors import PistoSegError
+from pistoseg.graph import StageContext
 from pistoseg.models import bundle, segmentation
 from pistoseg.patches.store import PatchSet
-from pistoseg.pipeline import StageContext
 from pistoseg.stages import masks
 from pistoseg.stages.patches import held_out_folder
 from pistoseg.stages.synthesis import mosaics

@@ -10,10 +10,10 @@ import torch
 
 from pistoseg import storage
 from pistoseg.config import Config
+from pistoseg.graph import StageContext
 from pistoseg.models import classifier, subcategories
 from pistoseg.models.classifier import pool_regions
 from pistoseg.patches.store import PatchSet
-from pistoseg.pipeline import StageContext
 from pistoseg.stages import cluster, masks
 from pistoseg.stages.classification import crop_settings, train_on_labels
 from pistoseg.stages.trained import first_weights

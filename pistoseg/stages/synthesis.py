@@ -12,11 +12,11 @@ from pistoseg import storage
 from pistoseg.artifacts import Artifact
 from pistoseg.classes import TissueClasses
 from pistoseg.config import Config
+from pistoseg.graph import StageContext
 from pistoseg.outputs.pictures import Panel, colored, sheet
 from pistoseg.patches.background import background_mask
 from pistoseg.patches.decode import encode_mask, encode_png
 from pistoseg.patches.store import PatchSet
-from pistoseg.pipeline import StageContext
 from pistoseg.stages import cluster
 from pistoseg.synthesis import TissueBank
 from pistoseg.training.samples import fresh_mosaics, mosaic_source

@@ -14,8 +14,8 @@ import torch
 from pistoseg import storage
 from pistoseg.config import Config, SegmentationConfig, TrainingConfig
 from pistoseg.errors import PistoSegError
+from pistoseg.graph import StageContext
 from pistoseg.models import encoders, segmentation
-from pistoseg.pipeline import StageContext
 from pistoseg.stages import cluster
 from pistoseg.stages.placement import TRAINED
 from pistoseg.training.stream import SampleSource

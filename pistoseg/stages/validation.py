@@ -11,11 +11,11 @@ import pyarrow as pa
 from pistoseg import storage
 from pistoseg.classes import TissueClasses
 from pistoseg.errors import PistoSegError, UnavailableError
+from pistoseg.graph import StageContext
 from pistoseg.patches import decode
 from pistoseg.patches.digest import validation_folder
 from pistoseg.patches.layouts import scan_evaluation
 from pistoseg.patches.masked import FOLDER
-from pistoseg.pipeline import StageContext
 from pistoseg.progress import Progress
 from pistoseg.stages import cluster
 

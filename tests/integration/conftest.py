@@ -11,9 +11,9 @@ import yaml
 from pistoseg import storage
 from pistoseg.config import ComputeConfig
 from pistoseg.errors import PistoSegError
+from pistoseg.graph import BY_NAME
 from pistoseg.local_cluster import BUCKET, S3Server, weed
 from pistoseg.phantom import write_cohort
-from pistoseg.pipeline import BY_NAME
 
 SIZE = 64
 TRAIN_STAGES = [name for name in BY_NAME if name != "label_scores"]

@@ -11,7 +11,7 @@ from processes import Killer, kill_when
 from pistoseg.artifacts import Workspace
 from pistoseg.cli import main
 from pistoseg.config import TrackingConfig, load_config
-from pistoseg.pipeline import plan
+from pistoseg.graph import plan
 from pistoseg.tracking import tracking_uri
 
 pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("local_ray")]

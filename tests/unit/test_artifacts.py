@@ -6,7 +6,7 @@ import pytest
 from pistoseg.artifacts import Workspace, fingerprint
 from pistoseg.config import load_config
 from pistoseg.errors import PistoSegError
-from pistoseg.pipeline import BY_NAME, needed
+from pistoseg.graph import BY_NAME, needed
 from pistoseg.tracking import default_server
 
 BASE = ("precise", 1, {"lr": 0.1, "seed": 0}, {"patches": "aa", "masks": "bb"})

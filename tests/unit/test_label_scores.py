@@ -10,11 +10,11 @@ from pistoseg import storage
 from pistoseg.classes import TissueClass, TissueClasses
 from pistoseg.config import DataConfig, load_config
 from pistoseg.errors import PistoSegError
+from pistoseg.graph import BY_NAME
 from pistoseg.metrics import label_agreement
 from pistoseg.models import bundle, segmentation
 from pistoseg.patches.decode import encode_png
 from pistoseg.patches.store import IMAGES_SCHEMA, WINDOWS_SCHEMA, PatchSet
-from pistoseg.pipeline import BY_NAME
 from pistoseg.search.objective import LABEL_HOLDOUT, choose
 from pistoseg.stages import label_scores
 from pistoseg.stages.label_scores import _Score

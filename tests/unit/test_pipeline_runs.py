@@ -8,8 +8,9 @@ from pistoseg import claims, storage
 from pistoseg.artifacts import Workspace
 from pistoseg.config import load_config
 from pistoseg.errors import PistoSegError
+from pistoseg.graph import Stage, plan
 from pistoseg.hooks import Hooks
-from pistoseg.pipeline import Stage, plan, run_pipeline
+from pistoseg.pipeline import run_pipeline
 from pistoseg.progress import Progress
 
 

@@ -16,9 +16,9 @@ from pistoseg.artifacts import Workspace
 from pistoseg.cli import main
 from pistoseg.config import load_config, presets
 from pistoseg.errors import PistoSegError, UnavailableError
+from pistoseg.graph import plan
 from pistoseg.hooks import Hooks
 from pistoseg.patches.store import IMAGES_SCHEMA, WINDOWS_SCHEMA
-from pistoseg.pipeline import plan
 from pistoseg.progress import Progress
 from pistoseg.search import ablation, report
 from pistoseg.search.ablation import AblationReport, Job, RowResult, RunResult, equal_budget, outline, prepare

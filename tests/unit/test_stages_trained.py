@@ -13,9 +13,9 @@ from torch import nn
 
 from pistoseg.config import load_config
 from pistoseg.errors import PistoSegError
+from pistoseg.graph import BY_NAME, StageContext
 from pistoseg.models import bundle, segmentation
 from pistoseg.models.segmentation import Normalization
-from pistoseg.pipeline import BY_NAME, StageContext
 from pistoseg.progress import Progress
 from pistoseg.stages import segmentation as stage
 from pistoseg.stages import trained

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from pistoseg.config import SynthesisConfig, load_config
 from pistoseg.errors import PistoSegError
-from pistoseg.pipeline import StageContext
+from pistoseg.graph import StageContext
 from pistoseg.progress import Progress
 from pistoseg.stages import synthesis
 from pistoseg.synthesis import Synthesizer, TissueBank, address_rng
