@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
@@ -80,15 +81,16 @@ def check(
     read: list[_Read] = []
     slides = is_manifest(data_uri)
     training = data_uri if slides else find_split(data_uri, "training")
-    if slides:
-        assert opener is not None, "a manifest of slides needs a way to open them"
-        read = _check_slides(data_uri, classes, config, report, workers, opener)
-    elif training is not None:
-        read = _check_training(training, classes, config, scale or ScaleConfig(), report, workers)
-    truths = {
-        split: _check_split(split, folder, classes, config, report, workers)
-        for split, folder in _evaluation_folders(data_uri, config).items()
-    }
+    with _problems_into(report):
+        if slides:
+            assert opener is not None, "a manifest of slides needs a way to open them"
+            read = _check_slides(data_uri, classes, config, report, workers, opener)
+        elif training is not None:
+            read = _check_training(training, classes, config, scale or ScaleConfig(), report, workers)
+    truths: dict[str, list[_Truth]] = {}
+    for split, folder in _evaluation_folders(data_uri, config).items():
+        with _problems_into(report):
+            truths[split] = _check_split(split, folder, classes, config, report, workers)
     if training is None:
         report.warnings.append("there are no training images: no 1.training, training or train folder")
     if not report.splits:
@@ -102,6 +104,15 @@ def check(
     if out is not None:
         _write(report, out, read, truths, classes, config)
     return report
+
+
+@contextmanager
+def _problems_into(report: Report) -> Iterator[None]:
+    """Note what ends a part of the check, as it would end a training; the other parts go on."""
+    try:
+        yield
+    except PistoSegError as error:
+        report.problems.append(str(error))
 
 
 def _evaluation_folders(data_uri: str, config: DataConfig) -> dict[str, str]:
@@ -119,11 +130,7 @@ def _evaluation_folders(data_uri: str, config: DataConfig) -> dict[str, str]:
 def _check_training(
     uri: str, classes: TissueClasses, config: DataConfig, scale: ScaleConfig, report: Report, workers: int
 ) -> list[_Read]:
-    try:
-        listing = scan_training(uri, classes, config)
-    except PistoSegError as error:
-        report.problems.append(str(error))
-        return []
+    listing = scan_training(uri, classes, config)
 
     def read(source: SourceImage) -> tuple[_Read | None, list[Rejection]]:
         try:
@@ -151,11 +158,7 @@ def _check_slides(
     uri: str, classes: TissueClasses, config: DataConfig, report: Report, workers: int, opener: Opener
 ) -> list[_Read]:
     """Read every window of a manifest's slides; each is a training image."""
-    try:
-        listing = scan_slides(uri, classes)
-    except PistoSegError as error:
-        report.problems.append(str(error))
-        return []
+    listing = scan_slides(uri, classes)
 
     def read(source: SlideSource) -> list[_Read | Rejection | CutNote]:
         return [
@@ -247,11 +250,7 @@ def _judge(report: Report, config: DataConfig) -> None:
 def _check_split(
     split: str, uri: str, classes: TissueClasses, config: DataConfig, report: Report, workers: int
 ) -> list[_Truth]:
-    try:
-        listing = scan_evaluation(uri)
-    except PistoSegError as error:
-        report.problems.append(str(error))
-        return []
+    listing = scan_evaluation(uri)
 
     def read(pair: EvaluationPair) -> _Truth | Rejection:
         try:

@@ -6,6 +6,7 @@ one right conversion to the RGB that the networks are trained on.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 from collections.abc import Callable
@@ -19,23 +20,32 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 from pistoseg import storage
 from pistoseg.classes import IGNORE_ID, TissueClasses
-from pistoseg.errors import PistoSegError
+from pistoseg.errors import PistoSegError, UnavailableError
 
 _SAVE_AS = "save it as an 8-bit RGB PNG, JPEG or TIFF"
 _ALPHA_MODES = {"LA", "La", "PA", "RGBA", "RGBa"}
 _COLOR_MODES = {"1", "L", "P", "RGB", "RGBX", "YCbCr"} | _ALPHA_MODES
+_NO_FILE = {errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
 _BITS_PER_SAMPLE, _SAMPLE_FORMAT = 258, 339  # TIFF tags
 
 
 def read_file(uri: str, name: str | None = None) -> bytes:
-    """The whole file; `PistoSegError` under the given name where it is missing, forbidden or a link to itself."""
+    """The whole file.
+
+    Raises:
+        UnavailableError: it is not given: the disk or its rights forbid it, or the storage is away.
+        PistoSegError: under the given name: it is missing, a folder, or a link to itself.
+    """
     try:
         return storage.read_bytes(uri)
     except OSError as error:
-        reason = error.strerror or str(error) or type(error).__name__
-        raise PistoSegError(
-            f"cannot be read ({reason})", file=name or uri, field="file", remedy="check that it is there and readable"
-        ) from error
+        reason = f"cannot be read ({error.strerror or str(error) or type(error).__name__})"
+        if isinstance(error, FileNotFoundError) or error.errno in _NO_FILE:
+            remedy = "check that it is there and readable"
+            raise PistoSegError(reason, file=name or uri, field="file", remedy=remedy) from error
+        # Rights can be given and disks come back without any change to the file, by which bad ones are known.
+        remedy = "mend its rights or the disk, or remove it; the same command goes on where this one stopped"
+        raise UnavailableError(reason, file=uri, remedy=remedy) from error
 
 
 def read_rgb(uri: str, name: str | None = None, max_pixels: int = 50_000_000, min_size: int = 1) -> np.ndarray:

@@ -1,7 +1,9 @@
 """Broken files as users have them: each a clear error or a row of rejected.parquet, none a traceback."""
 
+import errno
 import io
 import os
+import re
 import struct
 
 import numpy as np
@@ -10,8 +12,9 @@ import tifffile
 from patch_files import CLASSES, encoded, mask_png, png_file, put, tissue
 from PIL import Image
 
+from pistoseg import storage
 from pistoseg.config import DataConfig, ScaleConfig
-from pistoseg.errors import PistoSegError
+from pistoseg.errors import PistoSegError, UnavailableError
 from pistoseg.patches.check import check
 from pistoseg.patches.decode import decode_mask, decode_rgb
 from pistoseg.patches.layouts import find_split, scan_evaluation, scan_training
@@ -291,3 +294,41 @@ def test_a_data_set_of_broken_files_is_reported_whole(tmp_path):
     assert len(report.splits["validation"].bad) == len(BROKEN_MASKS)
     assert not report.ok
     assert all(rejection.reason and rejection.remedy for rejection in report.rejected)
+
+
+def refuse(monkeypatch, name, number):
+    """Let a disk not give the files of a name."""
+    read_bytes = storage.read_bytes
+
+    def failing(uri):
+        if storage.name(uri) == name:
+            raise OSError(number, os.strerror(number), uri)
+        return read_bytes(uri)
+
+    monkeypatch.setattr(storage, "read_bytes", failing)
+
+
+@pytest.mark.parametrize("reason", ["EACCES", "EIO", "EMFILE", "ESTALE"])
+def test_a_file_that_the_disk_does_not_give_ends_the_stage_and_is_not_rejected(tmp_path, monkeypatch, reason):
+    uri, number = put(tmp_path, "a-[1, 0, 0].png"), getattr(errno, reason)
+    (image,) = scan_training(str(tmp_path), CLASSES, DataConfig()).images
+    refuse(monkeypatch, image.name, number)
+    with pytest.raises(UnavailableError, match=re.escape(os.strerror(number))) as caught:
+        ingest(image, DataConfig(), ScaleConfig())
+    assert caught.value.file == uri
+    assert caught.value.remedy
+
+
+@pytest.mark.parametrize("name", ["a-[1, 0, 0].png", "v.png"])
+def test_the_check_names_a_file_that_the_disk_does_not_give_and_goes_on_with_the_other_images(
+    tmp_path, monkeypatch, name
+):
+    training = [put(tmp_path, f"train/{name}-[1, 0, 0].png") for name in "ab"]
+    put(tmp_path, "val/img/v.png")
+    put(tmp_path, "val/mask/v.png", mask_png())
+    refuse(monkeypatch, name, errno.EACCES)
+    report = check(str(tmp_path), CLASSES, DataConfig(), workers=2)
+    assert not report.ok
+    assert any(name in problem and "Permission denied" in problem for problem in report.problems)
+    assert (report.images, len(report.splits)) == ((len(training), 0) if name == "v.png" else (0, 1))
+    assert not report.rejected
