@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 _UNWRITABLE = {
     getattr(errno, name) for name in ("EACCES", "EPERM", "EROFS", "ENOTDIR", "EISDIR", "EEXIST", "ENAMETOOLONG")
 }
+_OF_THE_SYSTEM = {"lost+found", "System Volume Information", "$RECYCLE.BIN"}
+"""Folders at the root of a disk that mostly nobody may list."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -314,7 +316,11 @@ def list_dir(uri: str) -> list[str]:
 
 @_explains
 def list_files(uri: str) -> list[str]:
-    """Every file below a folder, sorted; hidden files and the second visit of a linked folder are left out."""
+    """Every file below a folder, sorted; hidden files and the second visit of a linked folder are left out.
+
+    Raises:
+        UnavailableError: a folder in it can't be listed, of whose files nobody would know.
+    """
     path = local_path(uri)
     if path is not None:
         return sorted(_walk(path.absolute()))
@@ -326,7 +332,7 @@ def list_files(uri: str) -> list[str]:
 def _walk(root: Path) -> list[str]:
     files: list[str] = []
     seen = {os.path.realpath(root)}
-    for folder, folders, names in os.walk(root, followlinks=True):
+    for folder, folders, names in os.walk(root, onerror=_refuse_unlisted, followlinks=True):
         kept = []
         for child in sorted(folders):
             real = os.path.realpath(os.path.join(folder, child))
@@ -336,6 +342,20 @@ def _walk(root: Path) -> list[str]:
         folders[:] = kept
         files += [os.path.join(folder, item) for item in names if not item.startswith(".")]
     return files
+
+
+def _refuse_unlisted(error: OSError) -> None:
+    """Raise an error of listing a folder, unless the folder is not there or nobody's data are in it."""
+    folder = str(error.filename)
+    if isinstance(error, FileNotFoundError | NotADirectoryError) or error.errno == errno.ELOOP:
+        return
+    if os.path.basename(folder) in _OF_THE_SYSTEM:
+        return
+    raise UnavailableError(
+        f"can't be listed ({error.strerror})",
+        file=folder,
+        remedy="mend its rights or the disk, or move it away; the same command goes on where this one stopped",
+    ) from error
 
 
 def _uri_like(uri: str, backend: Any, path: str) -> str:

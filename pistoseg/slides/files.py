@@ -7,7 +7,7 @@ import posixpath
 from functools import lru_cache
 
 from pistoseg import storage
-from pistoseg.errors import PistoSegError
+from pistoseg.errors import PistoSegError, UnavailableError
 
 PICTURES = (".png", ".jpg", ".jpeg")
 TIFFS = (".tif", ".tiff", ".btf", ".qptiff")
@@ -114,7 +114,12 @@ def _companions(uri: str) -> list[tuple[str, str, int, str]]:
     kind, parent = extension(uri), posixpath.dirname(uri.rstrip("/"))
     if kind == ".mrxs":
         root = uri[: -len(kind)]
-        return [(root, *item) for item in storage.list_details(root)]
+        try:
+            return [(root, *item) for item in storage.list_details(root)]
+        except UnavailableError as error:
+            if not storage.is_local(uri):
+                raise
+            raise PistoSegError(error.reason, file=error.file, remedy=error.remedy) from error  # of this slide alone
     if kind not in (*_FOLDER_FORMATS, ".dcm"):
         return []
     own = storage.name(uri)

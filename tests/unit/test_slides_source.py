@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import botocore.exceptions
 import fsspec
@@ -213,6 +215,23 @@ def test_formats_of_several_files_are_one_slide(tmp_path: Path) -> None:
     assert caught.value.field == "row 2, column slide"
     (tmp_path / "case 7" / "other.dcm").unlink()
     assert found(tmp_path / "m.csv") == {"case 7": str(tmp_path / "case 7/1.dcm")}
+
+
+def test_a_slide_whose_folder_can_not_be_listed_is_no_outage_for_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path, "a.mrxs", "a/Slidedat.ini")
+    scandir = os.scandir
+
+    def failing(path: str) -> Any:
+        if str(path) == str(tmp_path / "a"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", failing)
+    with pytest.raises(PistoSegError, match="can't be listed") as caught:
+        etag(str(tmp_path / "a.mrxs"))
+    assert not isinstance(caught.value, UnavailableError)
 
 
 def test_many_dicom_series_in_one_folder_are_told_apart_by_a_few_reads_of_each_file(

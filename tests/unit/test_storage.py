@@ -190,6 +190,38 @@ def test_links_in_a_circle_end(tmp_path):
     assert [item[:2] for item in details] == [("dangling.png", -1), ("inner/x.png", 1)]
 
 
+def unlistable(monkeypatch, folder, number):
+    """Let a disk not list a folder, as it would for root, too."""
+    scandir = os.scandir
+
+    def failing(path):
+        if str(path) == str(folder):
+            raise OSError(number, os.strerror(number), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", failing)
+
+
+@pytest.mark.parametrize("reason", [errno.EACCES, errno.EIO])
+@pytest.mark.parametrize("ask", [storage.list_files, storage.list_details])
+def test_a_folder_that_can_not_be_listed_is_named_and_not_left_out(tmp_path, monkeypatch, reason, ask):
+    for name in ("seen", "closed"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.png").write_bytes(b"x")
+    unlistable(monkeypatch, tmp_path / "closed", reason)
+    with pytest.raises(UnavailableError, match=r"can't be listed .*Remedy") as caught:
+        ask(str(tmp_path))
+    assert caught.value.file == str(tmp_path / "closed")
+
+
+@pytest.mark.parametrize(("name", "reason"), [("vanished", errno.ENOENT), ("lost+found", errno.EACCES)])
+def test_a_folder_that_vanishes_or_is_the_systems_is_left_out(tmp_path, monkeypatch, name, reason):
+    (tmp_path / name).mkdir()
+    (tmp_path / "x.png").write_bytes(b"x")
+    unlistable(monkeypatch, tmp_path / name, reason)
+    assert storage.list_files(str(tmp_path)) == [str(tmp_path / "x.png")]
+
+
 def test_a_linked_folder_is_followed(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "x.png").write_bytes(b"x")
