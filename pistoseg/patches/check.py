@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,7 +21,15 @@ from pistoseg.errors import PistoSegError
 from pistoseg.outputs.pictures import Panel, sheet
 from pistoseg.patches.crops import Crop, CutNote, Opener, crops, note_lines
 from pistoseg.patches.decode import decode_background, decode_mask, encode_png, pixel_hash, read_file, read_rgb
-from pistoseg.patches.layouts import IMAGE_FOLDERS, MASK_FOLDERS, find_split, scan_evaluation, scan_training
+from pistoseg.patches.layouts import (
+    IMAGE_FOLDERS,
+    MASK_FOLDERS,
+    find_split,
+    find_training,
+    scan_evaluation,
+    scan_training,
+    split_without_masks,
+)
 from pistoseg.patches.manifest import is_manifest, scan_slides
 from pistoseg.patches.report import Report, SplitReport
 from pistoseg.patches.source import EvaluationPair, Rejection, SlideSource, SourceImage, Window, outside
@@ -80,7 +88,7 @@ def check(
     report = Report(data_uri, classes.names)
     read: list[_Read] = []
     slides = is_manifest(data_uri)
-    training = data_uri if slides else find_split(data_uri, "training")
+    training = data_uri if slides else find_training(data_uri)
     with _problems_into(report):
         if slides:
             assert opener is not None, "a manifest of slides needs a way to open them"
@@ -88,7 +96,9 @@ def check(
         elif training is not None:
             read = _check_training(training, classes, config, scale or ScaleConfig(), report, workers)
     truths: dict[str, list[_Truth]] = {}
-    for split, folder in _evaluation_folders(data_uri, config).items():
+    evaluation = _evaluation_folders(data_uri, config)
+    report.warnings += _not_scored(data_uri, evaluation) if not slides else []
+    for split, folder in evaluation.items():
         with _problems_into(report):
             truths[split] = _check_split(split, folder, classes, config, report, workers)
     if training is None:
@@ -125,6 +135,13 @@ def _evaluation_folders(data_uri: str, config: DataConfig) -> dict[str, str]:
     if config.validation:
         folders["validation"] = config.validation
     return {split: folder for split, folder in folders.items() if folder is not None}
+
+
+def _not_scored(data_uri: str, evaluation: Container[str]) -> list[str]:
+    """Of the splits of a data set that are none for lack of masks, what that means."""
+    splits = [split for split in ("validation", "testing") if split not in evaluation]
+    named = filter(None, (split_without_masks(data_uri, split) for split in splits))
+    return [f"{storage.name(folder)}/ has no img/ and mask/: nothing is scored on it" for folder in named]
 
 
 def _check_training(

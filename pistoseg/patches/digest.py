@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 from pistoseg import storage
 from pistoseg.config import Config
 from pistoseg.errors import PistoSegError, UnavailableError
-from pistoseg.patches.layouts import find_split, relative_files, scan_training
+from pistoseg.patches.layouts import find_split, scan_training, split_without_masks, splits_beside, training_files
 from pistoseg.patches.manifest import is_manifest, scan_slides
 from pistoseg.patches.table import find_table, images_elsewhere, is_elsewhere
 
@@ -39,7 +39,10 @@ def check_labels(config: Config) -> None:
 
 
 def validation_folder(config: Config) -> str | None:
-    """URI of the folder with img/ and mask/ of the validation images, or None where there are none."""
+    """URI of the folder with img/ and mask/ of the validation images, or None where there are none.
+
+    One that `data.validation` names may be without these: whoever reads it refuses it.
+    """
     if config.data.validation:
         uri = storage.absolute(config.data.validation)
         if not storage.is_dir(uri):
@@ -47,6 +50,12 @@ def validation_folder(config: Config) -> str | None:
         return uri
     uri = storage.absolute(config.data.uri or "")
     return None if is_manifest(uri) else find_split(uri, "validation")
+
+
+def unscored_folder(config: Config) -> str | None:
+    """URI of the data set's own folder of that name that is no validation split for lack of img/ and mask/, or None."""
+    uri = storage.absolute(config.data.uri or "")
+    return None if is_manifest(uri) or config.data.validation else split_without_masks(uri, "validation")
 
 
 def training_digest(config: Config, etag: Callable[[str], str]) -> str:
@@ -64,8 +73,9 @@ def training_digest(config: Config, etag: Callable[[str], str]) -> str:
     if is_manifest(uri):
         return _slides_digest(uri, config, etag)
     tables: dict[str, str] = {}
-    own = _digest(uri, tables)
-    outside = _table_digest(uri, tables, config, etag)
+    others = splits_beside(uri)
+    own = _digest(uri, tables, others)
+    outside = _table_digest(uri, tables, others, config, etag)
     return _hash([own, outside]) if outside else own
 
 
@@ -75,15 +85,17 @@ def validation_digest(config: Config) -> str:
     return _digest(folder) if folder else ""
 
 
-def _digest(uri: str, tables: dict[str, str] | None = None) -> str:
+def _digest(uri: str, tables: dict[str, str] | None = None, left_out: Container[str] = ()) -> str:
     """What `_hash` makes of the list of the files, without a list: a data set may have a million.
 
     Args:
         uri: of their folder.
         tables: gets the CSV and Parquet files directly in it, name -> URI.
+        left_out: names of folders in it that do not count.
     """
     digest = hashlib.sha256(b"[")
-    for number, item in enumerate(storage.iter_details(uri)):
+    counted = (item for item in storage.iter_details(uri) if item[0].split("/")[0] not in left_out)
+    for number, item in enumerate(counted):
         digest.update(f"{', ' if number else ''}{json.dumps(item)}".encode())
         if tables is not None and "/" not in item[0] and item[0].lower().endswith((".csv", ".parquet")):
             tables[item[0]] = storage.join(uri, item[0])
@@ -91,14 +103,16 @@ def _digest(uri: str, tables: dict[str, str] | None = None) -> str:
     return digest.hexdigest()[:16]
 
 
-def _table_digest(uri: str, tables: dict[str, str], config: Config, etag: Callable[[str], str]) -> str:
+def _table_digest(
+    uri: str, tables: dict[str, str], left_out: Container[str], config: Config, etag: Callable[[str], str]
+) -> str:
     """Hash of a table of windows outside of the training folder, and of images there that one names; empty for none."""
     if config.data.layout not in ("auto", "table"):
         return ""
     table = find_table(uri, tables, config.classes.tissue(), config.data.table)
     if table is None:
         return ""
-    images = images_elsewhere(table, uri, lambda: relative_files(uri))
+    images = images_elsewhere(table, uri, lambda: training_files(uri), left_out)
     outside = is_elsewhere(table, uri)
     if not images and not outside:
         return ""

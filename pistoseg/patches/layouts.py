@@ -7,7 +7,7 @@ Below them, everything is a `SourceImage` or an `EvaluationPair`.
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from pistoseg import storage
@@ -36,18 +36,49 @@ def find_split(data_uri: str, split: str) -> str | None:
         split: `training`, `validation` or `testing`.
     Returns:
         The folder's URI; data_uri itself for the training split of a folder without any split or img/ in it;
-        None where there is no such split.
+        None where there is no such split. Of validation and testing it has img/ and mask/.
     Raises:
         PistoSegError: data_uri is no folder.
     """
     _require_folder(data_uri)
     children = _children(data_uri)
+    if split != "training":
+        return next(filter(_has_masks, _folders(children, SPLITS[split])), None)
     found = _first(children, SPLITS[split])
-    if found is not None or split != "training":
+    if found is not None:
         return found
     has_split = any(_first(children, names) for names in SPLITS.values())
     is_evaluation = _first(children, MASK_FOLDERS) is not None
     return None if has_split or is_evaluation else data_uri
+
+
+def find_training(data_uri: str) -> str | None:
+    """`find_split` of the training images, or data_uri itself where they lie beside its other splits."""
+    found = find_split(data_uri, "training")
+    if found is not None or _first(_children(data_uri), MASK_FOLDERS) is not None:
+        return found
+    files = training_files(data_uri)
+    return data_uri if any(labels.is_image(name) or table.is_preferred(name) for name in files) else None
+
+
+def split_without_masks(data_uri: str, split: str) -> str | None:
+    """The folder that is called like a split and is not taken for it, as it has no img/ and mask/; or None."""
+    named = _first(_children(data_uri), SPLITS[split])
+    return named if named is not None and find_split(data_uri, split) is None else None
+
+
+def splits_beside(uri: str) -> frozenset[str]:
+    """Names of the folders in a folder of training images that hold other splits, with img/ and mask/."""
+    if storage.name(uri).lower() in SPLITS["training"]:
+        return frozenset()
+    named = _folders(_children(uri), SPLITS["validation"] + SPLITS["testing"])
+    return frozenset(storage.name(folder) for folder in named if _has_masks(folder))
+
+
+def training_files(uri: str) -> dict[str, str]:
+    """Every file below a folder of training images, as `relative_files` has them, but for those of other splits."""
+    others = splits_beside(uri)
+    return {name: file for name, file in relative_files(uri).items() if name.split("/")[0] not in others}
 
 
 def scan_training(uri: str, classes: TissueClasses, config: DataConfig) -> Listing:
@@ -62,7 +93,7 @@ def scan_training(uri: str, classes: TissueClasses, config: DataConfig) -> Listi
         PistoSegError: no such folder, nothing in it, no layout that fits, or a table that cannot be read or used.
     """
     _require_folder(uri)
-    files = relative_files(uri)
+    files = training_files(uri)
     layout: str = config.layout
     table_uri: str | None = None
     if layout in ("auto", "table"):
@@ -223,10 +254,24 @@ def _children(uri: str) -> list[str]:
     return [child for child in storage.list_dir(uri) if not storage.name(child).startswith(".")]
 
 
+def _folders(children: list[str], names: tuple[str, ...]) -> Iterator[str]:
+    """The folders of these names, in any case and in the order of the names."""
+    by_name = {storage.name(child).lower(): child for child in children}
+    return (by_name[name] for name in names if name in by_name and storage.is_dir(by_name[name]))
+
+
 def _first(children: list[str], names: tuple[str, ...]) -> str | None:
     """The first folder of these names, in any case."""
-    by_name = {storage.name(child).lower(): child for child in children}
-    return next((by_name[name] for name in names if name in by_name and storage.is_dir(by_name[name])), None)
+    return next(_folders(children, names), None)
+
+
+def _has_masks(uri: str) -> bool:
+    """Whether `scan_evaluation` finds img/ and mask/ in a folder, or in the validation split in it."""
+    children = _children(uri)
+    if all(_first(children, names) for names in (IMAGE_FOLDERS, MASK_FOLDERS)):
+        return True
+    split = _first(children, SPLITS["validation"])
+    return split is not None and _has_masks(split)
 
 
 def _by_stem(folder: str) -> dict[str, str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import posixpath
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 from unicodedata import is_normalized
 
@@ -50,7 +50,7 @@ def find_table(
         raise PistoSegError("does not exist", file=name, field="data.table", remedy=f"give a path relative to {uri}")
     top = [item for item in files if "/" not in item and item.lower().endswith((".csv", ".parquet"))]
     for item in top:
-        if item.lower() in _PREFERRED:
+        if is_preferred(item):
             return files[item]
     headers = {item: _header(files[item]) for item in top}
     fitting = [item for item in top if not _missing_columns(headers[item], classes)]
@@ -69,6 +69,11 @@ def find_table(
             f"has no {expected_columns(classes)}", file=uri, field="data.table", remedy="name the table"
         )
     return files[fitting[0]] if fitting else None
+
+
+def is_preferred(name: str) -> bool:
+    """Whether a file directly in a training folder is its table by its name alone."""
+    return name.lower() in _PREFERRED
 
 
 def read_windows(
@@ -120,7 +125,9 @@ def is_elsewhere(file: str, uri: str) -> bool:
     return below == file or any(part.startswith(".") for part in below.split("/"))
 
 
-def images_elsewhere(table_uri: str, uri: str, list_files: Callable[[], dict[str, str]]) -> dict[str, list[str]]:
+def images_elsewhere(
+    table_uri: str, uri: str, list_files: Callable[[], dict[str, str]], left_out: Container[str] = ()
+) -> dict[str, list[str]]:
     """The images of a table that are not listed below the training folder: name -> where each may be.
 
     The first URI that is a file counts; the storage is not asked, as a table may name many images.
@@ -129,11 +136,12 @@ def images_elsewhere(table_uri: str, uri: str, list_files: Callable[[], dict[str
         table_uri: the table.
         uri: the training folder.
         list_files: gives what is below uri, by relative path; asked only where an image may be elsewhere.
+        left_out: names of the folders in uri that are not listed.
     Raises:
         PistoSegError: the table cannot be read.
     """
     names = {_image_name(row.get("image")) for _, row in open_table(table_uri)[1]} - {""}
-    if not is_elsewhere(table_uri, uri) and not any(_leaves(name) for name in names):
+    if not is_elsewhere(table_uri, uri) and not any(_leaves(name, left_out) for name in names):
         return {}
     files = list_files()
     find, listed = _ImageFinder(storage.name(table_uri), table_uri, uri, files), set(files.values())
@@ -147,8 +155,9 @@ def _image_name(value: Any) -> str:
     return written if "://" in written or not written else posixpath.normpath(written.replace("\\", "/"))
 
 
-def _leaves(name: str) -> bool:
-    return "://" in name or name.startswith("/") or any(part.startswith(".") for part in name.split("/"))
+def _leaves(name: str, left_out: Container[str]) -> bool:
+    parts = name.split("/")
+    return "://" in name or name.startswith("/") or parts[0] in left_out or any(part.startswith(".") for part in parts)
 
 
 class _ImageFinder:

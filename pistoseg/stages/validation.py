@@ -13,7 +13,7 @@ from pistoseg.classes import TissueClasses
 from pistoseg.errors import PistoSegError, UnavailableError
 from pistoseg.graph import StageContext
 from pistoseg.patches import decode
-from pistoseg.patches.digest import validation_folder
+from pistoseg.patches.digest import unscored_folder, validation_folder
 from pistoseg.patches.layouts import scan_evaluation
 from pistoseg.patches.masked import FOLDER
 from pistoseg.progress import Progress
@@ -35,7 +35,9 @@ def run(context: StageContext) -> dict[str, Any]:
     """Write `images/` (name, height, width, image and mask as PNG); no images is a valid result."""
     folder = validation_folder(context.config)
     if folder is None:
-        context.progress.say("warning: there are no validation images (img/ and mask/): models will not be scored")
+        named = unscored_folder(context.config)
+        what = f"{named} has no img/ and mask/" if named else "there are no validation images (img/ and mask/)"
+        context.progress.say(f"warning: {what}: models will not be scored")
         return {"images": 0, "missing_images": [], "missing_masks": []}
     config = context.config
     return collect(

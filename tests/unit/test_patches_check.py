@@ -53,6 +53,26 @@ def test_a_good_data_set_is_counted_and_passes(tmp_path):
     }
 
 
+def test_images_beside_a_split_are_checked_as_they_are_trained_on(tmp_path):
+    write_good(tmp_path)
+    for file in (tmp_path / "training").iterdir():
+        file.rename(tmp_path / file.name)
+    (tmp_path / "training").rmdir()
+    report = run(tmp_path)
+    assert report.ok, report.problems
+    assert (report.images, report.splits["validation"].scored) == (12, 1)
+    assert not report.leaks
+
+
+def test_a_split_without_masks_is_said_and_no_problem(tmp_path):
+    write_good(tmp_path)
+    (tmp_path / "validation" / "mask" / "v.png").unlink()
+    (tmp_path / "validation" / "mask").rmdir()
+    report = run(tmp_path)
+    assert report.ok, report.problems
+    assert "validation/ has no img/ and mask/: nothing is scored on it" in report.warnings
+
+
 def test_reports_and_pictures_are_written_to_the_given_folder_only(tmp_path):
     write_good(tmp_path / "data")
     before = storage.list_files(str(tmp_path / "data"))

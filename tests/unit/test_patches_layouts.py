@@ -1,3 +1,4 @@
+from types import SimpleNamespace
 from unicodedata import normalize
 
 import pyarrow as pa
@@ -8,10 +9,11 @@ from pistoseg import storage
 from pistoseg.classes import TissueClass, TissueClasses
 from pistoseg.config import DataConfig, load_config
 from pistoseg.errors import PistoSegError
-from pistoseg.patches.digest import _digest, training_digest
-from pistoseg.patches.layouts import find_split, scan_evaluation, scan_training
+from pistoseg.patches.digest import _digest, training_digest, validation_digest, validation_folder
+from pistoseg.patches.layouts import find_split, find_training, scan_evaluation, scan_training
 from pistoseg.patches.source import WHOLE
 from pistoseg.slides.files import etag
+from pistoseg.stages import validation
 
 HEADER = "image,x,y,width,height,tumor,stroma,normal\n"
 
@@ -47,8 +49,10 @@ def root(request, tmp_path):
     ],
 )
 def test_every_published_name_of_a_split_is_found(root, names, split):
-    for name in names:
-        put(root, f"{name}/x[100].png")
+    put(root, f"{names[0]}/x[100].png")
+    for name in names[1:]:
+        put(root, f"{name}/img/x.png")
+        put(root, f"{name}/mask/x.png", mask_png())
     found = [storage.name(find_split(root, s)) for s in ("training", "validation", "testing")]
     assert found == list(names)
 
@@ -63,6 +67,81 @@ def test_a_folder_of_evaluation_images_has_no_training_images(tmp_path):
     put(tmp_path, "img/a.png")
     put(tmp_path, "mask/a.png", mask_png())
     assert find_split(str(tmp_path), "training") is None
+
+
+def put_split(root, name):
+    """A split with masks, whose images' names carry flags like those of training images."""
+    put(root, f"{name}/img/v[010].png")
+    return put(root, f"{name}/mask/v[010].png", mask_png())
+
+
+@pytest.mark.parametrize("name", ["validation", "2.Validation", "test"])
+def test_images_beside_a_split_with_masks_are_the_training_images_and_those_in_it_are_not(root, name):
+    put(root, "a[100].png")
+    put(root, "more/b[100].png")
+    put_split(root, name)
+    assert find_training(root) == root
+    assert [image.name for image in scan(root).images] == ["a[100].png", "more/b[100].png"]
+
+
+def test_a_table_beside_a_split_with_masks_labels_the_training_images(root):
+    put(root, "images/a.png")
+    put_split(root, "val")
+    table(root, ["images/a.png,0,0,8,8,1,0,0"])
+    assert find_training(root) == root
+    assert [image.name for image in scan(root).images] == ["images/a.png"]
+
+
+def test_splits_with_masks_alone_are_no_training_images(root):
+    put_split(root, "val")
+    put_split(root, "test")
+    put(root, "readme.txt", b"")
+    assert find_training(root) is None
+
+
+def test_the_digest_of_training_images_does_not_follow_a_split_beside_them(tmp_path):
+    put(tmp_path, "a[10].png")
+    alone = training_digest(config_of(tmp_path), etag)
+    put_split(tmp_path, "validation")
+    assert training_digest(config_of(tmp_path), etag) == alone == _digest(str(tmp_path), None, {"validation"})
+    put(tmp_path, "more/b[10].png")
+    assert training_digest(config_of(tmp_path), etag) != alone
+
+
+def test_the_digest_follows_an_image_of_a_split_that_a_table_names(tmp_path):
+    put(tmp_path, "a.png")
+    put_split(tmp_path, "val")
+    table(tmp_path, ["a.png,1,0", "val/img/v[010].png,0,1"], "image,gland,stroma\n")
+    first = training_digest(config_of(tmp_path), etag)
+    put(tmp_path, "val/img/v[010].png", b"another")
+    assert training_digest(config_of(tmp_path), etag) != first
+
+
+def test_the_folders_of_training_images_themselves_are_no_splits(root):
+    put(root, "train/a[100].png")
+    put_split(root, "train/test")  # a site, a day, or whatever its owner calls so
+    assert len(scan(storage.join(root, "train")).images) == 3
+
+
+def test_a_split_without_masks_is_none_to_score_on_and_a_given_one_is_an_error(tmp_path):
+    for split in ("train", "val"):
+        for name in ("gland", "stroma"):
+            put(tmp_path, f"{split}/{name}/1.png")
+    config = config_of(tmp_path)
+    assert (find_split(str(tmp_path), "validation"), validation_folder(config)) == (None, None)
+    said = []
+    context = SimpleNamespace(config=config, progress=SimpleNamespace(say=said.append))
+    assert validation.run(context)["images"] == 0
+    assert said == [f"warning: {tmp_path}/val has no img/ and mask/: models will not be scored"]
+    assert validation_digest(config) == ""
+    with pytest.raises(PistoSegError, match="no img/ and mask/"):
+        scan_evaluation(validation_folder(config_of(tmp_path, validation=tmp_path / "val")))
+
+
+def test_a_validation_split_within_another_folder_of_that_name_is_found(root):
+    put_split(root, "2.validation/2.validation")
+    assert storage.name(find_split(root, "validation")) == "2.validation"
+    assert len(scan_evaluation(find_split(root, "validation")).scored) == 1
 
 
 def test_flags_in_names_are_found_below_folders_with_every_character(root):
