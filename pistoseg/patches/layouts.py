@@ -15,7 +15,16 @@ from pistoseg.classes import TissueClasses, composed
 from pistoseg.config import DataConfig
 from pistoseg.errors import PistoSegError, suggestion
 from pistoseg.patches import labels, table
-from pistoseg.patches.source import EvaluationListing, EvaluationPair, Listing, Rejection, SourceImage, Window
+from pistoseg.patches.source import (
+    EvaluationListing,
+    EvaluationPair,
+    Listing,
+    Rejection,
+    SourceImage,
+    Window,
+    readable,
+    require_utf8,
+)
 
 SPLITS = {
     "training": ("1.training", "training", "train"),
@@ -235,9 +244,10 @@ def _scan(files: dict[str, str], label: Callable[[str], list[int]]) -> tuple[lis
             if name.lower().endswith(_OTHER_IMAGES):
                 raise PistoSegError("is of a format that is not read", field="format", remedy="save it as PNG or TIFF")
             if labels.is_image(name):
+                require_utf8(name)
                 images.append(SourceImage(name, uri, (Window.whole(label(name)),)))
         except PistoSegError as error:
-            rejected.append(Rejection.of(error, name))
+            rejected.append(Rejection.of(error, readable(name)))
     return images, rejected
 
 
@@ -279,6 +289,7 @@ def _by_stem(folder: str) -> dict[str, str]:
     for name, uri in relative_files(folder).items():
         if not labels.is_image(name):
             continue
+        require_utf8(name)
         stem = composed(labels.stem(name))
         if stem in found:
             raise PistoSegError(
@@ -297,7 +308,7 @@ def _require_folder(uri: str) -> None:
 
 
 def _some(names: Iterable[str]) -> str:
-    listed = [storage.name(name) for name in names]
+    listed = [readable(storage.name(name)) for name in names]
     if not listed:
         return "nothing"
     return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")

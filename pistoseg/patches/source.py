@@ -61,6 +61,18 @@ class SourceImage:
     first_window: int = 0
 
 
+def readable(name: str) -> str:
+    """A file's name as text that can be written: what of it is not UTF-8 becomes `\\xe4`."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def require_utf8(name: str) -> None:
+    """Raise `PistoSegError` for a file's name that is not UTF-8: no table can hold it."""
+    written = readable(name)
+    if written != name:
+        raise PistoSegError("is not UTF-8", file=written, field="name", remedy="rename it in UTF-8, e.g. with convmv")
+
+
 @dataclass(frozen=True)
 class Rejection:
     """An image or a table row that is not used: a row of rejected.parquet."""

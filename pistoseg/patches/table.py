@@ -14,7 +14,7 @@ from unicodedata import is_normalized
 from pistoseg import storage
 from pistoseg.classes import TissueClasses, composed, folded
 from pistoseg.errors import PistoSegError
-from pistoseg.patches.source import WHOLE, Rejection, SourceImage, Window
+from pistoseg.patches.source import WHOLE, Rejection, SourceImage, Window, readable
 from pistoseg.tables import Row, open_table, refuse_extra_fields
 
 BOX = ("x", "y", "width", "height")
@@ -107,7 +107,7 @@ def read_windows(
             windows.setdefault(name, []).append(window)
         except PistoSegError as error:
             image = str(row.get("image") or "").strip()
-            row_name = f"{storage.name(table_uri)} row {number}" + (f" ({image})" if image else "")
+            row_name = f"{readable(storage.name(table_uri))} row {number}" + (f" ({image})" if image else "")
             rejected.append(Rejection.of(error, row_name))
     if not windows:
         why = f"; the first: {rejected[0].reason}" if rejected else ""

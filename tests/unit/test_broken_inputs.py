@@ -5,8 +5,10 @@ import io
 import os
 import re
 import struct
+from dataclasses import asdict
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import tifffile
 from patch_files import CLASSES, encoded, mask_png, png_file, put, tissue
@@ -18,7 +20,7 @@ from pistoseg.errors import PistoSegError, UnavailableError
 from pistoseg.patches.check import check
 from pistoseg.patches.decode import decode_mask, decode_rgb
 from pistoseg.patches.layouts import find_split, scan_evaluation, scan_training
-from pistoseg.patches.store import ingest
+from pistoseg.patches.store import REJECTED_SCHEMA, ingest
 
 RGB = tissue()
 
@@ -265,6 +267,32 @@ def test_links_that_cannot_be_followed_are_rejected_and_loops_end(tmp_path):
     assert sorted(results) == ["dangling-[1, 0, 0].png", "good-[1, 0, 0].png", "loop-[1, 0, 0].png"]
     assert [name for name, (image, _, _) in results.items() if image] == ["good-[1, 0, 0].png"]
     assert "cannot be read" in results["loop-[1, 0, 0].png"][2][0].reason
+
+
+LATIN = os.fsdecode("Gewebe ä".encode("latin-1"))
+
+
+def test_a_name_that_is_not_utf8_is_rejected_and_can_be_written_as_such(tmp_path):
+    for name in (f"{LATIN}-[1, 0, 0].png", f"{LATIN}/a-[1, 0, 0].png", "Gewebe ä-[1, 0, 0].png"):
+        put(tmp_path, name)
+    listing = scan_training(str(tmp_path), CLASSES, DataConfig())
+    assert [image.name for image in listing.images] == ["Gewebe ä-[1, 0, 0].png"]
+    rows = pa.Table.from_pylist([asdict(rejection) for rejection in listing.rejected], REJECTED_SCHEMA).to_pylist()
+    names = [(row["name"], row["field"]) for row in rows]
+    assert sorted(names) == [("Gewebe \\xe4-[1, 0, 0].png", "name"), ("Gewebe \\xe4/a-[1, 0, 0].png", "name")]
+    assert all("UTF-8" in row["remedy"] for row in rows)
+
+
+@pytest.mark.parametrize("folder", ["img", "mask"])
+def test_a_mask_or_its_image_whose_name_is_not_utf8_is_a_problem(tmp_path, folder):
+    put(tmp_path, "train/a-[1, 0, 0].png")
+    for name in ("img/a.png", "mask/a.png", f"{folder}/{LATIN}.png"):
+        put(tmp_path, f"val/{name}", mask_png() if name.startswith("mask") else None)
+    with pytest.raises(PistoSegError, match=r"Gewebe \\xe4.png: name: is not UTF-8"):
+        scan_evaluation(str(tmp_path))
+    report = check(str(tmp_path), CLASSES, DataConfig(), workers=2)
+    assert any(r"Gewebe \xe4.png" in problem for problem in report.problems)
+    assert report.to_text().encode()
 
 
 def test_a_folder_called_like_an_image_is_no_image(tmp_path):
