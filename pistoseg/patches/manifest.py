@@ -19,7 +19,7 @@ from pistoseg.classes import TissueClasses, folded
 from pistoseg.errors import PistoSegError, suggestion
 from pistoseg.patches.labels import class_named
 from pistoseg.patches.source import Rejection, SlideListing, SlideSource, Window
-from pistoseg.patches.table import BOX, box_in, flags_in, number_in, repeated
+from pistoseg.patches.table import BOX, box_in, flags_in, from_folder, number_in, repeated
 from pistoseg.tables import Row, open_table, refuse_extra_fields
 
 _ENDINGS = (".csv", ".parquet")
@@ -252,8 +252,7 @@ def _path(row: Row, column: str) -> str:
 def _resolved(folder: str, written: str) -> str:
     if "://" in written or posixpath.isabs(written) or written.startswith("~"):
         return storage.absolute(written)
-    protocol, separator, path = folder.rpartition("://")
-    return protocol + separator + posixpath.normpath(posixpath.join(path, written))
+    return from_folder(folder, written)
 
 
 def _mpp(row: Row) -> float | None:

@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import math
 import posixpath
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from itertools import islice
 from typing import Any
 from unicodedata import is_normalized
 
 from pistoseg import storage
 from pistoseg.classes import TissueClasses, composed, folded
-from pistoseg.errors import PistoSegError
+from pistoseg.errors import PistoSegError, UnavailableError
 from pistoseg.patches.source import WHOLE, Rejection, SourceImage, Window, readable
 from pistoseg.tables import Row, open_table, refuse_extra_fields
 
 BOX = ("x", "y", "width", "height")
 _PREFERRED = ("patches.csv", "patches.parquet")
+_LOOKUPS, _ROWS = 16, 4096  # requests at the same time, as object storage answers many, and the rows that they are for
 
 
 def expected_columns(classes: TissueClasses) -> str:
@@ -96,7 +99,7 @@ def read_windows(
     windows: dict[str, list[Window]] = {}
     rejected: list[Rejection] = []
     seen: dict[tuple[str, int, int, int, int], Window] = {}
-    for number, row in rows:
+    for number, row in _looked_up(rows, find):
         try:
             window = _window(row, number, header, classes)
             name = find(row["image"])
@@ -117,6 +120,14 @@ def read_windows(
             remedy=(rejected[0].remedy if rejected else "") or "add a row for every window",
         )
     return [SourceImage(name, find.uris[name], tuple(windows[name])) for name in sorted(windows)], rejected
+
+
+def _looked_up(rows: Iterator[tuple[int, Row]], find: _ImageFinder) -> Iterator[tuple[int, Row]]:
+    """The rows, whose images outside of the training folder are looked up many at a time."""
+    with ThreadPoolExecutor(_LOOKUPS) as pool:
+        while some := list(islice(rows, _ROWS)):
+            find.look_up({_image_name(row.get("image")) for _, row in some} - {""}, pool)
+            yield from some
 
 
 def is_elsewhere(file: str, uri: str) -> bool:
@@ -195,6 +206,19 @@ class _ImageFinder:
             self.elsewhere[name] = self._look(name)
         return self.elsewhere[name]
 
+    def look_up(self, names: Iterable[str], pool: Executor) -> None:
+        """Find out in threads where the images are that are not listed; what is wrong with one, its row will say."""
+
+        def look(name: str) -> None:
+            try:
+                self.uri_of(name)
+            except UnavailableError:
+                raise
+            except PistoSegError:
+                pass
+
+        list(pool.map(look, [name for name in names if self._listed(name) is None]))
+
     def _listed(self, name: str) -> str | None:
         """The name of a file below the training folder, however its accents are written in the table; or None."""
         there = (other for other in (name, composed(name)) if other in self.files)
@@ -204,10 +228,23 @@ class _ImageFinder:
         """Where an image that is not listed may be; the first that is a file counts."""
         if "://" in name or name.startswith("/"):
             return [name]
-        return list(dict.fromkeys(storage.join(folder, name) for folder in self.folders))
+        return list(dict.fromkeys(_below(folder, name) for folder in self.folders))
 
     def _look(self, name: str) -> str | None:
         return next((c for c in self.candidates(name) if storage.exists(c) and not storage.is_dir(c)), None)
+
+
+def _below(folder: str, name: str) -> str:
+    """The URI of a path relative to a folder; in object storage, where `..` is a name as any other, without it."""
+    if storage.is_local(folder):  # whose links may lead elsewhere
+        return storage.join(folder, name)
+    return from_folder(folder, name)
+
+
+def from_folder(folder: str, written: str) -> str:
+    """The URI of a relative path, without `..` and `.`."""
+    protocol, separator, path = folder.rpartition("://")
+    return protocol + separator + posixpath.normpath(posixpath.join(path, written))
 
 
 def _window(row: Row, number: int, header: list[str], classes: TissueClasses) -> Window:

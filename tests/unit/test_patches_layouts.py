@@ -1,3 +1,4 @@
+import threading
 from types import SimpleNamespace
 from unicodedata import normalize
 
@@ -230,6 +231,41 @@ def test_a_parquet_table_without_boxes_labels_whole_images(root):
     listing = scan(root)
     assert listing.images[0].windows[0].labels == (1, 0, 0)
     assert listing.images[0].windows[0].width == WHOLE
+
+
+def test_a_table_names_images_above_its_folder(root):
+    put(root, "images/a.png")
+    header = "image,gland,stroma\n"
+    table(root, ["../images/a.png,1,0", "../../../../../b.png,0,1"], header, "training/patches.csv")
+    config = config_of(storage.join(root, "training"))
+    listing = scan_training(storage.join(root, "training"), config.classes.tissue(), config.data)
+    assert [storage.read_bytes(image.uri) for image in listing.images] == [storage.read_bytes(f"{root}/images/a.png")]
+    assert [rejection.field for rejection in listing.rejected] == ["image"]
+    first = training_digest(config, etag)
+    put(root, "images/a.png", b"another")
+    assert training_digest(config, etag) != first
+
+
+def test_images_elsewhere_are_looked_up_at_the_same_time(tmp_path, monkeypatch):
+    together, exists = threading.Barrier(2, timeout=60), storage.exists
+
+    def slow(uri):
+        if "/images/" in uri:
+            together.wait()  # breaks where one is asked after the other
+        return exists(uri)
+
+    images = [put(tmp_path, f"images/{name}.png") for name in "ab"]
+    table(tmp_path / "training", [f"{image},0,0,8,8,1,0,0" for image in images])
+    monkeypatch.setattr(storage, "exists", slow)
+    assert len(scan(tmp_path / "training").images) == 2
+
+
+@pytest.mark.parametrize("written", ["nothing://x/a.png", "s3://bad bucket/a.png"])
+def test_a_place_that_can_not_be_asked_is_a_bad_row(tmp_path, written):
+    put(tmp_path, "a.png")
+    table(tmp_path, ["a.png,0,0,8,8,1,0,0", f"{written},0,0,8,8,1,0,0"])
+    listing = scan(tmp_path)
+    assert len(listing.images) == len(listing.rejected) == 1
 
 
 def test_ids_count_images_and_windows_in_the_order_of_names(tmp_path):
