@@ -112,7 +112,7 @@ def scan_training(uri: str, classes: TissueClasses, config: DataConfig) -> Listi
     if table_uri is not None:
         images, rejected = table.read_windows(table_uri, uri, files, classes)
     elif layout == "folders":
-        images, rejected = _scan_folders(files, classes)
+        images, rejected = _scan_folders(files, classes, refuse_flags=config.layout == "auto")
     else:
         images, rejected = _scan_names(files, classes)
     if not images:
@@ -205,7 +205,9 @@ def _carries_label(file_name: str, classes: TissueClasses) -> bool:
         return True
 
 
-def _scan_folders(files: dict[str, str], classes: TissueClasses) -> tuple[list[SourceImage], list[Rejection]]:
+def _scan_folders(
+    files: dict[str, str], classes: TissueClasses, *, refuse_flags: bool
+) -> tuple[list[SourceImage], list[Rejection]]:
     def label(name: str) -> list[int]:
         folder = name.split("/")[0] if "/" in name else ""
         found = labels.parse_folder(folder, classes)
@@ -217,9 +219,24 @@ def _scan_folders(files: dict[str, str], classes: TissueClasses) -> tuple[list[S
             raise PistoSegError(
                 where, field="label", remedy=f"move it to a folder named like a class: {', '.join(classes.names)}"
             )
+        flags = _flags_of(posixpath.basename(name), classes) if refuse_flags else None
+        if flags not in (None, found):
+            raise PistoSegError(
+                f"the flags in its name and its folder {folder!r} contradict each other",
+                field="label",
+                remedy="set data.layout to the one that is right, flags or folders",
+            )
         return found
 
     return _scan(files, label)
+
+
+def _flags_of(file_name: str, classes: TissueClasses) -> list[int] | None:
+    """The flags of a name that is labelled with one for each class; brackets of anything else are none."""
+    try:
+        return labels.parse_flags(file_name, len(classes)) if classes.codec != "prefix" else None
+    except PistoSegError:
+        return None
 
 
 def _scan_names(files: dict[str, str], classes: TissueClasses) -> tuple[list[SourceImage], list[Rejection]]:

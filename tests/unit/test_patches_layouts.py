@@ -179,6 +179,21 @@ def test_a_folder_per_class_is_found_and_other_folders_are_rejected(root):
     assert [(r.name, r.field) for r in listing.rejected] == [("muscle/3.png", "label")]
 
 
+def test_flags_that_contradict_a_class_folder_are_rejected_unless_the_layout_is_given(root):
+    for name in ("tumor/a-[1, 1, 0].png", "tumor/b-[1, 0, 0].png", "tumor/c [2].png", "stroma/d [copy].png"):
+        put(root, name)
+    listing = scan(root)
+    assert listing.layout == "folders"
+    names = ["stroma/d [copy].png", "tumor/b-[1, 0, 0].png", "tumor/c [2].png"]
+    assert [image.name for image in listing.images] == names
+    (rejection,) = listing.rejected
+    assert (rejection.name, rejection.field) == ("tumor/a-[1, 1, 0].png", "label")
+    assert "data.layout" in rejection.remedy
+    assert [image.windows[0].labels for image in scan(root, layout="folders").images] == [(0, 1, 0), *[(1, 0, 0)] * 3]
+    by_name = {image.name: image.windows[0].labels for image in scan(root, layout="flags").images}
+    assert by_name["tumor/a-[1, 1, 0].png"] == (1, 1, 0)
+
+
 ACCENTS = [("NFC", "NFD"), ("NFD", "NFC")]
 """How names of classes and tables, and those of files, write accents: Macs' zip files hold NFD."""
 
