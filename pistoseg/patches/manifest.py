@@ -20,7 +20,7 @@ from pistoseg.errors import PistoSegError, suggestion
 from pistoseg.patches.labels import class_named
 from pistoseg.patches.source import Rejection, SlideListing, SlideSource, Window
 from pistoseg.patches.table import BOX, box_in, flags_in, from_folder, number_in, repeated
-from pistoseg.tables import Row, open_table, refuse_extra_fields
+from pistoseg.tables import Row, open_table, read_header, refuse_extra_fields, refuse_repeated
 
 _ENDINGS = (".csv", ".parquet")
 _SEPARATORS = re.compile(r"[;,+|]")
@@ -34,7 +34,7 @@ def is_manifest(uri: str) -> bool:
 
 def refuse_images(uri: str) -> None:
     """Refuse a table of windows of images, which is read with the folder that it lies in; `PistoSegError`."""
-    _refuse_images(uri, open_table(uri)[0])
+    _refuse_images(uri, read_header(uri))
 
 
 def _refuse_images(uri: str, header: list[str]) -> None:
@@ -62,7 +62,7 @@ def scan_slides(uri: str, classes: TissueClasses) -> SlideListing:
     Raises:
         PistoSegError: it cannot be read, lacks columns, or has no usable row.
     """
-    header, rows = open_table(uri)
+    header, rows = open_table(uri, "slide")
     reader = _Reader(uri, header, classes)
     rejected: list[Rejection] = []
     for number, row in rows:
@@ -115,6 +115,8 @@ class _Reader:
                 field="columns",
                 remedy=f"a manifest of slides has {expected_columns(classes)}; for images give their folder",
             )
+        labels = classes.names if self.has_flags else (self.names_column or "labels",)
+        refuse_repeated(uri, header, ("slide", "mpp", *((*BOX, *labels) if self.has_windows else ("annotations",))))
 
     def take(self, row: Row, number: int) -> None:
         """Add a row; `PistoSegError` naming the column where it is wrong."""

@@ -17,7 +17,7 @@ from pistoseg import storage
 from pistoseg.classes import TissueClasses, composed, folded
 from pistoseg.errors import PistoSegError, UnavailableError
 from pistoseg.patches.source import WHOLE, Rejection, SourceImage, Window, readable
-from pistoseg.tables import Row, open_table, refuse_extra_fields
+from pistoseg.tables import Row, open_table, read_header, refuse_extra_fields, refuse_repeated
 
 BOX = ("x", "y", "width", "height")
 _PREFERRED = ("patches.csv", "patches.parquet")
@@ -47,10 +47,15 @@ def find_table(
     """
     if name is not None:
         relative = (uri, posixpath.dirname(uri.rstrip("/"))) if "://" not in name else ()
-        for candidate in (*(storage.join(folder, name) for folder in relative), name):
+        candidates = (*(storage.join(folder, name) for folder in relative), name)
+        for candidate in candidates:
             if storage.exists(candidate) and not storage.is_dir(candidate):
                 return candidate
-        raise PistoSegError("does not exist", file=name, field="data.table", remedy=f"give a path relative to {uri}")
+        if any(map(storage.is_dir, candidates)):
+            problem, remedy = "is a folder, and a table is one file", "write it as one (Spark: coalesce(1))"
+        else:
+            problem, remedy = "does not exist", f"give a path relative to {uri}"
+        raise PistoSegError(problem, file=name, field="data.table", remedy=remedy)
     top = [item for item in files if "/" not in item and item.lower().endswith((".csv", ".parquet"))]
     for item in top:
         if is_preferred(item):
@@ -92,9 +97,10 @@ def read_windows(
     Raises:
         PistoSegError: the table cannot be read, lacks columns, has no rows, or none of its images exists.
     """
-    header, rows = open_table(table_uri)
+    header, rows = open_table(table_uri, "image")
     if _missing_columns(header, classes):
         raise _lacks_columns(table_uri, header, classes)
+    refuse_repeated(table_uri, header, ("image", *(BOX if "x" in header else ()), *classes.names))
     find = _ImageFinder(storage.name(table_uri), table_uri, uri, files)
     windows: dict[str, list[Window]] = {}
     rejected: list[Rejection] = []
@@ -151,7 +157,7 @@ def images_elsewhere(
     Raises:
         PistoSegError: the table cannot be read.
     """
-    names = {_image_name(row.get("image")) for _, row in open_table(table_uri)[1]} - {""}
+    names = {_image_name(row.get("image")) for _, row in open_table(table_uri, "image")[1]} - {""}
     if not is_elsewhere(table_uri, uri) and not any(_leaves(name, left_out) for name in names):
         return {}
     files = list_files()
@@ -338,6 +344,8 @@ def _lacks_columns(table_uri: str, header: list[str], classes: TissueClasses) ->
 def _header(table_uri: str) -> list[str]:
     """The columns of a table that may be something else altogether."""
     try:
-        return open_table(table_uri)[0]
+        return read_header(table_uri)
+    except UnavailableError:
+        raise
     except PistoSegError:
         return []

@@ -43,7 +43,7 @@ def read_manifest(uri: str) -> list[ManifestRow]:
         PistoSegError: it cannot be read, has no column `slide`, no row, or a value that cannot be used; the error names
             the file, the row and the column.
     """
-    header, rows = open_table(uri)
+    header, rows = open_table(uri, "slide")
     _check_header(uri, header)
     found = [_row(uri, number, values) for number, values in rows if any(map(_text, values.values()))]
     if not found:

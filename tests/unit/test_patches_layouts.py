@@ -413,6 +413,66 @@ def test_a_table_elsewhere_is_named_by_a_setting_and_two_are_ambiguous(tmp_path)
         scan(tmp_path / "training", table="three.csv")
 
 
+def test_a_table_that_is_a_folder_of_parts_is_said_to_be_one(tmp_path):
+    put(tmp_path, "patches.parquet/part-0.parquet", b"")
+    with pytest.raises(PistoSegError, match="is a folder, and a table is one file"):
+        scan(tmp_path, table="patches.parquet")
+
+
+def parquet(root, columns, name="patches.parquet"):
+    storage.write_parquet(pa.table(columns), storage.join(str(root), name))
+
+
+def test_a_parquet_tables_text_may_be_of_type_binary(tmp_path):
+    put(tmp_path, "ä.png")
+    image = pa.array(["ä.png".encode()], pa.large_binary())
+    parquet(tmp_path, {"image": image, "Tumor": [b"1"], "stroma": [0], "normal": [0], "thumbnail": [b"\x89PNG"]})
+    assert [image.name for image in scan(tmp_path).images] == ["ä.png"]
+
+
+@pytest.mark.parametrize("content", [{"bytes": b"\x89PNG", "path": None}, b"\x89PNG", [b"\x89PNG"]])
+def test_a_table_with_images_in_place_of_their_paths_is_refused_without_its_content(tmp_path, content):
+    put(tmp_path, "a.png")
+    parquet(tmp_path, {"image": [content], "tumor": [1], "stroma": [0], "normal": [0]})
+    with pytest.raises(PistoSegError, match=r"is of type .*, and paths are text") as caught:
+        scan(tmp_path)
+    assert (caught.value.field, "PNG" in str(caught.value)) == ("column image", False)
+
+
+def test_of_parquet_tables_that_may_be_one_of_windows_the_columns_are_read_alone(tmp_path, monkeypatch):
+    put(tmp_path, "a.png")
+    row = {"image": ["a.png"], "tumor": [1], "stroma": [0], "normal": [0]}
+    parquet(tmp_path, {"patient": ["x"] * 10}, "cohort.parquet")
+    parquet(tmp_path, row, "windows.parquet")
+    read, opened = storage.read_parquet, []
+    monkeypatch.setattr(storage, "read_parquet", lambda uri: opened.append(storage.name(uri)) or read(uri))
+    assert len(scan(tmp_path).images) == 1
+    assert opened == ["windows.parquet"]
+
+
+def test_the_line_that_names_the_separator_for_excel_is_no_header(tmp_path):
+    put(tmp_path, "a,b.png")
+    lines = ["\ufeffsep=;", "image;tumor;stroma;normal", "a,b.png;1;0;0", "gone.png;1;0;0"]
+    put(tmp_path, "patches.csv", "\r\n".join(lines).encode())
+    listing = scan(tmp_path)
+    assert [image.name for image in listing.images] == ["a,b.png"]
+    assert [rejection.name for rejection in listing.rejected] == ["patches.csv row 4 (gone.png)"]
+
+
+@pytest.mark.parametrize("column", ["Tumor", "IMAGE"])
+def test_a_column_that_counts_and_is_there_twice_is_refused(tmp_path, column):
+    put(tmp_path, "a.png")
+    table(tmp_path, ["a.png,0,0,8,8,1,0,0,0"], header=f"{HEADER.strip()},{column}\n")
+    with pytest.raises(PistoSegError, match=f"column {column.lower()}: is there twice"):
+        scan(tmp_path)
+
+
+def test_columns_that_do_not_count_may_be_there_twice(tmp_path):
+    put(tmp_path, "a.png")
+    table(tmp_path, ["a.png,1,0,0,x,y,,"], header="image,tumor,stroma,normal,note,Note,,\n")
+    assert len(scan(tmp_path).images) == 1
+
+
 @pytest.mark.parametrize("where", ["above", "beside", "at a URI"])
 def test_the_digest_follows_a_table_and_images_outside_of_the_training_folder(tmp_path, where):
     folder = put(tmp_path, "set/training/a.png").rsplit("/", 1)[0]

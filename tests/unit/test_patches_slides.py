@@ -136,6 +136,8 @@ def test_a_slide_with_two_pixel_sizes_is_refused_from_the_second_on(tmp_path):
         ("slide,x,y,tumor,stroma,normal", "a.svs,0,0,1,0,0", "lacks the columns width, height "),
         ("slide,x,y,width,height,tumor", "a.svs,0,0,9,9,1", "lacks the columns stroma, normal "),
         ("slide,mpp", "a.svs,1", "lacks the columns x, y, width, height, or annotations "),
+        ("slide,x,y,width,height,labels,Labels", "a.svs,0,0,9,9,tumor,stroma", "column labels: is there twice"),
+        ("slide,annotations,Slide", "a.svs,a.json,b.svs", "column slide: is there twice"),
         (
             "slide,x,y,width,height,labels",
             "a.svs,0,0,9,9,glass",
