@@ -297,7 +297,11 @@ def remove_parts(uri: str) -> None:
 
 @_explains
 def list_dir(uri: str) -> list[str]:
-    """What is directly in a folder, sorted; an empty list where there is no such folder."""
+    """What is directly in a folder, sorted; an empty list where there is no such folder.
+
+    Raises:
+        UnavailableError: it can't be listed.
+    """
     backend, path = filesystem(uri)
     if _is_s3(uri):
         found = []
@@ -310,6 +314,10 @@ def list_dir(uri: str) -> list[str]:
         entries = backend.ls(path, detail=False)
     except (FileNotFoundError, NotADirectoryError):
         return []
+    except OSError as error:
+        if is_local(uri):
+            _refuse_unlisted(error)
+        raise
     below = (str(entry).rstrip("/") for entry in entries)
     return sorted(_uri_like(uri, backend, entry) for entry in below if entry != path.rstrip("/"))
 

@@ -214,6 +214,13 @@ def test_a_folder_that_can_not_be_listed_is_named_and_not_left_out(tmp_path, mon
     assert caught.value.file == str(tmp_path / "closed")
 
 
+def test_a_folder_that_can_not_be_listed_is_named_where_its_children_are_asked_for(tmp_path, monkeypatch):
+    unlistable(monkeypatch, tmp_path, errno.EACCES)
+    with pytest.raises(UnavailableError, match=r"can't be listed .*Remedy") as caught:
+        storage.list_dir(str(tmp_path))
+    assert caught.value.file == str(tmp_path)
+
+
 @pytest.mark.parametrize(("name", "reason"), [("vanished", errno.ENOENT), ("lost+found", errno.EACCES)])
 def test_a_folder_that_vanishes_or_is_the_systems_is_left_out(tmp_path, monkeypatch, name, reason):
     (tmp_path / name).mkdir()
