@@ -73,7 +73,7 @@ def _open_csv(uri: str) -> tuple[list[str], Iterator[tuple[int, Row]]]:
     except UnicodeDecodeError as error:
         raise PistoSegError(f"is not UTF-8 text ({error})", file=uri, remedy="save it as CSV UTF-8") from error
     except OSError as error:
-        raise PistoSegError(f"cannot be read ({error})", file=uri, remedy="check the path and its rights") from error
+        raise _not_given(error, uri) from error
     first_line = text.partition("\n")[0].rstrip("\r")
     said = _SAID.fullmatch(first_line)
     delimiter = said.group(1) if said else max(",;\t", key=first_line.count)
@@ -134,10 +134,19 @@ def _readable_parquet(uri: str) -> Iterator[None]:
         yield
     except UnavailableError:
         raise
-    except Exception as error:  # pyarrow raises many kinds on damaged files
+    except Exception as error:  # pyarrow raises many kinds on damaged files, OSError without a number among them
+        if isinstance(error, OSError) and error.errno:
+            raise _not_given(error, uri) from error
         raise PistoSegError(
             f"is not a Parquet file that can be read ({error})", file=uri, remedy="write it again"
         ) from error
+
+
+def _not_given(error: OSError, uri: str) -> PistoSegError:
+    """The error about a table that is not there or, which says nothing about what it holds, can't be read."""
+    kind = PistoSegError if isinstance(error, FileNotFoundError) else UnavailableError
+    reason = f"cannot be read ({error.strerror or error})"
+    return kind(reason, file=uri, remedy="check the path and its rights")
 
 
 def _as_text(column: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -1,3 +1,4 @@
+import errno
 import threading
 from types import SimpleNamespace
 from unicodedata import normalize
@@ -9,7 +10,7 @@ from patch_files import CLASSES, mask_png, put
 from pistoseg import storage
 from pistoseg.classes import TissueClass, TissueClasses
 from pistoseg.config import DataConfig, load_config
-from pistoseg.errors import PistoSegError
+from pistoseg.errors import PistoSegError, UnavailableError
 from pistoseg.patches.digest import _digest, training_digest, validation_digest, validation_folder
 from pistoseg.patches.layouts import find_split, find_training, scan_evaluation, scan_training
 from pistoseg.patches.source import WHOLE
@@ -457,6 +458,19 @@ def test_the_line_that_names_the_separator_for_excel_is_no_header(tmp_path):
     listing = scan(tmp_path)
     assert [image.name for image in listing.images] == ["a,b.png"]
     assert [rejection.name for rejection in listing.rejected] == ["patches.csv row 4 (gone.png)"]
+
+
+@pytest.mark.parametrize(("name", "read"), [("labels.csv", "read_bytes"), ("labels.parquet", "open_file")])
+def test_a_table_that_the_disk_does_not_give_is_not_ignored_for_labels_in_names(tmp_path, monkeypatch, name, read):
+    put(tmp_path, "a-[1, 0, 0].png")
+    put(tmp_path, name, b"")
+
+    def refuse(uri, *_):
+        raise PermissionError(errno.EACCES, "Permission denied", uri)
+
+    monkeypatch.setattr(storage, read, refuse)
+    with pytest.raises(UnavailableError, match=f"{name}: cannot be read .Permission denied"):
+        scan(tmp_path)
 
 
 @pytest.mark.parametrize("column", ["Tumor", "IMAGE"])
