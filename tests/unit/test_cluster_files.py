@@ -174,6 +174,15 @@ def test_the_aws_file_fits_the_schema_of_ray_up_and_ec2s_of_a_node():
     assert sum(node.get("max_workers", 0) for node in config["available_node_types"].values()) == config["max_workers"]
 
 
+def test_on_aws_the_head_may_start_workers_and_nobody_gets_rays_old_machine_image():
+    text, nodes = (FOLDER / "aws.yaml").read_text(), load("aws.yaml")["available_node_types"]
+    given = {name: node["node_config"] for name, node in nodes.items()}
+    profiles = {name: config["IamInstanceProfile"]["Name"] for name, config in given.items()}
+    assert profiles == {"head": "pistoseg-head", "cpu": "pistoseg-s3", "gpu": "pistoseg-s3"}
+    assert "AmazonEC2FullAccess,\n#                    and iam:PassRole on the role pistoseg-s3" in text
+    assert {config["ImageId"] for config in given.values()} == {"ami-SET-IT"}
+
+
 def test_the_slurm_script_is_a_script(tmp_path):
     script = FOLDER / "slurm.sh"
     subprocess.run(["bash", "-n", script], check=True)
