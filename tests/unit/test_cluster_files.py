@@ -14,6 +14,7 @@ import yaml
 from pistoseg.cli import build_parser
 from pistoseg.config import load_config
 from pistoseg.pipeline import check_weights
+from pistoseg.stages.slide_images import DISK_GB
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "cluster"
@@ -55,8 +56,9 @@ class TestKubeRay:
         for pod in pods(name):
             for variable in pod["containers"][0]["env"]:
                 secret = re.search("KEY|SECRET|PASSWORD|USERNAME|TOKEN", variable["name"])
-                assert ("valueFrom" in variable) == bool(secret), variable["name"]
-                assert set(variable.get("valueFrom", {"secretKeyRef": 0})) == {"secretKeyRef"}
+                assert ("valueFrom" in variable) == (bool(secret) or variable["name"] == DISK_GB), variable["name"]
+                source = "resourceFieldRef" if variable["name"] == DISK_GB else "secretKeyRef"
+                assert set(variable.get("valueFrom", {source: 0})) == {source}
 
     def test_no_pod_asks_for_more_than_its_limits_or_runs_as_root(self, name):
         for pod in pods(name):
@@ -66,6 +68,15 @@ class TestKubeRay:
             assert set(resources["requests"]) == set(resources["limits"]) >= {"cpu", "memory"}
             for key, asked in resources["requests"].items():
                 assert amount(asked) <= amount(resources["limits"][key]), key
+
+    def test_the_cache_of_slides_stays_below_the_disk_that_kubernetes_lets_a_worker_have(self, name):
+        for pod in pods(name)[1:]:
+            container = pod["containers"][0]
+            (source,) = (item["valueFrom"] for item in container["env"] if item["name"] == DISK_GB)
+            assert source == {"resourceFieldRef": {"resource": "limits.ephemeral-storage", "divisor": "1G"}}
+            limit = amount(container["resources"]["limits"]["ephemeral-storage"])
+            sizes = [volume["emptyDir"]["sizeLimit"] for volume in pod.get("volumes", []) if volume["name"] == "cache"]
+            assert all(amount(size) > limit / 2 for size in sizes)
 
     def test_workers_scale_and_only_one_group_has_gpus(self, name):
         groups = {group["groupName"]: group for group in cluster_spec(name)["workerGroupSpecs"]}
