@@ -47,6 +47,7 @@ NEEDS_WORKSPACE = ("train", "synthesize", "search", "ablate")
 WEIGHTS_FILE = re.compile(r"[/\\.]")
 """What a file's name has, and `imagenet` and `none` have not."""
 POLL_S = 1.0
+ADDRESS_REMEDY = "give the address of its dashboard, e.g. http://HOST:8265, and see that it runs"
 RECONNECT_S = 120.0
 """How long a dashboard may be away, or not yet ready."""
 
@@ -62,7 +63,9 @@ def submit(arguments: Sequence[str], options: argparse.Namespace) -> int:
     Raises:
         PistoSegError: something that the job needs is on this machine only, or the cluster can't be reached.
     """
-    address = options.submit
+    address = options.submit.strip()
+    if not address:
+        raise PistoSegError("is empty", field="--submit", remedy=ADDRESS_REMEDY)
     with tempfile.TemporaryDirectory(prefix="pistoseg-job-") as folder, _only_address(address):
         here = is_this_machine(address)
         command = package(list(arguments), options, Path(folder), here)
@@ -134,9 +137,12 @@ def is_this_machine(address: str) -> bool:
     The loopback address of a dashboard may be the end of a tunnel, so the cluster is asked.
 
     Raises:
-        PistoSegError: it does not answer.
+        PistoSegError: it does not answer, or this is no address.
     """
-    host = urlsplit(address if "://" in address else f"//{address}").hostname or ""
+    try:
+        host = urlsplit(address if "://" in address else f"//{address}").hostname or ""
+    except ValueError as error:
+        raise PistoSegError("is no address", file=address, field="--submit", remedy=ADDRESS_REMEDY) from error
     if not (address in ("auto", "local") or host in ("localhost", "::1") or host.startswith("127.")):
         return False
     return "://" not in address or _is_own(_head_ip(address))
@@ -344,8 +350,9 @@ def _client(address: str) -> JobSubmissionClient:
         ) from error
     except (ConnectionError, RuntimeError, ValueError, RayError, PistoSegError) as error:
         text = first_line((isinstance(error, PistoSegError) and error.__cause__) or error)
-        remedy = "give the address of its dashboard, e.g. http://HOST:8265, and see that it runs"
-        raise PistoSegError(f"can't be reached ({text})", file=address, field="--submit", remedy=remedy) from error
+        raise PistoSegError(
+            f"can't be reached ({text})", file=address, field="--submit", remedy=ADDRESS_REMEDY
+        ) from error
 
 
 def _submitted(client: JobSubmissionClient, address: str, **job: Any) -> str:

@@ -340,6 +340,15 @@ def test_a_cluster_that_is_not_there(capsys):
     assert "http://127.0.0.1:9: --submit: can't be reached" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("address", "text"), [("", "--submit: is empty"), ("http://[::1", "http://[::1: --submit: is no address")]
+)
+def test_what_is_no_address_does_not_run_on_this_machine_instead(capsys, monkeypatch, address, text):
+    monkeypatch.setattr("pistoseg.commands.train", lambda *_: pytest.fail("it ran here"))
+    assert main(["train", "--preset", "demo", *DATA, f"--submit={address}"]) == 2
+    assert f"pistoseg: {text}" in capsys.readouterr().err
+
+
 def test_an_address_without_http_where_ray_is_not_is_no_traceback(capsys, monkeypatch):
     command = ["train", "--preset", "demo", *DATA, "--submit"]
     assert main([*command, "127.0.0.1:9"]) == 2
