@@ -118,6 +118,10 @@ def test_a_job_and_the_cluster_that_stays_are_made_of_the_same_nodes():
     assert cluster_spec("rayjob.yaml") == cluster_spec("raycluster.yaml")
 
 
+def test_a_job_that_failed_does_not_start_more_clusters():
+    assert load("rayjob.yaml")["spec"]["backoffLimit"] == 0
+
+
 def commands(names="*"):
     """Every command line of pistoseg in files of the folder, those in comments included."""
     found = [load("rayjob.yaml")["spec"]["entrypoint"]]
