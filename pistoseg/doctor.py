@@ -384,7 +384,8 @@ def _nodes(nodes: list[dict[str, Any]]) -> Iterator[Finding]:
                 name, "failed", first_line(error), "look at the node's logs; are PistoSeg and its packages there?"
             )
             continue
-        other = {key: found for key, found in facts["versions"].items() if found != here["versions"][key]}
+        known = here["versions"]
+        other = {key: found for key, found in facts["versions"].items() if _public(found) != _public(known[key])}
         if facts["python"] != here["python"]:
             other["python"] = facts["python"]
         if other:
@@ -398,6 +399,11 @@ def _nodes(nodes: list[dict[str, Any]]) -> Iterator[Finding]:
             yield Finding(name, "ok", f"{text}{', ' + facts['device'] if facts['device'] else ''}")
         if len(nodes) > 1 or facts["host"] != here["host"]:  # else it is this machine's, which was shown
             yield from _disk(name, facts)
+
+
+def _public(version: str) -> str:
+    """A version without its build: a node without GPUs may have torch 2.14.1+cpu beside 2.14.1+cu130."""
+    return version.partition("+")[0]
 
 
 def _node_facts(has_gpu: bool) -> dict[str, Any]:
