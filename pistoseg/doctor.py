@@ -32,7 +32,7 @@ TARGETS = ("preliminary_evaluation", "evaluation")
 SPEED_BYTES = 16 << 20
 FEW_RETRIES = 3
 NODE_S = 120.0
-"""How long a node may take to answer: it starts a process for that."""
+"""How long all nodes may take to answer: each starts a process for that."""
 SERVER_S = "10"
 DISK_FAILED, DISK_LOW = 2e9, 20e9
 SHM_LOW = 1e9
@@ -375,10 +375,14 @@ def _nodes(nodes: list[dict[str, Any]]) -> Iterator[Finding]:
         gpus = node["Resources"].get("GPU", 0)
         strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         answers.append((node, ask.options(scheduling_strategy=strategy, num_gpus=min(gpus, 0.01)).remote(gpus > 0)))
+    _, silent = ray.wait([answer for _, answer in answers], num_returns=len(answers), timeout=NODE_S)
     for node, answer in answers:
         name = f"node {node['NodeManagerHostname']}"
+        if answer in silent:
+            yield _silent(name, node["Resources"].get("GPU", 0) > 0)
+            continue
         try:
-            facts = ray.get(answer, timeout=NODE_S)
+            facts = ray.get(answer)
         except ray.exceptions.RayError as error:
             yield Finding(
                 name, "failed", first_line(error), "look at the node's logs; are PistoSeg and its packages there?"
@@ -399,6 +403,13 @@ def _nodes(nodes: list[dict[str, Any]]) -> Iterator[Finding]:
             yield Finding(name, "ok", f"{text}{', ' + facts['device'] if facts['device'] else ''}")
         if len(nodes) > 1 or facts["host"] != here["host"]:  # else it is this machine's, which was shown
             yield from _disk(name, facts)
+
+
+def _silent(name: str, has_gpu: bool) -> Finding:
+    text = f"no answer within {NODE_S:g} s"
+    if has_gpu:
+        return Finding(name, "warning", f"{text}: its GPUs may be in use", "ask again when the runs on it have ended")
+    return Finding(name, "failed", text, "look at the node's logs")
 
 
 def _public(version: str) -> str:

@@ -149,15 +149,21 @@ def test_whatever_goes_wrong_is_a_finding_and_the_rest_is_looked_at(monkeypatch,
 
 
 class Nodes:
-    """Stands in for Ray: each node's name is its answer."""
+    """Stands in for Ray: each node's name is its answer; one whose facts are None does not answer."""
 
     def __init__(self, monkeypatch, **answers):
         self.answers = answers
         monkeypatch.setattr("ray.remote", lambda **_: lambda task: self)
         monkeypatch.setattr("ray.get", lambda name, **_: self.answers[name])
+        monkeypatch.setattr("ray.wait", self.wait)
 
     def options(self, scheduling_strategy, **_):
         return SimpleNamespace(remote=lambda has_gpu: scheduling_strategy.node_id[0])
+
+    def wait(self, names, num_returns, timeout):
+        assert (num_returns, timeout) == (len(names), doctor.NODE_S)
+        answered = [name for name in names if self.answers[name]]
+        return answered, [name for name in names if name not in answered]
 
     def look(self, gpus=0):
         resources = {"CPU": 4, "GPU": gpus} if gpus else {"CPU": 4}
@@ -176,6 +182,13 @@ def test_nodes_may_have_another_build_of_a_version_but_no_other_version(monkeypa
     found = {item.what: item for item in nodes.look() if item.what.startswith("node")}
     assert {name: item.status for name, item in found.items()} == {"node a": "ok", "node b": "failed"}
     assert "has torch 2.0.1+other, unlike this machine" in found["node b"].detail
+
+
+@pytest.mark.parametrize(("gpus", "status"), [(0, "failed"), (1, "warning")])
+def test_all_nodes_are_waited_for_at_once_and_one_whose_gpus_may_be_busy_is_a_warning(monkeypatch, gpus, status):
+    found = Nodes(monkeypatch, a=None, b=node_facts(), c=None).look(gpus)
+    assert [item.status for item in found if item.what.startswith("node")] == [status, "ok", status]
+    assert ("GPUs may be in use" in found[0].detail) == bool(gpus)
 
 
 @pytest.mark.parametrize(("status", "code"), [("ok", 0), ("warning", 0), ("failed", 1)])
