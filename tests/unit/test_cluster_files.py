@@ -1,6 +1,7 @@
 """The files in cluster/: fit for the schemas that packages ship, and for each other, the lock and the command line."""
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -203,6 +204,33 @@ def test_the_slurm_script_is_a_script(tmp_path):
     subprocess.run(["bash", "-n", script], check=True)
     usage = subprocess.run(["bash", script], capture_output=True, text=True, check=False)
     assert (usage.returncode, "usage: sbatch" in usage.stderr) == (2, True)
+
+
+PROGRAMS = {
+    "scontrol": "echo node1; echo node2",
+    "hostname": "echo 10.0.0.1",
+    "srun": 'while [[ "$1" == --* ]]; do shift; done; exec "$@"',
+    "python": 'if [ "$1" = -c ]; then echo token; else echo "ran $*"; exit "$CODE"; fi',
+    "ray": 'if [ "$STARTS" = no ]; then exit 0; fi; while [ "$1" != -- ]; do shift; done; shift; "$@"',
+}
+"""What stands in for those that the SLURM script calls; Ray's exits as it does, also where it can't start."""
+
+
+@pytest.mark.parametrize(("starts", "code", "expected"), [("yes", 0, 0), ("yes", 3, 3), ("no", 0, 1)])
+def test_a_slurm_job_ends_with_its_commands_code_and_never_well_without_it(tmp_path, starts, code, expected):
+    for name, text in PROGRAMS.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "activate").write_text(f"PATH={tmp_path}:$PATH\n")
+    (tmp_path / "tmp").mkdir()
+    environment = {"PATH": os.environ["PATH"], "PISTOSEG_VENV": str(tmp_path), "TMPDIR": str(tmp_path / "tmp")}
+    environment |= {"STARTS": starts, "CODE": str(code), "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2"}
+    command = ["bash", FOLDER / "slurm.sh", "segment", "--slides", "a folder"]
+    call = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert call.returncode == expected, call.stderr
+    assert ("ran -m pistoseg segment --slides a folder" in call.stdout) == (starts == "yes")
+    assert list((tmp_path / "tmp").iterdir()) == []
 
 
 def test_the_image_is_made_from_the_lock_and_does_not_run_as_root():
