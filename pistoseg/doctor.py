@@ -196,7 +196,7 @@ def _try_workspace(root: str) -> Iterator[Finding]:
     probe = storage.join(folder, "x [1].bin")
     data = os.urandom(SPEED_BYTES)
     here = storage.local_path(root)
-    made = here is not None and not here.exists()
+    made = [parent for parent in (here, *here.parents) if not parent.exists()] if here else []
     try:
         began = time.monotonic()
         storage.write_bytes(probe, data)
@@ -221,9 +221,9 @@ def _try_workspace(root: str) -> Iterator[Finding]:
             )
     finally:
         storage.remove_tree(folder)
-        if here is not None and made:
+        for parent in made:
             with suppress(OSError):  # a run has begun in it since
-                here.rmdir()
+                parent.rmdir()
 
 
 def _data(config: Config) -> Iterator[Finding]:

@@ -22,7 +22,7 @@ def test_a_workspace_that_works_is_left_as_it_was(tmp_path):
     assert statuses(found) == {"workspace": "ok", "conditional put": "ok"}
     assert "MB/s" in found[0].detail
     assert [item.name for item in tmp_path.iterdir()] == ["kept.txt"]
-    list(doctor._workspace(str(tmp_path / "new")))
+    list(doctor._workspace(str(tmp_path / "new" / "a" / "b")))
     assert not (tmp_path / "new").exists()
     (tmp_path / "empty").mkdir()
     list(doctor._workspace(str(tmp_path / "empty")))
