@@ -38,7 +38,8 @@ export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=300
 export MALLOC_ARENA_MAX="${MALLOC_ARENA_MAX:-1}"
 
 # `--exclusive` matters: at the end Ray is stopped on every node, whoever started it there.
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# awk reads all names: with many of them `head` would end scontrol with SIGPIPE, and that this script.
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | awk 'NR == 1')
 address=$(srun --nodes=1 --ntasks=1 --nodelist="$head" hostname --ip-address | awk '{print $1}')
 # Where Ray does not start, `ray symmetric-run` says so and exits with 0: the command itself notes that it succeeded.
 notes=$(mktemp --directory)  # on the head: this script runs on the first node

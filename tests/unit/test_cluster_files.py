@@ -207,7 +207,7 @@ def test_the_slurm_script_is_a_script(tmp_path):
 
 
 PROGRAMS = {
-    "scontrol": "echo node1; echo node2",
+    "scontrol": "seq --format=node%g 99999",
     "hostname": "echo 10.0.0.1",
     "srun": 'while [[ "$1" == --* ]]; do shift; done; exec "$@"',
     "python": 'if [ "$1" = -c ]; then echo token; else echo "ran $*"; exit "$CODE"; fi',
