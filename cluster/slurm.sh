@@ -38,8 +38,16 @@ export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=300
 export MALLOC_ARENA_MAX="${MALLOC_ARENA_MAX:-1}"
 
 # `--exclusive` matters: at the end Ray is stopped on every node, whoever started it there.
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# awk reads all names: with many of them `head` would end scontrol with SIGPIPE, and that this script.
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | awk 'NR == 1')
 address=$(srun --nodes=1 --ntasks=1 --nodelist="$head" hostname --ip-address | awk '{print $1}')
+# Where Ray does not start, `ray symmetric-run` says so and exits with 0: the command itself notes that it succeeded.
+notes=$(mktemp --directory)  # on the head: this script runs on the first node
+trap 'rm -rf "$notes"' EXIT
 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --kill-on-bad-exit=1 \
     ray symmetric-run --address "$address:6379" --min-nodes "$SLURM_JOB_NUM_NODES" -- \
-    env RAY_ADDRESS="$address:6379" python -m pistoseg "$@"
+    bash -c '"$@" && touch "$0"' "$notes/done" env RAY_ADDRESS="$address:6379" python -m pistoseg "$@"
+if [ ! -e "$notes/done" ]; then
+    echo "pistoseg did not run to its end: see above why Ray did not start" >&2
+    exit 1
+fi

@@ -130,7 +130,10 @@ def segment_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only-failed", action="store_true", help="only do slides that failed before")
     parser.add_argument("--dry-run", action="store_true", help="only say what would be done, tiles and time")
     parser.add_argument(
-        "--cache-gb", type=float, metavar="GB", help="each node's cache of slides (default: half of the free disk)"
+        "--cache-gb",
+        type=float,
+        metavar="GB",
+        help="each node's cache of slides (default: half of the free disk, or of the node's PISTOSEG_DISK_GB)",
     )
     parser.add_argument(
         "--workspace",

@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(given: list[str], options: argparse.Namespace) -> int:
     run: Callable[[argparse.Namespace], int] = options.run
-    if getattr(options, "submit", None):
+    if getattr(options, "submit", None) is not None:
         run = partial(_submit, given)
     if getattr(options, "log_format", None) == "json":
         from pistoseg.progress import run_with_json_log

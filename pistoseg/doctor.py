@@ -32,7 +32,7 @@ TARGETS = ("preliminary_evaluation", "evaluation")
 SPEED_BYTES = 16 << 20
 FEW_RETRIES = 3
 NODE_S = 120.0
-"""How long a node may take to answer: it starts a process for that."""
+"""How long all nodes may take to answer: each starts a process for that."""
 SERVER_S = "10"
 DISK_FAILED, DISK_LOW = 2e9, 20e9
 SHM_LOW = 1e9
@@ -196,7 +196,7 @@ def _try_workspace(root: str) -> Iterator[Finding]:
     probe = storage.join(folder, "x [1].bin")
     data = os.urandom(SPEED_BYTES)
     here = storage.local_path(root)
-    made = here is not None and not here.exists()
+    made = [parent for parent in (here, *here.parents) if not parent.exists()] if here else []
     try:
         began = time.monotonic()
         storage.write_bytes(probe, data)
@@ -221,9 +221,9 @@ def _try_workspace(root: str) -> Iterator[Finding]:
             )
     finally:
         storage.remove_tree(folder)
-        if here is not None and made:
+        for parent in made:
             with suppress(OSError):  # a run has begun in it since
-                here.rmdir()
+                parent.rmdir()
 
 
 def _data(config: Config) -> Iterator[Finding]:
@@ -375,16 +375,21 @@ def _nodes(nodes: list[dict[str, Any]]) -> Iterator[Finding]:
         gpus = node["Resources"].get("GPU", 0)
         strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         answers.append((node, ask.options(scheduling_strategy=strategy, num_gpus=min(gpus, 0.01)).remote(gpus > 0)))
+    _, silent = ray.wait([answer for _, answer in answers], num_returns=len(answers), timeout=NODE_S)
     for node, answer in answers:
         name = f"node {node['NodeManagerHostname']}"
+        if answer in silent:
+            yield _silent(name, node["Resources"].get("GPU", 0) > 0)
+            continue
         try:
-            facts = ray.get(answer, timeout=NODE_S)
+            facts = ray.get(answer)
         except ray.exceptions.RayError as error:
             yield Finding(
                 name, "failed", first_line(error), "look at the node's logs; are PistoSeg and its packages there?"
             )
             continue
-        other = {key: found for key, found in facts["versions"].items() if found != here["versions"][key]}
+        known = here["versions"]
+        other = {key: found for key, found in facts["versions"].items() if _public(found) != _public(known[key])}
         if facts["python"] != here["python"]:
             other["python"] = facts["python"]
         if other:
@@ -398,6 +403,18 @@ def _nodes(nodes: list[dict[str, Any]]) -> Iterator[Finding]:
             yield Finding(name, "ok", f"{text}{', ' + facts['device'] if facts['device'] else ''}")
         if len(nodes) > 1 or facts["host"] != here["host"]:  # else it is this machine's, which was shown
             yield from _disk(name, facts)
+
+
+def _silent(name: str, has_gpu: bool) -> Finding:
+    text = f"no answer within {NODE_S:g} s"
+    if has_gpu:
+        return Finding(name, "warning", f"{text}: its GPUs may be in use", "ask again when the runs on it have ended")
+    return Finding(name, "failed", text, "look at the node's logs")
+
+
+def _public(version: str) -> str:
+    """A version without its build: a node without GPUs may have torch 2.14.1+cpu beside 2.14.1+cu130."""
+    return version.partition("+")[0]
 
 
 def _node_facts(has_gpu: bool) -> dict[str, Any]:

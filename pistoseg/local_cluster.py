@@ -6,6 +6,7 @@ is between machines. Everything listens on the loopback address only, with a tok
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -65,6 +66,7 @@ class S3Server:
             "AWS_SECRET_ACCESS_KEY": self._secret,
             "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_EC2_METADATA_DISABLED": "true",
+            **_without_proxy(),
         }
 
     def __enter__(self) -> S3Server:
@@ -117,7 +119,8 @@ class S3Server:
 
     def _answers(self) -> bool:
         try:
-            urllib.request.urlopen(self.endpoint, timeout=5).close()
+            opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy reaches this machine
+            opener.open(self.endpoint, timeout=5).close()
         except urllib.error.HTTPError as refusal:
             return refusal.code in (401, 403)  # it refuses strangers: it is up
         except OSError:
@@ -263,14 +266,16 @@ def _interrupt(*_: object) -> None:
 
 def _serve(stack: ExitStack, nodes: int, cpus: int, folder: str | None, env_file: str | None) -> None:
     place = Path(folder).absolute() if folder else Path(stack.enter_context(_temporary_folder()))
+    file = Path(env_file).absolute() if env_file else place / "env.sh"
+    _require_writable(place, file)
     print("starting SeaweedFS and Ray ...", flush=True)
     s3 = stack.enter_context(S3Server(place))
+    os.environ.update(_without_proxy())
     s3.make_bucket(BUCKET)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     store = max(128 << 20, min(2 << 30, memory // 8 // nodes))
     cluster = stack.enter_context(RayNodes(nodes, cpus, store, s3.environment()))
     signal.signal(signal.SIGTERM, _interrupt)  # Ray has put its own in place, which would leave SeaweedFS behind
-    file = Path(env_file).absolute() if env_file else place / "env.sh"
     variables = cluster.environment()
     private_file(file, "".join(f"export {key}={shlex.quote(value)}\n" for key, value in variables.items()))
     stack.callback(file.unlink, missing_ok=True)
@@ -280,6 +285,32 @@ def _serve(stack: ExitStack, nodes: int, cpus: int, folder: str | None, env_file
     while s3.process is not None and s3.process.poll() is None:
         time.sleep(0.5)
     raise PistoSegError("SeaweedFS ended by itself", file=str(place / "s3.log"))
+
+
+def _require_writable(folder: Path, env_file: Path) -> None:
+    """Make the folder of the buckets, and refuse places that can't be written before anything starts."""
+    path, field = folder, "--folder"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+        path, field = env_file, "--env-file"
+        tempfile.TemporaryFile(dir=env_file.parent).close()
+        if env_file.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    except OSError as error:
+        raise PistoSegError(
+            f"can't be written ({error.strerror})",
+            file=str(path),
+            field=field,
+            remedy="name one in a folder that is there and that you may write to",
+        ) from error
+
+
+def _without_proxy() -> dict[str, str]:
+    """Variables by which clients come here directly, whatever proxy the environment names."""
+    hosts = (os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or "").split(",")
+    listed = ",".join([*filter(None, hosts), *([] if HOST in hosts else [HOST])])
+    return {"no_proxy": listed, "NO_PROXY": listed}  # where both are set, some read the one and some the other
 
 
 def _greeting(cluster: RayNodes, s3: S3Server, file: Path, kept: bool) -> list[str]:

@@ -14,6 +14,7 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import sys
 import tempfile
 import time
@@ -46,6 +47,7 @@ NEEDS_WORKSPACE = ("train", "synthesize", "search", "ablate")
 WEIGHTS_FILE = re.compile(r"[/\\.]")
 """What a file's name has, and `imagenet` and `none` have not."""
 POLL_S = 1.0
+ADDRESS_REMEDY = "give the address of its dashboard, e.g. http://HOST:8265, and see that it runs"
 RECONNECT_S = 120.0
 """How long a dashboard may be away, or not yet ready."""
 
@@ -61,22 +63,24 @@ def submit(arguments: Sequence[str], options: argparse.Namespace) -> int:
     Raises:
         PistoSegError: something that the job needs is on this machine only, or the cluster can't be reached.
     """
-    address = options.submit
-    with tempfile.TemporaryDirectory(prefix="pistoseg-job-") as folder:
-        command = package(list(arguments), options, Path(folder))
-        with _only_address(address):
-            client = _client(address)
-            verb = command[0]
-            # Elsewhere it is the image's; here it may be that of an environment that is not activated.
-            python = sys.executable if is_this_machine(address) else "python"
-            job = _submitted(
-                client,
-                address,
-                entrypoint=shlex.join([python, "-m", "pistoseg", *command]),
-                submission_id=f"pistoseg-{verb}-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}",
-                runtime_env={"working_dir": folder, "env_vars": {"PYTHONUNBUFFERED": "1"}},
-                metadata={"pistoseg": pistoseg.__version__, "verb": verb},
-            )
+    address = options.submit.strip()
+    if not address:
+        raise PistoSegError("is empty", field="--submit", remedy=ADDRESS_REMEDY)
+    with tempfile.TemporaryDirectory(prefix="pistoseg-job-") as folder, _only_address(address):
+        here = is_this_machine(address)
+        command = package(list(arguments), options, Path(folder), here)
+        client = _client(address)
+        verb = command[0]
+        # Elsewhere it is the image's; here it may be that of an environment that is not activated.
+        python = sys.executable if here else "python"
+        job = _submitted(
+            client,
+            address,
+            entrypoint=shlex.join([python, "-m", "pistoseg", *command]),
+            submission_id=f"pistoseg-{verb}-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}",
+            runtime_env={"working_dir": folder, "env_vars": {"PYTHONUNBUFFERED": "1"}},
+            metadata={"pistoseg": pistoseg.__version__, "verb": verb},
+        )
     _say("submitted", f"submitted {job} to {redact(address)}", job=job)
     if verb == "segment" and not _given(command, "--workspace"):
         text = "MLflow gets this run where the cluster's nodes have MLFLOW_TRACKING_URI; else name a --workspace"
@@ -98,15 +102,15 @@ def _say(event: str, text: str, **fields: Any) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def package(arguments: list[str], options: argparse.Namespace, folder: Path) -> list[str]:
+def package(arguments: list[str], options: argparse.Namespace, folder: Path, here: bool) -> list[str]:
     """Put what a job needs into a folder, and say with which arguments it runs there.
 
     Args:
         arguments: of the command line.
         options: what they were parsed to.
         folder: an empty one; gets the package and, unless they are in object storage, the resolved settings.
+        here: whether the cluster is on this machine, and sees its files.
     """
-    here = is_this_machine(options.submit)
     command = _without(arguments, ("--submit",))
     if any(has_secret(argument) for argument in command):
         raise PistoSegError(
@@ -128,9 +132,48 @@ def package(arguments: list[str], options: argparse.Namespace, folder: Path) -> 
 
 
 def is_this_machine(address: str) -> bool:
-    """Whether a cluster's address is one of this machine's own."""
-    host = urlsplit(address if "://" in address else f"//{address}").hostname or ""
-    return address in ("auto", "local") or host in ("localhost", "::1") or host.startswith("127.")
+    """Whether a cluster's head is on this machine.
+
+    The loopback address of a dashboard may be the end of a tunnel, so the cluster is asked.
+
+    Raises:
+        PistoSegError: it does not answer, or this is no address.
+    """
+    try:
+        host = urlsplit(address if "://" in address else f"//{address}").hostname or ""
+    except ValueError as error:
+        raise PistoSegError("is no address", file=address, field="--submit", remedy=ADDRESS_REMEDY) from error
+    if not (address in ("auto", "local") or host in ("localhost", "::1") or host.startswith("127.")):
+        return False
+    return "://" not in address or _is_own(_head_ip(address))
+
+
+def _head_ip(address: str) -> str:
+    """Where the head of the cluster of a dashboard is, in the cluster's own network."""
+    from ray.util.state import list_nodes
+    from ray.util.state.exception import RayStateApiException
+
+    _client(address)  # which says what is wrong where nobody answers
+    try:
+        (head,) = list_nodes(address, filters=[("is_head_node", "=", True)])
+    except (RayStateApiException, OSError, RuntimeError, ValueError) as error:
+        raise PistoSegError(
+            f"does not say where its head is ({first_line(error)})",
+            file=address,
+            field="--submit",
+            remedy="see that the cluster's head and its dashboard run",
+        ) from error
+    return str(head.node_ip)
+
+
+def _is_own(ip: str) -> bool:
+    """Whether an IP address is one of this machine's: only those can be listened on."""
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET) as probe:
+            probe.bind((ip, 0))
+    except OSError:
+        return False
+    return True
 
 
 def _needed(options: argparse.Namespace, here: bool) -> Iterator[str]:
@@ -307,8 +350,9 @@ def _client(address: str) -> JobSubmissionClient:
         ) from error
     except (ConnectionError, RuntimeError, ValueError, RayError, PistoSegError) as error:
         text = first_line((isinstance(error, PistoSegError) and error.__cause__) or error)
-        remedy = "give the address of its dashboard, e.g. http://HOST:8265, and see that it runs"
-        raise PistoSegError(f"can't be reached ({text})", file=address, field="--submit", remedy=remedy) from error
+        raise PistoSegError(
+            f"can't be reached ({text})", file=address, field="--submit", remedy=ADDRESS_REMEDY
+        ) from error
 
 
 def _submitted(client: JobSubmissionClient, address: str, **job: Any) -> str:

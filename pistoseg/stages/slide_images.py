@@ -11,9 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pistoseg import storage
+from pistoseg.errors import PistoSegError
 from pistoseg.slides.cache import SlideCache, bytes_in
 from pistoseg.slides.reader import open_slide
 from pistoseg.slides.view import SlideView
+
+DISK_GB = "PISTOSEG_DISK_GB"
+"""Environment variable of a node: gigabytes of its disk that are ours, for containers that share it with others."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,10 @@ def node_cache(uri: str, gigabytes: float | None = None) -> SlideCache:
 
     Args:
         uri: of a slide that it is for; a local one needs no folder.
-        gigabytes: of all slides in it; None: half of what the disk has left beside them.
+        gigabytes: of all slides in it; None: half of what the disk has left beside them, or of `DISK_GB` where that
+            is less.
+    Raises:
+        PistoSegError: `DISK_GB` is not a number above 0.
     """
     folder = Path(tempfile.gettempdir()) / f"pistoseg-slides-{os.getuid()}"
     if not storage.is_local(uri):
@@ -53,4 +60,16 @@ def node_cache(uri: str, gigabytes: float | None = None) -> SlideCache:
     if gigabytes is not None:
         return SlideCache(folder, int(gigabytes * 1e9))
     free = shutil.disk_usage(tempfile.gettempdir()).free + bytes_in(folder)  # or the limit would fall as it fills
-    return SlideCache(folder, free // 2)
+    return SlideCache(folder, int(min(free, _allowed_bytes())) // 2)
+
+
+def _allowed_bytes() -> float:
+    """What `DISK_GB` says; infinity where it is not set."""
+    text = os.environ.get(DISK_GB, "").strip() or "inf"
+    try:
+        gigabytes = float(text)
+    except ValueError:
+        gigabytes = 0
+    if not gigabytes > 0:
+        raise PistoSegError(f"{text!r} is not a number above 0", field=DISK_GB, remedy="give the node's gigabytes")
+    return gigabytes * 1e9

@@ -82,7 +82,7 @@ class SlideWorker:
         device: where the network runs.
         threads: of the network on a CPU.
         readers: threads that read ahead.
-        cache_gb: size of the node's cache of slides; None: half of what the disk has left.
+        cache_gb: size of the node's cache of slides; None: as `node_cache` says.
     """
 
     network: SlideNetwork

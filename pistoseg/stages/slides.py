@@ -52,7 +52,7 @@ class SlideRun:
         limit: slides to do at the most, of the fewest tries first.
         only_failed: only do slides that have failed before.
         device: `auto`, `cpu` or `cuda`.
-        cache_gb: size of each node's cache of slides; None: half of what its disk has left.
+        cache_gb: size of each node's cache of slides; None: as `node_cache` says.
         wait_for_nodes: how long to wait for an autoscaler to start nodes for the workers (s); 0: there is none.
     """
 

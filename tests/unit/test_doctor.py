@@ -1,6 +1,7 @@
 import errno
 import json
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,7 +22,7 @@ def test_a_workspace_that_works_is_left_as_it_was(tmp_path):
     assert statuses(found) == {"workspace": "ok", "conditional put": "ok"}
     assert "MB/s" in found[0].detail
     assert [item.name for item in tmp_path.iterdir()] == ["kept.txt"]
-    list(doctor._workspace(str(tmp_path / "new")))
+    list(doctor._workspace(str(tmp_path / "new" / "a" / "b")))
     assert not (tmp_path / "new").exists()
     (tmp_path / "empty").mkdir()
     list(doctor._workspace(str(tmp_path / "empty")))
@@ -145,6 +146,49 @@ def test_whatever_goes_wrong_is_a_finding_and_the_rest_is_looked_at(monkeypatch,
     assert [item.what for item in found].count("x") == 4
     assert not any("hunter2" in item.detail for item in found)
     assert before == object_store.RETRIES
+
+
+class Nodes:
+    """Stands in for Ray: each node's name is its answer; one whose facts are None does not answer."""
+
+    def __init__(self, monkeypatch, **answers):
+        self.answers = answers
+        monkeypatch.setattr("ray.remote", lambda **_: lambda task: self)
+        monkeypatch.setattr("ray.get", lambda name, **_: self.answers[name])
+        monkeypatch.setattr("ray.wait", self.wait)
+
+    def options(self, scheduling_strategy, **_):
+        return SimpleNamespace(remote=lambda has_gpu: scheduling_strategy.node_id[0])
+
+    def wait(self, names, num_returns, timeout):
+        assert (num_returns, timeout) == (len(names), doctor.NODE_S)
+        answered = [name for name in names if self.answers[name]]
+        return answered, [name for name in names if name not in answered]
+
+    def look(self, gpus=0):
+        resources = {"CPU": 4, "GPU": gpus} if gpus else {"CPU": 4}
+        nodes = [{"NodeID": name * 56, "NodeManagerHostname": name, "Resources": resources} for name in self.answers]
+        return list(doctor._nodes(nodes))
+
+
+def node_facts(**versions):
+    facts = doctor._local_facts() | {"cuda": None, "device": "", "disk": 1e12}
+    return facts | {"versions": facts["versions"] | versions}
+
+
+def test_nodes_may_have_another_build_of_a_version_but_no_other_version(monkeypatch):
+    torch = doctor.version("torch").partition("+")[0]
+    nodes = Nodes(monkeypatch, a=node_facts(torch=f"{torch}+other"), b=node_facts(torch="2.0.1+other"))
+    found = {item.what: item for item in nodes.look() if item.what.startswith("node")}
+    assert {name: item.status for name, item in found.items()} == {"node a": "ok", "node b": "failed"}
+    assert "has torch 2.0.1+other, unlike this machine" in found["node b"].detail
+
+
+@pytest.mark.parametrize(("gpus", "status"), [(0, "failed"), (1, "warning")])
+def test_all_nodes_are_waited_for_at_once_and_one_whose_gpus_may_be_busy_is_a_warning(monkeypatch, gpus, status):
+    found = Nodes(monkeypatch, a=None, b=node_facts(), c=None).look(gpus)
+    assert [item.status for item in found if item.what.startswith("node")] == [status, "ok", status]
+    assert ("GPUs may be in use" in found[0].detail) == bool(gpus)
 
 
 @pytest.mark.parametrize(("status", "code"), [("ok", 0), ("warning", 0), ("failed", 1)])

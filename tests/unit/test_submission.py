@@ -26,7 +26,7 @@ DATA = ["--data", "s3://bucket/data", "--workspace", "s3://bucket/runs"]
 
 def packaged(folder, *arguments, address=HEAD):
     given = [*arguments, "--submit", address]
-    return submission.package(given, build_parser().parse_args(given), folder)
+    return submission.package(given, build_parser().parse_args(given), folder, submission.is_this_machine(address))
 
 
 def test_the_package_and_the_resolved_settings_travel(tmp_path):
@@ -121,6 +121,7 @@ def test_a_container_or_a_user_in_a_uri_is_no_credential(tmp_path):
 @pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "localhost:8265", "auto"])
 def test_a_cluster_on_this_machine_gets_absolute_paths(tmp_path, monkeypatch, address):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(submission, "_head_ip", lambda address: "127.0.0.1")
     (tmp_path / "job").mkdir()
     command = packaged(tmp_path / "job", "train", "--data", "cohort", address=address)
     expected = [
@@ -133,6 +134,17 @@ def test_a_cluster_on_this_machine_gets_absolute_paths(tmp_path, monkeypatch, ad
         f"{tmp_path}/runs/pistoseg",
     ]
     assert command == expected
+
+
+def test_the_cluster_at_the_far_end_of_a_tunnel_is_not_on_this_machine(cluster, tmp_path, monkeypatch, capsys):
+    made = cluster(0)
+    monkeypatch.setattr(submission, "_head_ip", lambda address: "192.0.2.7")  # of no machine: RFC 5737
+    command = ["train", "--preset", "demo", "--workspace", "s3://bucket/runs", "--submit", "http://127.0.0.1:8265"]
+    assert main([*command, "--data", "cohort"]) == 2
+    assert "cohort: --data: is on this machine, where the cluster can't reach it" in capsys.readouterr().err
+    assert made.submitted is None
+    assert main([*command, "--data", "s3://bucket/data"]) == 0
+    assert made.submitted["entrypoint"].startswith("python -m pistoseg train ")
 
 
 def test_places_in_settings_are_absolute_for_a_cluster_on_this_machine(tmp_path, monkeypatch):
@@ -326,6 +338,15 @@ def test_a_log_of_json_holds_the_submission_and_the_jobs_lines_as_objects(cluste
 def test_a_cluster_that_is_not_there(capsys):
     assert main(["train", "--preset", "demo", *DATA, "--submit", "http://127.0.0.1:9"]) == 2
     assert "http://127.0.0.1:9: --submit: can't be reached" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("address", "text"), [("", "--submit: is empty"), ("http://[::1", "http://[::1: --submit: is no address")]
+)
+def test_what_is_no_address_does_not_run_on_this_machine_instead(capsys, monkeypatch, address, text):
+    monkeypatch.setattr("pistoseg.commands.train", lambda *_: pytest.fail("it ran here"))
+    assert main(["train", "--preset", "demo", *DATA, f"--submit={address}"]) == 2
+    assert f"pistoseg: {text}" in capsys.readouterr().err
 
 
 def test_an_address_without_http_where_ray_is_not_is_no_traceback(capsys, monkeypatch):
