@@ -23,7 +23,16 @@ from pistoseg.patches.decode import decode_background, decode_mask, encode_png, 
 from pistoseg.patches.layouts import IMAGE_FOLDERS, MASK_FOLDERS, find_split, scan_evaluation, scan_training
 from pistoseg.patches.manifest import is_manifest, scan_slides
 from pistoseg.patches.report import Report, SplitReport
-from pistoseg.patches.source import EvaluationPair, Rejection, SlideSource, SourceImage, Window, outside
+from pistoseg.patches.source import (
+    EvaluationPair,
+    Rejection,
+    SlideSource,
+    SourceImage,
+    Window,
+    count_unread,
+    outside,
+    too_many_bad,
+)
 from pistoseg.patches.store import network_size
 
 _EXAMPLES = 16
@@ -143,7 +152,7 @@ def _check_training(
     images = [image for image, _ in results if image is not None]
     report.layout = listing.layout
     report.rejected = listing.rejected + [rejection for _, refused in results for rejection in refused]
-    _sum_up(images, classes, config, report)
+    _sum_up(listing.images, images, classes, config, report)
     return images
 
 
@@ -168,7 +177,7 @@ def _check_slides(
     report.layout = listing.layout
     report.rejected = listing.rejected + [item for item in items if isinstance(item, Rejection)]
     report.warnings += note_lines([item for item in items if isinstance(item, CutNote)])
-    _sum_up(images, classes, config, report)
+    _sum_up(listing.slides, images, classes, config, report)
     return images
 
 
@@ -185,12 +194,18 @@ def _read_crop(source: SlideSource, crop: Crop, opener: Opener, classes: TissueC
     return _Read(image, width, height, (whole,), pixel_hash(crop.pixels), load)
 
 
-def _sum_up(images: list[_Read], classes: TissueClasses, config: DataConfig, report: Report) -> None:
+def _sum_up(
+    sources: Sequence[SourceImage | SlideSource],
+    images: list[_Read],
+    classes: TissueClasses,
+    config: DataConfig,
+    report: Report,
+) -> None:
     count_windows([window for image in images for window in image.windows], classes, report)
     report.images = len(images)
     report.sizes = dict(Counter(f"{image.width}x{image.height}" for image in images).most_common())
     _find_duplicates(images, report)
-    _judge(report, config)
+    _judge(report, config, len(sources), count_unread(sources, (rejection.name for rejection in report.rejected)))
 
 
 def count_windows(windows: Sequence[Window], classes: TissueClasses, report: Report) -> None:
@@ -216,15 +231,14 @@ def _find_duplicates(images: list[_Read], report: Report) -> None:
                 report.conflicts.append(names)
 
 
-def _judge(report: Report, config: DataConfig) -> None:
+def _judge(report: Report, config: DataConfig, found: int, unread: int) -> None:
     refused, total = len(report.rejected), len(report.rejected) + report.windows
     if not report.windows:
         report.problems.append("no training image can be used")
         return
-    if refused > config.max_rejected * total:
-        report.problems.append(
-            f"{refused} of {total} images or windows are bad, more than data.max_rejected ({config.max_rejected:.0%})"
-        )
+    counts = {"rejected": refused, "windows": report.windows, "found": found, "unread": unread}
+    if (problem := too_many_bad(counts, config.max_rejected)) is not None:
+        report.problems.append(problem)
     elif refused:
         report.warnings.append(f"{refused} of {total} images or windows are bad and will be left out")
     for name, count in report.single_tissue.items():

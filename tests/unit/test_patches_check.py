@@ -117,6 +117,19 @@ def test_bad_files_are_listed_and_too_many_of_them_are_a_problem(tmp_path):
     assert not run(tmp_path, max_rejected=0.1).ok
 
 
+def test_images_with_many_windows_count_as_images_when_they_can_not_be_read(tmp_path):
+    rows = ["image,x,y,width,height,tumor,stroma,normal"]
+    for number in range(10):
+        name = f"{number}.png"
+        put(tmp_path, f"training/{name}", b"broken" if number < 2 else None, seed=number)
+        rows += [f"{name},{8 * x},0,8,32,{','.join('1' if x % 3 == k else '0' for k in range(3))}" for x in range(5)]
+    put(tmp_path, "training/windows.csv", "\n".join(rows).encode())
+    assert run(tmp_path, max_rejected=0.2).ok
+    assert run(tmp_path, max_rejected=0.19).problems == [
+        "2 of 10 images or slides can't be read, more than data.max_rejected (19%) allows"
+    ]
+
+
 def test_the_text_says_once_for_each_kind_of_bad_file_what_to_do(tmp_path):
     write_good(tmp_path)
     put(tmp_path, "training/text-[1, 0, 0].png", b"hello\nyou")

@@ -11,7 +11,7 @@ from pistoseg.config import DataConfig, ScaleConfig
 from pistoseg.errors import PistoSegError
 from pistoseg.patches.background import background_mask
 from pistoseg.patches.decode import decode_ids, decode_mask, decode_png, encode_mask, encode_png, pixel_hash
-from pistoseg.patches.source import SourceImage, Window
+from pistoseg.patches.source import SlideSource, SourceImage, Window, count_unread
 from pistoseg.patches.store import IMAGES_SCHEMA, WINDOWS_SCHEMA, PatchSet, ingest
 
 
@@ -182,3 +182,15 @@ def test_background_is_bright_and_larger_than_a_speck():
     assert mask.sum() == 399
     assert background_mask(image, grey=200, min_area=0).sum() == 399 + 25
     assert not background_mask(np.zeros((8, 8, 3), np.uint8)).any()
+
+
+def test_what_can_not_be_read_at_all_is_counted_by_its_name(tmp_path):
+    window, box = Window.whole((1, 0, 0)), Window(0, 0, 50, 50, (1, 0, 0), row=2)
+    broken = put(tmp_path, "x.png", b"text")
+    _, _, rejected = read(broken, window)
+    _, _, outside = ingest(source(put(tmp_path, "y.png"), box, window, name="y.png"), DataConfig(), ScaleConfig())
+    names = [rejection.name for rejection in rejected + outside]
+    found = [source(broken, window), source("", box, name="y.png"), SlideSource("a.svs", "")]
+    assert count_unread(found, names) == 1
+    assert count_unread(found, [*names, "a.svs"]) == 2
+    assert count_unread(found, ["windows.csv row 2 (a.svs)"]) == 0
