@@ -185,9 +185,10 @@ def _read_crop(source: SlideSource, crop: Crop, opener: Opener, classes: TissueC
     height, width = crop.pixels.shape[:2]
     whole = Window.whole(crop.window.labels).resolved(width, height)
     image = SourceImage(source.image_name(crop.window), source.uri, (whole,))
+    alone = replace(source, windows=(crop.window,))
 
-    def load() -> np.ndarray:
-        (item,) = crops(replace(source, windows=(crop.window,)), opener, classes, config)
+    def load() -> np.ndarray:  # not of `crop`, whose pixels would be kept
+        (item,) = crops(alone, opener, classes, config)
         assert isinstance(item, Crop), item
         return item.pixels
 
