@@ -555,7 +555,7 @@ def test_of_a_checked_window_the_pixels_are_not_kept_but_read_again(tmp_path):
     source = SlideSource("a.tif", str(tmp_path / "a.tif"), 0.5, (Window(0, 0, 50, 40, (1, 0, 0)),))
     (crop,) = crops(source, SlideOpener(0.5), CLASSES, DATA)
     pixels, kept = crop.pixels.copy(), weakref.ref(crop.pixels)
-    read = _read_crop(source, crop, SlideOpener(0.5), CLASSES, DATA)
+    read = _read_crop(source, crop, SlideOpener(0.5), CLASSES, DATA, None)
     del crop
     assert kept() is None
     assert np.array_equal(read.load(), pixels)
