@@ -51,6 +51,7 @@ def test_an_unknown_key_that_resembles_nothing_gets_no_suggestion():
     ("override", "message"),
     [
         ("synthesis.alpha=0.9", "alpha (0.9) must be less than beta (0.8)"),
+        ("synthesis={alpha: 0.501, beta: 0.502}", "lies between alpha (0.501) and beta (0.502) of 224 px"),
         ("scale.source_mpp=0.5", "source_mpp needs mpp"),
         ("scale.resize=0.5", "fit and resize contradict each other"),
         ("scale={fit: 224, mpp: 1.0, source_mpp: 0.5}", "without regard to scale.source_mpp, by which others"),
