@@ -269,6 +269,14 @@ def test_broken_annotations_are_refused_by_name(tmp_path, content, message):
     assert caught.value.file == uri
 
 
+@pytest.mark.parametrize("names", [5, "Tumor", {"Tumor": 1}])
+def test_names_of_a_class_that_are_no_list_are_refused_by_name(tmp_path, names):
+    uri = geojson(tmp_path, feature(shapely.box(0, 0, 2, 1), classification={"names": names}))
+    with pytest.raises(PistoSegError, match=r"classification\.names of feature 1: is no list") as caught:
+        read_annotations(uri, CLASSES)
+    assert caught.value.file == uri
+
+
 # --- windows -----------------------------------------------------------------------------------------------------
 
 
