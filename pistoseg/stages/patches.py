@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from typing import Any, TypeVar
 
@@ -143,15 +144,16 @@ class _Ingest:
         self.data, self.scale, self.folder = data, scale, folder
 
     def __call__(self, number: int, shard: list[dict[str, Any]], part: str) -> None:
-        images, windows, rejected = [], [], []
-        for row in shard:
-            source = SourceImage(**row | {"windows": tuple(Window(**window) for window in row["windows"])})
-            image, its_windows, its_rejections = ingest(source, self.data, self.scale)
-            if image is not None:
-                images.append(image)
-            windows += its_windows
-            rejected += [asdict(item) for item in its_rejections]
-        _write_shard(self.folder, part, images, windows, rejected)
+        windows, rejected = [], []
+        with _images(part) as add:
+            for row in shard:
+                source = SourceImage(**row | {"windows": tuple(Window(**window) for window in row["windows"])})
+                image, its_windows, its_rejections = ingest(source, self.data, self.scale)
+                if image is not None:
+                    add(image)
+                windows += its_windows
+                rejected += [asdict(item) for item in its_rejections]
+            _write_others(self.folder, part, windows, rejected)
 
 
 class _IngestSlides:
@@ -161,32 +163,32 @@ class _IngestSlides:
         self.opener = SlideOpener(network_mpp(config.scale))
 
     def __call__(self, number: int, shard: list[dict[str, Any]], part: str) -> None:
-        images, windows, rejected, notes = [], [], [], []
-        for row in shard:
-            source = SlideSource(**row | {"windows": tuple(Window(**window) for window in row["windows"])})
-            rows = ingest_slide(source, self.opener, self.classes, self.config.data, self.config.scale)
-            images += rows.images
-            windows += rows.windows
-            rejected += [asdict(item) for item in rows.rejected]
-            notes += [asdict(note) for note in rows.notes]
-        if notes:
-            name = storage.name(part).removesuffix(".parquet") + ".json"
-            storage.write_bytes(storage.join(self.folder, "cuts", name), json.dumps(notes).encode())
-        _write_shard(self.folder, part, images, windows, rejected)
+        windows, rejected, notes = [], [], []
+        with _images(part) as add:
+            for row in shard:
+                source = SlideSource(**row | {"windows": tuple(Window(**window) for window in row["windows"])})
+                rows = ingest_slide(source, self.opener, self.classes, self.config.data, self.config.scale)
+                for image in rows.images:
+                    add(image)
+                windows += rows.windows
+                rejected += [asdict(item) for item in rows.rejected]
+                notes += [asdict(note) for note in rows.notes]
+            if notes:
+                name = storage.name(part).removesuffix(".parquet") + ".json"
+                storage.write_bytes(storage.join(self.folder, "cuts", name), json.dumps(notes).encode())
+            _write_others(self.folder, part, windows, rejected)
 
 
-def _write_shard(
-    folder: str,
-    part: str,
-    images: list[dict[str, Any]],
-    windows: list[dict[str, Any]],
-    rejected: list[dict[str, Any]],
-) -> None:
-    """Write a shard's rows; the images' part last, as it marks the shard as done."""
+def _images(part: str) -> AbstractContextManager[Callable[[dict[str, Any]], None]]:
+    """Takes the images of a shard; their part appears last, at the end of the block, as it marks the shard as done."""
+    return storage.parquet_rows(part, IMAGES_SCHEMA, row_group_size=8)
+
+
+def _write_others(folder: str, part: str, windows: list[dict[str, Any]], rejected: list[dict[str, Any]]) -> None:
+    """Write all of a shard but its images."""
     name = storage.name(part)
     storage.write_parquet(pa.Table.from_pylist(rejected, REJECTED_SCHEMA), storage.join(folder, "rejected", name))
     storage.write_parquet(pa.Table.from_pylist(windows, WINDOWS_SCHEMA), storage.join(folder, "windows", name))
-    storage.write_parquet(pa.Table.from_pylist(images, IMAGES_SCHEMA), part, row_group_size=32)
 
 
 def _summary(
