@@ -239,6 +239,7 @@ def data_check(data: str, config: Config, out: str | None, workers: int | None) 
         config.classes.tissue(),
         config.data,
         scale=config.scale,
+        synthesis=config.synthesis,
         workers=workers or available_cpus(),
         out=out,
         opener=opener,

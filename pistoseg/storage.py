@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import io
 import os
 import posixpath
 import shutil
@@ -409,6 +410,34 @@ def write_parquet(table: pa.Table, uri: str, row_group_size: int = 256) -> None:
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", row_group_size=row_group_size)
     write_bytes(uri, sink.getvalue().to_pybytes())
+
+
+@contextmanager
+def parquet_rows(uri: str, schema: pa.Schema, row_group_size: int) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Write a table row by row: what `write_parquet` writes, with one row group of rows in memory.
+
+    The block gets a function that takes a row. The file appears, whole, when the block ends, and not after an error.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    sink = io.BytesIO()  # which gives its bytes away without a copy
+    rows: list[dict[str, Any]] = []
+    with pq.ParquetWriter(sink, schema, compression="zstd") as writer:
+
+        def flush() -> None:
+            writer.write_table(pa.Table.from_pylist(rows, schema))
+            rows.clear()
+
+        def add(row: dict[str, Any]) -> None:
+            rows.append(row)
+            if len(rows) == row_group_size:
+                flush()
+
+        yield add
+        if rows:
+            flush()
+    write_bytes(uri, sink.getvalue())
 
 
 def iter_details(uri: str) -> Iterator[tuple[str, int, str]]:

@@ -64,6 +64,11 @@ class Config(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         problems = []
+        if self.scale.fit and self.scale.source_mpp:  # not of `ScaleConfig`: bundles may have it
+            problems.append(
+                "scale.fit resizes training images without regard to scale.source_mpp, by which others are resized; "
+                "set scale.fit=null, or leave source_mpp out"
+            )
         same = ("architecture", "encoder", "decoder_attention")
         if self.precise.initial == "preliminary" and any(
             getattr(self.precise, key) != getattr(self.preliminary, key) for key in same

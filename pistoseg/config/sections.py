@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -154,7 +155,23 @@ class SynthesisConfig(Section):
     def _anchor(self) -> Self:
         if self.alpha >= self.beta:
             raise ValueError(f"alpha ({self.alpha}) must be less than beta ({self.beta})")
+        if self.strategy == "mosaic":
+            self.anchors()
         return self
+
+    def anchors(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Smallest and largest anchor of a mosaic, down and across (px); `ValueError` where there is none."""
+        return self._anchors_of(self.height), self._anchors_of(self.width)
+
+    def _anchors_of(self, side: int) -> tuple[int, int]:
+        # 0.2 * 15 is a little above 3: that anchor is meant to be allowed.
+        low, high = math.ceil(self.alpha * side - 1e-9), math.floor(self.beta * side + 1e-9)
+        if low > high:
+            raise ValueError(
+                f"no anchor, a whole px, lies between alpha ({self.alpha}) and beta ({self.beta}) of {side} px; "
+                "set them further apart"
+            )
+        return low, high
 
 
 class EvaluationConfig(Section):

@@ -71,7 +71,7 @@ def read_annotations(uri: str, classes: TissueClasses) -> Annotations:
         if not parts or properties.get("objectType", _REGIONS[0]) not in _REGIONS:
             other += 1
             continue
-        names = _names(properties.get("classification"))
+        names = _names(properties.get("classification"), uri, number)
         tissue = next((found for name in names if (found := _class_id(name, classes)) is not None), None)
         if not names:
             unclassified += 1
@@ -109,11 +109,15 @@ def _polygons(geometry: Any, uri: str, number: int) -> list[Any]:
     return [part for part in parts if shapely.get_type_id(part) == _POLYGON and not part.is_empty]
 
 
-def _names(classification: Any) -> list[str]:
+def _names(classification: Any, uri: str, number: int) -> list[str]:
     """What an object's class may be called, the most likely first."""
     if not isinstance(classification, dict):
         return []
-    names = [str(name) for name in classification.get("names") or ()]
+    names = classification.get("names") or []
+    if not isinstance(names, list):
+        field = f"classification.names of feature {number}"
+        raise PistoSegError("is no list", file=uri, field=field, remedy=_EXPORT)
+    names = [str(name) for name in names]
     whole = classification.get("name") or ": ".join(names)
     return [str(whole), *names] if whole else []
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from pistoseg import storage
 from pistoseg.classes import IGNORE_ID, TissueClasses
-from pistoseg.config import DataConfig, ScaleConfig
+from pistoseg.config import DataConfig, ScaleConfig, SynthesisConfig
 from pistoseg.errors import PistoSegError
 from pistoseg.outputs.pictures import Panel, sheet
 from pistoseg.patches.crops import Crop, CutNote, Opener, crops, note_lines
@@ -32,8 +32,19 @@ from pistoseg.patches.layouts import (
 )
 from pistoseg.patches.manifest import is_manifest, scan_slides
 from pistoseg.patches.report import Report, SplitReport
-from pistoseg.patches.source import EvaluationPair, Rejection, SlideSource, SourceImage, Window, outside
-from pistoseg.patches.store import network_size
+from pistoseg.patches.source import (
+    EvaluationPair,
+    Rejection,
+    SlideSource,
+    SourceImage,
+    Window,
+    count_unread,
+    outside,
+    too_many_bad,
+)
+from pistoseg.patches.store import network_size, scaled
+from pistoseg.synthesis.bank import too_small
+from pistoseg.synthesis.sampling import drawn_classes
 
 _EXAMPLES = 16
 _SHEETS = 24
@@ -43,12 +54,16 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class _Read:
-    """A training image that was read: its windows with their sizes filled in, what identifies its pixels, and those."""
+    """A training image that was read: its windows with their sizes filled in, what identifies its pixels, and those.
+
+    `sizes` are height and width of the windows in network px.
+    """
 
     source: SourceImage
     width: int
     height: int
     windows: tuple[Window, ...]
+    sizes: tuple[tuple[int, int], ...]
     sha256: str
     load: Callable[[], np.ndarray]
 
@@ -68,6 +83,7 @@ def check(
     config: DataConfig,
     *,
     scale: ScaleConfig | None = None,
+    synthesis: SynthesisConfig | None = None,
     workers: int = 4,
     out: str | None = None,
     opener: Opener | None = None,
@@ -79,6 +95,7 @@ def check(
         classes: what labels and masks must fit.
         config: layout, limits, and the validation folder where it lies elsewhere.
         scale: the networks' pixel size; None: that of the images. Slides have it from their opener.
+        synthesis: what mosaics need; None: what they need by default.
         workers: threads that read.
         out: folder or URI for report.json, report.txt and sheets of examples; None writes nothing.
         opener: opens the slides of a manifest; needed for one.
@@ -87,14 +104,15 @@ def check(
     """
     report = Report(data_uri, classes.names)
     read: list[_Read] = []
+    scale, synthesis = scale or ScaleConfig(), synthesis or SynthesisConfig()
     slides = is_manifest(data_uri)
     training = data_uri if slides else find_training(data_uri)
     with _problems_into(report):
         if slides:
             assert opener is not None, "a manifest of slides needs a way to open them"
-            read = _check_slides(data_uri, classes, config, report, workers, opener)
+            read = _check_slides(data_uri, classes, config, scale, synthesis, report, workers, opener)
         elif training is not None:
-            read = _check_training(training, classes, config, scale or ScaleConfig(), report, workers)
+            read = _check_training(training, classes, config, scale, synthesis, report, workers)
     truths: dict[str, list[_Truth]] = {}
     evaluation = _evaluation_folders(data_uri, config)
     report.warnings += _not_scored(data_uri, evaluation) if not slides else []
@@ -145,7 +163,13 @@ def _not_scored(data_uri: str, evaluation: Container[str]) -> list[str]:
 
 
 def _check_training(
-    uri: str, classes: TissueClasses, config: DataConfig, scale: ScaleConfig, report: Report, workers: int
+    uri: str,
+    classes: TissueClasses,
+    config: DataConfig,
+    scale: ScaleConfig,
+    synthesis: SynthesisConfig,
+    report: Report,
+    workers: int,
 ) -> list[_Read]:
     listing = scan_training(uri, classes, config)
 
@@ -153,33 +177,44 @@ def _check_training(
         try:
             pixels = read_rgb(source.uri, source.name, config.max_pixels, config.min_size)
             height, width = pixels.shape[:2]
-            network_size(height, width, config, scale)
+            factor, size = network_size(height, width, config, scale)
         except PistoSegError as error:
             return None, [Rejection.of(error, source.name)]
         windows = [window.resolved(width, height) for window in source.windows]
         beyond = [outside(source, window, width, height) for window in windows]
         kept = tuple(window for window, rejection in zip(windows, beyond, strict=True) if rejection is None)
         refused = [rejection for rejection in beyond if rejection is not None]
+        if not kept:
+            return None, refused
+        boxes = [scaled(window, factor, size) for window in kept]
+        sizes = tuple((box_height, box_width) for _, _, box_width, box_height in boxes)
         load = partial(read_rgb, source.uri, source.name, config.max_pixels)
-        return (_Read(source, width, height, kept, pixel_hash(pixels), load) if kept else None), refused
+        return _Read(source, width, height, kept, sizes, pixel_hash(pixels), load), refused
 
     results = _in_threads(read, listing.images, workers)
     images = [image for image, _ in results if image is not None]
     report.layout = listing.layout
     report.rejected = listing.rejected + [rejection for _, refused in results for rejection in refused]
-    _sum_up(images, classes, config, report)
+    _sum_up(listing.images, images, classes, config, synthesis, report)
     return images
 
 
 def _check_slides(
-    uri: str, classes: TissueClasses, config: DataConfig, report: Report, workers: int, opener: Opener
+    uri: str,
+    classes: TissueClasses,
+    config: DataConfig,
+    scale: ScaleConfig,
+    synthesis: SynthesisConfig,
+    report: Report,
+    workers: int,
+    opener: Opener,
 ) -> list[_Read]:
     """Read every window of a manifest's slides; each is a training image."""
     listing = scan_slides(uri, classes)
 
     def read(source: SlideSource) -> list[_Read | Rejection | CutNote]:
         return [
-            _read_crop(source, item, opener, classes, config) if isinstance(item, Crop) else item
+            _read_crop(source, item, opener, classes, config, scale.fit) if isinstance(item, Crop) else item
             for item in crops(source, opener, classes, config)
         ]
 
@@ -188,29 +223,42 @@ def _check_slides(
     report.layout = listing.layout
     report.rejected = listing.rejected + [item for item in items if isinstance(item, Rejection)]
     report.warnings += note_lines([item for item in items if isinstance(item, CutNote)])
-    _sum_up(images, classes, config, report)
+    _sum_up(listing.slides, images, classes, config, synthesis, report)
     return images
 
 
-def _read_crop(source: SlideSource, crop: Crop, opener: Opener, classes: TissueClasses, config: DataConfig) -> _Read:
+def _read_crop(
+    source: SlideSource, crop: Crop, opener: Opener, classes: TissueClasses, config: DataConfig, fit: int | None
+) -> _Read:
     height, width = crop.pixels.shape[:2]
     whole = Window.whole(crop.window.labels).resolved(width, height)
     image = SourceImage(source.image_name(crop.window), source.uri, (whole,))
+    alone = replace(source, windows=(crop.window,))
 
-    def load() -> np.ndarray:
-        (item,) = crops(replace(source, windows=(crop.window,)), opener, classes, config)
+    def load() -> np.ndarray:  # not of `crop`, whose pixels would be kept
+        (item,) = crops(alone, opener, classes, config)
         assert isinstance(item, Crop), item
         return item.pixels
 
-    return _Read(image, width, height, (whole,), pixel_hash(crop.pixels), load)
+    size = (fit or height, fit or width)
+    return _Read(image, width, height, (whole,), (size,), pixel_hash(crop.pixels), load)
 
 
-def _sum_up(images: list[_Read], classes: TissueClasses, config: DataConfig, report: Report) -> None:
+def _sum_up(
+    sources: Sequence[SourceImage | SlideSource],
+    images: list[_Read],
+    classes: TissueClasses,
+    config: DataConfig,
+    synthesis: SynthesisConfig,
+    report: Report,
+) -> None:
     count_windows([window for image in images for window in image.windows], classes, report)
     report.images = len(images)
     report.sizes = dict(Counter(f"{image.width}x{image.height}" for image in images).most_common())
     _find_duplicates(images, report)
-    _judge(report, config)
+    _judge(report, config, len(sources), count_unread(sources, (rejection.name for rejection in report.rejected)))
+    if report.windows:
+        _judge_single_tissue(images, classes, config, synthesis, report)
 
 
 def count_windows(windows: Sequence[Window], classes: TissueClasses, report: Report) -> None:
@@ -236,24 +284,16 @@ def _find_duplicates(images: list[_Read], report: Report) -> None:
                 report.conflicts.append(names)
 
 
-def _judge(report: Report, config: DataConfig) -> None:
+def _judge(report: Report, config: DataConfig, found: int, unread: int) -> None:
     refused, total = len(report.rejected), len(report.rejected) + report.windows
     if not report.windows:
         report.problems.append("no training image can be used")
         return
-    if refused > config.max_rejected * total:
-        report.problems.append(
-            f"{refused} of {total} images or windows are bad, more than data.max_rejected ({config.max_rejected:.0%})"
-        )
+    counts = {"rejected": refused, "windows": report.windows, "found": found, "unread": unread}
+    if (problem := too_many_bad(counts, config.max_rejected)) is not None:
+        report.problems.append(problem)
     elif refused:
         report.warnings.append(f"{refused} of {total} images or windows are bad and will be left out")
-    for name, count in report.single_tissue.items():
-        if not count:
-            report.problems.append(f"no image shows {name!r} alone: no mosaic could show it")
-        elif count < config.min_single_tissue:
-            report.warnings.append(
-                f"{count} images show {name!r} alone; below {config.min_single_tissue} they repeat a lot"
-            )
     if "none" in report.combinations:
         report.warnings.append(f"{report.combinations['none']} images or windows show no class at all")
     if report.duplicates:
@@ -262,6 +302,32 @@ def _judge(report: Report, config: DataConfig) -> None:
         )
     if report.conflicts:
         report.warnings.append(f"{len(report.conflicts)} groups of equal images have labels that contradict each other")
+
+
+def _judge_single_tissue(
+    images: list[_Read], classes: TissueClasses, config: DataConfig, synthesis: SynthesisConfig, report: Report
+) -> None:
+    """Say of which classes mosaics would lack images, or have few; of those that they are to show."""
+    crop = (synthesis.crop_height, synthesis.crop_width)
+    sized = [item for image in images for item in zip(image.windows, image.sizes, strict=True)]
+    small = Counter(
+        classes.names[window.labels.index(1)]
+        for window, size in sized
+        if sum(window.labels) == 1 and too_small(*size, crop)
+    )
+    part = f"half of a crop of {crop[0]}x{crop[1]} px (synthesis.crop_height, synthesis.crop_width)"
+    for name in drawn_classes(classes.names, synthesis.class_sampling):
+        count = report.single_tissue[name] - small[name]
+        if not count:
+            why = f", but for {small[name]} smaller than {part}" if small[name] else ""
+            report.problems.append(f"no image shows {name!r} alone{why}: no mosaic could show it")
+            continue
+        if small[name]:
+            report.warnings.append(f"{small[name]} images that show {name!r} alone are smaller than {part}: left out")
+        if count < config.min_single_tissue:
+            report.warnings.append(
+                f"{count} images show {name!r} alone; below {config.min_single_tissue} they repeat a lot"
+            )
 
 
 def _check_split(

@@ -86,6 +86,8 @@ def decode_mask(
 ) -> np.ndarray:
     """Decode a ground-truth mask: class ids in a palette or grey image, or the classes' colours in an RGB one.
 
+    A palette of the classes' colours in another order than that of their ids is read by its colours, too.
+
     Args:
         data: the whole PNG or TIFF.
         name: what errors call it.
@@ -112,6 +114,8 @@ def decode_mask(
     if image.mode in ("RGB", "RGBA"):
         return _ids_of_colors(np.array(image.convert("RGB")), name, classes)
     ids = np.array(image, dtype=np.uint8) // step
+    if image.mode == "P":
+        ids = _by_palette(ids, image.getpalette("RGB") or [], classes)
     allowed = {*range(len(classes)), classes.background_id, IGNORE_ID}
     foreign = sorted({int(v) for v in np.flatnonzero(np.bincount(ids.ravel(), minlength=256))} - allowed)
     if foreign:
@@ -300,6 +304,26 @@ def _check_expected(image: Image.Image, name: str, expected_size: tuple[int, int
             field="size",
             remedy="use the mask that was drawn on this image, at its full size",
         )
+
+
+def _by_palette(values: np.ndarray, palette: list[int], classes: TissueClasses) -> np.ndarray:
+    """The ids that a palette's colours mean, where all of them are those of the classes and background; else `values`.
+
+    `Image.quantize`, for one, orders a palette anew for every image. Others (grey, or that of Pascal VOC) mean nothing:
+    even where the pixels of one mask happen to have only colours of classes, entries of other ids do not. What follows
+    the last value in use is filled up with black by some writers. 255 is no entry: it stays what is unknown.
+    """
+    colors = [tuple(palette[start : start + 3]) for start in range(0, len(palette), 3)][:IGNORE_ID]
+    known: dict[tuple[int, ...], int] = {tissue.color: index for index, tissue in enumerate(classes.classes)}
+    known[classes.background_color] = classes.background_id
+    used = int(max(values[values < IGNORE_ID], default=-1)) + 1
+    last = max(used, len(classes), classes.background_id + 1)
+    meant = colors[:used] + [color for color in colors[used:last] if color != (0, 0, 0)]
+    if used > len(colors) or any(color not in known for color in meant):
+        return values
+    lookup = np.arange(256, dtype=np.uint8)
+    lookup[:used] = [known[color] for color in colors[:used]]
+    return lookup[values]
 
 
 def _ids_of_colors(rgb: np.ndarray, name: str, classes: TissueClasses) -> np.ndarray:

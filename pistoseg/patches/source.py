@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from pistoseg.errors import PistoSegError, UnavailableError
@@ -101,6 +102,36 @@ def outside(source: SourceImage, window: Window, width: int, height: int) -> Rej
         f"x {window.x}, y {window.y}, {window.width}x{window.height} px reaches beyond its image of {width}x{height}",
         "give windows in px of the image, from its top left corner",
     )
+
+
+def count_unread(sources: Iterable[SourceImage | SlideSource], rejected: Iterable[str]) -> int:
+    """How many images, or slides whose windows are not known, can't be read at all.
+
+    Args:
+        sources: all that were found.
+        rejected: names of the rejections: a source's own where all of it is refused.
+    """
+    names = set(rejected)
+    return sum(source.name in names for source in sources)
+
+
+def too_many_bad(counts: dict[str, int], limit: float) -> str | None:
+    """What is wrong where more than a share of the images, or of the windows, is bad; None where it is less.
+
+    Args:
+        counts: `rejected` and `windows` (that are good); of artifacts made before these were counted not `found`, the
+            images or slides, and `unread`, those of them that can't be read, whose windows `rejected` counts as one.
+        limit: `data.max_rejected`.
+    """
+    refused, total = counts["rejected"], counts["rejected"] + counts["windows"]
+    unread, found = counts.get("unread", 0), counts.get("found", 0)
+    if refused > limit * total:
+        bad = f"{refused} of {total} images or windows are bad"
+    elif unread > limit * found:
+        bad = f"{unread} of {found} images or slides can't be read"
+    else:
+        return None
+    return f"{bad}, more than data.max_rejected ({limit:.0%}) allows"
 
 
 @dataclass(frozen=True)

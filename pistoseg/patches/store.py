@@ -76,7 +76,7 @@ def ingest(
             rejected.append(rejection)
             continue
         windows.append(
-            window_row(source.first_window + number, source.index, _scaled(window, factor, size), window.labels)
+            window_row(source.first_window + number, source.index, scaled(window, factor, size), window.labels)
         )
     if not windows:
         return None, [], rejected
@@ -142,7 +142,7 @@ def window_row(window: int, image: int, box: tuple[int, int, int, int], labels: 
     }
 
 
-def _scaled(window: Window, factor: tuple[float, float], size: tuple[int, int]) -> tuple[int, int, int, int]:
+def scaled(window: Window, factor: tuple[float, float], size: tuple[int, int]) -> tuple[int, int, int, int]:
     """x, y, width and height of a window after its image was resized by (y, x) factors to (height, width)."""
     top = min(size[0] - 1, round(window.y * factor[0]))
     left = min(size[1] - 1, round(window.x * factor[1]))

@@ -67,7 +67,7 @@ def write_cohort(
     Returns:
         The content of phantom.json: synthetic, version, settings, cases, patches per class and combination, slides.
     Raises:
-        PistoSegError: for sizes or counts that can't be drawn, or where another cohort is.
+        PistoSegError: for sizes or counts that can't be drawn, or where another cohort or anything else is.
     """
     _check(training, validation, slides, patch_size, validation_size, mpp)
     settings = {
@@ -129,11 +129,15 @@ def _check(training: int, validation: int, slides: int, patch_size: int, validat
 
 
 def _refuse_another(out: str, settings: dict[str, Any]) -> None:
-    """The images of two cohorts in one folder could not be told apart; the same cohort is drawn over itself."""
-    for name in (COMPLETE, BEGUN):
+    """The images of two cohorts in one folder could not be told apart; the same cohort is drawn over itself.
+
+    Nor could those of a cohort and of anything else: a folder without a cohort must be empty, but for hidden files.
+    """
+    markers = [name for name in (COMPLETE, BEGUN) if storage.exists(storage.join(out, name))]
+    if not markers and any(not storage.name(item).startswith(".") for item in storage.list_dir(out)):
+        raise PistoSegError("is not empty, and holds no cohort", file=out, remedy="give another folder")
+    for name in markers:
         uri = storage.join(out, name)
-        if not storage.exists(uri):
-            continue
         try:
             found = json.loads(storage.read_bytes(uri))
             same = (found["format"], found["settings"]) == (FORMAT, settings)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from typing import Any, TypeVar
 
@@ -19,7 +20,15 @@ from pistoseg.patches.crops import CutNote, ingest_slide, network_mpp, note_line
 from pistoseg.patches.digest import training_folder
 from pistoseg.patches.layouts import scan_training
 from pistoseg.patches.manifest import in_shards, is_manifest, scan_slides
-from pistoseg.patches.source import Rejection, SlideSource, SourceImage, Window
+from pistoseg.patches.source import (
+    Listing,
+    SlideListing,
+    SlideSource,
+    SourceImage,
+    Window,
+    count_unread,
+    too_many_bad,
+)
 from pistoseg.patches.store import IMAGES_SCHEMA, REJECTED_SCHEMA, WINDOWS_SCHEMA, PatchSet, ingest
 from pistoseg.stages import cluster
 from pistoseg.stages.slide_images import SlideOpener
@@ -35,14 +44,14 @@ def run(context: StageContext) -> dict[str, Any]:
     classes = config.classes.tissue()
     uri = training_folder(config)
     read = _from_slides if is_manifest(uri) else _from_images
-    layout, unusable = read(uri, classes, context)
-    rejected = [asdict(item) for item in unusable]
+    listing = read(uri, classes, context)
+    rejected = [asdict(item) for item in listing.rejected]
     for folder in (context.folder, held_out_folder(context.folder)):
         for part in storage.list_dir(storage.join(folder, "rejected")):
             rejected += storage.read_parquet(part).to_pylist()
     storage.write_parquet(pa.Table.from_pylist(rejected, REJECTED_SCHEMA), context.path("rejected.parquet"))
     patches = PatchSet.open(context.folder)
-    summary = _summary(patches, classes, layout, rejected)
+    summary = _summary(patches, classes, listing, rejected)
     if config.data.label_holdout:
         summary |= _held_out_summary(context.folder, patches, classes)
     for line in note_lines(_cut_notes(context)):
@@ -51,26 +60,26 @@ def run(context: StageContext) -> dict[str, Any]:
     return summary
 
 
-def _from_images(uri: str, classes: TissueClasses, context: StageContext) -> tuple[str, list[Rejection]]:
-    """Read the images of a folder; its layout, and what of it is not usable."""
+def _from_images(uri: str, classes: TissueClasses, context: StageContext) -> Listing:
+    """Read the images of a folder, and say what was found there."""
     listing = scan_training(uri, classes, context.config.data)
     for folder, images in _parts(listing.images, context):
         rows = [asdict(image) for image in images]
         shards = [rows[start : start + SHARD_IMAGES] for start in range(0, len(rows), SHARD_IMAGES)]
         arguments = {"data": context.config.data, "scale": context.config.scale, "folder": folder}
         _run(_Ingest, arguments, shards, len, context)
-    return listing.layout, listing.rejected
+    return listing
 
 
-def _from_slides(uri: str, classes: TissueClasses, context: StageContext) -> tuple[str, list[Rejection]]:
-    """Read the windows of a manifest's slides; the layout's name, and the rows that are not usable."""
+def _from_slides(uri: str, classes: TissueClasses, context: StageContext) -> SlideListing:
+    """Read the windows of a manifest's slides, and say what was found there."""
     listing = scan_slides(uri, classes)
     network_mpp(context.config.scale)
     for folder, slides in _parts(listing.slides, context):
         shards = [[asdict(slide) for slide in shard] for shard in in_shards(slides, SHARD_WINDOWS)]
         arguments = {"config": context.config, "folder": folder}
         _run(_IngestSlides, arguments, shards, _n_windows, context)
-    return listing.layout, listing.rejected
+    return listing
 
 
 def held_out_folder(uri: str) -> str:
@@ -135,15 +144,16 @@ class _Ingest:
         self.data, self.scale, self.folder = data, scale, folder
 
     def __call__(self, number: int, shard: list[dict[str, Any]], part: str) -> None:
-        images, windows, rejected = [], [], []
-        for row in shard:
-            source = SourceImage(**row | {"windows": tuple(Window(**window) for window in row["windows"])})
-            image, its_windows, its_rejections = ingest(source, self.data, self.scale)
-            if image is not None:
-                images.append(image)
-            windows += its_windows
-            rejected += [asdict(item) for item in its_rejections]
-        _write_shard(self.folder, part, images, windows, rejected)
+        windows, rejected = [], []
+        with _images(part) as add:
+            for row in shard:
+                source = SourceImage(**row | {"windows": tuple(Window(**window) for window in row["windows"])})
+                image, its_windows, its_rejections = ingest(source, self.data, self.scale)
+                if image is not None:
+                    add(image)
+                windows += its_windows
+                rejected += [asdict(item) for item in its_rejections]
+            _write_others(self.folder, part, windows, rejected)
 
 
 class _IngestSlides:
@@ -153,44 +163,49 @@ class _IngestSlides:
         self.opener = SlideOpener(network_mpp(config.scale))
 
     def __call__(self, number: int, shard: list[dict[str, Any]], part: str) -> None:
-        images, windows, rejected, notes = [], [], [], []
-        for row in shard:
-            source = SlideSource(**row | {"windows": tuple(Window(**window) for window in row["windows"])})
-            rows = ingest_slide(source, self.opener, self.classes, self.config.data, self.config.scale)
-            images += rows.images
-            windows += rows.windows
-            rejected += [asdict(item) for item in rows.rejected]
-            notes += [asdict(note) for note in rows.notes]
-        if notes:
-            name = storage.name(part).removesuffix(".parquet") + ".json"
-            storage.write_bytes(storage.join(self.folder, "cuts", name), json.dumps(notes).encode())
-        _write_shard(self.folder, part, images, windows, rejected)
+        windows, rejected, notes = [], [], []
+        with _images(part) as add:
+            for row in shard:
+                source = SlideSource(**row | {"windows": tuple(Window(**window) for window in row["windows"])})
+                rows = ingest_slide(source, self.opener, self.classes, self.config.data, self.config.scale)
+                for image in rows.images:
+                    add(image)
+                windows += rows.windows
+                rejected += [asdict(item) for item in rows.rejected]
+                notes += [asdict(note) for note in rows.notes]
+            if notes:
+                name = storage.name(part).removesuffix(".parquet") + ".json"
+                storage.write_bytes(storage.join(self.folder, "cuts", name), json.dumps(notes).encode())
+            _write_others(self.folder, part, windows, rejected)
 
 
-def _write_shard(
-    folder: str,
-    part: str,
-    images: list[dict[str, Any]],
-    windows: list[dict[str, Any]],
-    rejected: list[dict[str, Any]],
-) -> None:
-    """Write a shard's rows; the images' part last, as it marks the shard as done."""
+def _images(part: str) -> AbstractContextManager[Callable[[dict[str, Any]], None]]:
+    """Takes the images of a shard; their part appears last, at the end of the block, as it marks the shard as done."""
+    return storage.parquet_rows(part, IMAGES_SCHEMA, row_group_size=8)
+
+
+def _write_others(folder: str, part: str, windows: list[dict[str, Any]], rejected: list[dict[str, Any]]) -> None:
+    """Write all of a shard but its images."""
     name = storage.name(part)
     storage.write_parquet(pa.Table.from_pylist(rejected, REJECTED_SCHEMA), storage.join(folder, "rejected", name))
     storage.write_parquet(pa.Table.from_pylist(windows, WINDOWS_SCHEMA), storage.join(folder, "windows", name))
-    storage.write_parquet(pa.Table.from_pylist(images, IMAGES_SCHEMA), part, row_group_size=32)
 
 
-def _summary(patches: PatchSet, classes: TissueClasses, layout: str, rejected: list[dict[str, Any]]) -> dict[str, Any]:
+def _summary(
+    patches: PatchSet, classes: TissueClasses, listing: Listing | SlideListing, rejected: list[dict[str, Any]]
+) -> dict[str, Any]:
     labels = patches.labels
+    sources = listing.slides if isinstance(listing, SlideListing) else listing.images
     single = labels.sum(axis=1) == 1
     counts = {"images": len(patches), "windows": len(labels), "single_tissue_windows": int(single.sum())}
     return {
         "metrics": counts | {"rejected": len(rejected)},
-        "layout": layout,
+        "layout": listing.layout,
         "images": len(patches),
         "windows": len(labels),
         "rejected": len(rejected),
+        "found": len(sources),
+        "unread": count_unread(sources, (item["name"] for item in rejected)),
         "by_class": dict(zip(classes.names, labels.sum(axis=0).tolist(), strict=True)),
         "single_tissue": dict(zip(classes.names, labels[single].sum(axis=0).tolist(), strict=True)),
     }
@@ -218,11 +233,10 @@ def refuse_rejected(summary: dict[str, Any], data: DataConfig, file: str) -> Non
         data: how many may be.
         file: that lists them.
     """
-    refused = summary["rejected"]
-    if not summary["images"] or refused > data.max_rejected * (refused + summary["windows"]):
+    problem = too_many_bad(summary, data.max_rejected)
+    if problem is not None:
         raise PistoSegError(
-            f"{refused} of {refused + summary['windows']} images or windows are bad, more than data.max_rejected "
-            f"({data.max_rejected:.0%}) allows",
+            problem,
             file=file,
             remedy="mend them (`pistoseg data check` lists them), or raise data.max_rejected",
         )

@@ -82,7 +82,7 @@ class TissueBank:
             if not 0 <= label < n_classes:
                 raise ValueError(f"class id {label} is not in 0..{n_classes - 1}")
             height, width = image.shape[:2]
-            if 2 * height < crop[0] or 2 * width < crop[1]:
+            if too_small(height, width, crop):
                 left_out[label] += 1
                 continue
             packed = _pack(image, label, background)
@@ -196,6 +196,11 @@ class TissueBank:
     def __reduce__(self) -> tuple[object, ...]:
         # The cached views would be pickled as copies of the pixels.
         return (TissueBank.from_arrays, (self.arrays(),))
+
+
+def too_small(height: int, width: int, crop: tuple[int, int]) -> bool:
+    """Whether an image (px) is smaller than half of a crop of height x width, and so of no use for it."""
+    return 2 * height < crop[0] or 2 * width < crop[1]
 
 
 def tissue_mask(packed: NDArray[np.uint8], background_id: int) -> NDArray[np.uint8]:

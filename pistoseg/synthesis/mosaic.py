@@ -8,7 +8,6 @@ reaches are copied.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,7 +15,6 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from pistoseg.errors import PistoSegError
 from pistoseg.synthesis.crops import Crops, CropSource
 from pistoseg.synthesis.sampling import Numbers
 
@@ -75,15 +73,13 @@ class Mosaic:
     Args:
         source: gives the crops.
         config: geometry: n_h, n_w, alpha, beta, and the transform's ranges.
-    Raises:
-        PistoSegError: no whole pixel lies between alpha and beta.
     """
 
     def __init__(self, source: CropSource, config: SynthesisConfig) -> None:
         self._source = source
         self._config = config
         self._side = np.array((config.height, config.width))
-        self._anchors = np.array([_anchors(config.alpha, config.beta, side) for side in (config.height, config.width)])
+        self._anchors = np.array(config.anchors())
         self._cell = np.array((config.crop_height, config.crop_width))
 
     def samples(self, numbers: Numbers) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
@@ -214,19 +210,6 @@ def _reached(
     first = np.where(high > border, np.minimum(np.maximum(low, 0), 2 * border - high), low)
     last = np.where(low < 0, np.maximum(high, -low), high)
     return np.clip(first, 0, border), np.clip(last, 0, border)
-
-
-def _anchors(alpha: float, beta: float, side: int) -> tuple[int, int]:
-    """Smallest and largest anchor (px)."""
-    # 0.2 * 15 is a little above 3: that anchor is meant to be allowed.
-    low, high = math.ceil(alpha * side - 1e-9), math.floor(beta * side + 1e-9)
-    if low > high:
-        raise PistoSegError(
-            f"no anchor lies between alpha {alpha} and beta {beta} of {side} px",
-            field="synthesis.alpha",
-            remedy="set alpha and beta further apart",
-        )
-    return low, high
 
 
 def _pick(u: NDArray[np.float64], low: int | NDArray[np.int64], high: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -119,7 +119,7 @@ class ImageSampler:
     ) -> None:
         counts = np.bincount(labels, minlength=len(class_names))
         weights = _weights(class_names, sampling)
-        self._refuse_absent(class_names, counts, weights, left_out or [0] * len(class_names))
+        self._refuse_absent(class_names, counts, drawn_classes(class_names, sampling), left_out)
         self.natural = sampling == "natural"
         self._n = len(labels)
         self._labels = labels
@@ -130,10 +130,10 @@ class ImageSampler:
 
     @staticmethod
     def _refuse_absent(
-        names: Sequence[str], counts: NDArray[np.int64], weights: NDArray[np.float64], left_out: Sequence[int]
+        names: Sequence[str], counts: NDArray[np.int64], drawn: Sequence[str], left_out: Sequence[int]
     ) -> None:
-        rows = zip(names, counts, weights, left_out, strict=True)
-        absent = {name: small for name, count, weight, small in rows if weight > 0 and not count}
+        rows = zip(names, counts, left_out or [0] * len(names), strict=True)
+        absent = {name: small for name, count, small in rows if name in drawn and not count}
         if absent:
             found = [f"{name} ({n} are smaller than half a crop)" if n else name for name, n in absent.items()]
             smaller = "make synthesis.crop_height and synthesis.crop_width smaller, " if any(absent.values()) else ""
@@ -165,6 +165,15 @@ class ImageSampler:
     ) -> NDArray[np.int64]:
         places = (numbers.take(counts) * self._counts.take(classes)).astype(np.int64)
         return self._order.take(self._starts.take(classes) + places)
+
+
+def drawn_classes(names: Sequence[str], sampling: ClassSampling) -> list[str]:
+    """The classes, of all names, that are to be drawn, and need a single-tissue image each: those with a weight.
+
+    Raises:
+        PistoSegError: the weights do not fit the classes.
+    """
+    return [name for name, weight in zip(names, _weights(names, sampling), strict=True) if weight > 0]
 
 
 def _weights(names: Sequence[str], sampling: ClassSampling) -> NDArray[np.float64]:

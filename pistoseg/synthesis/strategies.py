@@ -128,8 +128,8 @@ class Synthesizer:
         background_id: mask value where there is no tissue.
         seed: the run's seed.
     Raises:
-        PistoSegError: a class has no single-tissue image, class weights do not fit the classes, images are smaller
-            than a crop, or no anchor is possible.
+        PistoSegError: a class has no single-tissue image, class weights do not fit the classes, or images are smaller
+            than a crop.
     """
 
     def __init__(

@@ -51,8 +51,10 @@ def test_an_unknown_key_that_resembles_nothing_gets_no_suggestion():
     ("override", "message"),
     [
         ("synthesis.alpha=0.9", "alpha (0.9) must be less than beta (0.8)"),
+        ("synthesis={alpha: 0.501, beta: 0.502}", "lies between alpha (0.501) and beta (0.502) of 224 px"),
         ("scale.source_mpp=0.5", "source_mpp needs mpp"),
         ("scale.resize=0.5", "fit and resize contradict each other"),
+        ("scale={fit: 224, mpp: 1.0, source_mpp: 0.5}", "without regard to scale.source_mpp, by which others"),
         ("synthesis.class_sampling={tumour: 1, stroma: 1, normal: 1}", "given for tumour, stroma, normal, but the"),
         ("synthesis.class_sampling={tumor: 2}", "given for tumor, but the classes are tumor, stroma, normal. Remedy"),
         ("synthesis.class_sampling={tumor: 1, Tumor: 2, stroma: 1, normal: 1}", "given for tumor, Tumor, stroma"),

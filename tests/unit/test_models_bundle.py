@@ -235,3 +235,9 @@ def test_mlflow_keeps_a_bundle_as_a_model_with_a_signature(folder, tmp_path):
     np.testing.assert_array_equal(finer[0], expected.predict(images[0], mpp=1.0))
     with pytest.raises(mlflow.MlflowException, match="uint8"):
         model.predict(images.astype(np.float64))
+
+
+def test_a_bundle_may_have_a_pixel_size_beside_fit_which_configs_may_no_longer(folder, tmp_path):
+    scale = {"mpp": 1.0, "source_mpp": 0.5, "fit": 224}
+    bundle.save(str(tmp_path), bundle.load(folder, "cpu").model, classes=CLASSES, patch_size=64, scale=scale)
+    assert bundle.load(str(tmp_path), "cpu").factor() == 0.5

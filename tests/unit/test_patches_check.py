@@ -10,7 +10,7 @@ from patch_files import CLASSES, encoded, mask_png, put, tissue
 from pistoseg import storage
 from pistoseg.classes import TissueClass, TissueClasses
 from pistoseg.commands import data_check
-from pistoseg.config import DataConfig, load_config
+from pistoseg.config import DataConfig, ScaleConfig, SynthesisConfig, load_config
 from pistoseg.errors import PistoSegError
 from pistoseg.patches.check import check
 from pistoseg.patches.decode import decode_rgb
@@ -137,6 +137,19 @@ def test_bad_files_are_listed_and_too_many_of_them_are_a_problem(tmp_path):
     assert not run(tmp_path, max_rejected=0.1).ok
 
 
+def test_images_with_many_windows_count_as_images_when_they_can_not_be_read(tmp_path):
+    rows = ["image,x,y,width,height,tumor,stroma,normal"]
+    for number in range(10):
+        name = f"{number}.png"
+        put(tmp_path, f"training/{name}", b"broken" if number < 2 else None, seed=number)
+        rows += [f"{name},{8 * x},0,16,32,{','.join('1' if x % 3 == k else '0' for k in range(3))}" for x in range(4)]
+    put(tmp_path, "training/windows.csv", "\n".join(rows).encode())
+    assert run(tmp_path, max_rejected=0.2).ok
+    assert run(tmp_path, max_rejected=0.19).problems == [
+        "2 of 10 images or slides can't be read, more than data.max_rejected (19%) allows"
+    ]
+
+
 def test_the_text_says_once_for_each_kind_of_bad_file_what_to_do(tmp_path):
     write_good(tmp_path)
     put(tmp_path, "training/text-[1, 0, 0].png", b"hello\nyou")
@@ -168,6 +181,49 @@ def test_rare_and_absent_single_tissue_classes_are_said(tmp_path):
     report = run(tmp_path)
     assert report.ok
     assert any("1 images show 'normal' alone" in warning for warning in report.warnings)
+
+
+def of_single_tissue(root, scale, **synthesis):
+    """What a check says of images of a single tissue: problems and warnings."""
+    settings = {"scale": ScaleConfig(**scale), "synthesis": SynthesisConfig(**synthesis)}
+    report = check(str(root), CLASSES, DataConfig(min_single_tissue=3), **settings)
+    return report.problems, [text for text in report.warnings if "alone" in text]
+
+
+@pytest.mark.parametrize(("scale", "crop"), [({}, 64), ({"resize": 0.5}, 32)])
+def test_images_smaller_than_half_a_crop_at_the_networks_pixel_size_are_not_counted(tmp_path, scale, crop):
+    write_good(tmp_path)
+    put(tmp_path, "training/large-[1, 0, 0].png", encoded(tissue(90, 64, 64)))
+
+    def problems(height, **sampling):
+        return of_single_tissue(tmp_path, scale, crop_height=height, crop_width=16, **sampling)
+
+    assert problems(crop) == ([], [])  # of 32x40 px
+    found, warnings = problems(crop + 1)
+    assert [text[:30] for text in found] == ["no image shows 'stroma' alone,", "no image shows 'normal' alone,"]
+    assert [text[:37] for text in warnings] == [
+        "3 images that show 'tumor' alone are ",
+        "1 images show 'tumor' alone; below 3 ",
+    ]
+    assert problems(crop + 1, class_sampling={"tumor": 1, "stroma": 0, "normal": 0}) == ([], warnings)
+
+
+def test_images_that_are_resized_to_fit_count_with_the_size_that_they_get(tmp_path):
+    write_good(tmp_path)
+    assert of_single_tissue(tmp_path, {"fit": 64}, crop_height=128, crop_width=128) == ([], [])
+    (found, *others), _ = of_single_tissue(tmp_path, {"fit": 64}, crop_height=129, crop_width=128)
+    part = "half of a crop of 129x128 px (synthesis.crop_height, synthesis.crop_width)"
+    assert found == f"no image shows 'tumor' alone, but for 3 smaller than {part}: no mosaic could show it"
+    assert len(others) == 2
+
+
+def test_a_class_that_mosaics_are_not_to_show_needs_no_image_alone(tmp_path):
+    write_good(tmp_path)
+    for number in range(3):
+        (tmp_path / "training" / f"{number}-[0, 0, 1].png").unlink()
+    config = load_config("wsss4luad", overrides=["synthesis.class_sampling={tumor: 1, stroma: 1, normal: 0}"])
+    assert data_check(str(tmp_path), config, None, workers=2) == 0
+    assert data_check(str(tmp_path), load_config("wsss4luad"), None, workers=2) == 1
 
 
 def test_masks_that_do_not_fit_are_problems_and_missing_ones_are_warnings(tmp_path):

@@ -1,4 +1,5 @@
 import json
+import weakref
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,8 +17,8 @@ from pistoseg.cli import main
 from pistoseg.config import DataConfig, ScaleConfig, load_config
 from pistoseg.errors import PistoSegError
 from pistoseg.patches.annotations import read_annotations
-from pistoseg.patches.check import check
-from pistoseg.patches.crops import ingest_slide
+from pistoseg.patches.check import _read_crop, check
+from pistoseg.patches.crops import crops, ingest_slide
 from pistoseg.patches.decode import decode_png
 from pistoseg.patches.digest import training_digest, training_folder, validation_folder
 from pistoseg.patches.manifest import in_shards, is_manifest, scan_slides, write_manifest
@@ -266,6 +267,14 @@ def test_every_shape_of_a_qupath_export_is_read(tmp_path):
 def test_broken_annotations_are_refused_by_name(tmp_path, content, message):
     uri = put(tmp_path, "a.geojson", content)
     with pytest.raises(PistoSegError, match=message) as caught:
+        read_annotations(uri, CLASSES)
+    assert caught.value.file == uri
+
+
+@pytest.mark.parametrize("names", [5, "Tumor", {"Tumor": 1}])
+def test_names_of_a_class_that_are_no_list_are_refused_by_name(tmp_path, names):
+    uri = geojson(tmp_path, feature(shapely.box(0, 0, 2, 1), classification={"names": names}))
+    with pytest.raises(PistoSegError, match=r"classification\.names of feature 1: is no list") as caught:
         read_annotations(uri, CLASSES)
     assert caught.value.file == uri
 
@@ -549,6 +558,17 @@ def test_a_manifest_is_checked_window_by_window(tmp_path):
         "row 7",
     }
     assert len(report.pictures) == 3
+
+
+def test_of_a_checked_window_the_pixels_are_not_kept_but_read_again(tmp_path):
+    write_tiff(tmp_path / "a.tif", texture(64, 64))
+    source = SlideSource("a.tif", str(tmp_path / "a.tif"), 0.5, (Window(0, 0, 50, 40, (1, 0, 0)),))
+    (crop,) = crops(source, SlideOpener(0.5), CLASSES, DATA)
+    pixels, kept = crop.pixels.copy(), weakref.ref(crop.pixels)
+    read = _read_crop(source, crop, SlideOpener(0.5), CLASSES, DATA, None)
+    del crop
+    assert kept() is None
+    assert np.array_equal(read.load(), pixels)
 
 
 def test_windows_of_annotated_slides_are_written_as_a_manifest(tmp_path):

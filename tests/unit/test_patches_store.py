@@ -5,13 +5,15 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from patch_files import CLASSES, encoded, png_file, put, tissue
+from PIL import Image
 
 from pistoseg import storage
+from pistoseg.classes import TissueClass, TissueClasses
 from pistoseg.config import DataConfig, ScaleConfig
 from pistoseg.errors import PistoSegError
 from pistoseg.patches.background import background_mask
 from pistoseg.patches.decode import decode_ids, decode_mask, decode_png, encode_mask, encode_png, pixel_hash
-from pistoseg.patches.source import SourceImage, Window
+from pistoseg.patches.source import SlideSource, SourceImage, Window, count_unread
 from pistoseg.patches.store import IMAGES_SCHEMA, WINDOWS_SCHEMA, PatchSet, ingest
 
 
@@ -182,3 +184,50 @@ def test_background_is_bright_and_larger_than_a_speck():
     assert mask.sum() == 399
     assert background_mask(image, grey=200, min_area=0).sum() == 399 + 25
     assert not background_mask(np.zeros((8, 8, 3), np.uint8)).any()
+
+
+def test_what_can_not_be_read_at_all_is_counted_by_its_name(tmp_path):
+    window, box = Window.whole((1, 0, 0)), Window(0, 0, 50, 50, (1, 0, 0), row=2)
+    broken = put(tmp_path, "x.png", b"text")
+    _, _, rejected = read(broken, window)
+    _, _, outside = ingest(source(put(tmp_path, "y.png"), box, window, name="y.png"), DataConfig(), ScaleConfig())
+    names = [rejection.name for rejection in rejected + outside]
+    found = [source(broken, window), source("", box, name="y.png"), SlideSource("a.svs", "")]
+    assert count_unread(found, names) == 1
+    assert count_unread(found, [*names, "a.svs"]) == 2
+    assert count_unread(found, ["windows.csv row 2 (a.svs)"]) == 0
+
+
+VOC = [(0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128)]
+
+
+def palette_mask(ids, colors):
+    image = Image.fromarray(ids, mode="P")
+    image.putpalette([value for color in colors for value in color])
+    return image
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+@pytest.mark.parametrize("method", [Image.Quantize.MEDIANCUT, Image.Quantize.MAXCOVERAGE, Image.Quantize.FASTOCTREE])
+@pytest.mark.parametrize("shown", [(0, 1, 2, 3), (2, 0), (3,)])
+def test_a_palette_of_the_classes_colours_in_any_order_is_read_by_its_colours(kind, method, shown):
+    ids = np.resize(np.array(shown, np.uint8), (16, 12))
+    quantized = Image.fromarray(CLASSES.palette()[ids]).quantize(method=method)
+    assert quantized.mode == "P"
+    assert np.array_equal(decode_mask(encoded(quantized, kind), "m", CLASSES), ids)
+
+
+def test_what_is_unknown_stays_so_in_a_palette_of_the_classes_colours():
+    colors = CLASSES.palette()[[3, 0, 1, 2]].tolist() + [[255, 255, 255]] * 252
+    ids = np.array([[0, 1, 2, 3, 255]], np.uint8)
+    assert decode_mask(encoded(palette_mask(ids, colors)), "m", CLASSES).tolist() == [[3, 0, 1, 2, 255]]
+
+
+@pytest.mark.parametrize("shown", [(0, 1, 2, 3, 255), (1, 2), (0,), (255,)])
+@pytest.mark.parametrize("colors", [VOC, [(value,) * 3 for value in range(256)], CLASSES.palette().tolist()])
+def test_palettes_that_mean_nothing_leave_ids_as_they_are_whichever_of_them_a_mask_shows(shown, colors):
+    names = [TissueClass("tumor", (128, 0, 0)), TissueClass("stroma", (0, 128, 0)), TissueClass("normal", (1, 2, 3))]
+    ids = np.resize(np.array(shown, np.uint8), (4, 5))
+    padded = [*colors, *[(255, 255, 255)] * (256 - len(colors))]
+    for classes in (CLASSES, TissueClasses(tuple(names), background_color=(0, 0, 0))):
+        assert np.array_equal(decode_mask(encoded(palette_mask(ids, padded)), "m", classes), ids)

@@ -171,6 +171,17 @@ def test_a_second_cohort_is_not_mixed_into_a_folder_but_the_same_one_is_drawn_ag
             write_cohort(str(tmp_path), **settings)
 
 
+def test_a_cohort_is_not_mixed_into_a_folder_of_other_data(tmp_path: Path) -> None:
+    settings = {"training": 1, "validation": 0, "patch_size": 64}
+    (tmp_path / "1.training").mkdir()
+    (tmp_path / ".cut-off.part").touch()
+    with pytest.raises(PistoSegError, match="is not empty, and holds no cohort"):
+        write_cohort(str(tmp_path), **settings)
+    assert {item.name for item in tmp_path.iterdir()} == {"1.training", ".cut-off.part"}
+    (tmp_path / "1.training").rmdir()
+    write_cohort(str(tmp_path), **settings)
+
+
 def test_a_cohort_that_was_cut_off_is_not_mixed_with_another_one(tmp_path: Path, monkeypatch) -> None:
     settings = {"training": 2, "validation": 1, "patch_size": 64, "validation_size": 64, "slide_size": (512, 512)}
     monkeypatch.setattr("pistoseg.phantom.cohort._slide", lambda *_: 1 / 0)

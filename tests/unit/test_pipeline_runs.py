@@ -72,6 +72,20 @@ def test_images_that_are_there_are_held_against_a_smaller_limit_of_bad_ones(conf
     assert run(0.05) == made
 
 
+def test_images_of_many_windows_that_are_there_are_held_against_the_limit_as_images(config, tmp_path, monkeypatch):
+    summary = {"images": 95, "windows": 9500, "rejected": 5, "found": 100, "unread": 5}
+    monkeypatch.setattr(Stage, "run", lambda stage, context: summary)
+
+    def run(limit):
+        changed = config.model_copy(update={"data": config.data.model_copy(update={"max_rejected": limit})})
+        return run_pipeline(changed, Workspace(str(tmp_path / "w")), ("patches",))["patches"].uri
+
+    made = run(0.05)
+    with pytest.raises(PistoSegError, match=r"5 of 100 images or slides can't be read, more than .*\(4%\) allows"):
+        run(0.04)
+    assert run(0.1) == made
+
+
 @pytest.mark.parametrize("tracking", [True, False])
 def test_a_workspace_that_is_a_file_is_said_to_be_one(config, tmp_path, tracking):
     (tmp_path / "w").touch()

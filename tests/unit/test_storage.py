@@ -273,3 +273,23 @@ def test_files_that_a_kill_left_half_written_are_swept_and_no_others(tmp_path):
     assert found == {"part-00000.parquet", ".hidden", ".slide.0123abcd.part"}
     storage.remove_parts(str(tmp_path / "nowhere"))
     storage.remove_parts("memory://nowhere")
+
+
+@pytest.mark.parametrize("root", ["local", "memory://rows"])
+@pytest.mark.parametrize("count", [0, 5, 6])
+def test_rows_that_come_one_by_one_make_a_file_that_appears_when_all_are_there(root, count, tmp_path):
+    uri = storage.join(root if "://" in root else str(tmp_path), f"{count}", "part.parquet")
+    schema = pa.schema([("n", pa.int64()), ("png", pa.binary())])
+    rows = [{"n": number, "png": bytes([number])} for number in range(count)]
+    with storage.parquet_rows(uri, schema, row_group_size=3) as add:
+        for row in rows:
+            add(row)
+        assert not storage.exists(uri)
+    assert storage.read_parquet(uri) == pa.Table.from_pylist(rows, schema)
+
+
+def test_rows_of_a_block_that_fails_are_not_written(tmp_path):
+    uri = str(tmp_path / "part.parquet")
+    with pytest.raises(ZeroDivisionError), storage.parquet_rows(uri, pa.schema([("n", pa.int64())]), 1) as add:
+        add({"n": 1 / 0})
+    assert not list(tmp_path.iterdir())

@@ -388,8 +388,14 @@ def test_images_smaller_than_the_crop_are_refused_with_their_number():
         synthesizer(numbered_bank(size=(15, 40)))
 
 
-def test_an_empty_bank_and_an_impossible_anchor_are_refused():
+def test_an_empty_bank_is_refused():
     with pytest.raises(PistoSegError, match="no single-tissue image"):
         TissueBank.from_images([], 3)
-    with pytest.raises(PistoSegError, match="no anchor lies between"):
-        synthesizer(numbered_bank(), n_h=1, n_w=1, crop_height=5, crop_width=5, alpha=0.41, beta=0.59)
+
+
+def test_anchors_between_which_no_pixel_lies_are_refused_for_mosaics_alone():
+    settings = {"n_h": 1, "n_w": 1, "crop_height": 5, "crop_width": 5}
+    with pytest.raises(ValueError, match=r"no anchor.* between alpha \(0.41\) and beta \(0.59\) of 5 px"):
+        config(**settings, alpha=0.41, beta=0.59)
+    config(**settings, alpha=0.41, beta=0.59, strategy="gridding")
+    assert config(**settings, alpha=0.2, beta=0.6).anchors() == ((1, 3), (1, 3))
