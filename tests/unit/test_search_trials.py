@@ -69,11 +69,52 @@ def test_a_journal_of_another_search_is_refused(tmp_path, space):
         Journal.open(str(tmp_path), {"identity": {"space": 2}})
 
 
-def test_a_damaged_journal_names_the_file(tmp_path, space):
+@pytest.mark.parametrize(
+    "content", [b"{", b"", b"[]", b"null", b"\xff\xfe\x00", b'{"number": 0}', b'{"number": 0, "news": 1}']
+)
+def test_a_damaged_journal_names_the_file(tmp_path, space, content):
     filled(tmp_path, space, [0.1])
-    storage.write_bytes(str(tmp_path / "trials" / "00000.json"), b"{")
-    with pytest.raises(PistoSegError, match=r"00000\.json"):
+    storage.write_bytes(str(tmp_path / "trials" / "00000.json"), content)
+    with pytest.raises(PistoSegError, match=r"00000\.json: is damaged: .* delete that file and run again"):
         Journal.open(str(tmp_path), IDENTITY)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe\x00"])
+def test_a_damaged_search_is_no_reason_to_delete_what_says_which_search_its_trials_are_of(tmp_path, space, content):
+    filled(tmp_path, space, [0.1])
+    storage.write_bytes(str(tmp_path / "search.json"), content)
+    with pytest.raises(PistoSegError, match=r"search\.json: is damaged: .* give another --name, or delete the folder"):
+        Journal.open(str(tmp_path), IDENTITY)
+
+
+def test_trials_of_a_search_whose_settings_are_gone_are_neither_taken_nor_overwritten(tmp_path, space):
+    filled(tmp_path, space, [0.1, 0.4])
+    (tmp_path / "search.json").unlink()
+    with pytest.raises(PistoSegError, match=r"holds trials of a search whose search\.json is gone.*another --name"):
+        Journal.open(str(tmp_path), IDENTITY)
+    assert not (tmp_path / "search.json").exists()
+
+
+def test_a_storage_that_is_away_is_no_damage(tmp_path, space, monkeypatch):
+    filled(tmp_path, space, [0.1])
+
+    def read_bytes(uri):
+        raise UnavailableError("is away", file=uri)
+
+    monkeypatch.setattr(storage, "read_bytes", read_bytes)
+    with pytest.raises(UnavailableError):
+        Journal.open(str(tmp_path), IDENTITY)
+
+
+def test_a_trial_whose_damaged_file_was_deleted_is_run_anew_also_the_own_setting(tmp_path, config, space, sampling):
+    filled(tmp_path, space, [0.1, 0.4, 0.3])
+    for number in (0, 1):
+        (tmp_path / "trials" / f"0000{number}.json").unlink()
+    journal = Journal.open(str(tmp_path), IDENTITY)
+    searcher = sampling.PointSearcher(space, journal, "random", 0, 3, space.point_of(config))
+    found = [run_trial(searcher, f"t{number}", 0.2) for number in range(3)]
+    assert found[0] == {"number": 0, "overrides": "{}"}
+    assert (found[1]["number"], found[2]) == (1, searcher.FINISHED)
 
 
 def test_files_that_are_no_trials_do_not_stop_a_search_from_going_on(tmp_path, space):
