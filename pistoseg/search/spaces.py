@@ -187,11 +187,19 @@ class Space:
         return points
 
     def without(self, dead: Mapping[str, str]) -> Self:
-        """The space without some parameters, each with the reason."""
-        kept = [parameter for parameter in self.parameters if parameter.name not in dead]
-        kept = [item for item in kept if item.above not in dead and not set(item.when) & set(dead)]
-        lines = tuple(f"{name} is left out: {reason}" for name, reason in dead.items())
-        return replace(self, parameters=tuple(kept), notes=(*self.notes, *lines))
+        """The space without some parameters, each with the reason, and without those that count only beside them."""
+        gone, kept, notes = dict(dead), [], []
+        for item in self.parameters:
+            if item.name not in gone and (parents := [name for name in item.when if name in gone]):
+                gone[item.name] = f"it counts only beside {' and '.join(parents)}"
+            if item.name in gone:
+                notes.append(f"{item.name} is left out: {gone[item.name]}")
+                continue
+            if item.above in gone:
+                notes.append(f"{item.name} has its whole range: {item.above}, which it was to exceed, is left out")
+                item = replace(item, above=None)
+            kept.append(item)
+        return replace(self, parameters=tuple(kept), notes=(*self.notes, *notes))
 
 
 class ParameterSpec(Section):

@@ -227,6 +227,33 @@ def test_a_space_of_which_nothing_matters_is_refused(tmp_path):
         analyse(space, config, MASKS)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_a_parameter_above_one_that_changes_nothing_keeps_its_whole_range_and_makes_no_other_pass_for_live(
+    tmp_path, seed
+):
+    config = config_of("wsss4luad", "precise.masks=synthesized")
+    parameters = {
+        "refiner.lr": {"low": 0.001, "high": 0.005},
+        "precise.lr": {"low": 0.001, "high": 0.01, "above": "refiner.lr"},
+        "preliminary.lr": {"low": 0.001, "high": 0.02, "above": "precise.lr"},
+    }
+    space, sharing = analyse(read_space(space_file(tmp_path, parameters), config), config, MASKS, seed)
+    assert [item.name for item in space.parameters] == ["precise.lr"]
+    assert space.parameters[0].levels(2, {}) == [0.001, 0.01]
+    assert "precise.lr has its whole range: refiner.lr, which it was to exceed, is left out" in space.notes
+    assert sharing.varied == ("precise", "evaluation")
+
+
+def test_a_parameter_that_another_barely_exceeds_is_no_dead_one(tmp_path):
+    config = config_of("wsss4luad", "precise.masks=pseudo")
+    parameters = {
+        "preliminary.lr": {"low": 0.001, "high": 0.0099},
+        "precise.lr": {"low": 0.001, "high": 0.0101, "above": "preliminary.lr"},
+    }
+    space = read_space(space_file(tmp_path, parameters), config)
+    assert all(len(analyse(space, config, MASKS, seed)[0].parameters) == 2 for seed in range(8))
+
+
 RARE = {
     "precise.architecture": {"values": ["unetplusplus", "unet", "fpn", "deeplabv3plus", "manet", "linknet", "pan"]},
     "precise.optimizer": {"values": ["adamw", "sgd"], "when": {"precise.architecture": ["fpn", "pan"]}},
@@ -280,10 +307,14 @@ def test_a_grid_has_every_combination_once_and_no_inactive_value(tmp_path):
     assert len(grid_points(space, 3, 5, seed=0)) == 5
 
 
-def test_a_space_without_a_parameter_loses_those_that_depend_on_it():
+def test_a_space_without_a_parameter_loses_those_that_count_only_beside_it_and_says_so():
     space = load_space("synthesis", config_of("wsss4luad"))
     left = space.without({"synthesis.class_sampling": "a reason", "synthesis.alpha": "another"})
     assert isinstance(left, Space)
-    names = {item.name for item in left.parameters}
-    assert "synthesis.beta" not in names
-    assert not any(name.startswith("synthesis.class_sampling") for name in names)
+    kept = {item.name: item for item in left.parameters}
+    assert not any(name.startswith("synthesis.class_sampling") for name in kept)
+    assert "synthesis.class_sampling is left out: a reason" in left.notes
+    assert "synthesis.class_sampling.tumor is left out: it counts only beside synthesis.class_sampling" in left.notes
+    assert kept["synthesis.beta"].above is None
+    left = space.without({"synthesis.strategy": "a reason"})
+    assert not {"synthesis.alpha", "synthesis.beta"} & {item.name for item in left.parameters}
