@@ -58,12 +58,19 @@ class Parameter:
         return all(point.get(name) in labels for name, labels in self.when.items())
 
     def room(self, point: Mapping[str, Any]) -> tuple[float, float]:
-        """The range that a point leaves it."""
+        """The range that a point leaves it; the whole one where what it must exceed does not count."""
+        low, high = self._ends
+        if self.above is None or self.above not in point:
+            return low, high
+        other, margin = point[self.above], MARGIN * (high - low)
+        least = max(math.floor(other) + 1, math.ceil(other + margin)) if self.integer else other + margin
+        return max(low, least), high
+
+    @property
+    def _ends(self) -> tuple[float, float]:
         assert self.low is not None
         assert self.high is not None
-        if self.above is None:
-            return self.low, self.high
-        return max(self.low, point[self.above] + MARGIN * (self.high - self.low)), self.high
+        return self.low, self.high
 
     def at(self, share: float, point: Mapping[str, Any]) -> Any:
         """The value at a share (0 to 1) of its range, or of its options."""
@@ -240,7 +247,8 @@ class ParameterSpec(Section):
         elif self.options is not None:
             options = {_option_label(item): item for item in self.options}
         integer = isinstance(self.low, int) and isinstance(self.high, int)
-        when = {key: tuple(value) if isinstance(value, (list, tuple)) else (value,) for key, value in self.when.items()}
+        several = {key: value if isinstance(value, (list, tuple)) else (value,) for key, value in self.when.items()}
+        when = {key: tuple(map(_label, values)) for key, values in several.items()}
         log = self.scale == "log"
         return Parameter(name, self.low, self.high, log, integer, options, self.ordered, self.above, when)
 
@@ -290,13 +298,27 @@ def _wrong_order(parameters: Sequence[Parameter]) -> Iterator[str]:
     for item in parameters:
         for other in sorted({*item.when, *([item.above] if item.above else [])} - set(ranges)):
             yield f"{item.name}: names {other}, which does not come before it"
+        for other, labels in item.when.items():
+            if other in ranges:
+                yield from _never(item, ranges[other], labels)
         if item.above in ranges:
             lower = ranges[item.above]
-            if lower.options or lower.high is None or item.high is None or item.low is None:
+            if lower.options or lower.high is None:
                 yield f"{item.name}: {item.above} is no range"
-            elif lower.high + MARGIN * (item.high - item.low) >= item.high:
+                continue
+            low, high = item.room({item.above: lower.high})
+            if low > high or (low == high and not item.integer):
                 yield f"{item.name}: must exceed {item.above}, which may be {lower.high:g}"
         ranges[item.name] = item
+
+
+def _never(item: Parameter, other: Parameter, labels: Sequence[Any]) -> Iterator[str]:
+    """The values of an earlier parameter that a parameter counts with, but which that can't have."""
+    for label in labels:
+        if not other.holds(label, {}):
+            hint = suggestion(str(label), map(str, other.options))
+            hint = hint or (f"; it may be {', '.join(map(str, other.options))}" if other.options else "")
+            yield f"{item.name}: counts when {other.name} is {label!r}, which it never is{hint}"
 
 
 def _wrong_keys(parameters: Any, config: Config) -> Iterator[str]:

@@ -97,6 +97,43 @@ def test_an_own_setting_between_whole_numbers_is_no_point_of_a_range_of_whole_nu
         assert read_space(uri, config).point_of(config) == point
 
 
+def test_a_parameter_has_its_whole_range_where_the_one_that_it_must_exceed_does_not_count(tmp_path):
+    parameters = {
+        "synthesis.strategy": {"values": ["mosaic", "cutmix"]},
+        "synthesis.alpha": {"low": 0.3, "high": 0.6, "when": {"synthesis.strategy": "mosaic"}},
+        "synthesis.beta": {"low": 0.2, "high": 0.9, "above": "synthesis.alpha"},
+    }
+    space, rng = read_space(space_file(tmp_path, parameters), config_of("wsss4luad")), random.Random(0)
+    points = [space.draw(rng) for _ in range(200)]
+    betas = [point["synthesis.beta"] for point in points if point["synthesis.strategy"] == "cutmix"]
+    assert min(betas) < 0.3
+    assert all(point["synthesis.beta"] > point.get("synthesis.alpha", 0) for point in points)
+
+
+def test_whole_numbers_exceed_those_that_they_must_exceed(tmp_path):
+    parameters = {
+        "preliminary.epochs": {"low": 2, "high": 5},
+        "precise.epochs": {"low": 2, "high": 6, "above": "preliminary.epochs"},
+    }
+    space, rng = read_space(space_file(tmp_path, parameters), config_of("wsss4luad")), random.Random(0)
+    for point in (*(space.draw(rng) for _ in range(200)), *space.grid(3)):
+        assert point["preliminary.epochs"] < point["precise.epochs"] <= 6
+
+
+def test_a_condition_may_be_on_a_value_that_is_null_or_a_list(tmp_path):
+    parameters = {
+        "precise.weights": {"values": [None, "imagenet"]},
+        "evaluation.scales": {"values": [[1.0], [1.0, 2.0]]},
+        "precise.lr": {"low": 0.1, "high": 0.2, "when": {"precise.weights": None}},
+        "precise.momentum": {"low": 0.1, "high": 0.2, "when": {"evaluation.scales": [[1.0]]}},
+    }
+    space, rng = read_space(space_file(tmp_path, parameters), config_of("wsss4luad")), random.Random(0)
+    for point in (space.draw(rng) for _ in range(50)):
+        values = space.overrides(point)
+        assert ("precise.lr" in point) == (values["precise.weights"] is None)
+        assert ("precise.momentum" in point) == (values["evaluation.scales"] == [1.0])
+
+
 @pytest.mark.parametrize(
     ("parameters", "words"),
     [
@@ -111,6 +148,34 @@ def test_an_own_setting_between_whole_numbers_is_no_point_of_a_range_of_whole_nu
                 "synthesis.beta": {"low": 0.2, "high": 0.8, "above": "synthesis.alpha"},
             },
             "must exceed synthesis.alpha",
+        ),
+        (
+            {
+                "preliminary.epochs": {"low": 2, "high": 6},
+                "precise.epochs": {"low": 2, "high": 6, "above": "preliminary.epochs"},
+            },
+            "must exceed preliminary.epochs, which may be 6",
+        ),
+        (
+            {
+                "precise.optimizer": {"values": ["adamw", "sgd"]},
+                "precise.momentum": {"low": 0.5, "high": 0.9, "when": {"precise.optimizer": "SGD"}},
+            },
+            r"momentum: counts when precise\.optimizer is 'SGD', which it never is; did you mean sgd\?",
+        ),
+        (
+            {
+                "precise.weights": {"values": [None, "imagenet"]},
+                "precise.lr": {"low": 0.1, "high": 0.2, "when": {"precise.weights": 7}},
+            },
+            r"is 7, which it never is; it may be None, imagenet",
+        ),
+        (
+            {
+                "precise.epochs": {"low": 2, "high": 6},
+                "precise.lr": {"low": 0.1, "high": 0.2, "when": {"precise.epochs": [6, 7]}},
+            },
+            r"counts when precise\.epochs is 7, which it never is",
         ),
     ],
 )
