@@ -20,7 +20,7 @@ from pistoseg.errors import PistoSegError, suggestion
 
 Point = dict[str, Any]
 DIGITS = 4
-"""Significant digits of a drawn number: a config that a person reads and types."""
+"""Significant digits of a drawn number, or of its range's width: a config that a person reads and types."""
 MOST_POINTS = 50_000
 """A grid with more points is not written down."""
 MARGIN = 0.02
@@ -82,7 +82,8 @@ class Parameter:
             value = math.exp(math.log(low) + share * (math.log(high) - math.log(low)))
         else:
             value = low + share * (high - low)
-        return round(value) if self.integer else _rounded(value, low, high)
+        least, most = self._ends
+        return round(value) if self.integer else _rounded(value, low, high, most - least)
 
     def holds(self, value: Any, point: Mapping[str, Any]) -> bool:
         """Whether a value is one that it can have."""
@@ -358,8 +359,10 @@ def _same(values: Mapping[str, Any], key: str, wanted: Any) -> bool:
     return isinstance(value, Mapping) if wanted == {} else bool(value == wanted)
 
 
-def _rounded(value: float, low: float, high: float) -> float:
-    return min(max(float(f"{value:.{DIGITS}g}"), low), high)
+def _rounded(value: float, low: float, high: float, width: float) -> float:
+    """A value to `DIGITS` digits of its own, or of its range's width where these are finer, as between 0.999 and 1."""
+    finer = math.floor(math.log10(abs(value))) - math.floor(math.log10(width)) if value else 0
+    return min(max(float(f"{value:.{DIGITS + max(finer, 0)}g}"), low), high)
 
 
 def _label(value: Any) -> Any:

@@ -9,7 +9,7 @@ from pistoseg.search.ablation import with_overrides
 from pistoseg.search.builtin import SPACES, load_space
 from pistoseg.search.objective import Objective
 from pistoseg.search.sharing import analyse
-from pistoseg.search.spaces import Space, grid_points, read_space
+from pistoseg.search.spaces import Parameter, Space, grid_points, read_space
 
 MASKS = Objective("miou", masks=True, labels=False)
 
@@ -118,6 +118,16 @@ def test_whole_numbers_exceed_those_that_they_must_exceed(tmp_path):
     space, rng = read_space(space_file(tmp_path, parameters), config_of("wsss4luad")), random.Random(0)
     for point in (*(space.draw(rng) for _ in range(200)), *space.grid(3)):
         assert point["preliminary.epochs"] < point["precise.epochs"] <= 6
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.9999, 0.99999), (100.0, 100.001), (-0.2, 0.3)])
+def test_a_narrow_range_has_hundreds_of_values_and_none_outside(low, high):
+    drawn = Parameter("precise.average_decay", low, high)
+    rng = random.Random(0)
+    values = {drawn.at(rng.random(), {}) for _ in range(3000)}
+    assert len(values) > 500
+    assert low <= min(values) < max(values) <= high
+    assert max(len(repr(value)) for value in values) <= 10  # a person can type them
 
 
 def test_a_condition_may_be_on_a_value_that_is_null_or_a_list(tmp_path):
