@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 import time
@@ -379,9 +380,12 @@ def _confirm(
                 run_name=f"confirmation: {label}, seed {seed}",
                 parent_run=tracker.run_id,
             )
+            value = search.objective.value(artifacts)
+            if not math.isfinite(value):
+                raise PistoSegError("the objective is no number")
             if overrides:
                 models.append(artifacts["precise"])
-            return search.objective.value(artifacts)
+            return value
         except Exception as error:  # as of a trial: a run that ran out of memory is one that failed
             known = explained(error)
             if isinstance(known, UnavailableError):

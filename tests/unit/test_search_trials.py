@@ -557,6 +557,19 @@ def test_a_confirmation_that_runs_out_of_memory_is_part_of_the_report(study_of, 
     assert "own setting, seed 1: out of memory: more" in (folder / "report.md").read_text()
 
 
+def test_a_confirmation_without_a_number_is_a_run_that_failed(study_of, monkeypatch):
+    run, folder = study_of
+
+    def run_pipeline(config, *arguments, **options):
+        miou = float("nan") if config.seed == 1 else 0.5
+        return {"evaluation": SimpleNamespace(summary={"metrics": {"miou": miou}}), "precise": None}
+
+    monkeypatch.setattr("pistoseg.search.study.run_pipeline", run_pipeline)
+    outcome = run()
+    assert outcome.confirmation.best == outcome.confirmation.own == (None, 0.5, 0.5)
+    assert "own setting, seed 1: the objective is no number" in (folder / "report.md").read_text()
+
+
 def test_a_search_that_goes_on_without_mlflow_keeps_the_id_of_its_run(study_of, monkeypatch):
     run, folder = study_of
     settings = json.loads((folder / "search.json").read_text())
