@@ -18,7 +18,7 @@ from pistoseg import object_store, storage
 from pistoseg.actors import start_here
 from pistoseg.artifacts import Artifact, Workspace
 from pistoseg.claims import claimed
-from pistoseg.config import Config
+from pistoseg.config import Config, StorageConfig
 from pistoseg.errors import PistoSegError, UnavailableError, explained
 from pistoseg.graph import BY_NAME, plan
 from pistoseg.pipeline import check_trainings, run_pipeline
@@ -96,15 +96,18 @@ class Search:
     pruning: Pruning | None
 
     def identity(self) -> dict[str, Any]:
-        """What makes it another search; the budget, the machine, MLflow and passwords don't."""
+        """What makes it another search; the budget, the machine, the way to its storage, MLflow and passwords don't."""
         kind: str = self.objective.kind
+        # As in a journal of before, which has the storage's section.
+        config = self.config.model_copy(update={"storage": StorageConfig()})
+        workers = self.config.compute.train_workers  # each with a share of the batch: other models, also by fingerprint
         return {
-            "config": redacted(self.config.model_dump(mode="json", exclude={"compute", "tracking"})),
+            "config": redacted(config.model_dump(mode="json", exclude={"compute", "tracking"})),
             "parameters": [repr(item) for item in self.space.parameters],
             # Trials with scores of two versions could not be compared.
             "objective": f"labels {BY_NAME['label_scores'].version}" if kind == "labels" else kind,
             "timed": self.timed,
-        }
+        } | ({"train_workers": workers} if workers != 1 else {})
 
 
 @dataclass(frozen=True)

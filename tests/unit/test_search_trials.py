@@ -650,6 +650,20 @@ def test_a_search_by_labels_does_not_go_on_with_scores_of_an_earlier_version(tmp
         Journal.open(str(tmp_path / "labels"), {"identity": identity("labels")})
 
 
+def test_a_search_is_the_same_over_another_way_to_its_storage_but_not_with_other_shares_of_the_batch(config, space):
+    from pistoseg.search.study import Search
+
+    def identity(*overrides):
+        config = load_config("demo", overrides=["precise.masks=synthesized", "precise.epochs=9", *overrides])
+        objective = Objective("miou", True, False)
+        return Search("mine", config, space, None, objective, "tpe", False, None).identity()
+
+    plain = identity("compute.train_workers=1")
+    assert plain == identity("storage.profile=me", "storage.endpoint=http://host:1", "storage.region=eu-west-1")
+    assert plain["config"] == config.model_dump(mode="json", exclude={"compute", "tracking"})  # as of journals before
+    assert plain != identity("compute.train_workers=2") != identity("compute.train_workers=4")
+
+
 def test_another_search_is_refused_before_it_waits(study_of):
     run, folder = study_of
     (folder / "search.json").write_text(json.dumps({"identity": "another"}))
