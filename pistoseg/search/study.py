@@ -195,8 +195,7 @@ def _run(search: Search, workspace: Workspace, budget: Budget, journal: Journal,
         tracker.run().tags({"pistoseg.search": search.name, "pistoseg.objective": search.objective.title})
         shared = _compute_shared(search, workspace, tracker, progress)
         _run_trials(search, workspace, budget, journal, tracker, shared, progress)
-        if "confirmation" not in journal.settings:  # stays if the confirmation is cut off
-            _report(Outcome(search, journal, None, None, shared), tracker)
+        _report(Outcome(search, journal, *_confirmed(journal), shared), tracker)  # stays if the confirmation is cut off
         confirmation, version = _confirm(search, workspace, budget, journal, tracker, progress)
         outcome = Outcome(search, journal, confirmation, version, shared)
         _report(outcome, tracker)
@@ -359,13 +358,21 @@ def _tune_settings() -> Iterator[None]:
                 os.environ[name] = value
 
 
+def _confirmed(journal: Journal) -> tuple[Confirmation | None, str | None]:
+    """What an earlier run confirmed and registered, if that is of the best setting still."""
+    found, best = journal.settings.get("confirmation"), journal.best()
+    if found is None or best is None or found.get("setting") != best.key:
+        return None, None
+    return Confirmation.from_json(found), found.get("version")
+
+
 def _confirm(
     search: Search, workspace: Workspace, budget: Budget, journal: Journal, tracker: Tracker, progress: Progress
 ) -> tuple[Confirmation | None, str | None]:
     """Run the best setting and the own one on fresh seeds; the best becomes the champion if it holds."""
     best = journal.best()
     if best is None or best.number == 0 or not budget.confirm_seeds:
-        return None, None
+        return _confirmed(journal)
     first = search.config.seed + 1  # the search's own seed chose the best: it would speak for it
     seeds = tuple(range(first, first + budget.confirm_seeds))
     problems: list[str] = []
@@ -404,13 +411,16 @@ def _confirm(
     confirmation = Confirmation(
         seeds, tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs), tuple(problems)
     )
-    journal.update(confirmation=confirmation.to_json())
+    kept = confirmation.to_json() | {"setting": best.key}
+    journal.update(confirmation=kept)
     if not confirmation.holds or not models:
         return confirmation, None
     version = tracker.register(models[0], {"pistoseg.search": search.name})
     if version is None or tracker.client is None:
         return confirmation, None
-    return confirmation, tracker.guard(_promote, tracker.client, search.config.tracking.model, version)
+    version = tracker.guard(_promote, tracker.client, search.config.tracking.model, version)
+    journal.update(confirmation=kept | {"version": version})
+    return confirmation, version
 
 
 def _promote(client: Any, model: str, version: str) -> str:

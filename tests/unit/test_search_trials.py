@@ -517,6 +517,16 @@ def test_the_best_model_is_the_champion_only_if_it_holds_on_fresh_seeds(
     assert promoted == ([("client", config.tracking.model, "model 1")] if holds and not away else [])
     assert version == ("model 1" if holds and not away else None)
     assert journal.settings["confirmation"]["holds"] is holds
+    if holds:
+        again = study._confirm(
+            outcome.search,
+            Workspace(str(tmp_path)),
+            study.Budget(3, confirm_seeds=0),
+            Journal.open(str(tmp_path), IDENTITY),
+            tracker,
+            SimpleNamespace(say=lambda text: None),
+        )
+        assert again == (confirmation, version)
 
 
 @pytest.fixture
@@ -542,7 +552,11 @@ def study_of(tmp_path, config, space, monkeypatch):
     folder = tmp_path / "search" / "mine"
     filled(folder, space, [0.1, 0.4, 0.3], identity=search.identity())
     monkeypatch.setattr(study, "_compute_shared", lambda *arguments: {})
-    return lambda progress=None: study.run(search, workspace, study.Budget(3), progress or Progress()), folder
+
+    def run(progress=None, seeds=3):
+        return study.run(search, workspace, study.Budget(3, confirm_seeds=seeds), progress or Progress())
+
+    return run, folder
 
 
 def test_a_confirmation_that_runs_out_of_memory_is_part_of_the_report(study_of, monkeypatch):
@@ -635,6 +649,53 @@ def test_a_confirmed_report_stays_where_a_later_confirmation_is_cut_off(study_of
     with pytest.raises(ZeroDivisionError):
         run()
     assert (folder / "report.md").read_text() == before
+
+
+def scored(config, *arguments, **options):
+    """A pipeline whose score is by the seed."""
+    scores = {"miou": 0.5 + 0.01 * config.seed}
+    return {"evaluation": SimpleNamespace(summary={"metrics": scores}), "precise": None}
+
+
+def add_trial(folder, value):
+    """A finished trial, as a run with more `--trials` leaves it."""
+    trials = sorted((folder / "trials").iterdir())
+    known = json.loads(trials[-1].read_text())
+    new = {"synthesis.rotate": 100 * value}
+    changed = {"number": len(trials), "value": value}
+    changed |= {"overrides": known["overrides"] | new, "point": known["point"] | new}
+    (folder / "trials" / f"{len(trials):05d}.json").write_text(json.dumps(known | changed))
+
+
+def test_a_report_of_more_trials_is_of_all_of_them_also_where_their_confirmation_is_cut_off(study_of, monkeypatch):
+    run, folder = study_of
+    monkeypatch.setattr("pistoseg.search.study.run_pipeline", scored)
+    run()
+    confirmed = (folder / "report.md").read_text()
+    assert "Best: trial 1, 0.4000" in confirmed
+    monkeypatch.setattr("pistoseg.search.study._confirm", lambda *_: 1 / 0)
+    for value, text in ((0.3, "Best: trial 1, 0.4000"), (0.9, "Best: trial 4, 0.9000")):
+        add_trial(folder, value)
+        with pytest.raises(ZeroDivisionError):
+            run()
+        report = (folder / "report.md").read_text()
+        assert text in report
+        assert ("Best minus own over 3 fresh seeds" in report) == (value == 0.3)  # which was of trial 1
+        number = len(list((folder / "trials").iterdir()))
+        assert len((folder / "trials.csv").read_text().splitlines()) == 1 + number
+    assert (folder / "best.yaml").read_text().startswith("# Trial 4 ")
+
+
+def test_a_run_without_confirmation_keeps_what_one_before_confirmed_of_the_same_setting(study_of, monkeypatch):
+    run, folder = study_of
+    monkeypatch.setattr("pistoseg.search.study.run_pipeline", scored)
+    run()
+    confirmed = (folder / "report.md").read_text()
+    run(seeds=0)
+    assert (folder / "report.md").read_text() == confirmed
+    add_trial(folder, 0.9)
+    run(seeds=0)
+    assert "Not done: whether the best trial is better" in (folder / "report.md").read_text()
 
 
 def test_a_search_by_labels_does_not_go_on_with_scores_of_an_earlier_version(tmp_path, config, space):
