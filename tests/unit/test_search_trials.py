@@ -915,3 +915,10 @@ def test_a_dry_run_of_a_search_refuses_data_without_usable_labels(tmp_path, caps
     assert main([*arguments, "--preset", "glas", "--set", "data.label_holdout=0.1"]) == 0
     assert "in place of" not in capsys.readouterr().out
     assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize("name", ["../../x", "/etc/x", "a/b", "a\\b", "..", "."])
+def test_a_name_of_a_search_that_is_a_path_is_refused(tmp_path, capsys, name):
+    arguments = ["search", "--space", "losses", "--dry-run", "--data", str(tmp_path), "--preset", "demo"]
+    assert main([*arguments, "--workspace", str(tmp_path / "w"), "--name", name]) == 2
+    assert "--name: " in capsys.readouterr().err
