@@ -46,6 +46,9 @@ def search(config: Config, workspace: str, space: str, options: Mapping[str, Any
     if config.data.label_holdout != holdout:
         share = f"data.label_holdout is {config.data.label_holdout:g} in place of {holdout:g}"
         console.print(f"trials are compared by the {objective.title}: {share}", highlight=False, soft_wrap=True)
+    if objective.kind == "labels" and objective.masks:
+        note = "trainings keep their last epoch: the best one would be chosen by the masks"
+        console.print(note, highlight=False, soft_wrap=True)
     if options["dry_run"]:
         check_labels(config)
         console.print(_space_table(found, config))
