@@ -19,6 +19,7 @@ from benchmarks.harness import Options, Report
 from benchmarks.mosaics import source_of
 from benchmarks.training import Case, step
 from pistoseg.config import AugmentationConfig, ComputeConfig, TrainingConfig
+from pistoseg.memory import keep_freed_memory
 from pistoseg.models import segmentation
 from pistoseg.models.segmentation import SegmentationNetwork
 from pistoseg.training.samples import fresh_mosaics
@@ -109,12 +110,13 @@ def _bare(shared: dict[str, Any], task: SegmentationTask, config: TrainingConfig
     network = _network(options, len(task.classes))
     run = step(Case(network, task, {"image": images, "mask": masks}), resolve_device("auto"))
     steps = (config.samples_per_epoch or config.batch_size) // config.batch_size
-    for _ in range(options.size(2, 1)):
-        run()
-    began = time.perf_counter()
-    for _ in range(steps):
-        run()
-    took = time.perf_counter() - began
+    with keep_freed_memory():  # as a training does
+        for _ in range(options.size(2, 1)):
+            run()
+        began = time.perf_counter()
+        for _ in range(steps):
+            run()
+        took = time.perf_counter() - began
     torch.set_num_threads(threads)
     return steps * config.batch_size / took
 

@@ -142,7 +142,7 @@ def measure(rows: int, workers: int) -> dict[str, float]:
         "plan_s": round(planned - started, 1),
         "first_row_s": round(arrivals[0] - planned, 1),
         "rows_s": round(arrivals[-1] - arrivals[0], 1),
-        "rows_per_s": round(rows / max(arrivals[-1] - planned, 1e-9), 1),
+        "rows_per_s": round((rows - 1) / max(arrivals[-1] - arrivals[0], 1e-9), 1),  # without the start of the workers
         "summary_s": round(ended - arrivals[-1], 1),
         "cpu_s": round(worked, 1),
         "peak_mb": round(harness.peak_mib()),

@@ -1,4 +1,8 @@
-"""The spaces that ship with PistoSeg, fitted to a config: its own setting is always a point of them."""
+"""The spaces that ship with PistoSeg, fitted to a config: its own setting is a point of them.
+
+It is none where beta exceeds alpha by less than `spaces.MARGIN` of its range, or where a class's weight or a weight
+decay is 0, which no logarithmic range has; it is trial 0 all the same.
+"""
 
 from __future__ import annotations
 

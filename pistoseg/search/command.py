@@ -11,6 +11,7 @@ from rich.table import Table
 from pistoseg import storage
 from pistoseg.artifacts import Workspace
 from pistoseg.config import Config
+from pistoseg.errors import PistoSegError
 from pistoseg.pipeline import check_weights
 from pistoseg.search.builtin import SPACES, load_space
 from pistoseg.search.journal import digest
@@ -33,6 +34,7 @@ def search(config: Config, workspace: str, space: str, options: Mapping[str, Any
     """
     from pistoseg.patches.digest import check_labels, training_folder
 
+    _check_name(options["name"])
     training_folder(config)
     place = Workspace(storage.absolute(workspace))
     holdout = config.data.label_holdout
@@ -44,6 +46,9 @@ def search(config: Config, workspace: str, space: str, options: Mapping[str, Any
     if config.data.label_holdout != holdout:
         share = f"data.label_holdout is {config.data.label_holdout:g} in place of {holdout:g}"
         console.print(f"trials are compared by the {objective.title}: {share}", highlight=False, soft_wrap=True)
+    if objective.kind == "labels" and objective.masks:
+        note = "trainings keep their last epoch: the best one would be chosen by the masks"
+        console.print(note, highlight=False, soft_wrap=True)
     if options["dry_run"]:
         check_labels(config)
         console.print(_space_table(found, config))
@@ -73,6 +78,14 @@ def search(config: Config, workspace: str, space: str, options: Mapping[str, Any
         outcome = study.run(made, place, budget)
     _print(console, outcome, study.folder_of(place, made.name), workspace)
     return 0 if outcome.journal.best() else 2
+
+
+def _check_name(name: str | None) -> None:
+    """Refuse a name that is a path: its folder lies beside those of the other searches."""
+    if name and (set(name) & set("/\\") or not name.strip(".")):
+        raise PistoSegError(
+            f"{name!r} is no name of a folder", field="--name", remedy="give one without / and \\, as crops-2"
+        )
 
 
 def _print(console: Console, outcome: Any, folder: str, workspace: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +63,11 @@ class Confirmation:
             "difference": None if interval is None else [interval.mean, interval.low, interval.high],
             "holds": self.holds,
         }
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Confirmation:
+        """What `to_json` made."""
+        return cls(*(tuple(found[key]) for key in ("seeds", "best", "own", "problems")))
 
 
 def paired_interval(differences: list[float], level: float = LEVEL) -> Interval | None:

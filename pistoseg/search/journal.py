@@ -7,6 +7,7 @@ may lie where others can write.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -97,12 +98,9 @@ class Journal:
         found = cls.refuse_another(folder, settings)
         if found is not None:
             journal.settings = found
-            for item in storage.list_dir(storage.join(folder, TRIALS)):
-                if not storage.name(item).endswith(".json") or storage.name(item).startswith("."):
-                    continue  # what a killed driver had half written, or a file manager left
-                values = _read(item)
-                values["curve"] = [(int(epoch), float(value)) for epoch, value in values["curve"]]
-                journal.records[values["number"]] = TrialRecord(**values)
+            for item in _trial_files(folder):
+                record = _record(item)
+                journal.records[record.number] = record
         else:
             journal.update(**settings)
         return journal
@@ -112,12 +110,16 @@ class Journal:
         """The settings of the search that has a folder, None where there is none.
 
         Raises:
-            PistoSegError: it is another search than that of `settings`, or the file is damaged.
+            PistoSegError: it is another search than that of `settings`, or the file is damaged or gone.
         """
         file = storage.join(folder, SEARCH)
+        remedy = "give another --name, or delete the folder to begin anew"
+        trials = _trial_files(folder)  # before a look at the file, which is written before them
         if not storage.exists(file):
+            if trials:  # nobody knows of which search; this one's would overwrite them
+                raise PistoSegError(f"holds trials of a search whose {SEARCH} is gone", file=folder, remedy=remedy)
             return None
-        found = _read(file)
+        found = _read(file, remedy)
         if found.get("identity") != settings["identity"]:
             raise PistoSegError(
                 "holds a search of other settings, another space or another score",
@@ -140,8 +142,9 @@ class Journal:
         storage.write_bytes(file, json.dumps(asdict(record), indent=1).encode())
 
     def start(self, point: dict[str, Any] | None, overrides: dict[str, Any]) -> TrialRecord:
-        """A new trial with the next number."""
-        record = TrialRecord(max(self.records, default=-1) + 1, point, overrides)
+        """A new trial with the lowest number that is free: also one whose damaged file was deleted."""
+        number = next(number for number in itertools.count() if number not in self.records)
+        record = TrialRecord(number, point, overrides)
         self.save(record)
         return record
 
@@ -166,9 +169,29 @@ class Journal:
         return sum(item.state == state for item in self.records.values())
 
 
-def _read(uri: str) -> dict[str, Any]:
+def _trial_files(folder: str) -> list[str]:
+    """URIs of the trials of a search; without what a killed driver had half written, or a file manager left."""
+    found = storage.list_dir(storage.join(folder, TRIALS))
+    return [item for item in found if storage.name(item).endswith(".json") and not storage.name(item).startswith(".")]
+
+
+def _record(uri: str) -> TrialRecord:
+    remedy = "delete that file and run again"  # a trial with its number is run anew
+    values = _read(uri, remedy)
     try:
-        value: dict[str, Any] = json.loads(storage.read_bytes(uri))
-    except json.JSONDecodeError as error:
-        raise PistoSegError(f"is damaged: {error}", file=uri, remedy="delete that file and run again") from None
+        record = TrialRecord(**values)
+        record.curve = [(int(epoch), float(value)) for epoch, value in record.curve]
+    except (TypeError, ValueError) as error:
+        raise PistoSegError(f"is damaged: {error}", file=uri, remedy=remedy) from None
+    return record
+
+
+def _read(uri: str, remedy: str) -> dict[str, Any]:
+    content = storage.read_bytes(uri)
+    try:
+        value = json.loads(content)
+        if not isinstance(value, dict):
+            raise ValueError(f"holds {type(value).__name__} in place of keys and values")
+    except ValueError as error:  # also of bytes that are no text
+        raise PistoSegError(f"is damaged: {error}", file=uri, remedy=remedy) from None
     return value

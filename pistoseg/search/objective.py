@@ -63,6 +63,8 @@ class Objective:
 def choose(kind: Literal["auto", "miou", "labels"], config: Config) -> tuple[Objective, Config]:
     """The objective for a data set, and the config with images held out if it needs some.
 
+    By labels beside masks, trainings keep their last epoch: they would choose the best one by the masks' mIoU.
+
     Args:
         kind: auto: mIoU where there are masks, else labels.
         config: of the search.
@@ -79,4 +81,6 @@ def choose(kind: Literal["auto", "miou", "labels"], config: Config) -> tuple[Obj
     chosen: Literal["miou", "labels"] = "miou" if kind != "labels" and masks else "labels"
     if chosen == "labels" and not config.data.label_holdout:
         config = with_overrides(config, {"data.label_holdout": LABEL_HOLDOUT})
+    if chosen == "labels" and masks:
+        config = with_overrides(config, {"preliminary.keep": "last", "precise.keep": "last"})
     return Objective(chosen, masks, config.data.label_holdout > 0), config

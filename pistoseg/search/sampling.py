@@ -82,7 +82,7 @@ class PointSearcher(Searcher):
             return record, self._asked_for(record.point)
         if self.trials is not None and len(self.journal.records) >= self.trials:
             return None
-        if not self.journal.records:
+        if 0 not in self.journal.records:
             return self.journal.start(self.own, {}), self._asked_for(self.own)
         known = {self._settings(item) for item in self.journal.records.values()}
         for attempt in range(TRIES + len(self._grid)):  # of a grid that is gone on with, all points may be known

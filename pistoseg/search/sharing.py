@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import combinations
 
 from pistoseg.artifacts import fingerprint
 from pistoseg.config import Config
@@ -102,17 +103,22 @@ def _configured(space: Space, point: Mapping[str, object], config: Config) -> Co
 def _matters(space: Space, item: Parameter, config: Config, objective: Objective, rng: random.Random) -> bool:
     """Whether another value of a parameter alone changes the fingerprint of what is scored."""
     for _ in range(POINTS):
-        found = {
-            tuple(keys(_configured(space, point, config), objective.targets)[target] for target in objective.targets)
-            for point in _alternatives(space, item, rng)
-        }
-        if len(found) > 1:
-            return True
+        points = _alternatives(space, item, rng)
+        found = [keys(_configured(space, point, config), objective.targets) for point in points]
+        scored = [tuple(own[target] for target in objective.targets) for own in found]
+        for one, two in combinations(range(len(points)), 2):
+            if scored[one] != scored[two] and _alone(item.name, points[one], points[two]):
+                return True
     return False
 
 
+def _alone(name: str, one: Point, two: Point) -> bool:
+    """Whether two points differ in one parameter, and in those at most that count with one of its values only."""
+    return all(value == two[key] for key, value in one.items() if key != name and key in two)
+
+
 def _alternatives(space: Space, item: Parameter, rng: random.Random) -> list[Point]:
-    """A random point in which a parameter is active, with each of its options or both ends of its range.
+    """A random point in which a parameter is active, and with each of its options or both ends of its range.
 
     What the other parameters are stays where it can; none where nothing makes the parameter active.
     """
@@ -120,4 +126,4 @@ def _alternatives(space: Space, item: Parameter, rng: random.Random) -> list[Poi
     if item.name not in point:
         return []
     kept = {name: (value,) for name, value in point.items()}
-    return [space.draw(rng, kept | {item.name: (value,)}) for value in item.levels(2, point)]
+    return [point, *(space.draw(rng, kept | {item.name: (value,)}) for value in item.levels(2, point))]

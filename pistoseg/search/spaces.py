@@ -20,7 +20,7 @@ from pistoseg.errors import PistoSegError, suggestion
 
 Point = dict[str, Any]
 DIGITS = 4
-"""Significant digits of a drawn number: a config that a person reads and types."""
+"""Significant digits of a drawn number, or of its range's width: a config that a person reads and types."""
 MOST_POINTS = 50_000
 """A grid with more points is not written down."""
 MARGIN = 0.02
@@ -58,12 +58,19 @@ class Parameter:
         return all(point.get(name) in labels for name, labels in self.when.items())
 
     def room(self, point: Mapping[str, Any]) -> tuple[float, float]:
-        """The range that a point leaves it."""
+        """The range that a point leaves it; the whole one where what it must exceed does not count."""
+        low, high = self._ends
+        if self.above is None or self.above not in point:
+            return low, high
+        other, margin = point[self.above], MARGIN * (high - low)
+        least = max(math.floor(other) + 1, math.ceil(other + margin)) if self.integer else other + margin
+        return max(low, least), high
+
+    @property
+    def _ends(self) -> tuple[float, float]:
         assert self.low is not None
         assert self.high is not None
-        if self.above is None:
-            return self.low, self.high
-        return max(self.low, point[self.above] + MARGIN * (self.high - self.low)), self.high
+        return self.low, self.high
 
     def at(self, share: float, point: Mapping[str, Any]) -> Any:
         """The value at a share (0 to 1) of its range, or of its options."""
@@ -75,7 +82,8 @@ class Parameter:
             value = math.exp(math.log(low) + share * (math.log(high) - math.log(low)))
         else:
             value = low + share * (high - low)
-        return round(value) if self.integer else _rounded(value, low, high)
+        least, most = self._ends
+        return round(value) if self.integer else _rounded(value, low, high, most - least)
 
     def holds(self, value: Any, point: Mapping[str, Any]) -> bool:
         """Whether a value is one that it can have."""
@@ -187,11 +195,19 @@ class Space:
         return points
 
     def without(self, dead: Mapping[str, str]) -> Self:
-        """The space without some parameters, each with the reason."""
-        kept = [parameter for parameter in self.parameters if parameter.name not in dead]
-        kept = [item for item in kept if item.above not in dead and not set(item.when) & set(dead)]
-        lines = tuple(f"{name} is left out: {reason}" for name, reason in dead.items())
-        return replace(self, parameters=tuple(kept), notes=(*self.notes, *lines))
+        """The space without some parameters, each with the reason, and without those that count only beside them."""
+        gone, kept, notes = dict(dead), [], []
+        for item in self.parameters:
+            if item.name not in gone and (parents := [name for name in item.when if name in gone]):
+                gone[item.name] = f"it counts only beside {' and '.join(parents)}"
+            if item.name in gone:
+                notes.append(f"{item.name} is left out: {gone[item.name]}")
+                continue
+            if item.above in gone:
+                notes.append(f"{item.name} has its whole range: {item.above}, which it was to exceed, is left out")
+                item = replace(item, above=None)
+            kept.append(item)
+        return replace(self, parameters=tuple(kept), notes=(*self.notes, *notes))
 
 
 class ParameterSpec(Section):
@@ -232,7 +248,8 @@ class ParameterSpec(Section):
         elif self.options is not None:
             options = {_option_label(item): item for item in self.options}
         integer = isinstance(self.low, int) and isinstance(self.high, int)
-        when = {key: tuple(value) if isinstance(value, (list, tuple)) else (value,) for key, value in self.when.items()}
+        several = {key: value if isinstance(value, (list, tuple)) else (value,) for key, value in self.when.items()}
+        when = {key: tuple(map(_label, values)) for key, values in several.items()}
         log = self.scale == "log"
         return Parameter(name, self.low, self.high, log, integer, options, self.ordered, self.above, when)
 
@@ -282,13 +299,27 @@ def _wrong_order(parameters: Sequence[Parameter]) -> Iterator[str]:
     for item in parameters:
         for other in sorted({*item.when, *([item.above] if item.above else [])} - set(ranges)):
             yield f"{item.name}: names {other}, which does not come before it"
+        for other, labels in item.when.items():
+            if other in ranges:
+                yield from _never(item, ranges[other], labels)
         if item.above in ranges:
             lower = ranges[item.above]
-            if lower.options or lower.high is None or item.high is None or item.low is None:
+            if lower.options or lower.high is None:
                 yield f"{item.name}: {item.above} is no range"
-            elif lower.high + MARGIN * (item.high - item.low) >= item.high:
+                continue
+            low, high = item.room({item.above: lower.high})
+            if low > high or (low == high and not item.integer):
                 yield f"{item.name}: must exceed {item.above}, which may be {lower.high:g}"
         ranges[item.name] = item
+
+
+def _never(item: Parameter, other: Parameter, labels: Sequence[Any]) -> Iterator[str]:
+    """The values of an earlier parameter that a parameter counts with, but which that can't have."""
+    for label in labels:
+        if not other.holds(label, {}):
+            hint = suggestion(str(label), map(str, other.options))
+            hint = hint or (f"; it may be {', '.join(map(str, other.options))}" if other.options else "")
+            yield f"{item.name}: counts when {other.name} is {label!r}, which it never is{hint}"
 
 
 def _wrong_keys(parameters: Any, config: Config) -> Iterator[str]:
@@ -328,8 +359,10 @@ def _same(values: Mapping[str, Any], key: str, wanted: Any) -> bool:
     return isinstance(value, Mapping) if wanted == {} else bool(value == wanted)
 
 
-def _rounded(value: float, low: float, high: float) -> float:
-    return min(max(float(f"{value:.{DIGITS}g}"), low), high)
+def _rounded(value: float, low: float, high: float, width: float) -> float:
+    """A value to `DIGITS` digits of its own, or of its range's width where these are finer, as between 0.999 and 1."""
+    finer = math.floor(math.log10(abs(value))) - math.floor(math.log10(width)) if value else 0
+    return min(max(float(f"{value:.{DIGITS + max(finer, 0)}g}"), low), high)
 
 
 def _label(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 import time
@@ -17,7 +18,7 @@ from pistoseg import object_store, storage
 from pistoseg.actors import start_here
 from pistoseg.artifacts import Artifact, Workspace
 from pistoseg.claims import claimed
-from pistoseg.config import Config
+from pistoseg.config import Config, StorageConfig
 from pistoseg.errors import PistoSegError, UnavailableError, explained
 from pistoseg.graph import BY_NAME, plan
 from pistoseg.pipeline import check_trainings, run_pipeline
@@ -95,15 +96,18 @@ class Search:
     pruning: Pruning | None
 
     def identity(self) -> dict[str, Any]:
-        """What makes it another search; the budget, the machine, MLflow and passwords don't."""
+        """What makes it another search; the budget, the machine, the way to its storage, MLflow and passwords don't."""
         kind: str = self.objective.kind
+        # As in a journal of before, which has the storage's section.
+        config = self.config.model_copy(update={"storage": StorageConfig()})
+        workers = self.config.compute.train_workers  # each with a share of the batch: other models, also by fingerprint
         return {
-            "config": redacted(self.config.model_dump(mode="json", exclude={"compute", "tracking"})),
+            "config": redacted(config.model_dump(mode="json", exclude={"compute", "tracking"})),
             "parameters": [repr(item) for item in self.space.parameters],
             # Trials with scores of two versions could not be compared.
             "objective": f"labels {BY_NAME['label_scores'].version}" if kind == "labels" else kind,
             "timed": self.timed,
-        }
+        } | ({"train_workers": workers} if workers != 1 else {})
 
 
 @dataclass(frozen=True)
@@ -191,8 +195,7 @@ def _run(search: Search, workspace: Workspace, budget: Budget, journal: Journal,
         tracker.run().tags({"pistoseg.search": search.name, "pistoseg.objective": search.objective.title})
         shared = _compute_shared(search, workspace, tracker, progress)
         _run_trials(search, workspace, budget, journal, tracker, shared, progress)
-        if "confirmation" not in journal.settings:  # stays if the confirmation is cut off
-            _report(Outcome(search, journal, None, None, shared), tracker)
+        _report(Outcome(search, journal, *_confirmed(journal), shared), tracker)  # stays if the confirmation is cut off
         confirmation, version = _confirm(search, workspace, budget, journal, tracker, progress)
         outcome = Outcome(search, journal, confirmation, version, shared)
         _report(outcome, tracker)
@@ -355,13 +358,21 @@ def _tune_settings() -> Iterator[None]:
                 os.environ[name] = value
 
 
+def _confirmed(journal: Journal) -> tuple[Confirmation | None, str | None]:
+    """What an earlier run confirmed and registered, if that is of the best setting still."""
+    found, best = journal.settings.get("confirmation"), journal.best()
+    if found is None or best is None or found.get("setting") != best.key:
+        return None, None
+    return Confirmation.from_json(found), found.get("version")
+
+
 def _confirm(
     search: Search, workspace: Workspace, budget: Budget, journal: Journal, tracker: Tracker, progress: Progress
 ) -> tuple[Confirmation | None, str | None]:
     """Run the best setting and the own one on fresh seeds; the best becomes the champion if it holds."""
     best = journal.best()
     if best is None or best.number == 0 or not budget.confirm_seeds:
-        return None, None
+        return _confirmed(journal)
     first = search.config.seed + 1  # the search's own seed chose the best: it would speak for it
     seeds = tuple(range(first, first + budget.confirm_seeds))
     problems: list[str] = []
@@ -379,9 +390,12 @@ def _confirm(
                 run_name=f"confirmation: {label}, seed {seed}",
                 parent_run=tracker.run_id,
             )
+            value = search.objective.value(artifacts)
+            if not math.isfinite(value):
+                raise PistoSegError("the objective is no number")
             if overrides:
                 models.append(artifacts["precise"])
-            return search.objective.value(artifacts)
+            return value
         except Exception as error:  # as of a trial: a run that ran out of memory is one that failed
             known = explained(error)
             if isinstance(known, UnavailableError):
@@ -397,13 +411,16 @@ def _confirm(
     confirmation = Confirmation(
         seeds, tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs), tuple(problems)
     )
-    journal.update(confirmation=confirmation.to_json())
+    kept = confirmation.to_json() | {"setting": best.key}
+    journal.update(confirmation=kept)
     if not confirmation.holds or not models:
         return confirmation, None
     version = tracker.register(models[0], {"pistoseg.search": search.name})
     if version is None or tracker.client is None:
         return confirmation, None
-    return confirmation, tracker.guard(_promote, tracker.client, search.config.tracking.model, version)
+    version = tracker.guard(_promote, tracker.client, search.config.tracking.model, version)
+    journal.update(confirmation=kept | {"version": version})
+    return confirmation, version
 
 
 def _promote(client: Any, model: str, version: str) -> str:

@@ -15,6 +15,7 @@ from pistoseg.metrics import label_agreement
 from pistoseg.models import bundle, segmentation
 from pistoseg.patches.decode import encode_png
 from pistoseg.patches.store import IMAGES_SCHEMA, WINDOWS_SCHEMA, PatchSet
+from pistoseg.search.ablation import with_overrides
 from pistoseg.search.objective import LABEL_HOLDOUT, choose
 from pistoseg.stages import label_scores
 from pistoseg.stages.label_scores import _Score
@@ -155,7 +156,7 @@ def test_the_objective_is_miou_where_there_are_masks_and_labels_elsewhere(tmp_pa
     config = load_config("demo", overrides=[f"data.uri={data}"])
     objective, changed = choose("auto", config)
     assert (objective.kind, objective.targets) == ("labels", ("label_scores",))
-    assert changed.data.label_holdout == LABEL_HOLDOUT
+    assert changed == with_overrides(config, {"data.label_holdout": LABEL_HOLDOUT})
     with pytest.raises(PistoSegError, match="no validation images with masks"):
         choose("miou", config)
     for folder in ("img", "mask"):
@@ -163,5 +164,7 @@ def test_the_objective_is_miou_where_there_are_masks_and_labels_elsewhere(tmp_pa
     objective, changed = choose("auto", config)
     assert (objective.kind, objective.targets) == ("miou", ("evaluation",))
     assert changed == config
-    objective, _ = choose("labels", config)
+    objective, changed = choose("labels", config)
     assert (objective.kind, objective.targets) == ("labels", ("evaluation", "label_scores"))
+    # An epoch that is the best by the masks' mIoU would not be by labels alone.
+    assert (config.precise.keep, changed.precise.keep, changed.preliminary.keep) == ("best", "last", "last")

@@ -9,7 +9,7 @@ from pistoseg.search.ablation import with_overrides
 from pistoseg.search.builtin import SPACES, load_space
 from pistoseg.search.objective import Objective
 from pistoseg.search.sharing import analyse
-from pistoseg.search.spaces import Space, grid_points, read_space
+from pistoseg.search.spaces import Parameter, Space, grid_points, read_space
 
 MASKS = Objective("miou", masks=True, labels=False)
 
@@ -97,6 +97,53 @@ def test_an_own_setting_between_whole_numbers_is_no_point_of_a_range_of_whole_nu
         assert read_space(uri, config).point_of(config) == point
 
 
+def test_a_parameter_has_its_whole_range_where_the_one_that_it_must_exceed_does_not_count(tmp_path):
+    parameters = {
+        "synthesis.strategy": {"values": ["mosaic", "cutmix"]},
+        "synthesis.alpha": {"low": 0.3, "high": 0.6, "when": {"synthesis.strategy": "mosaic"}},
+        "synthesis.beta": {"low": 0.2, "high": 0.9, "above": "synthesis.alpha"},
+    }
+    space, rng = read_space(space_file(tmp_path, parameters), config_of("wsss4luad")), random.Random(0)
+    points = [space.draw(rng) for _ in range(200)]
+    betas = [point["synthesis.beta"] for point in points if point["synthesis.strategy"] == "cutmix"]
+    assert min(betas) < 0.3
+    assert all(point["synthesis.beta"] > point.get("synthesis.alpha", 0) for point in points)
+
+
+def test_whole_numbers_exceed_those_that_they_must_exceed(tmp_path):
+    parameters = {
+        "preliminary.epochs": {"low": 2, "high": 5},
+        "precise.epochs": {"low": 2, "high": 6, "above": "preliminary.epochs"},
+    }
+    space, rng = read_space(space_file(tmp_path, parameters), config_of("wsss4luad")), random.Random(0)
+    for point in (*(space.draw(rng) for _ in range(200)), *space.grid(3)):
+        assert point["preliminary.epochs"] < point["precise.epochs"] <= 6
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.9999, 0.99999), (100.0, 100.001), (-0.2, 0.3)])
+def test_a_narrow_range_has_hundreds_of_values_and_none_outside(low, high):
+    drawn = Parameter("precise.average_decay", low, high)
+    rng = random.Random(0)
+    values = {drawn.at(rng.random(), {}) for _ in range(3000)}
+    assert len(values) > 500
+    assert low <= min(values) < max(values) <= high
+    assert max(len(repr(value)) for value in values) <= 10  # a person can type them
+
+
+def test_a_condition_may_be_on_a_value_that_is_null_or_a_list(tmp_path):
+    parameters = {
+        "precise.weights": {"values": [None, "imagenet"]},
+        "evaluation.scales": {"values": [[1.0], [1.0, 2.0]]},
+        "precise.lr": {"low": 0.1, "high": 0.2, "when": {"precise.weights": None}},
+        "precise.momentum": {"low": 0.1, "high": 0.2, "when": {"evaluation.scales": [[1.0]]}},
+    }
+    space, rng = read_space(space_file(tmp_path, parameters), config_of("wsss4luad")), random.Random(0)
+    for point in (space.draw(rng) for _ in range(50)):
+        values = space.overrides(point)
+        assert ("precise.lr" in point) == (values["precise.weights"] is None)
+        assert ("precise.momentum" in point) == (values["evaluation.scales"] == [1.0])
+
+
 @pytest.mark.parametrize(
     ("parameters", "words"),
     [
@@ -111,6 +158,34 @@ def test_an_own_setting_between_whole_numbers_is_no_point_of_a_range_of_whole_nu
                 "synthesis.beta": {"low": 0.2, "high": 0.8, "above": "synthesis.alpha"},
             },
             "must exceed synthesis.alpha",
+        ),
+        (
+            {
+                "preliminary.epochs": {"low": 2, "high": 6},
+                "precise.epochs": {"low": 2, "high": 6, "above": "preliminary.epochs"},
+            },
+            "must exceed preliminary.epochs, which may be 6",
+        ),
+        (
+            {
+                "precise.optimizer": {"values": ["adamw", "sgd"]},
+                "precise.momentum": {"low": 0.5, "high": 0.9, "when": {"precise.optimizer": "SGD"}},
+            },
+            r"momentum: counts when precise\.optimizer is 'SGD', which it never is; did you mean sgd\?",
+        ),
+        (
+            {
+                "precise.weights": {"values": [None, "imagenet"]},
+                "precise.lr": {"low": 0.1, "high": 0.2, "when": {"precise.weights": 7}},
+            },
+            r"is 7, which it never is; it may be None, imagenet",
+        ),
+        (
+            {
+                "precise.epochs": {"low": 2, "high": 6},
+                "precise.lr": {"low": 0.1, "high": 0.2, "when": {"precise.epochs": [6, 7]}},
+            },
+            r"counts when precise\.epochs is 7, which it never is",
         ),
     ],
 )
@@ -227,6 +302,33 @@ def test_a_space_of_which_nothing_matters_is_refused(tmp_path):
         analyse(space, config, MASKS)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_a_parameter_above_one_that_changes_nothing_keeps_its_whole_range_and_makes_no_other_pass_for_live(
+    tmp_path, seed
+):
+    config = config_of("wsss4luad", "precise.masks=synthesized")
+    parameters = {
+        "refiner.lr": {"low": 0.001, "high": 0.005},
+        "precise.lr": {"low": 0.001, "high": 0.01, "above": "refiner.lr"},
+        "preliminary.lr": {"low": 0.001, "high": 0.02, "above": "precise.lr"},
+    }
+    space, sharing = analyse(read_space(space_file(tmp_path, parameters), config), config, MASKS, seed)
+    assert [item.name for item in space.parameters] == ["precise.lr"]
+    assert space.parameters[0].levels(2, {}) == [0.001, 0.01]
+    assert "precise.lr has its whole range: refiner.lr, which it was to exceed, is left out" in space.notes
+    assert sharing.varied == ("precise", "evaluation")
+
+
+def test_a_parameter_that_another_barely_exceeds_is_no_dead_one(tmp_path):
+    config = config_of("wsss4luad", "precise.masks=pseudo")
+    parameters = {
+        "preliminary.lr": {"low": 0.001, "high": 0.0099},
+        "precise.lr": {"low": 0.001, "high": 0.0101, "above": "preliminary.lr"},
+    }
+    space = read_space(space_file(tmp_path, parameters), config)
+    assert all(len(analyse(space, config, MASKS, seed)[0].parameters) == 2 for seed in range(8))
+
+
 RARE = {
     "precise.architecture": {"values": ["unetplusplus", "unet", "fpn", "deeplabv3plus", "manet", "linknet", "pan"]},
     "precise.optimizer": {"values": ["adamw", "sgd"], "when": {"precise.architecture": ["fpn", "pan"]}},
@@ -280,10 +382,14 @@ def test_a_grid_has_every_combination_once_and_no_inactive_value(tmp_path):
     assert len(grid_points(space, 3, 5, seed=0)) == 5
 
 
-def test_a_space_without_a_parameter_loses_those_that_depend_on_it():
+def test_a_space_without_a_parameter_loses_those_that_count_only_beside_it_and_says_so():
     space = load_space("synthesis", config_of("wsss4luad"))
     left = space.without({"synthesis.class_sampling": "a reason", "synthesis.alpha": "another"})
     assert isinstance(left, Space)
-    names = {item.name for item in left.parameters}
-    assert "synthesis.beta" not in names
-    assert not any(name.startswith("synthesis.class_sampling") for name in names)
+    kept = {item.name: item for item in left.parameters}
+    assert not any(name.startswith("synthesis.class_sampling") for name in kept)
+    assert "synthesis.class_sampling is left out: a reason" in left.notes
+    assert "synthesis.class_sampling.tumor is left out: it counts only beside synthesis.class_sampling" in left.notes
+    assert kept["synthesis.beta"].above is None
+    left = space.without({"synthesis.strategy": "a reason"})
+    assert not {"synthesis.alpha", "synthesis.beta"} & {item.name for item in left.parameters}

@@ -69,11 +69,52 @@ def test_a_journal_of_another_search_is_refused(tmp_path, space):
         Journal.open(str(tmp_path), {"identity": {"space": 2}})
 
 
-def test_a_damaged_journal_names_the_file(tmp_path, space):
+@pytest.mark.parametrize(
+    "content", [b"{", b"", b"[]", b"null", b"\xff\xfe\x00", b'{"number": 0}', b'{"number": 0, "news": 1}']
+)
+def test_a_damaged_journal_names_the_file(tmp_path, space, content):
     filled(tmp_path, space, [0.1])
-    storage.write_bytes(str(tmp_path / "trials" / "00000.json"), b"{")
-    with pytest.raises(PistoSegError, match=r"00000\.json"):
+    storage.write_bytes(str(tmp_path / "trials" / "00000.json"), content)
+    with pytest.raises(PistoSegError, match=r"00000\.json: is damaged: .* delete that file and run again"):
         Journal.open(str(tmp_path), IDENTITY)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe\x00"])
+def test_a_damaged_search_is_no_reason_to_delete_what_says_which_search_its_trials_are_of(tmp_path, space, content):
+    filled(tmp_path, space, [0.1])
+    storage.write_bytes(str(tmp_path / "search.json"), content)
+    with pytest.raises(PistoSegError, match=r"search\.json: is damaged: .* give another --name, or delete the folder"):
+        Journal.open(str(tmp_path), IDENTITY)
+
+
+def test_trials_of_a_search_whose_settings_are_gone_are_neither_taken_nor_overwritten(tmp_path, space):
+    filled(tmp_path, space, [0.1, 0.4])
+    (tmp_path / "search.json").unlink()
+    with pytest.raises(PistoSegError, match=r"holds trials of a search whose search\.json is gone.*another --name"):
+        Journal.open(str(tmp_path), IDENTITY)
+    assert not (tmp_path / "search.json").exists()
+
+
+def test_a_storage_that_is_away_is_no_damage(tmp_path, space, monkeypatch):
+    filled(tmp_path, space, [0.1])
+
+    def read_bytes(uri):
+        raise UnavailableError("is away", file=uri)
+
+    monkeypatch.setattr(storage, "read_bytes", read_bytes)
+    with pytest.raises(UnavailableError):
+        Journal.open(str(tmp_path), IDENTITY)
+
+
+def test_a_trial_whose_damaged_file_was_deleted_is_run_anew_also_the_own_setting(tmp_path, config, space, sampling):
+    filled(tmp_path, space, [0.1, 0.4, 0.3])
+    for number in (0, 1):
+        (tmp_path / "trials" / f"0000{number}.json").unlink()
+    journal = Journal.open(str(tmp_path), IDENTITY)
+    searcher = sampling.PointSearcher(space, journal, "random", 0, 3, space.point_of(config))
+    found = [run_trial(searcher, f"t{number}", 0.2) for number in range(3)]
+    assert found[0] == {"number": 0, "overrides": "{}"}
+    assert (found[1]["number"], found[2]) == (1, searcher.FINISHED)
 
 
 def test_files_that_are_no_trials_do_not_stop_a_search_from_going_on(tmp_path, space):
@@ -476,6 +517,16 @@ def test_the_best_model_is_the_champion_only_if_it_holds_on_fresh_seeds(
     assert promoted == ([("client", config.tracking.model, "model 1")] if holds and not away else [])
     assert version == ("model 1" if holds and not away else None)
     assert journal.settings["confirmation"]["holds"] is holds
+    if holds:
+        again = study._confirm(
+            outcome.search,
+            Workspace(str(tmp_path)),
+            study.Budget(3, confirm_seeds=0),
+            Journal.open(str(tmp_path), IDENTITY),
+            tracker,
+            SimpleNamespace(say=lambda text: None),
+        )
+        assert again == (confirmation, version)
 
 
 @pytest.fixture
@@ -501,7 +552,11 @@ def study_of(tmp_path, config, space, monkeypatch):
     folder = tmp_path / "search" / "mine"
     filled(folder, space, [0.1, 0.4, 0.3], identity=search.identity())
     monkeypatch.setattr(study, "_compute_shared", lambda *arguments: {})
-    return lambda progress=None: study.run(search, workspace, study.Budget(3), progress or Progress()), folder
+
+    def run(progress=None, seeds=3):
+        return study.run(search, workspace, study.Budget(3, confirm_seeds=seeds), progress or Progress())
+
+    return run, folder
 
 
 def test_a_confirmation_that_runs_out_of_memory_is_part_of_the_report(study_of, monkeypatch):
@@ -514,6 +569,19 @@ def test_a_confirmation_that_runs_out_of_memory_is_part_of_the_report(study_of, 
     outcome = run()
     assert outcome.confirmation.best == outcome.confirmation.own == (None, None, None)
     assert "own setting, seed 1: out of memory: more" in (folder / "report.md").read_text()
+
+
+def test_a_confirmation_without_a_number_is_a_run_that_failed(study_of, monkeypatch):
+    run, folder = study_of
+
+    def run_pipeline(config, *arguments, **options):
+        miou = float("nan") if config.seed == 1 else 0.5
+        return {"evaluation": SimpleNamespace(summary={"metrics": {"miou": miou}}), "precise": None}
+
+    monkeypatch.setattr("pistoseg.search.study.run_pipeline", run_pipeline)
+    outcome = run()
+    assert outcome.confirmation.best == outcome.confirmation.own == (None, 0.5, 0.5)
+    assert "own setting, seed 1: the objective is no number" in (folder / "report.md").read_text()
 
 
 def test_a_search_that_goes_on_without_mlflow_keeps_the_id_of_its_run(study_of, monkeypatch):
@@ -583,6 +651,53 @@ def test_a_confirmed_report_stays_where_a_later_confirmation_is_cut_off(study_of
     assert (folder / "report.md").read_text() == before
 
 
+def scored(config, *arguments, **options):
+    """A pipeline whose score is by the seed."""
+    scores = {"miou": 0.5 + 0.01 * config.seed}
+    return {"evaluation": SimpleNamespace(summary={"metrics": scores}), "precise": None}
+
+
+def add_trial(folder, value):
+    """A finished trial, as a run with more `--trials` leaves it."""
+    trials = sorted((folder / "trials").iterdir())
+    known = json.loads(trials[-1].read_text())
+    new = {"synthesis.rotate": 100 * value}
+    changed = {"number": len(trials), "value": value}
+    changed |= {"overrides": known["overrides"] | new, "point": known["point"] | new}
+    (folder / "trials" / f"{len(trials):05d}.json").write_text(json.dumps(known | changed))
+
+
+def test_a_report_of_more_trials_is_of_all_of_them_also_where_their_confirmation_is_cut_off(study_of, monkeypatch):
+    run, folder = study_of
+    monkeypatch.setattr("pistoseg.search.study.run_pipeline", scored)
+    run()
+    confirmed = (folder / "report.md").read_text()
+    assert "Best: trial 1, 0.4000" in confirmed
+    monkeypatch.setattr("pistoseg.search.study._confirm", lambda *_: 1 / 0)
+    for value, text in ((0.3, "Best: trial 1, 0.4000"), (0.9, "Best: trial 4, 0.9000")):
+        add_trial(folder, value)
+        with pytest.raises(ZeroDivisionError):
+            run()
+        report = (folder / "report.md").read_text()
+        assert text in report
+        assert ("Best minus own over 3 fresh seeds" in report) == (value == 0.3)  # which was of trial 1
+        number = len(list((folder / "trials").iterdir()))
+        assert len((folder / "trials.csv").read_text().splitlines()) == 1 + number
+    assert (folder / "best.yaml").read_text().startswith("# Trial 4 ")
+
+
+def test_a_run_without_confirmation_keeps_what_one_before_confirmed_of_the_same_setting(study_of, monkeypatch):
+    run, folder = study_of
+    monkeypatch.setattr("pistoseg.search.study.run_pipeline", scored)
+    run()
+    confirmed = (folder / "report.md").read_text()
+    run(seeds=0)
+    assert (folder / "report.md").read_text() == confirmed
+    add_trial(folder, 0.9)
+    run(seeds=0)
+    assert "Not done: whether the best trial is better" in (folder / "report.md").read_text()
+
+
 def test_a_search_by_labels_does_not_go_on_with_scores_of_an_earlier_version(tmp_path, config, space):
     from pistoseg.search.study import Search
 
@@ -594,6 +709,20 @@ def test_a_search_by_labels_does_not_go_on_with_scores_of_an_earlier_version(tmp
     assert Journal.open(str(tmp_path / "miou"), {"identity": identity("miou")}).records
     with pytest.raises(PistoSegError, match=r"another score.*give another --name"):
         Journal.open(str(tmp_path / "labels"), {"identity": identity("labels")})
+
+
+def test_a_search_is_the_same_over_another_way_to_its_storage_but_not_with_other_shares_of_the_batch(config, space):
+    from pistoseg.search.study import Search
+
+    def identity(*overrides):
+        config = load_config("demo", overrides=["precise.masks=synthesized", "precise.epochs=9", *overrides])
+        objective = Objective("miou", True, False)
+        return Search("mine", config, space, None, objective, "tpe", False, None).identity()
+
+    plain = identity("compute.train_workers=1")
+    assert plain == identity("storage.profile=me", "storage.endpoint=http://host:1", "storage.region=eu-west-1")
+    assert plain["config"] == config.model_dump(mode="json", exclude={"compute", "tracking"})  # as of journals before
+    assert plain != identity("compute.train_workers=2") != identity("compute.train_workers=4")
 
 
 def test_another_search_is_refused_before_it_waits(study_of):
@@ -786,3 +915,10 @@ def test_a_dry_run_of_a_search_refuses_data_without_usable_labels(tmp_path, caps
     assert main([*arguments, "--preset", "glas", "--set", "data.label_holdout=0.1"]) == 0
     assert "in place of" not in capsys.readouterr().out
     assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize("name", ["../../x", "/etc/x", "a/b", "a\\b", "..", "."])
+def test_a_name_of_a_search_that_is_a_path_is_refused(tmp_path, capsys, name):
+    arguments = ["search", "--space", "losses", "--dry-run", "--data", str(tmp_path), "--preset", "demo"]
+    assert main([*arguments, "--workspace", str(tmp_path / "w"), "--name", name]) == 2
+    assert "--name: " in capsys.readouterr().err
