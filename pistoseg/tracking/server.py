@@ -30,7 +30,9 @@ _defaults_lock = threading.Lock()
 
 def tracking_uri(config: TrackingConfig, workspace: Workspace) -> str:
     """Where runs go: the config's server, MLFLOW_TRACKING_URI, or SQLite in the workspace."""
-    return config.uri or os.environ.get("MLFLOW_TRACKING_URI") or database_uri(_local_folder(workspace) / "mlflow.db")
+    with _defaults_lock:  # what another workspace's run has put into the environment is not the user's
+        users = _defaults[0] if _defaults else os.environ.get("MLFLOW_TRACKING_URI")
+    return config.uri or users or database_uri(_local_folder(workspace) / "mlflow.db")
 
 
 def database_uri(file: Path) -> str:

@@ -90,3 +90,18 @@ def test_a_machine_without_git_keeps_a_runs_scores(workspace, monkeypatch):
     with batch_run(TrackingConfig(), workspace, "scores", {}) as run:
         run.metrics({"miou": 0.5})
     assert runs_of(workspace)["scores"].data.metrics == {"miou": 0.5}
+
+
+def test_two_workspaces_at_a_time_in_one_process_keep_their_runs_apart(place):
+    one, two = place("one"), place("two")
+    with batch_run(TrackingConfig(), one, "one", {}), batch_run(TrackingConfig(), two, "two", {}):
+        pass
+    assert (list(runs_of(one)), list(runs_of(two))) == (["one"], ["two"])
+
+
+def test_the_users_server_stays_that_of_all_workspaces(place, monkeypatch):
+    one, two, users = place("one"), place("two"), place("users")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{users.root}/mlflow.db")
+    with batch_run(TrackingConfig(), one, "one", {}), batch_run(TrackingConfig(), two, "two", {}):
+        pass
+    assert set(runs_of(users)) == {"one", "two"}
