@@ -296,8 +296,9 @@ def test_a_database_of_another_version_of_mlflow_is_upgraded_by_the_user(workspa
     file = shutil.copy(storage.join(workspace.root, "mlflow.db"), tmp_path)
     with contextlib.closing(sqlite3.connect(file)) as database, database:
         database.execute("UPDATE alembic_version SET version_num = 'bd07f7e963c5'")
-    assert main(["models", "list", "--workspace", str(tmp_path)]) == 2
-    assert f"`mlflow db upgrade sqlite:///{file}`" in capsys.readouterr().err
+    for verb in (["models", "list"], ["ui"]):
+        assert main([*verb, "--workspace", str(tmp_path)]) == 2
+        assert f"`mlflow db upgrade sqlite:///{file}`" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("place", ["damaged.db", "damaged.db/mlflow.db"])

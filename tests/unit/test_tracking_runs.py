@@ -37,11 +37,11 @@ def workspace(place):
     return place("w")
 
 
-def runs_of(workspace):
-    """The workspace's MLflow runs by name."""
+def runs_of(workspace, experiment="pistoseg"):
+    """The runs of an experiment in the workspace's database, by name."""
     client = MlflowClient(f"sqlite:///{workspace.root}/mlflow.db")
-    experiment = client.get_experiment_by_name("pistoseg")
-    return {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    found = client.get_experiment_by_name(experiment)
+    return {run.info.run_name: run for run in client.search_runs([found.experiment_id])}
 
 
 def test_a_class_may_have_any_name_where_settings_name_it(workspace, capsys):
@@ -105,3 +105,59 @@ def test_the_users_server_stays_that_of_all_workspaces(place, monkeypatch):
     with batch_run(TrackingConfig(), one, "one", {}), batch_run(TrackingConfig(), two, "two", {}):
         pass
     assert set(runs_of(users)) == {"one", "two"}
+
+
+def with_file(workspace, name):
+    """A run with a file."""
+    with batch_run(TrackingConfig(), workspace, name, {}) as run:
+        run.file("a.txt", b"text")
+        run.metrics({"miou": 0.5})
+
+
+@pytest.mark.parametrize("how", ["moved", "copied"])
+def test_a_workspace_that_was_moved_or_copied_keeps_its_files_where_it_is(place, tmp_path, capsys, how):
+    with_file(place("old"), "before")
+    before = sorted((tmp_path / "old" / "mlflow").rglob("*"))
+    (shutil.move if how == "moved" else shutil.copytree)(tmp_path / "old", tmp_path / "new")
+    for name in ("after", "later"):
+        with_file(Workspace(str(tmp_path / "new")), name)
+    assert (sorted((tmp_path / "old" / "mlflow").rglob("*")) if how == "copied" else before) == before
+    assert (tmp_path / "old").exists() == (how == "copied")
+    new = f"pistoseg in {tmp_path / 'new'}"
+    runs = runs_of(Workspace(str(tmp_path / "new")), new)
+    assert {name: run.info.status for name, run in runs.items()} == {"after": "FINISHED", "later": "FINISHED"}
+    files = [tmp_path / "new" / "mlflow" / run.info.run_id / "artifacts" / "a.txt" for run in runs.values()]
+    assert [file.exists() for file in files] == [True, True]
+    said = f"the workspace was moved or copied: its runs are in the experiment {new!r} of MLflow from now on\n"
+    assert capsys.readouterr().out == said
+
+
+def test_a_workspace_by_another_name_is_not_taken_for_one_that_was_moved(place, tmp_path):
+    with_file(place("old"), "before")
+    (tmp_path / "link").symlink_to(tmp_path / "old")
+    with_file(Workspace(str(tmp_path / "link")), "after")
+    assert set(runs_of(Workspace(str(tmp_path / "old")))) == {"before", "after"}
+
+
+def test_workspaces_that_share_a_database_of_the_users_share_its_experiment(place, monkeypatch):
+    one, two, users = place("one"), place("two"), place("users")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{users.root}/mlflow.db")
+    for workspace in (one, two):
+        with_file(workspace, workspace.root)
+    assert set(runs_of(users)) == {one.root, two.root}
+
+
+def test_files_that_their_folder_does_not_take_are_left_out_and_nothing_else(workspace, tmp_path, capsys):
+    (tmp_path / "file").write_text("no folder")
+    client = MlflowClient(f"sqlite:///{workspace.root}/mlflow.db")
+    client.create_experiment("elsewhere", artifact_location=(tmp_path / "file" / "files").as_uri())
+    config = TrackingConfig(experiment="elsewhere", uri=f"sqlite:///{workspace.root}/mlflow.db")
+    with batch_run(config, workspace, "run", {}) as run:
+        for name in ("a.txt", "b.txt"):
+            run.file(name, b"text")
+        run.metrics({"miou": 0.5})
+    run = runs_of(workspace, "elsewhere")["run"]
+    assert (run.info.status, run.data.metrics) == ("FINISHED", {"miou": 0.5})
+    printed = capsys.readouterr().out
+    assert printed.count("MLflow's files can't be written and are left out: [Errno 20]") == 1
+    assert "reached" not in printed
