@@ -16,7 +16,7 @@ from pistoseg import storage
 from pistoseg.errors import PistoSegError
 from pistoseg.models import bundle
 from pistoseg.redaction import redact
-from pistoseg.tracking.delivery import quoted
+from pistoseg.tracking.delivery import found_by, quoted
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -75,7 +75,7 @@ def register(
     import mlflow
 
     tags = dict(tags or {})
-    for known in client.search_model_versions(f"name={quoted(name)}"):
+    for known in found_by(client.search_model_versions, filter_string=f"name={quoted(name)}"):
         if known.tags.get("pistoseg.fingerprint") == fingerprint:
             if _is_gone(known.tags.get("pistoseg.bundle", "")):
                 tags["pistoseg.bundle"] = redact(uri)

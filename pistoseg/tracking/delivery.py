@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -132,7 +132,7 @@ class Delivery:
 
     def experiments(self) -> list[str]:
         """Ids of the server's experiments."""
-        return [item.experiment_id for item in self.client.search_experiments()]
+        return [item.experiment_id for item in found_by(self.client.search_experiments)]
 
     def experiment(self, experiment_id: str) -> str:
         """The server's id of an experiment, which is made if it is not there; see `unknown_experiment`."""
@@ -212,6 +212,17 @@ def own_experiment(client: MlflowClient, name: str, place: str) -> str:
     except OSError:  # the old place is no more
         same = False
     return name if same else f"{name} in {new.parent}"
+
+
+def found_by(search: Callable[..., Any], **named: Any) -> Iterator[Any]:
+    """All that one of a client's searches finds, page by page."""
+    token = None
+    while True:
+        page = search(**named, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
 
 
 def quoted(text: str) -> str:

@@ -17,7 +17,7 @@ from pistoseg.artifacts import MANIFEST, Artifact, Workspace
 from pistoseg.config import TrackingConfig
 from pistoseg.errors import PistoSegError, UnavailableError
 from pistoseg.redaction import first_line
-from pistoseg.tracking.delivery import is_refusal, quoted
+from pistoseg.tracking.delivery import found_by, is_refusal, quoted
 from pistoseg.tracking.server import connect, database_file, default_server, tracking_uri
 
 if TYPE_CHECKING:
@@ -182,9 +182,9 @@ class Registry:
         client = self._client(name or "models")
         found = []
         with self._readable():
-            names = [name] if name else sorted(model.name for model in client.search_registered_models())
+            names = [name] if name else sorted(model.name for model in found_by(client.search_registered_models))
             for each in names:
-                versions = client.search_model_versions(f"name={quoted(each)}")
+                versions = found_by(client.search_model_versions, filter_string=f"name={quoted(each)}")
                 aliases = self._aliases(client, each)
                 found += sorted((_version(item, aliases) for item in versions), key=lambda item: -int(item.version))
         if name and not found:

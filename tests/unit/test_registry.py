@@ -1,6 +1,7 @@
 """The registry of a workspace's own database, with versions that no training had to make."""
 
 import contextlib
+import functools
 import json
 import shutil
 import sqlite3
@@ -203,6 +204,23 @@ def test_a_registered_model_can_be_evaluated_by_its_name(workspace, monkeypatch,
     command = ["evaluate", "--data", str(tmp_path), "--out", str(tmp_path / "out"), "--workspace", workspace.root]
     assert main([*command, "--model", "models:/tissue/2"]) == 2
     assert [uri.rpartition("/precise/")[2] for uri in seen] == ["bbbb/bundle"]
+
+
+def test_models_and_versions_are_all_listed_however_few_a_server_names_at_a_time(registry, workspace, monkeypatch):
+    from mlflow.tracking import MlflowClient
+
+    client = connect(TrackingConfig(), workspace)
+    for name in ("page-a", "page-b"):
+        client.create_registered_model(name)
+        client.create_model_version(name, source="/no/such/bundle")
+    for method in ("search_registered_models", "search_model_versions"):
+        one = functools.partialmethod(getattr(MlflowClient, method), max_results=1)
+        monkeypatch.setattr(MlflowClient, method, one)
+    found = [(version.name, version.version) for version in registry.versions()]
+    assert found[:2] == [("page-a", "1"), ("page-b", "1")]
+    assert found[-3:] == [("tissue", "3"), ("tissue", "2"), ("tissue", "1")]
+    with Tracker.start(load_config("demo", overrides=["tracking.model=tissue"]), workspace) as tracker:
+        assert tracker.register(workspace.find("precise", "aaaa")) == "1"
 
 
 def test_lineage_leads_from_the_bundle_to_the_images(registry):
