@@ -29,6 +29,8 @@ PREVIOUS = "previous"
 FILES = ("model.json", "model.safetensors")
 MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "NOT_FOUND")
 """MLflow's words for a model, version or alias that it does not have."""
+GONE = "if its workspace was moved, run `pistoseg train` with it again, which registers the model where it is now"
+"""Remedy of a bundle that is nowhere."""
 _NAMED = re.compile(r"[^/@:]+(@[^/@:]+|/\d+)")
 """NAME@ALIAS or NAME/VERSION."""
 
@@ -251,10 +253,13 @@ class Registry:
                 raise PistoSegError(
                     f"its bundle is not there, and MLflow has no copy ({first_line(error)})",
                     file=version.bundle,
+                    remedy=GONE,
                 ) from error
             found = next(Path(local).rglob(FILES[0]), None)
             if found is None:
-                raise PistoSegError("its bundle is not there, and MLflow's copy holds none", file=version.bundle)
+                raise PistoSegError(
+                    "its bundle is not there, and MLflow's copy holds none", file=version.bundle, remedy=GONE
+                )
             yield str(found.parent)
 
     def export(self, version: ModelVersion, out: str) -> list[str]:
