@@ -21,6 +21,7 @@ from pistoseg.patches.decode import decode_ids, encode_mask, encode_png
 from pistoseg.patches.layouts import scan_evaluation
 from pistoseg.patches.masked import MaskedImages
 from pistoseg.progress import Progress
+from pistoseg.redaction import redact
 from pistoseg.stages import cluster
 from pistoseg.stages.validation import collect
 
@@ -179,7 +180,7 @@ def evaluate(
         "settings": config.resolved(),
         "complete": not missing,
         "missing_images": missing,
-        "model": model,
+        "model": redact(model),
     }
     if missing:
         progress.say(f"warning: incomplete: the ground truth names {len(missing)} images that are not there")
