@@ -11,7 +11,7 @@ from pistoseg.classes import TissueClass, TissueClasses
 from pistoseg.outputs.areas import slide_areas
 from pistoseg.outputs.overview import LEGEND, MARGIN, round_length, write_overview
 from pistoseg.outputs.pictures import Panel, sheet
-from pistoseg.outputs.summary import SlideRow, sheet_of_overviews, write_summary
+from pistoseg.outputs.summary import MAX_ROWS, SlideRow, sheet_of_overviews, write_summary
 
 CLASSES = TissueClasses((TissueClass("tumor", (200, 30, 30)), TissueClass("stroma", (0, 150, 110))))
 
@@ -70,6 +70,17 @@ def test_the_readable_summary_names_failures_first(tmp_path):
     assert "has no tissue" in text
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert len({line.replace("\\|", "").count("|") for line in lines[-4:]}) == 1
+
+
+def test_a_table_of_the_readable_summary_lists_no_more_slides_than_can_be_read(tmp_path):
+    failed = [SlideRow(f"slide {number:03d}", "a.svs", "failed", "is no slide") for number in range(MAX_ROWS + 7)]
+    areas = slide_areas(np.ones(256, np.int64), 1.0, CLASSES)
+    done = [SlideRow(f"done {number:03d}", "a.svs", "completed", areas=areas) for number in range(MAX_ROWS + 3)]
+    write_summary(str(tmp_path), failed + done, CLASSES, {})
+    text = (tmp_path / "summary.md").read_text()
+    assert (text.count("| slide 0"), text.count("| slide 5"), text.count("is no slide")) == (100, 0, MAX_ROWS)
+    assert text.count("| done ") == MAX_ROWS
+    assert text.index("7 more slides") < text.index("## Slides") < text.index("3 more slides")
 
 
 def test_a_run_without_slides_or_areas_is_summarised(tmp_path):
