@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from pistoseg.classes import TissueClass, TissueClasses
+from pistoseg.outputs import pictures
 from pistoseg.outputs.areas import slide_areas
 from pistoseg.outputs.overview import LEGEND, MARGIN, round_length, write_overview
 from pistoseg.outputs.pictures import Panel, sheet
@@ -123,6 +124,23 @@ def test_the_legend_of_a_sheet_names_every_class_within_the_picture(count, name,
     assert pixels.shape == (16 + 8 + 224 + 16 * lines + 3 * 8, 2 * (224 + 2 * 8), 3)
     squares = [(pixels == tissue.color).all(2).sum() for tissue in classes.classes]
     assert squares == [11 * 11] * count
+
+
+def test_a_sheet_colours_no_more_of_a_large_image_than_it_shows(monkeypatch):
+    coloured, colour = [], pictures.overlay
+
+    def overlay(image, mask, classes):
+        coloured.append((image.shape, mask.shape))
+        return colour(image, mask, classes)
+
+    monkeypatch.setattr(pictures, "overlay", overlay)
+    image, mask = np.full((3000, 1500, 3), 200, np.uint8), np.zeros((3000, 1500), np.uint8)
+    image[1500:], mask[1500:] = 20, 1
+    large, small = (sheet([[Panel("a", image[::k, ::k], mask[::k, ::k])]], CLASSES) for k in (1, 30))
+    assert coloured == [((896, 448, 3), (896, 448)), ((100, 50, 3), (100, 50))]
+    assert large.shape == small.shape
+    np.testing.assert_array_equal(large[30:130], small[30:130])  # both halves, away from the line between them
+    np.testing.assert_array_equal(large[145:240], small[145:240])
 
 
 def test_overviews_share_a_sheet(tmp_path):
