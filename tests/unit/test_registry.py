@@ -12,12 +12,14 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from rich.console import Console
 
 from pistoseg import models_command, storage
 from pistoseg.artifacts import Workspace
 from pistoseg.cli import main
 from pistoseg.config import TrackingConfig, load_config
 from pistoseg.errors import PistoSegError
+from pistoseg.printing import mask_table, score_table
 from pistoseg.tracking import Tracker, connect, tracking_uri
 from pistoseg.tracking.registry import ModelVersion, Registry, bundle_uri, lineage, set_alias
 from pistoseg.tracking.server import database_file, database_uri
@@ -220,9 +222,9 @@ def test_models_and_versions_are_all_listed_however_few_a_server_names_at_a_time
     for method in ("search_registered_models", "search_model_versions"):
         one = functools.partialmethod(getattr(MlflowClient, method), max_results=1)
         monkeypatch.setattr(MlflowClient, method, one)
-    found = [(version.name, version.version) for version in registry.versions()]
-    assert found[:2] == [("page-a", "1"), ("page-b", "1")]
-    assert found[-3:] == [("tissue", "3"), ("tissue", "2"), ("tissue", "1")]
+    found = [f"{version.name}/{version.version}" for version in registry.versions()]
+    wanted = ["page-a/1", "page-b/1", "tissue/3", "tissue/2", "tissue/1"]
+    assert [version for version in found if version in wanted] == wanted
     with Tracker.start(load_config("demo", overrides=["tracking.model=tissue"]), workspace) as tracker:
         assert tracker.register(workspace.find("precise", "aaaa")) == "1"
 
@@ -263,6 +265,28 @@ def test_the_terminal_shows_versions_scores_lineage_and_pictures(workspace, caps
     assert f"{workspace.root}/evaluation/cccc/predictions.png" in shown
     assert main(["models", "promote", "tissue", "2", "--workspace", workspace.root]) == 0
     assert "models:/tissue@champion is version 2" in capsys.readouterr().out
+
+
+def test_brackets_in_names_and_paths_are_shown_as_they_are(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    place = Workspace(str(tmp_path / "runs [old]"))
+    client = connect(TrackingConfig(), place)
+    client.create_registered_model("tissue [red]")
+    tags = {"pistoseg.bundle": "/w [old]/precise/k/bundle"}
+    client.create_model_version("tissue [red]", source="/w [old]/precise/k/bundle", tags=tags)
+    assert main(["models", "list", "--workspace", place.root]) == 0
+    assert main(["models", "show", "tissue [red]", "--workspace", place.root]) == 0
+    printed = "".join(capsys.readouterr().out.split())  # a title is folded
+    assert "runs[old]/mlflow.db" in printed
+    assert printed.count("tissue[red]") == 2
+    assert printed.count("/w[old]/precise/k/bundle") == 2
+    report = {"images": 1, "complete": True, "iou": {"tumor [red]": 0.5}, "miou": 0.5, "fwiou": 0.5}
+    console = Console(width=100)
+    console.print(score_table({"model [red]": report}))
+    console.print(mask_table({"cams/k1": report | {"without_class": 0.0}}))
+    printed = capsys.readouterr().out
+    assert "model [red]" in printed
+    assert printed.count("tumor [red]") == 2
 
 
 @pytest.mark.parametrize("protocol", ["refusing", "no-such-protocol"])
