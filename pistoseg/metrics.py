@@ -18,6 +18,8 @@ from numpy.typing import ArrayLike, NDArray
 
 Counts = NDArray[np.int64]
 Scores = NDArray[np.float64]
+BLOCK = 64
+"""Resamplings that are drawn at a time."""
 
 
 def confusion(truth: ArrayLike, prediction: ArrayLike, n_classes: int) -> Counts:
@@ -169,9 +171,13 @@ def bootstrap_interval(
     matrices = np.asarray(matrices, np.int64)
     if matrices.ndim != 3 or not len(matrices) or n < 1:
         raise ValueError(f"needs (n_images, L, L) matrices of at least one image and n >= 1, not {matrices.shape}, {n}")
-    images = len(matrices)
-    draws = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), size=n)
-    scores = statistic(np.tensordot(draws, matrices, axes=1))
+    images, rng = len(matrices), np.random.default_rng(seed)
+    chances, counts = np.full(images, 1 / images), matrices.reshape(images, -1).astype(np.float64)
+    sums = []
+    for start in range(0, n, BLOCK):  # pixels are whole numbers below 2**53: float64 adds them up exactly, and fast
+        draws = rng.multinomial(images, chances, size=min(BLOCK, n - start)).astype(np.float64)
+        sums.append((draws @ counts).astype(np.int64).reshape(-1, *matrices.shape[1:]))
+    scores = statistic(np.concatenate(sums))
     tail = 50 * (1 - level)
     low, high = (_percentile(scores, q) for q in (tail, 100 - tail))
     return (float(low), float(high)) if low.ndim == 0 else (low, high)

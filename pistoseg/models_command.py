@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from pistoseg import storage
 from pistoseg.artifacts import Workspace
@@ -24,7 +26,7 @@ def list_models(workspace: str, tracking: TrackingConfig) -> int:
     The mIoU is that of `_scores`; a dash where there is none, or where a version's storage can't be looked at.
     """
     registry, console = _registry(workspace, tracking), _console()
-    table = Table(title=f"Models at {redact(registry.uri)}", title_justify="left")
+    table = Table(title=f"Models at {escape(redact(registry.uri))}", title_justify="left")
     for title in ("model", "version", "aliases", "mIoU", "registered", "bundle"):
         table.add_column(title, overflow="fold")
     for version in registry.versions():
@@ -34,7 +36,8 @@ def list_models(workspace: str, tracking: TrackingConfig) -> int:
             scores = {}
         miou = f"{scores['miou']:.4f}" if "miou" in scores else "-"
         bundle = version.tags.get("pistoseg.bundle", "-")
-        table.add_row(version.name, version.version, ", ".join(version.aliases), miou, _date(version.created), bundle)
+        cells = (version.name, version.version, ", ".join(version.aliases), miou, _date(version.created), bundle)
+        table.add_row(*map(Text, cells))  # brackets of names and paths are no markup
     console.print(table)
     return 0
 
@@ -43,7 +46,8 @@ def show(model: str, workspace: str, tracking: TrackingConfig) -> int:
     """Print a version's scores, what it was made from, and where its pictures are."""
     registry, console = _registry(workspace, tracking), _console()
     version = registry.newest(model)
-    console.print(f"{version.name} version {version.version}", ", ".join(version.aliases), highlight=False)
+    title = f"{version.name} version {version.version} {', '.join(version.aliases)}"
+    console.print(title.rstrip(), highlight=False, markup=False)
     rows = {"registered": _date(version.created), "bundle": version.bundle, "MLflow run": version.run_id or "-"}
     rows |= {key.removeprefix("pistoseg."): value for key, value in version.tags.items() if key == "pistoseg.search"}
     for title, value in rows.items():

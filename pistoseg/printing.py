@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from pistoseg import storage
 from pistoseg.artifacts import Artifact, Workspace
@@ -37,9 +38,9 @@ def score_table(reports: dict[str, dict[str, Any]]) -> Table:
     table = Table(title="IoU on the validation images", title_justify="left")
     table.add_column("")
     for model in reports:
-        table.add_column(model, justify="right", overflow="fold")
+        table.add_column(Text(model), justify="right", overflow="fold")
     for name in next(iter(reports.values()))["iou"]:
-        table.add_row(name, *(_number(report["iou"][name]) for report in reports.values()))
+        table.add_row(Text(name), *(_number(report["iou"][name]) for report in reports.values()))
     table.add_section()
     for title, key in (("mIoU", "miou"), ("fwIoU", "fwiou")):
         table.add_row(title, *(_number(report[key]) for report in reports.values()))
@@ -56,7 +57,7 @@ def mask_table(reports: dict[str, dict[str, Any]]) -> Table:
     table = Table(title=f"Masks of {first['images']} training images", title_justify="left")
     table.add_column("")
     for title in (*first["iou"], "mIoU", "fwIoU", "no class"):
-        table.add_column(title, justify="right")
+        table.add_column(Text(title), justify="right")
     for name, report in reports.items():
         stage, key, *kind = name.split("/")
         values = [*report["iou"].values(), report["miou"], report["fwiou"], report["without_class"]]

@@ -158,10 +158,9 @@ class Progress:
             self._line("stage_started", first)
             yield
             return
+        title, note = (TextColumn(text, markup=False) for text in ("{task.description}", "{task.fields[note]}"))
         columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-        with RichProgress(
-            TextColumn("{task.description}"), *columns, TextColumn("{task.fields[note]}"), console=self.console
-        ) as bar:
+        with RichProgress(title, *columns, note, console=self.console) as bar:
             bar.add_task(self._title, total=None, note="")
             self._bar = bar
             try:

@@ -16,7 +16,8 @@ from pistoseg import storage
 from pistoseg.errors import PistoSegError
 from pistoseg.models import bundle
 from pistoseg.redaction import redact
-from pistoseg.tracking.delivery import quoted
+from pistoseg.tracking.delivery import found_by, quoted
+from pistoseg.tracking.server import database_file
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -75,9 +76,9 @@ def register(
     import mlflow
 
     tags = dict(tags or {})
-    for known in client.search_model_versions(f"name={quoted(name)}"):
+    for known in found_by(client.search_model_versions, filter_string=f"name={quoted(name)}"):
         if known.tags.get("pistoseg.fingerprint") == fingerprint:
-            if _is_gone(known.tags.get("pistoseg.bundle", "")):
+            if _is_gone(known.tags.get("pistoseg.bundle", ""), str(client.tracking_uri)):
                 tags["pistoseg.bundle"] = redact(uri)
             _set_tags(client, name, str(known.version), tags)
             return str(known.version)
@@ -105,10 +106,14 @@ def register(
     return version
 
 
-def _is_gone(uri: str) -> bool:
-    """Whether a bundle is no longer there; one that can't be looked at may be, as one on another machine's disk."""
+def _is_gone(uri: str, server: str) -> bool:
+    """Whether a bundle is no longer there; one that can't be looked at may be, as one on another machine's disk.
+
+    A database in a file is of this machine, and so are the disks that it names.
+    """
     try:
-        return not storage.is_local(uri) and not storage.exists(storage.join(uri, "model.json"))
+        seen = not storage.is_local(uri) or database_file(server) is not None
+        return seen and not storage.exists(storage.join(uri, "model.json"))
     except (PistoSegError, OSError):
         return False
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-_OUTSIDE = 254
-"""Mask value of what lies around a band: neither a class, nor background, nor unknown."""
+_OUTSIDE = -1
+"""Value of what lies around a band: no mask has it."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,8 @@ class _BorderLines:
     """
 
     def __init__(self, band: NDArray[np.uint8], regions: Regions) -> None:
-        around = np.pad(band, 1, constant_values=_OUTSIDE)
+        around = np.full((band.shape[0] + 2, band.shape[1] + 2), _OUTSIDE, np.int16)
+        around[1:-1, 1:-1] = band
         quadrants = around[:-1, :-1], around[:-1, 1:], around[1:, 1:], around[1:, :-1]  # NW, NE, SE, SW of a grid point
         is_corner = (quadrants[0] != quadrants[1]) | (quadrants[3] != quadrants[2])
         is_corner &= (quadrants[0] != quadrants[3]) | (quadrants[1] != quadrants[2])
@@ -195,7 +196,7 @@ class _BorderLines:
 
     @staticmethod
     def _pinched(
-        values: list[NDArray[np.uint8]], y: NDArray[np.int64], x: NDArray[np.int64], regions: Regions
+        values: list[NDArray[np.int16]], y: NDArray[np.int64], x: NDArray[np.int64], regions: Regions
     ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
         """Corners at which one region meets itself, in its north-east and south-west or its north-west and south-east.
 

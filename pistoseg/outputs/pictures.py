@@ -11,6 +11,8 @@ from PIL import Image, ImageDraw, ImageFont
 from pistoseg.classes import TissueClasses
 
 CELL = 224
+LARGEST = 4 * CELL
+"""Sides of images that are coloured at their own size, px; larger ones are shrunk before."""
 MARGIN = 8
 TEXT = 16
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
@@ -45,6 +47,17 @@ def colored(mask: NDArray[np.uint8], classes: TissueClasses) -> NDArray[np.uint8
     return classes.palette()[mask]
 
 
+def shrunk(panel: Panel) -> Panel:
+    """A panel of at most `LARGEST` px a side, of which a sheet shows as much as of the whole."""
+    if max(panel.image.shape[:2]) <= LARGEST:
+        return panel
+    size = _fitted_size(panel.image, LARGEST)
+    image = np.asarray(Image.fromarray(panel.image).resize(size, Image.Resampling.BILINEAR))
+    if panel.mask is None:
+        return Panel(panel.title, image)
+    return Panel(panel.title, image, np.asarray(Image.fromarray(panel.mask).resize(size, Image.Resampling.NEAREST)))
+
+
 def sheet(rows: list[list[Panel]], classes: TissueClasses, columns: int = 2) -> NDArray[np.uint8]:
     """Lay rows of panels out, `columns` rows side by side, above a legend of the classes.
 
@@ -55,6 +68,7 @@ def sheet(rows: list[list[Panel]], classes: TissueClasses, columns: int = 2) -> 
     Returns:
         (H, W, 3) uint8 RGB.
     """
+    rows = [[shrunk(panel) for panel in row] for row in rows]
     width = max((len(row) for row in rows), default=1)
     group = width * (CELL + MARGIN) + MARGIN
     lines = [rows[start : start + columns] for start in range(0, len(rows), columns)]
@@ -92,10 +106,10 @@ def legend_places(classes: TissueClasses, width: int, font: Font) -> list[tuple[
     return places
 
 
-def _fitted_size(pixels: NDArray[np.uint8]) -> tuple[int, int]:
-    """Width and height at which an image fits into a cell."""
+def _fitted_size(pixels: NDArray[np.uint8], side: int = CELL) -> tuple[int, int]:
+    """Width and height at which an image fits into a square, by default a cell."""
     height, width = pixels.shape[:2]
-    ratio = CELL / max(height, width)
+    ratio = side / max(height, width)
     return max(1, round(width * ratio)), max(1, round(height * ratio))
 
 

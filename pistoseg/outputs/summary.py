@@ -26,7 +26,7 @@ Status = Literal["completed", "failed", "skipped"]
 ORDER = {"failed": 0, "completed": 1, "skipped": 2}
 LIBRARIES = ("torch", "ray", "numpy", "tifffile", "openslide-python", "openslide-bin", "shapely", "zarr")
 MAX_ROWS = 500
-"""Slides that summary.md lists; the other files have all of them."""
+"""Slides that a table of summary.md lists; the other files have all of them."""
 SHEET_WIDTH = 640
 SHEET_SLIDES = 24
 
@@ -204,7 +204,8 @@ def _markdown(rows: Sequence[SlideRow], classes: TissueClasses, record: Mapping[
     ]
     failed = [row for row in rows if row.status == "failed"]
     if failed:
-        lines += ["", "## Failed", "", *_table(["slide", "reason", "attempts"], [_failure(row) for row in failed])]
+        head = ["slide", "reason", "attempts"]
+        lines += ["", "## Failed", "", *_table(head, [_failure(row) for row in failed[:MAX_ROWS]]), *_more(failed)]
     cohort = record["cohort"]
     lines += [
         "",
@@ -221,10 +222,14 @@ def _markdown(rows: Sequence[SlideRow], classes: TissueClasses, record: Mapping[
     measured = [row for row in rows if row.areas is not None]
     if measured:
         head = ["slide", "tissue mm²", *(f"{name} %" for name in classes.names), "stroma / (tumor + stroma) %", "note"]
-        lines += ["", "## Slides", "", *_table(head, [_measures(row, classes) for row in measured[:MAX_ROWS]])]
-        if len(measured) > MAX_ROWS:
-            lines += ["", f"{len(measured) - MAX_ROWS} more slides are in summary.csv."]
+        shown = [_measures(row, classes) for row in measured[:MAX_ROWS]]
+        lines += ["", "## Slides", "", *_table(head, shown), *_more(measured)]
     return "\n".join(lines) + "\n"
+
+
+def _more(rows: Sequence[SlideRow]) -> list[str]:
+    """A line on slides that a table leaves out."""
+    return ["", f"{len(rows) - MAX_ROWS} more slides are in summary.csv."] if len(rows) > MAX_ROWS else []
 
 
 def _failure(row: SlideRow) -> list[str]:

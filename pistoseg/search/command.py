@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from pistoseg import storage
 from pistoseg.artifacts import Workspace
@@ -92,7 +94,7 @@ def _print(console: Console, outcome: Any, folder: str, workspace: str) -> None:
     from pistoseg.search.findings import confirmation_text
 
     journal = outcome.journal
-    table = Table(title=f"Search {outcome.search.name}", title_justify="left")
+    table = Table(title=f"Search {escape(outcome.search.name)}", title_justify="left")
     for title in ("", "trial", outcome.search.objective.title):
         table.add_column(title, overflow="fold")
     best, own = journal.best(), journal.records.get(0)
@@ -113,7 +115,7 @@ def _print(console: Console, outcome: Any, folder: str, workspace: str) -> None:
 
 def _space_table(space: Any, config: Config) -> Table:
     own = space.point_of(config) or {}
-    table = Table(title=f"Space {space.name}", title_justify="left")
+    table = Table(title=f"Space {escape(space.name)}", title_justify="left")
     for title in ("parameter", "from", "own setting", "counts when"):
         table.add_column(title, overflow="fold")
     for item in space.parameters:
@@ -122,5 +124,5 @@ def _space_table(space: Any, config: Config) -> Table:
         else:
             values = f"{item.above or f'{item.low:g}'} to {item.high:g}{', log' if item.log else ''}"
         when = "; ".join(f"{key} is {' or '.join(map(str, labels))}" for key, labels in item.when.items())
-        table.add_row(item.name, values, str(own.get(item.name, "-")), when)
+        table.add_row(*map(Text, (item.name, values, str(own.get(item.name, "-")), when)))
     return table

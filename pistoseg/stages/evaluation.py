@@ -16,11 +16,12 @@ from pistoseg.config import ComputeConfig, EvaluationConfig
 from pistoseg.errors import PistoSegError
 from pistoseg.graph import StageContext
 from pistoseg.models import bundle
-from pistoseg.outputs.pictures import Panel, sheet
+from pistoseg.outputs.pictures import Panel, sheet, shrunk
 from pistoseg.patches.decode import decode_ids, encode_mask, encode_png
 from pistoseg.patches.layouts import scan_evaluation
 from pistoseg.patches.masked import MaskedImages
 from pistoseg.progress import Progress
+from pistoseg.redaction import redact
 from pistoseg.stages import cluster
 from pistoseg.stages.validation import collect
 
@@ -179,7 +180,7 @@ def evaluate(
         "settings": config.resolved(),
         "complete": not missing,
         "missing_images": missing,
-        "model": model,
+        "model": redact(model),
     }
     if missing:
         progress.say(f"warning: incomplete: the ground truth names {len(missing)} images that are not there")
@@ -235,6 +236,6 @@ def _picture(images: str, table: pa.Table, classes: TissueClasses) -> bytes:
         if position == PICTURES:
             break
         prediction = decode_ids(table["prediction"][position].as_py())
-        panels = [Panel(item.name, item.image), Panel("ground truth", item.image, item.mask)]
-        rows.append([*panels, Panel("prediction", item.image, prediction)])
+        truth = shrunk(Panel("ground truth", item.image, item.mask))  # whole ones may be as large as slides
+        rows.append([Panel(item.name, truth.image), truth, shrunk(Panel("prediction", item.image, prediction))])
     return encode_png(sheet(rows, classes))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -18,10 +19,13 @@ from pistoseg.errors import PistoSegError
 from pistoseg.patches import decode
 from pistoseg.patches.labels import is_image, stem
 from pistoseg.patches.layouts import relative_files
+from pistoseg.redaction import redact
 from pistoseg.stages import masks
 
 STAGES = {"pseudo_masks": ("",), "cams": ("",), "refined_masks": masks.KINDS}
 """Stages that draw masks on the training images, and the kinds of masks they draw."""
+MOST_NAMES = 5
+"""Images that a line names."""
 
 
 def find_artifacts(workspace: Workspace, stage: str) -> Iterator[Artifact]:
@@ -39,7 +43,8 @@ def score_masks(
 
     Args:
         artifact: of a stage in `STAGES`.
-        truth: URI of a folder of masks that are named like the training images; those of a part of them will do.
+        truth: URI of a folder of masks that are named like the training images, with their folders or, where a name is
+            that of one image and one mask, without; those of a part of them will do.
         classes: what the masks' values mean.
         max_pixels: larger masks are refused.
         workers: threads.
@@ -52,14 +57,10 @@ def score_masks(
     kinds = STAGES[artifact.stage]
     columns = [masks.column("png", kind) for kind in kinds]
     table = storage.read_parquet(artifact.path(masks.FOLDER), columns=["name", *columns])
-    files = {folded(stem(name)): uri for name, uri in relative_files(truth).items() if is_image(name)}
-    by_stem = {storage.name(name): uri for name, uri in files.items()}
-    rows = []
-    for row in table.to_pylist():
-        name = folded(stem(row["name"]))
-        uri = files.get(name) or by_stem.get(storage.name(name))
-        if uri:
-            rows.append((uri, [row[column] for column in columns]))
+    uris = _truths(table["name"].to_pylist(), truth)
+    rows = [
+        (uris[row["name"]], [row[column] for column in columns]) for row in table.to_pylist() if row["name"] in uris
+    ]
     if not rows:
         raise PistoSegError(
             "has no mask of a training image",
@@ -81,6 +82,32 @@ def score_masks(
         share = sum(unknown) / max(1, sum(tissue))
         report[kind] = {"images": len(rows), **matrix.to_dict(classes.names), "without_class": round(share, 4)}
     return report
+
+
+def _truths(images: list[str], truth: str) -> dict[str, str]:
+    """URIs of the true masks by image: of the same path, else of a name that one image and one mask have.
+
+    Says which images are left out because their names mean several.
+    """
+    files = {folded(stem(name)): uri for name, uri in relative_files(truth).items() if is_image(name)}
+    names = {image: folded(stem(image)) for image in images}
+    spare = [name for name in files if name not in set(names.values())]
+    masks_of, images_of = (Counter(map(storage.name, part)) for part in (spare, set(names.values())))
+    by_stem = {storage.name(name): files[name] for name in spare}
+    found, unclear = {}, []
+    for image, name in names.items():
+        last = storage.name(name)
+        if name in files:
+            found[image] = files[name]
+        elif masks_of[last] == images_of[last] == 1:
+            found[image] = by_stem[last]
+        elif masks_of[last]:
+            unclear.append(image)
+    if unclear:
+        named = ", ".join(unclear[:MOST_NAMES]) + (" ..." if len(unclear) > MOST_NAMES else "")
+        why = f"{len(unclear)} images are left out, for their names mean several"
+        print(f"{redact(truth)}: {why}; name the masks like them: {named}")
+    return found
 
 
 def _compare(true: NDArray[np.uint8], mask: NDArray[np.uint8], n_classes: int) -> tuple[NDArray[np.int64], int, int]:

@@ -22,7 +22,7 @@ from pistoseg.classes import IGNORE_ID, TissueClasses
 from pistoseg.config import Config, DataConfig, TilingConfig
 from pistoseg.errors import PistoSegError
 from pistoseg.graph import StageContext
-from pistoseg.outputs.pictures import Panel, sheet
+from pistoseg.outputs.pictures import Panel, sheet, shrunk
 from pistoseg.patches.background import background_mask
 from pistoseg.patches.decode import decode_ids, encode_mask, encode_png
 from pistoseg.patches.store import PatchSet
@@ -261,7 +261,7 @@ def _picture(patches: PatchSet, masks: pa.Table, classes: TissueClasses, kinds: 
         panels = [
             Panel(kind or "mask", image, decode_ids(masks[column("png", kind)][position].as_py())) for kind in kinds
         ]
-        rows.append([Panel(masks["name"][position].as_py(), image), *panels])
+        rows.append([shrunk(panel) for panel in (Panel(masks["name"][position].as_py(), image), *panels)])
     return encode_png(sheet(rows, classes))
 
 

@@ -13,7 +13,8 @@ from pistoseg.artifacts import Workspace
 from pistoseg.config import TrackingConfig
 from pistoseg.errors import PistoSegError
 from pistoseg.redaction import redact
-from pistoseg.tracking.server import database_file, tracking_uri
+from pistoseg.tracking.delivery import own_experiment
+from pistoseg.tracking.server import database_file, files_place, is_own, open_client, tracking_uri
 
 
 def browse(workspace: str, host: str, port: int, tracking: TrackingConfig) -> int:
@@ -22,17 +23,19 @@ def browse(workspace: str, host: str, port: int, tracking: TrackingConfig) -> in
     Listening for other machines, it takes requests by this one's names and addresses, or by what MLflow's variables
     MLFLOW_SERVER_ALLOWED_HOSTS and MLFLOW_SERVER_CORS_ALLOWED_ORIGINS say.
     """
-    uri = tracking_uri(tracking, Workspace(storage.absolute(workspace)))
+    place = Workspace(storage.absolute(workspace))
+    uri = tracking_uri(tracking, place)
     database = database_file(uri)
     if uri.startswith("sqlite:") and not (database and database.exists()):
         raise PistoSegError("has no runs yet", file=workspace, remedy="run `pistoseg train --workspace` with it first")
     if not uri.startswith("sqlite:"):
         print(f"runs are at {redact(uri)}")
         return 0
-    from mlflow.tracking import MlflowClient
-
+    client, name = open_client(uri), tracking.experiment
+    if is_own(uri, place):
+        name = own_experiment(client, name, files_place(place))
     # MLflow opens on a page about language models; the runs have an address of their own.
-    experiment = MlflowClient(uri).get_experiment_by_name(tracking.experiment)
+    experiment = client.get_experiment_by_name(name) or client.get_experiment_by_name(tracking.experiment)
     page = f"/#/experiments/{experiment.experiment_id}/runs" if experiment else ""
     names = [_in_url(host)] if _is_loopback(host) else _names(host)
     print(f"http://{names[0]}:{port}{page}  (Ctrl-C ends it)", flush=True)

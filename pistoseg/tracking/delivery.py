@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from pistoseg import storage
 from pistoseg.redaction import first_line
@@ -19,6 +22,8 @@ UNSENT = "unsent-"
 """Begins what stands for the id of a run, or of an experiment, that the server does not know yet."""
 MOST_PARAMS = 100
 """As many parameters a server takes in one call."""
+REFUSED_FILES = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR)
+"""What a folder says that takes no file, in contrast to one that is away or full."""
 
 Register = Callable[..., Any]
 unsent: set[str] = set()
@@ -49,6 +54,7 @@ class Delivery:
         self.client, self._register = client, register
         self._ids: dict[str, str] = {}
         self._gone: set[str] = set()
+        self._said_files = False
 
     def deliver(self, call: str, arguments: Mapping[str, Any], data: bytes | None = None, again: bool = False) -> Any:
         """Make a call of `messages.CALLS`.
@@ -79,7 +85,7 @@ class Delivery:
             with tempfile.TemporaryDirectory() as folder:
                 file = Path(folder) / storage.name(named["name"])
                 file.write_bytes(data or b"")
-                return self.client.log_artifact(named["run_id"], str(file))
+                return self._log_file(named["run_id"], file)
         return getattr(self.client, call)(**named)
 
     def deliver_kept(self, message: Message) -> None:
@@ -126,17 +132,22 @@ class Delivery:
 
     def experiments(self) -> list[str]:
         """Ids of the server's experiments."""
-        return [item.experiment_id for item in self.client.search_experiments()]
+        return [item.experiment_id for item in found_by(self.client.search_experiments)]
 
     def experiment(self, experiment_id: str) -> str:
         """The server's id of an experiment, which is made if it is not there; see `unknown_experiment`."""
         if not experiment_id.startswith(UNSENT):
             return experiment_id
         wanted = json.loads(experiment_id.removeprefix(UNSENT))
-        found = self.client.get_experiment_by_name(wanted["name"])
+        name, place = wanted["name"], wanted["place"]
+        if wanted.get("own"):
+            name = own_experiment(self.client, name, place)
+        found = self.client.get_experiment_by_name(name)
         if found is not None:
             return str(found.experiment_id)
-        return str(self.client.create_experiment(wanted["name"], artifact_location=wanted["place"]))
+        if name != wanted["name"]:
+            print(f"the workspace was moved or copied: its runs are in the experiment {name!r} of MLflow from now on")
+        return str(self.client.create_experiment(name, artifact_location=place))
 
     def _create(self, named: dict[str, Any], again: bool) -> str:
         placeholder, parent = named["tags"][RUN_TAG], named["tags"].get("mlflow.parentRunId")
@@ -149,6 +160,17 @@ class Delivery:
         unsent.discard(placeholder)
         return run_id
 
+    def _log_file(self, run_id: str, file: Path) -> None:
+        """Log a file, or leave it out where the folder that the server keeps files in is none that can be written."""
+        try:
+            self.client.log_artifact(run_id, str(file))
+        except OSError as error:  # of a folder; a server's errors, which are OSErrors too, have no such number
+            if error.errno not in REFUSED_FILES:
+                raise
+            if not self._said_files:
+                self._said_files = True
+                print(f"MLflow's files can't be written and are left out: {first_line(error)}")
+
     def _log_params(self, run_id: str, params: Mapping[str, str]) -> None:
         from mlflow.entities import Param
 
@@ -157,14 +179,50 @@ class Delivery:
             self.client.log_batch(run_id, params=entities[start : start + MOST_PARAMS])
 
 
-def unknown_experiment(name: str, place: str | None) -> str:
+def unknown_experiment(name: str, place: str | None, own: bool = False) -> str:
     """What stands for an experiment's id until it is made.
 
     Args:
         name: of the experiment.
         place: URI of its files; None: the server's choice.
+        own: it is that of `own_experiment`.
     """
-    return UNSENT + json.dumps({"name": name, "place": place})
+    return UNSENT + json.dumps({"name": name, "place": place} | ({"own": True} if own else {}))
+
+
+def own_experiment(client: MlflowClient, name: str, place: str) -> str:
+    """Name of a workspace's experiment in its own database.
+
+    MLflow never changes where an experiment's files are: one that came with a workspace which was moved or copied keeps
+    writing to the old place.
+
+    Args:
+        client: of the database.
+        name: of the experiment where the workspace was made.
+        place: URI of the workspace's folder of files.
+    """
+    found = client.get_experiment_by_name(name)
+    if found is None or urlsplit(found.artifact_location).scheme != "file":
+        return name
+    old, new = (Path(url2pathname(urlsplit(uri).path)) for uri in (found.artifact_location, place))
+    if old == new or old.name != new.name:  # which a user has chosen
+        return name
+    try:
+        same = old.parent.samefile(new.parent)
+    except OSError:  # the old place is no more
+        same = False
+    return name if same else f"{name} in {new.parent}"
+
+
+def found_by(search: Callable[..., Any], **named: Any) -> Iterator[Any]:
+    """All that one of a client's searches finds, page by page."""
+    token = None
+    while True:
+        page = search(**named, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
 
 
 def quoted(text: str) -> str:

@@ -139,14 +139,15 @@ class Outbox:
         """Register a model through `register`; what it returns, None while there is no server."""
         return self._say("register", arguments)
 
-    def experiment(self, name: str, place: str | None) -> str:
+    def experiment(self, name: str, place: str | None, own: bool = False) -> str:
         """Id of an experiment, which is made if it is not there; what stands for it while there is no server.
 
         Args:
             name: of the experiment.
             place: URI of its files; None: the server's choice.
+            own: it is that of `delivery.own_experiment`.
         """
-        unknown = unknown_experiment(name, place)
+        unknown = unknown_experiment(name, place, own)
         if self.away:
             return unknown
         try:

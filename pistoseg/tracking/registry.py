@@ -17,7 +17,7 @@ from pistoseg.artifacts import MANIFEST, Artifact, Workspace
 from pistoseg.config import TrackingConfig
 from pistoseg.errors import PistoSegError, UnavailableError
 from pistoseg.redaction import first_line
-from pistoseg.tracking.delivery import is_refusal, quoted
+from pistoseg.tracking.delivery import found_by, is_refusal, quoted
 from pistoseg.tracking.server import connect, database_file, default_server, tracking_uri
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ PREVIOUS = "previous"
 FILES = ("model.json", "model.safetensors")
 MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "NOT_FOUND")
 """MLflow's words for a model, version or alias that it does not have."""
+GONE = "if its workspace was moved, run `pistoseg train` with it again, which registers the model where it is now"
+"""Remedy of a bundle that is nowhere."""
 _NAMED = re.compile(r"[^/@:]+(@[^/@:]+|/\d+)")
 """NAME@ALIAS or NAME/VERSION."""
 
@@ -182,9 +184,9 @@ class Registry:
         client = self._client(name or "models")
         found = []
         with self._readable():
-            names = [name] if name else sorted(model.name for model in client.search_registered_models())
+            names = [name] if name else sorted(model.name for model in found_by(client.search_registered_models))
             for each in names:
-                versions = client.search_model_versions(f"name={quoted(each)}")
+                versions = found_by(client.search_model_versions, filter_string=f"name={quoted(each)}")
                 aliases = self._aliases(client, each)
                 found += sorted((_version(item, aliases) for item in versions), key=lambda item: -int(item.version))
         if name and not found:
@@ -251,10 +253,13 @@ class Registry:
                 raise PistoSegError(
                     f"its bundle is not there, and MLflow has no copy ({first_line(error)})",
                     file=version.bundle,
+                    remedy=GONE,
                 ) from error
             found = next(Path(local).rglob(FILES[0]), None)
             if found is None:
-                raise PistoSegError("its bundle is not there, and MLflow's copy holds none", file=version.bundle)
+                raise PistoSegError(
+                    "its bundle is not there, and MLflow's copy holds none", file=version.bundle, remedy=GONE
+                )
             yield str(found.parent)
 
     def export(self, version: ModelVersion, out: str) -> list[str]:

@@ -37,8 +37,10 @@ class _Guard:
         self.broken = False
 
     def __call__(self, call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-        if self.broken:
-            return None
+        return None if self.broken else self.anyway(call, *arguments, **named)
+
+    def anyway(self, call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        """Call MLflow also after a failure: a run that lacks something is still to be ended."""
         from mlflow.exceptions import MlflowException
         from requests.exceptions import RequestException
         from sqlalchemy.exc import SQLAlchemyError
@@ -47,8 +49,9 @@ class _Guard:
             return call(*arguments, **named)
         # A LookupError is an answer that MLflow can't read, as of a proxy in its place.
         except (MlflowException, RequestException, SQLAlchemyError, OSError, UnavailableError, LookupError) as error:
-            self.broken = True
-            print(f"MLflow can't be written, this run goes on without it: {first_line(error)}")
+            if not self.broken:
+                self.broken = True
+                print(f"MLflow can't be written, this run goes on without it: {first_line(error)}")
             return None
 
 
@@ -64,8 +67,7 @@ class StageRun:
         if self.client is None or self.run_id is None:
             return
         client, run_id = self.client, self.run_id
-        for name, value in values.items():
-            key = _key(name)
+        for key, value in _keyed(values).items():
             if (key, step) not in self._logged and value == value:
                 self._logged.add((key, step))
                 self.guard(client.log_metric, run_id, key, float(value), step=step)
@@ -79,15 +81,15 @@ class StageRun:
         """Log parameters, nested ones by their dotted names."""
         if self.client is None or self.run_id is None:
             return
-        for key, value in _flat(values).items():
-            self.guard(self.client.log_param, self.run_id, _key(key), str(value)[:MAX_PARAM])
+        for key, value in _params(values).items():
+            self.guard(self.client.log_param, self.run_id, key, value)
 
     def tags(self, values: Mapping[str, str]) -> None:
         """Set tags, without secrets."""
         if self.client is None or self.run_id is None:
             return
-        for key, value in values.items():
-            self.guard(self.client.set_tag, self.run_id, _key(key), redact(value))
+        for key, value in _keyed(values).items():
+            self.guard(self.client.set_tag, self.run_id, key, redact(value))
 
     def finish(self, artifact: Artifact) -> None:
         """Log a committed artifact's metrics, pictures and manifest."""
@@ -207,11 +209,13 @@ class Tracker:
 
         def create() -> str:
             run_id: str = client.create_run(experiment, tags=tags, run_name=name).info.run_id
-            params = _params(settings).items()
-            client.log_params(run_id, {key: value for key, value in params if not key.startswith("files")})
             return run_id
 
         run_id = self.guard(create)
+        if run_id:
+            params = _params(settings).items()
+            sent = {key: value for key, value in params if not key.startswith("files")}
+            self.guard(client.log_params, run_id, sent)
         status = "FAILED"
         try:
             yield StageRun(client if run_id else None, run_id, self.guard)
@@ -274,7 +278,7 @@ class Tracker:
 
     def _end(self, run_id: str | None, status: str) -> None:
         if self.client is not None and run_id is not None:
-            self.guard(self.client.set_terminated, run_id, status)
+            self.guard.anyway(self.client.set_terminated, run_id, status)
 
 
 @contextmanager
@@ -295,12 +299,13 @@ def batch_run(config: TrackingConfig, workspace: Workspace, name: str, params: M
     def create() -> str:
         experiment = experiment_id(client, config, workspace)
         run_id: str = client.create_run(experiment, tags=_tags(workspace), run_name=name).info.run_id
-        client.log_params(run_id, _params(params))
         return run_id
 
     with default_server(client.tracking_uri):
         client.send_left()
         run_id = guard(create)
+        if run_id:
+            guard(client.log_params, run_id, _params(params))
         status = "FAILED"
         try:
             yield StageRun(client if run_id else None, run_id, guard)
@@ -310,7 +315,7 @@ def batch_run(config: TrackingConfig, workspace: Workspace, name: str, params: M
             raise
         finally:
             if run_id:
-                guard(client.set_terminated, run_id, status)
+                guard.anyway(client.set_terminated, run_id, status)
             client.close()
 
 
@@ -323,7 +328,7 @@ def _tags(workspace: Workspace) -> dict[str, str]:
 
 def _params(values: Mapping[str, Any]) -> dict[str, str]:
     """Settings as a run's parameters."""
-    return {key: str(value)[:MAX_PARAM] for key, value in _flat(values).items()}
+    return {key: str(value)[:MAX_PARAM] for key, value in _keyed(_flat(values)).items()}
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -337,13 +342,30 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _keyed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by names that MLflow takes; names that only differ in what it does not take are numbered."""
+    keyed: dict[str, Any] = {}
+    for name, value in values.items():
+        key, number = _key(name), 1
+        while key in keyed:
+            number += 1
+            key = f"{_key(name)}_{number}"
+        keyed[key] = value
+    return keyed
+
+
 def _key(name: str) -> str:
-    return "".join(char if char.isalnum() or char in "_-. /" else "_" for char in name)
+    """A name as MLflow takes it, which reads it as a path: of some characters, and without parts that say nothing."""
+    text = "".join(char if char.isalnum() or char in "_-. /" else "_" for char in name)
+    return "/".join("_" if part in ("", ".", "..") else part for part in text.split("/"))
 
 
 def _git_commit() -> str | None:
     folder = Path(pistoseg.__file__).parent.parent
     if not (folder / ".git").exists():
         return None
-    call = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=False)
+    try:
+        call = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=False)
+    except OSError:  # no git here
+        return None
     return call.stdout.strip() or None

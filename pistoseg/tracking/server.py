@@ -30,7 +30,9 @@ _defaults_lock = threading.Lock()
 
 def tracking_uri(config: TrackingConfig, workspace: Workspace) -> str:
     """Where runs go: the config's server, MLFLOW_TRACKING_URI, or SQLite in the workspace."""
-    return config.uri or os.environ.get("MLFLOW_TRACKING_URI") or database_uri(_local_folder(workspace) / "mlflow.db")
+    with _defaults_lock:  # what another workspace's run has put into the environment is not the user's
+        users = _defaults[0] if _defaults else os.environ.get("MLFLOW_TRACKING_URI")
+    return config.uri or users or _own_database(workspace)
 
 
 def database_uri(file: Path) -> str:
@@ -52,6 +54,10 @@ def database_file(uri: str) -> Path | None:
     except ArgumentError as error:
         raise PistoSegError("is no URI of a SQLite database", file=uri, remedy="write sqlite:///FILE") from error
     return None if not name or name == ":memory:" or name.startswith("file:") else Path(name)
+
+
+def _own_database(workspace: Workspace) -> str:
+    return database_uri(_local_folder(workspace) / "mlflow.db")
 
 
 def _local_folder(workspace: Workspace) -> Path:
@@ -103,10 +109,15 @@ def connect(config: TrackingConfig, workspace: Workspace) -> Outbox:
             )
         storage.make_folder(folder)
         _quiet_migrations()
-    return Outbox(_client(uri), workspace.root, _register)
+    return Outbox(open_client(uri), workspace.root, _register)
 
 
-def _client(uri: str) -> MlflowClient:
+def open_client(uri: str) -> MlflowClient:
+    """A client of a server.
+
+    Raises:
+        PistoSegError: its database can't be opened, or is that of another version of MLflow.
+    """
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
     from sqlalchemy.exc import SQLAlchemyError
@@ -146,8 +157,19 @@ def _register(client: MlflowClient, **arguments: Any) -> str:
 
 def experiment_id(client: Outbox, config: TrackingConfig, workspace: Workspace) -> str:
     """Id of the config's experiment, which is made if it is not there."""
-    local = tracking_uri(config, workspace).startswith("sqlite:")
-    return client.experiment(config.experiment, (_local_folder(workspace) / "mlflow").as_uri() if local else None)
+    uri = tracking_uri(config, workspace)
+    place = files_place(workspace) if uri.startswith("sqlite:") else None
+    return client.experiment(config.experiment, place, own=is_own(uri, workspace))
+
+
+def files_place(workspace: Workspace) -> str:
+    """URI of the folder of a workspace's files in MLflow, where no server keeps them."""
+    return (_local_folder(workspace) / "mlflow").as_uri()
+
+
+def is_own(uri: str, workspace: Workspace) -> bool:
+    """Whether a server is the workspace's own database."""
+    return uri == _own_database(workspace)
 
 
 def _quiet_migrations() -> None:

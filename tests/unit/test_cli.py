@@ -221,6 +221,14 @@ def test_runs_can_be_browsed_by_the_machines_name_where_other_machines_are_serve
     assert served("--host", "0.0.0.0")["MLFLOW_SERVER_ALLOWED_HOSTS"] == "mine.example"
 
 
+def test_the_pages_of_a_workspace_that_was_moved_begin_with_its_runs_since(served, tmp_path, capsys):
+    client = connect(TrackingConfig(), Workspace(str(tmp_path)))
+    for name, shown in (("pistoseg", 1), ("pistoseg in elsewhere", 1), (f"pistoseg in {tmp_path}", 3)):
+        client.create_experiment(name, artifact_location="file:///no/such/workspace/mlflow")
+        served()
+        assert f"/#/experiments/{shown}/runs" in capsys.readouterr().out
+
+
 def test_runs_that_only_this_machine_browses_are_served_as_mlflow_does(served, capsys):
     assert "MLFLOW_SERVER_ALLOWED_HOSTS" not in served()
     assert capsys.readouterr().out.startswith("http://127.0.0.1:5057")

@@ -1,5 +1,6 @@
 import json
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -103,6 +104,20 @@ def test_bootstrap_draws_images_with_replacement():
     drawn = [float(metrics.miou(matrices[rng.integers(0, 12, 12)].sum(0))) for _ in range(2000)]
     low, high = bootstrap_interval(matrices, metrics.miou, n=2000)
     np.testing.assert_allclose([low, high], np.percentile(drawn, [2.5, 97.5]), atol=0.003)
+
+
+@pytest.mark.parametrize("n", [1, 64, 1000])
+def test_bootstrap_adds_up_whole_numbers_in_little_memory(n):
+    rng = np.random.default_rng(1)
+    matrices = rng.integers(0, 2**38, (3000, 2, 2))  # sums are beyond what float32 holds
+    draws = np.random.default_rng(5).multinomial(3000, np.full(3000, 1 / 3000), size=n)
+    sums = []
+    tracemalloc.start()
+    bootstrap_interval(matrices, lambda counts: sums.append(counts) or metrics.miou(counts), n=n, seed=5)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    np.testing.assert_array_equal(np.concatenate(sums), np.tensordot(draws, matrices, axes=1))
+    assert peak < 8_000_000
 
 
 def test_image_table_has_a_row_an_image():

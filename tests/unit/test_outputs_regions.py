@@ -95,6 +95,16 @@ def test_simplified_polygons_keep_areas_within_one_percent_without_slivers_or_ov
     assert distance < 4 * tolerance
 
 
+@pytest.mark.parametrize("background", [3, 253, 254])
+def test_any_value_may_stand_for_background(tmp_path, background):
+    mask = blobs(150, 200)
+    found, _ = write(tmp_path / "a.geojson", mask, tolerance=2.0)
+    classes = TissueClasses(CLASSES.classes, background)
+    other = np.where(mask == CLASSES.background_id, background, mask).astype(np.uint8)
+    report = write_regions(tmp_path / "b.geojson", other, classes, to_level0=SAME, mpp=1.0, tolerance=2.0, min_area=0.0)
+    assert (report.polygons, report.vertices, report.area_um2) == (found.polygons, found.vertices, found.area_um2)
+
+
 @pytest.mark.parametrize("rows", [1, 7, 64])
 def test_the_height_of_bands_changes_nothing(tmp_path, rows):
     mask = blobs(120, 90, seed=3, scale=4.0)

@@ -8,10 +8,11 @@ import pytest
 from PIL import Image
 
 from pistoseg.classes import TissueClass, TissueClasses
+from pistoseg.outputs import pictures
 from pistoseg.outputs.areas import slide_areas
 from pistoseg.outputs.overview import LEGEND, MARGIN, round_length, write_overview
 from pistoseg.outputs.pictures import Panel, sheet
-from pistoseg.outputs.summary import SlideRow, sheet_of_overviews, write_summary
+from pistoseg.outputs.summary import MAX_ROWS, SlideRow, sheet_of_overviews, write_summary
 
 CLASSES = TissueClasses((TissueClass("tumor", (200, 30, 30)), TissueClass("stroma", (0, 150, 110))))
 
@@ -72,6 +73,17 @@ def test_the_readable_summary_names_failures_first(tmp_path):
     assert len({line.replace("\\|", "").count("|") for line in lines[-4:]}) == 1
 
 
+def test_a_table_of_the_readable_summary_lists_no_more_slides_than_can_be_read(tmp_path):
+    failed = [SlideRow(f"slide {number:03d}", "a.svs", "failed", "is no slide") for number in range(MAX_ROWS + 7)]
+    areas = slide_areas(np.ones(256, np.int64), 1.0, CLASSES)
+    done = [SlideRow(f"done {number:03d}", "a.svs", "completed", areas=areas) for number in range(MAX_ROWS + 3)]
+    write_summary(str(tmp_path), failed + done, CLASSES, {})
+    text = (tmp_path / "summary.md").read_text()
+    assert (text.count("| slide 0"), text.count("| slide 5"), text.count("is no slide")) == (100, 0, MAX_ROWS)
+    assert text.count("| done ") == MAX_ROWS
+    assert text.index("7 more slides") < text.index("## Slides") < text.index("3 more slides")
+
+
 def test_a_run_without_slides_or_areas_is_summarised(tmp_path):
     assert write_summary(str(tmp_path), [], CLASSES, {})["cohort"]["classes"]["tumor"]["mm2"] == 0
     record = write_summary(str(tmp_path), [ROWS[1]], CLASSES, {})
@@ -112,6 +124,23 @@ def test_the_legend_of_a_sheet_names_every_class_within_the_picture(count, name,
     assert pixels.shape == (16 + 8 + 224 + 16 * lines + 3 * 8, 2 * (224 + 2 * 8), 3)
     squares = [(pixels == tissue.color).all(2).sum() for tissue in classes.classes]
     assert squares == [11 * 11] * count
+
+
+def test_a_sheet_colours_no_more_of_a_large_image_than_it_shows(monkeypatch):
+    coloured, colour = [], pictures.overlay
+
+    def overlay(image, mask, classes):
+        coloured.append((image.shape, mask.shape))
+        return colour(image, mask, classes)
+
+    monkeypatch.setattr(pictures, "overlay", overlay)
+    image, mask = np.full((3000, 1500, 3), 200, np.uint8), np.zeros((3000, 1500), np.uint8)
+    image[1500:], mask[1500:] = 20, 1
+    large, small = (sheet([[Panel("a", image[::k, ::k], mask[::k, ::k])]], CLASSES) for k in (1, 30))
+    assert coloured == [((896, 448, 3), (896, 448)), ((100, 50, 3), (100, 50))]
+    assert large.shape == small.shape
+    np.testing.assert_array_equal(large[30:130], small[30:130])  # both halves, away from the line between them
+    np.testing.assert_array_equal(large[145:240], small[145:240])
 
 
 def test_overviews_share_a_sheet(tmp_path):

@@ -1,6 +1,7 @@
 """The registry of a workspace's own database, with versions that no training had to make."""
 
 import contextlib
+import functools
 import json
 import shutil
 import sqlite3
@@ -11,12 +12,14 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from rich.console import Console
 
 from pistoseg import models_command, storage
 from pistoseg.artifacts import Workspace
 from pistoseg.cli import main
 from pistoseg.config import TrackingConfig, load_config
 from pistoseg.errors import PistoSegError
+from pistoseg.printing import mask_table, score_table
 from pistoseg.tracking import Tracker, connect, tracking_uri
 from pistoseg.tracking.registry import ModelVersion, Registry, bundle_uri, lineage, set_alias
 from pistoseg.tracking.server import database_file, database_uri
@@ -109,18 +112,22 @@ def model_in(place):
     return made
 
 
-@pytest.mark.parametrize("place", ["memory://registered", "a disk that others do not see"])
-def test_a_known_model_whose_bundle_is_gone_is_led_to_the_one_that_was_made_again(workspace, tmp_path, place):
-    remote = place.startswith("memory:")
-    root = place if remote else str(tmp_path / place)
+@pytest.mark.parametrize("place", ["memory://registered", "this disk", "a disk that others do not see"])
+def test_a_known_model_whose_bundle_is_gone_is_led_to_the_one_that_was_made_again(
+    workspace, tmp_path, monkeypatch, place
+):
+    root = place if place.startswith("memory:") else str(tmp_path / place)
+    seen = place != "a disk that others do not see"
+    if not seen:  # the database stands for a server, which other machines use, too
+        monkeypatch.setattr("pistoseg.models.mlflow_flavor.database_file", lambda uri: None)
     server = f"tracking.uri=sqlite:///{workspace.root}/mlflow.db"
-    config = load_config("demo", overrides=[server, f"tracking.model=again-{remote}"])
+    config = load_config("demo", overrides=[server, f"tracking.model=again {place.partition(':')[0]}"])
     one, two = (model_in(Workspace(storage.join(root, name))) for name in ("one", "two"))
     client, registry = connect(config.tracking, workspace), Registry(config.tracking, workspace)
     client.create_registered_model(config.tracking.model)
     tags = {"pistoseg.bundle": one.path("bundle"), "pistoseg.fingerprint": "dddd"}
     client.create_model_version(config.tracking.model, source=one.path("bundle"), tags=tags)
-    for bundle in (one.path("bundle"), (two if remote else one).path("bundle")):
+    for bundle in (one.path("bundle"), (two if seen else one).path("bundle")):
         with Tracker.start(config, Workspace(str(tmp_path / "two"))) as tracker:
             assert tracker.register(two) == "1"
         assert registry.find(f"{config.tracking.model}/1").bundle == bundle
@@ -205,6 +212,23 @@ def test_a_registered_model_can_be_evaluated_by_its_name(workspace, monkeypatch,
     assert [uri.rpartition("/precise/")[2] for uri in seen] == ["bbbb/bundle"]
 
 
+def test_models_and_versions_are_all_listed_however_few_a_server_names_at_a_time(registry, workspace, monkeypatch):
+    from mlflow.tracking import MlflowClient
+
+    client = connect(TrackingConfig(), workspace)
+    for name in ("page-a", "page-b"):
+        client.create_registered_model(name)
+        client.create_model_version(name, source="/no/such/bundle")
+    for method in ("search_registered_models", "search_model_versions"):
+        one = functools.partialmethod(getattr(MlflowClient, method), max_results=1)
+        monkeypatch.setattr(MlflowClient, method, one)
+    found = [f"{version.name}/{version.version}" for version in registry.versions()]
+    wanted = ["page-a/1", "page-b/1", "tissue/3", "tissue/2", "tissue/1"]
+    assert [version for version in found if version in wanted] == wanted
+    with Tracker.start(load_config("demo", overrides=["tracking.model=tissue"]), workspace) as tracker:
+        assert tracker.register(workspace.find("precise", "aaaa")) == "1"
+
+
 def test_lineage_leads_from_the_bundle_to_the_images(registry):
     found = lineage(registry.newest("tissue").bundle)
     assert [(item["stage"], item["fingerprint"]) for item in found] == [("precise", "cccc"), ("patches", "p0")]
@@ -223,7 +247,7 @@ def test_an_exported_bundle_is_the_versions_and_overwrites_no_other(registry, tm
 def test_a_bundle_that_is_gone_is_said_to_be(registry, tmp_path, workspace):
     gone = registry.newest("tissue/1")
     storage.remove_tree(gone.bundle)
-    with pytest.raises(PistoSegError, match="is not there"):
+    with pytest.raises(PistoSegError, match=r"is not there.*Remedy: if its workspace was moved"):
         registry.export(gone, str(tmp_path / "out"))
 
 
@@ -241,6 +265,28 @@ def test_the_terminal_shows_versions_scores_lineage_and_pictures(workspace, caps
     assert f"{workspace.root}/evaluation/cccc/predictions.png" in shown
     assert main(["models", "promote", "tissue", "2", "--workspace", workspace.root]) == 0
     assert "models:/tissue@champion is version 2" in capsys.readouterr().out
+
+
+def test_brackets_in_names_and_paths_are_shown_as_they_are(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    place = Workspace(str(tmp_path / "runs [old]"))
+    client = connect(TrackingConfig(), place)
+    client.create_registered_model("tissue [red]")
+    tags = {"pistoseg.bundle": "/w [old]/precise/k/bundle"}
+    client.create_model_version("tissue [red]", source="/w [old]/precise/k/bundle", tags=tags)
+    assert main(["models", "list", "--workspace", place.root]) == 0
+    assert main(["models", "show", "tissue [red]", "--workspace", place.root]) == 0
+    printed = "".join(capsys.readouterr().out.split())  # a title is folded
+    assert "runs[old]/mlflow.db" in printed
+    assert printed.count("tissue[red]") == 2
+    assert printed.count("/w[old]/precise/k/bundle") == 2
+    report = {"images": 1, "complete": True, "iou": {"tumor [red]": 0.5}, "miou": 0.5, "fwiou": 0.5}
+    console = Console(width=100)
+    console.print(score_table({"model [red]": report}))
+    console.print(mask_table({"cams/k1": report | {"without_class": 0.0}}))
+    printed = capsys.readouterr().out
+    assert "model [red]" in printed
+    assert printed.count("tumor [red]") == 2
 
 
 @pytest.mark.parametrize("protocol", ["refusing", "no-such-protocol"])
@@ -296,8 +342,9 @@ def test_a_database_of_another_version_of_mlflow_is_upgraded_by_the_user(workspa
     file = shutil.copy(storage.join(workspace.root, "mlflow.db"), tmp_path)
     with contextlib.closing(sqlite3.connect(file)) as database, database:
         database.execute("UPDATE alembic_version SET version_num = 'bd07f7e963c5'")
-    assert main(["models", "list", "--workspace", str(tmp_path)]) == 2
-    assert f"`mlflow db upgrade sqlite:///{file}`" in capsys.readouterr().err
+    for verb in (["models", "list"], ["ui"]):
+        assert main([*verb, "--workspace", str(tmp_path)]) == 2
+        assert f"`mlflow db upgrade sqlite:///{file}`" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("place", ["damaged.db", "damaged.db/mlflow.db"])

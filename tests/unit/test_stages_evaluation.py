@@ -112,6 +112,14 @@ def test_masks_without_any_class_are_warned_of_and_leave_a_report_that_is_json(
     assert (report["miou"] is None, report["confidence_interval_95"]["miou"] == [None, None]) == (warned, warned)
 
 
+def test_a_report_names_its_model_without_a_secret(model, own_files, tmp_path, monkeypatch):
+    secret = storage.name(model.removesuffix("/model"))
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
+    evaluate(model, data_set(tmp_path / "data"), tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert report["model"] == model.replace(secret, "***")
+
+
 @pytest.mark.parametrize("make", [str, data_set])
 def test_an_evaluation_that_fails_deletes_nothing_and_keeps_the_earlier_report(model, own_files, tmp_path, make):
     out, data = tmp_path / "out", make(tmp_path / "data")

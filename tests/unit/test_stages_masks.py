@@ -181,3 +181,37 @@ def test_a_folder_without_any_mask_of_a_training_image_is_refused(tmp_path):
         mask_scores.score_workspace(
             workspace, ("pseudo_masks",), str(tmp_path / "truth"), None, max_pixels=10**6, workers=1
         )
+
+
+@pytest.mark.parametrize(
+    ("truth", "scored"),
+    [
+        (["slideA/001"], {"slideA/001": "slideA/001"}),
+        (["slideA/001", "slideB/001"], {"slideA/001": "slideA/001", "slideB/001": "slideB/001"}),
+        (["slideA/001", "slideC/001"], {"slideA/001": "slideA/001"}),
+        (["001", "002"], {"slideB/002": "002"}),
+        (["new/002"], {"slideB/002": "new/002"}),
+        (["new/002", "old/002"], {}),
+    ],
+)
+def test_a_true_mask_is_given_to_the_image_of_its_name_and_to_no_other(tmp_path, capsys, truth, scored):
+    for name in truth:
+        storage.write_bytes(str(tmp_path / f"{name}.png"), b"")
+    images = ["slideA/001.png", "slideB/001.png", "slideB/002.png"]
+    found = mask_scores._truths(images, str(tmp_path))
+    assert found == {f"{image}.png": str(tmp_path / f"{name}.png") for image, name in scored.items()}
+    asked = {"slideC/001": "slideB/001.png", "001": "slideA/001.png, slideB/001.png", "old/002": "slideB/002.png"}
+    unclear = next((names for name, names in asked.items() if name in truth), None)
+    assert capsys.readouterr().out.endswith(f"name the masks like them: {unclear}\n" if unclear else "")
+
+
+def test_of_two_images_of_one_name_in_two_folders_each_is_scored_by_its_own_mask(tmp_path):
+    masks_of = {"slideA/001.png": 0, "slideB/001.png": 1}
+    column = masks.column("png", "")
+    rows = [{"name": name, column: encode_mask(np.full((8, 8), k, np.uint8), CLASSES)} for name, k in masks_of.items()]
+    made = Workspace(str(tmp_path)).commit("cams", "k1", version=1, settings={}, inputs={}, summary={}, seconds=1)
+    storage.write_parquet(pa.Table.from_pylist(rows), made.path(masks.FOLDER, "part-00000.parquet"))
+    mask = encode_mask(np.zeros((8, 8), np.uint8), CLASSES)
+    storage.write_bytes(str(tmp_path / "truth" / "slideA" / "001.png"), mask)
+    report = mask_scores.score_masks(made, str(tmp_path / "truth"), CLASSES, max_pixels=10**6, workers=1)[""]
+    assert (report["images"], report["miou"]) == (1, 1.0)

@@ -1,0 +1,163 @@
+"""What a run's settings, scores and end are in MLflow, whatever its classes are called and whatever is refused."""
+
+import json
+import shutil
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from pistoseg.artifacts import Workspace
+from pistoseg.config import TrackingConfig, load_config
+from pistoseg.tracking import Tracker, batch_run
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory):
+    """An empty database, whose making takes a second."""
+    file = tmp_path_factory.mktemp("database") / "mlflow.db"
+    MlflowClient(f"sqlite:///{file}").search_experiments()
+    return file
+
+
+@pytest.fixture
+def place(tmp_path, database, monkeypatch):
+    """Gives the workspace of a name."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+    def make(name):
+        (tmp_path / name).mkdir()
+        shutil.copy(database, tmp_path / name)
+        return Workspace(str(tmp_path / name))
+
+    return make
+
+
+@pytest.fixture
+def workspace(place):
+    return place("w")
+
+
+def runs_of(workspace, experiment="pistoseg"):
+    """The runs of an experiment in the workspace's database, by name."""
+    client = MlflowClient(f"sqlite:///{workspace.root}/mlflow.db")
+    found = client.get_experiment_by_name(experiment)
+    return {run.info.run_name: run for run in client.search_runs([found.experiment_id])}
+
+
+def test_a_class_may_have_any_name_where_settings_name_it(workspace, capsys):
+    names = {"tumor (invasive)": 0.5, "CD3+": 0.25, "CD3&": 0.75}
+    classes = [{"name": name, "color": [number, 0, 0]} for number, name in enumerate(names)]
+    overrides = [f"classes.classes={json.dumps(classes)}", f"synthesis.class_sampling={json.dumps(names)}"]
+    config = load_config("demo", overrides=overrides)
+    with Tracker.start(config, workspace, name="whole") as tracker:
+        with tracker.stage("synthesis", "0" * 16, {"class_sampling": names}, {}) as stage:
+            stage.params({"synthesis.class_sampling": {"CD3+": 1}})
+        tracker.run().metrics({"miou": 0.5})
+    runs = runs_of(workspace)
+    kept = {"class_sampling.tumor _invasive_": "0.5", "class_sampling.CD3_": "0.25", "class_sampling.CD3__2": "0.75"}
+    assert runs["synthesis"].data.params == {**kept, "synthesis.class_sampling.CD3_": "1"}
+    assert {f"synthesis.{key}": value for key, value in kept.items()}.items() <= runs["whole"].data.params.items()
+    assert runs["whole"].data.metrics == {"miou": 0.5}
+    assert "goes on without it" not in capsys.readouterr().out
+
+
+def test_every_class_has_its_score_whatever_it_is_called(workspace, capsys):
+    names = ["a", "x//y", "a/", "../a", "./b", "a+b", "a&b", "Tumör²", "腫瘍"]
+    with batch_run(TrackingConfig(), workspace, "scores", {}) as run:
+        run.metrics({f"iou/{name}": number for number, name in enumerate(names)})
+    kept = ["a", "x/_/y", "a/_", "_/a", "_/b", "a_b", "a_b_2", "Tumör²", "腫瘍"]
+    assert runs_of(workspace)["scores"].data.metrics == {f"iou/{name}": number for number, name in enumerate(kept)}
+    assert capsys.readouterr().out == ""
+
+
+def test_a_run_of_which_something_is_refused_is_ended(workspace, capsys):
+    config, start = load_config("demo"), Tracker.start
+    with start(config, workspace, name="whole") as tracker, tracker.stage("patches", "0" * 16, {"a": 1}, {}) as stage:
+        stage.params({"a": 2})
+    with batch_run(TrackingConfig(), workspace, "batch", {}) as run:
+        run.metrics({"m" * 300: 1.0})
+    with batch_run(TrackingConfig(), workspace, "params", {"p" * 300: 1}):
+        pass
+    with start(config, workspace, name="other") as tracker, tracker.stage("cams", "0" * 16, {"p" * 300: 1}, {}):
+        pass
+    names = ("whole", "patches", "batch", "params", "other", "cams")
+    assert {name: run.info.status for name, run in runs_of(workspace).items()} == dict.fromkeys(names, "FINISHED")
+    assert capsys.readouterr().out.count("goes on without it") == 4
+
+
+def test_a_machine_without_git_keeps_a_runs_scores(workspace, monkeypatch):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    with batch_run(TrackingConfig(), workspace, "scores", {}) as run:
+        run.metrics({"miou": 0.5})
+    assert runs_of(workspace)["scores"].data.metrics == {"miou": 0.5}
+
+
+def test_two_workspaces_at_a_time_in_one_process_keep_their_runs_apart(place):
+    one, two = place("one"), place("two")
+    with batch_run(TrackingConfig(), one, "one", {}), batch_run(TrackingConfig(), two, "two", {}):
+        pass
+    assert (list(runs_of(one)), list(runs_of(two))) == (["one"], ["two"])
+
+
+def test_the_users_server_stays_that_of_all_workspaces(place, monkeypatch):
+    one, two, users = place("one"), place("two"), place("users")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{users.root}/mlflow.db")
+    with batch_run(TrackingConfig(), one, "one", {}), batch_run(TrackingConfig(), two, "two", {}):
+        pass
+    assert set(runs_of(users)) == {"one", "two"}
+
+
+def with_file(workspace, name):
+    """A run with a file."""
+    with batch_run(TrackingConfig(), workspace, name, {}) as run:
+        run.file("a.txt", b"text")
+        run.metrics({"miou": 0.5})
+
+
+@pytest.mark.parametrize("how", ["moved", "copied"])
+def test_a_workspace_that_was_moved_or_copied_keeps_its_files_where_it_is(place, tmp_path, capsys, how):
+    with_file(place("old"), "before")
+    before = sorted((tmp_path / "old" / "mlflow").rglob("*"))
+    (shutil.move if how == "moved" else shutil.copytree)(tmp_path / "old", tmp_path / "new")
+    for name in ("after", "later"):
+        with_file(Workspace(str(tmp_path / "new")), name)
+    assert (sorted((tmp_path / "old" / "mlflow").rglob("*")) if how == "copied" else before) == before
+    assert (tmp_path / "old").exists() == (how == "copied")
+    new = f"pistoseg in {tmp_path / 'new'}"
+    runs = runs_of(Workspace(str(tmp_path / "new")), new)
+    assert {name: run.info.status for name, run in runs.items()} == {"after": "FINISHED", "later": "FINISHED"}
+    files = [tmp_path / "new" / "mlflow" / run.info.run_id / "artifacts" / "a.txt" for run in runs.values()]
+    assert [file.exists() for file in files] == [True, True]
+    said = f"the workspace was moved or copied: its runs are in the experiment {new!r} of MLflow from now on\n"
+    assert capsys.readouterr().out == said
+
+
+def test_a_workspace_by_another_name_is_not_taken_for_one_that_was_moved(place, tmp_path):
+    with_file(place("old"), "before")
+    (tmp_path / "link").symlink_to(tmp_path / "old")
+    with_file(Workspace(str(tmp_path / "link")), "after")
+    assert set(runs_of(Workspace(str(tmp_path / "old")))) == {"before", "after"}
+
+
+def test_workspaces_that_share_a_database_of_the_users_share_its_experiment(place, monkeypatch):
+    one, two, users = place("one"), place("two"), place("users")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{users.root}/mlflow.db")
+    for workspace in (one, two):
+        with_file(workspace, workspace.root)
+    assert set(runs_of(users)) == {one.root, two.root}
+
+
+def test_files_that_their_folder_does_not_take_are_left_out_and_nothing_else(workspace, tmp_path, capsys):
+    (tmp_path / "file").write_text("no folder")
+    client = MlflowClient(f"sqlite:///{workspace.root}/mlflow.db")
+    client.create_experiment("elsewhere", artifact_location=(tmp_path / "file" / "files").as_uri())
+    config = TrackingConfig(experiment="elsewhere", uri=f"sqlite:///{workspace.root}/mlflow.db")
+    with batch_run(config, workspace, "run", {}) as run:
+        for name in ("a.txt", "b.txt"):
+            run.file(name, b"text")
+        run.metrics({"miou": 0.5})
+    run = runs_of(workspace, "elsewhere")["run"]
+    assert (run.info.status, run.data.metrics) == ("FINISHED", {"miou": 0.5})
+    printed = capsys.readouterr().out
+    assert printed.count("MLflow's files can't be written and are left out: [Errno 20]") == 1
+    assert "reached" not in printed
