@@ -66,7 +66,8 @@ def database(tmp_path_factory):
 
 
 @pytest.fixture
-def line(tmp_path, database):
+def line(tmp_path, database, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # there MLflow puts the files of experiments that name no place for them
     shutil.copy(database, tmp_path / "mlflow.db")
     return Line(f"sqlite:///{tmp_path / 'mlflow.db'}")
 
