@@ -650,13 +650,14 @@ def test_pictures_and_importance_are_drawn_of_spaces_with_conditions(tmp_path, c
 
 
 def test_what_mlflow_missed_of_a_trial_when_its_driver_was_killed_it_gets_from_the_next(
-    tmp_path, config, space, monkeypatch
+    tmp_path, put_database, config, space, monkeypatch
 ):
     from pistoseg.artifacts import Workspace
     from pistoseg.progress import Progress
     from pistoseg.search import recording
     from pistoseg.tracking import Tracker
 
+    put_database(tmp_path)
     workspace, journal = Workspace(str(tmp_path)), Journal.open(str(tmp_path / "search"), IDENTITY)
     record, trial = journal.start({}, {}), SimpleNamespace(trial_id="t0", config={"number": 0}, last_result=None)
     workers = SimpleNamespace(release=SimpleNamespace(remote=lambda owner: None))
@@ -748,9 +749,12 @@ def test_a_picture_that_was_deleted_costs_no_trial(recorder, tmp_path, capsys):
     assert "MLflow lacks pictures of evaluation" in capsys.readouterr().err
 
 
-def test_runs_that_were_deleted_in_mlflow_are_made_anew_and_are_kept_while_tracking_is_off(recorder):
+def test_runs_that_were_deleted_in_mlflow_are_made_anew_and_are_kept_while_tracking_is_off(
+    recorder, put_database, tmp_path
+):
     from pistoseg.tracking import Tracker
 
+    put_database(tmp_path)
     recorder, trial = recorder
     config, workspace, record = load_config("demo"), recorder.workspace, recorder.journal.records[0]
 
