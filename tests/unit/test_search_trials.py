@@ -482,6 +482,7 @@ def study_of(tmp_path, config, space, monkeypatch):
     folder = tmp_path / "search" / "mine"
     filled(folder, space, [0.1, 0.4, 0.3], identity=search.identity())
     monkeypatch.setattr(study, "_compute_shared", lambda *arguments: {})
+    monkeypatch.setattr("pistoseg.search.pictures.draw", lambda outcome: {})  # takes seconds, see below
     return lambda progress=None: study.run(search, workspace, study.Budget(3), progress or Progress()), folder
 
 
