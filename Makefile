@@ -13,8 +13,8 @@ demo: $(STAMP)  ## the whole pipeline on a synthetic cohort: scores, the output 
 test: $(STAMP)  ## lint, format check, type check, tests
 	$(MAKE) --no-print-directory --jobs=3 checks integration processes
 
-checks: lint types
-	$(BIN)/pytest --quiet tests/unit
+checks: lint types  ## what needs no Ray; beside the others more than a thread only takes longer
+	OMP_NUM_THREADS=1 $(BIN)/pytest --quiet tests/unit
 
 integration: $(STAMP)  ## stages on a Ray of the tests' own
 	$(BIN)/pytest tests/integration -m "not processes"
