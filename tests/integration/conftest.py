@@ -72,10 +72,17 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def local_ray():
-    """A local Ray with four CPUs on paper, so that pools of four actors run wherever the tests do."""
+    """A local Ray with four CPUs on paper, so that pools of four actors run wherever the tests do.
+
+    Networks get a thread each: with one for each of these CPUs they would wait for one another on fewer cores.
+    """
     from pistoseg.stages import cluster
 
-    with patch.object(cluster, "available_cpus", return_value=4), cluster.connected(ComputeConfig(device="cpu")):
+    with (
+        patch.object(cluster, "available_cpus", return_value=4),
+        patch.object(cluster, "node_threads", return_value=1),
+        cluster.connected(ComputeConfig(device="cpu")),
+    ):
         yield
 
 

@@ -103,7 +103,7 @@ def test_a_training_that_was_killed_ends_as_if_it_had_not_been(story):
     (file,) = story.workspace.glob("preliminary/*/epochs.json")
     killed, whole = (json.loads(Path(item).read_text()) for item in (file, story.whole.path("epochs.json")))
     assert str(file.parent.name) == story.whole.fingerprint
-    # Not to the last bit: the killed run's commands train with fewer threads than the tests' own Ray.
+    # Not to the last bit: the killed run's commands train with other numbers of threads than the tests' own Ray.
     assert [row["loss"] for row in killed] == pytest.approx([row["loss"] for row in whole], rel=1e-2)
 
 

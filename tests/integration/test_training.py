@@ -159,15 +159,19 @@ def test_a_loss_that_is_no_number_ends_with_its_place_and_its_batch(tmp_path):
     assert [row["epoch"] for row in _last_history(str(tmp_path))] == [0]  # the next run goes on from here
 
 
-def test_of_epochs_that_have_no_score_the_last_one_is_kept(tmp_path):
-    trained, _ = run(tmp_path, task=Unscored)
-    assert trained.epoch == 1
-    assert "validation_miou" not in json.loads(json.dumps(trained.history, allow_nan=False))[1]
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A training of two epochs without a score."""
+    return run(tmp_path_factory.mktemp("whole"), task=Unscored)[0]
 
 
-def test_a_killed_worker_is_replaced_and_ends_every_epoch_as_if_it_had_lived(tmp_path):
-    whole, _ = run(tmp_path / "whole")
-    trained, _ = run(tmp_path, die_at=(1, 11))
+def test_of_epochs_that_have_no_score_the_last_one_is_kept(whole):
+    assert whole.epoch == 1
+    assert "validation_miou" not in json.loads(json.dumps(whole.history, allow_nan=False))[1]
+
+
+def test_a_killed_worker_is_replaced_and_ends_every_epoch_as_if_it_had_lived(whole, tmp_path):
+    trained, _ = run(tmp_path, die_at=(1, 11), task=Unscored)
     assert all(torch.equal(value, whole.state[name]) for name, value in trained.state.items())
     assert [row["epoch"] for row in trained.history] == [0, 1]
     order = [tuple(batch[0]) for batch in seen(tmp_path)["rank0"]]
@@ -176,7 +180,8 @@ def test_a_killed_worker_is_replaced_and_ends_every_epoch_as_if_it_had_lived(tmp
     # Epoch 0 is repeated where its checkpoint was not registered yet when the worker died.
     assert order[5:] in (epochs[1], epochs[0] + epochs[1])
 
-    again, rows = run(tmp_path, die_at=(1, 11))  # as after a kill between the last checkpoint and the bundle
+    # As after a kill between the last checkpoint and the bundle.
+    again, rows = run(tmp_path, die_at=(1, 11), task=Unscored)
     assert (again.history, rows) == (trained.history, [])
     assert [tuple(batch[0]) for batch in seen(tmp_path)["rank0"]] == order
     assert all(torch.equal(again.state[name], value) for name, value in trained.state.items())

@@ -1,4 +1,4 @@
-"""Small images, written the ways that data sets write them."""
+"""Small images, written the ways that data sets write them, and configs that name them."""
 
 import io
 import struct
@@ -9,6 +9,7 @@ from PIL import Image
 
 from pistoseg import storage
 from pistoseg.classes import TissueClass, TissueClasses
+from pistoseg.config import load_config
 
 CLASSES = TissueClasses(
     (
@@ -35,6 +36,10 @@ def put(root, name, data=None, seed=0):
     uri = storage.join(str(root), name)
     storage.write_bytes(uri, encoded(tissue(seed)) if data is None else data)
     return uri
+
+
+def config_of(uri, **data):
+    return load_config("glas", overrides=[f"data.uri={uri}", *(f"data.{key}={value}" for key, value in data.items())])
 
 
 def mask_png(height=32, width=40, value=0):

@@ -24,7 +24,7 @@ def test_it_would_hang_without():
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
         assert process.stdout.readline()
         with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(timeout=5)
+            process.wait(timeout=1)
         process.kill()
 
 

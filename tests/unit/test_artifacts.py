@@ -159,13 +159,14 @@ def test_only_the_stages_that_lead_to_the_targets_run():
     assert mosaics_only == ["patches", "validation", "synthesis", "precise", "evaluation"]
 
 
-def test_two_workspaces_in_one_process_keep_their_runs_apart(tmp_path, monkeypatch):
+def test_two_workspaces_in_one_process_keep_their_runs_apart(tmp_path, put_database, monkeypatch):
     from mlflow.tracking import MlflowClient
 
     from pistoseg.tracking import Tracker
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     for name in ("first", "second"):
+        put_database(tmp_path / name)
         with Tracker.start(load_config("demo"), Workspace(str(tmp_path / name)), name=name):
             pass
         assert "MLFLOW_TRACKING_URI" not in os.environ

@@ -89,7 +89,8 @@ def test_the_whole_command_ends_with_2_and_a_message_without_a_traceback():
         (["config", "show", "--preset", "wsss"], "stderr"),
     ],
 )
-def test_a_command_whose_output_nobody_reads_ends_as_others_in_a_pipe(words, closed, tmp_path):
+def test_a_command_whose_output_nobody_reads_ends_as_others_in_a_pipe(words, closed, put_database, tmp_path):
+    put_database(tmp_path / "w")
     connect(TrackingConfig(), Workspace(str(tmp_path / "w"))).create_registered_model("tissue")
     reader, writer = os.pipe()
     os.close(reader)
@@ -186,12 +187,12 @@ def test_a_workspace_without_runs_can_not_be_browsed(capsys, tmp_path, monkeypat
 
 
 @pytest.fixture
-def served(monkeypatch, tmp_path):
+def served(put_database, monkeypatch, tmp_path):
     """Start `ui` of a workspace with runs; the variables of MLflow's server."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setattr("socket.getfqdn", lambda: "Node12.cluster.example")
     monkeypatch.setattr("socket.gethostname", lambda: "Node12")
-    connect(TrackingConfig(), Workspace(str(tmp_path))).close()
+    put_database(tmp_path)
 
     def ui(*arguments):
         started = []

@@ -207,7 +207,8 @@ def test_bad_input_to_predict_is_an_error_that_names_it(model, folder, tmp_path)
 
 
 @pytest.fixture
-def _database(tmp_path):
+def _database(put_database, tmp_path):
+    put_database(tmp_path)
     with default_server(f"sqlite:///{tmp_path / 'mlflow.db'}"):
         yield
 

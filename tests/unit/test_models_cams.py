@@ -2,6 +2,8 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from pytorch_grad_cam import GradCAM, GradCAMPlusPlus
+from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import nn
 
 from pistoseg.models import cams, classifier
@@ -20,11 +22,8 @@ def build(gain, encoder="resnet18", subcategories=0):
 
 def by_the_library(network, method, images, class_id):
     """The map of a class by `pytorch_grad_cam`, by back-propagation from pooled logits."""
-    grad_cam = pytest.importorskip("pytorch_grad_cam")
-    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
-
     whole = nn.Sequential(network, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    kind = grad_cam.GradCAM if method == "grad_cam" else grad_cam.GradCAMPlusPlus
+    kind = GradCAM if method == "grad_cam" else GradCAMPlusPlus
     with kind(whole, [network.encoder.layer4]) as explain:
         return explain(images, [ClassifierOutputTarget(class_id)] * len(images))
 

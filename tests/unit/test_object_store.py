@@ -237,7 +237,7 @@ class ExpiredToken(BaseHTTPRequestHandler):
 @pytest.fixture
 def expired(monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), ExpiredToken)
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("AWS_REGION", "us-east-1")

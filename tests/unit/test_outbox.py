@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import shutil
 import subprocess
 import sys
 import threading
@@ -57,17 +56,10 @@ def _no_outbox_goes_on(monkeypatch):
         box._stop.set()
 
 
-@pytest.fixture(scope="module")
-def database(tmp_path_factory):
-    """An empty database, whose making takes a second."""
-    file = tmp_path_factory.mktemp("database") / "mlflow.db"
-    Line(f"sqlite:///{file}").search_experiments()
-    return file
-
-
 @pytest.fixture
-def line(tmp_path, database):
-    shutil.copy(database, tmp_path / "mlflow.db")
+def line(tmp_path, put_database, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # there MLflow puts the files of experiments that name no place for them
+    put_database(tmp_path)
     return Line(f"sqlite:///{tmp_path / 'mlflow.db'}")
 
 
@@ -506,9 +498,10 @@ def test_a_part_waits_for_a_run_of_this_process_that_could_not_be_kept(line, wor
 
 
 def test_a_run_that_goes_on_with_one_that_mlflow_never_heard_of_keeps_its_messages_for_the_next_run(
-    tmp_path, monkeypatch, capsys
+    tmp_path, put_database, monkeypatch, capsys
 ):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    put_database(tmp_path)
     config, workspace = load_config("demo"), Workspace(str(tmp_path))
     with Tracker.start(config, workspace, run_id="unsent-0123") as tracker:
         tracker.run().metrics({"miou": 0.5})
@@ -522,8 +515,9 @@ def test_a_run_that_goes_on_with_one_that_mlflow_never_heard_of_keeps_its_messag
     assert storage.list_files(storage.join(workspace.root, messages.FOLDER)) == []
 
 
-def test_an_answer_that_mlflow_cannot_read_does_not_end_a_run(tmp_path, monkeypatch, capsys):
+def test_an_answer_that_mlflow_cannot_read_does_not_end_a_run(tmp_path, put_database, monkeypatch, capsys):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    put_database(tmp_path)
 
     def proxy(*_, **__):
         raise KeyError("run")
@@ -609,8 +603,11 @@ def test_a_process_is_alive_until_it_ends_and_one_of_another_machine_until_it_is
 
 
 @pytest.mark.parametrize("own", ["w", "o'neill's"])
-def test_the_next_run_in_a_workspace_ends_those_of_killed_processes_and_no_others(tmp_path, monkeypatch, own):
+def test_the_next_run_in_a_workspace_ends_those_of_killed_processes_and_no_others(
+    tmp_path, put_database, monkeypatch, own
+):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    put_database(tmp_path / own)
     config, workspace = load_config("demo"), Workspace(str(tmp_path / own))
     with Tracker.start(config, workspace, name="live") as live:
         client = live.client
@@ -626,8 +623,9 @@ def test_the_next_run_in_a_workspace_ends_those_of_killed_processes_and_no_other
     assert states == wanted
 
 
-def test_an_interrupt_ends_the_runs_of_the_pipeline_and_of_its_stage_as_killed(tmp_path, monkeypatch):
+def test_an_interrupt_ends_the_runs_of_the_pipeline_and_of_its_stage_as_killed(tmp_path, put_database, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    put_database(tmp_path)
     trackers = []
 
     def interrupted():
@@ -644,8 +642,9 @@ def test_an_interrupt_ends_the_runs_of_the_pipeline_and_of_its_stage_as_killed(t
     assert sorted(run.info.status for run in runs) == ["FINISHED", "KILLED", "KILLED"]
 
 
-def test_a_registered_model_is_called_as_other_commands_take_it(tmp_path, monkeypatch, capsys):
+def test_a_registered_model_is_called_as_other_commands_take_it(tmp_path, put_database, monkeypatch, capsys):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    put_database(tmp_path)
     monkeypatch.setattr("pistoseg.tracking.server._register", lambda client, **_: "3")
     with Tracker.start(load_config("demo"), Workspace(str(tmp_path))) as tracker:
         tracker.finish({"precise": Artifact("precise", "f" * 16, str(tmp_path), {"summary": {}, "inputs": {}})})
@@ -671,11 +670,12 @@ def test_a_pipeline_whose_tracking_server_refuses_connections_is_told_later(tmp_
     assert not [item for item in storage.list_files(str(tmp_path)) if b"hidden" in storage.read_bytes(item)]
 
 
-def test_a_remote_workspace_without_a_server_says_where_its_runs_are(tmp_path, monkeypatch, capsys):
+def test_a_remote_workspace_without_a_server_says_where_its_runs_are(tmp_path, put_database, monkeypatch, capsys):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(tmp_path)
     for expected in (1, 0):  # once: then the folder is there
         connect(TrackingConfig(), Workspace("memory://pistoseg-outbox/runs")).close()
         assert capsys.readouterr().out.count("set MLFLOW_TRACKING_URI") == expected
+    put_database(tmp_path / "local")
     connect(TrackingConfig(), Workspace(str(tmp_path / "local"))).close()
     assert "MLFLOW_TRACKING_URI" not in capsys.readouterr().out

@@ -5,11 +5,11 @@ from unicodedata import normalize
 
 import pyarrow as pa
 import pytest
-from patch_files import CLASSES, mask_png, put
+from patch_files import CLASSES, config_of, mask_png, put
 
 from pistoseg import storage
 from pistoseg.classes import TissueClass, TissueClasses
-from pistoseg.config import DataConfig, load_config
+from pistoseg.config import DataConfig
 from pistoseg.errors import PistoSegError, UnavailableError
 from pistoseg.patches.digest import _digest, training_digest, validation_digest, validation_folder
 from pistoseg.patches.layouts import find_split, find_training, scan_evaluation, scan_training
@@ -26,10 +26,6 @@ def scan(uri, **settings):
 
 def table(root, rows, header=HEADER, name="patches.csv"):
     put(root, name, (header + "\n".join(rows)).encode())
-
-
-def config_of(uri, **data):
-    return load_config("glas", overrides=[f"data.uri={uri}", *(f"data.{key}={value}" for key, value in data.items())])
 
 
 @pytest.fixture(params=["local", "memory"])

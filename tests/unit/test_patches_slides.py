@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import shapely
-from patch_files import CLASSES, put
+from patch_files import CLASSES, config_of, put
 from slide_files import box_mean, texture, write_tiff
 
 from pistoseg import storage
@@ -491,10 +491,6 @@ def test_a_slide_finds_its_annotations_however_its_accents_are_written(tmp_path)
 
 
 # --- the data set ------------------------------------------------------------------------------------------------
-
-
-def config_of(uri, **data):
-    return load_config("glas", overrides=[f"data.uri={uri}", *(f"data.{key}={value}" for key, value in data.items())])
 
 
 def test_the_digest_follows_the_manifest_the_slides_and_the_annotations(tmp_path):

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openslide
 import pytest
+import tifffile
 from PIL import Image
 
 from pistoseg.errors import PistoSegError
@@ -204,7 +206,6 @@ def test_a_cohort_can_be_written_to_a_uri() -> None:
 
 
 def test_openslide_reads_every_level_and_the_pixel_size(slide: tuple[Path, Path, dict[str, Any]]) -> None:
-    openslide = pytest.importorskip("openslide")
     path, _, summary = slide
     with openslide.OpenSlide(str(path)) as opened:
         assert opened.level_dimensions == ((1300, 1100), (325, 275))
@@ -217,7 +218,6 @@ def test_openslide_reads_every_level_and_the_pixel_size(slide: tuple[Path, Path,
 
 
 def test_a_slide_has_no_seams_and_its_mask_is_exact(slide: tuple[Path, Path, dict[str, Any]]) -> None:
-    tifffile = pytest.importorskip("tifffile")
     path, mask_path, summary = slide
     image, mask = tifffile.imread(path), tifffile.imread(mask_path)
     assert mask.shape == SLIDE_SIZE

@@ -28,9 +28,10 @@ KEYS = ("aaaa", "bbbb", "cccc")
 
 
 @pytest.fixture(scope="module")
-def workspace(tmp_path_factory):
+def workspace(tmp_path_factory, put_database):
     """Three versions of the model `tissue`, each with a bundle, its inputs and its scores."""
     place = Workspace(str(tmp_path_factory.mktemp("models")))
+    put_database(Path(place.root))
     client = connect(TrackingConfig(), place)
     client.create_registered_model("tissue")
     patches = place.commit("patches", "p0", version=1, settings={}, inputs={}, summary={}, seconds=1)

@@ -14,6 +14,7 @@ from pistoseg.cli import main
 from pistoseg.config import TrackingConfig, load_config
 from pistoseg.errors import PistoSegError, UnavailableError
 from pistoseg.metrics import label_agreement
+from pistoseg.search import sampling
 from pistoseg.search.builtin import load_space
 from pistoseg.search.confirmation import Confirmation, paired_interval, rank_correlation
 from pistoseg.search.findings import best_yaml, pareto, report, trials_csv
@@ -226,7 +227,6 @@ def test_the_best_config_is_one_that_train_takes(tmp_path, config, space):
 
 
 def test_no_password_is_written_with_a_search(tmp_path, config, space):
-    pytest.importorskip("optuna")
     from pistoseg.search.study import Search
 
     signed = "https://host/b0.pth?X-Amz-Signature"
@@ -288,21 +288,6 @@ def test_the_front_holds_what_nothing_beats_in_score_and_time():
     assert [record.number for record in pareto(records)] == [1, 0, 4]
 
 
-class _Sampling:
-    """What needs Ray's and Optuna's classes, imported when the first of these tests runs."""
-
-    def __init__(self):
-        from pistoseg.search import sampling
-
-        self.__dict__.update(vars(sampling))
-
-
-@pytest.fixture(scope="module")
-def sampling():
-    pytest.importorskip("optuna")
-    return _Sampling()
-
-
 def run_trial(searcher, name, value=None, epochs=1, **result):
     """Let a searcher's next trial finish with a value, or be stopped without one."""
     found = searcher.suggest(name)
@@ -321,9 +306,7 @@ def run_trial(searcher, name, value=None, epochs=1, **result):
 
 
 @pytest.mark.parametrize("algorithm", ["tpe", "random", "grid"])
-def test_a_search_begins_with_the_own_setting_repeats_none_and_ends_by_itself(
-    tmp_path, config, space, sampling, algorithm
-):
+def test_a_search_begins_with_the_own_setting_repeats_none_and_ends_by_itself(tmp_path, config, space, algorithm):
     journal = Journal.open(str(tmp_path), IDENTITY)
     searcher = sampling.PointSearcher(space, journal, algorithm, 0, 12, space.point_of(config))
     found = [run_trial(searcher, f"t{number}", 0.1 * number) for number in range(13)]
@@ -334,9 +317,7 @@ def test_a_search_begins_with_the_own_setting_repeats_none_and_ends_by_itself(
 
 
 @pytest.mark.parametrize("algorithm", ["tpe", "random", "grid"])
-def test_a_search_goes_on_with_what_was_cut_off_and_repeats_nothing_that_ended(
-    tmp_path, config, space, sampling, algorithm
-):
+def test_a_search_goes_on_with_what_was_cut_off_and_repeats_nothing_that_ended(tmp_path, config, space, algorithm):
     journal = Journal.open(str(tmp_path), IDENTITY)
     first = sampling.PointSearcher(space, journal, algorithm, 0, 8, space.point_of(config))
     for number in range(4):
@@ -351,7 +332,7 @@ def test_a_search_goes_on_with_what_was_cut_off_and_repeats_nothing_that_ended(
     assert len({record.key for record in journal.records.values()}) == 8
 
 
-def test_a_grid_goes_on_however_many_of_its_points_are_known(tmp_path, config, space, sampling):
+def test_a_grid_goes_on_however_many_of_its_points_are_known(tmp_path, config, space):
     journal = Journal.open(str(tmp_path), IDENTITY)
     trials = 2 * sampling.TRIES
     first = sampling.PointSearcher(space, journal, "grid", 0, trials, space.point_of(config))
@@ -365,7 +346,7 @@ def test_a_grid_goes_on_however_many_of_its_points_are_known(tmp_path, config, s
 
 
 @pytest.mark.parametrize("algorithm", ["tpe", "random"])
-def test_a_space_of_options_is_searched_to_its_last_point_and_then_said_to_be_used_up(tmp_path, sampling, algorithm):
+def test_a_space_of_options_is_searched_to_its_last_point_and_then_said_to_be_used_up(tmp_path, algorithm):
     sizes = {"synthesis.n_h": 4, "synthesis.n_w": 3, "precise.epochs": 3}
     parameters = [Parameter(name, options={size: {name: size} for size in range(n)}) for name, n in sizes.items()]
     space, said = Space("options", tuple(parameters)), []
@@ -386,7 +367,7 @@ def test_a_space_of_options_is_searched_to_its_last_point_and_then_said_to_be_us
     assert "the space is used up" in said[0]
 
 
-def test_tpe_knows_the_trials_of_earlier_runs(tmp_path, config, space, sampling):
+def test_tpe_knows_the_trials_of_earlier_runs(tmp_path, config, space):
     journal = filled(tmp_path, space, [0.1, 0.4, 0.3, 0.2, 0.2], ["pruned", "failed"])
     searcher = sampling.PointSearcher(space, journal, "tpe", 0, None, space.point_of(config))
     states = [trial.state.name for trial in searcher._study.trials]
@@ -395,7 +376,7 @@ def test_tpe_knows_the_trials_of_earlier_runs(tmp_path, config, space, sampling)
     assert searcher._study.best_params == sampling.encode(space, journal.best().point)
 
 
-def test_optuna_is_given_a_point_and_draws_that_same_point(config, space, sampling):
+def test_optuna_is_given_a_point_and_draws_that_same_point(config, space):
     import optuna
 
     rng = random.Random(5)
@@ -409,7 +390,7 @@ def test_optuna_is_given_a_point_and_draws_that_same_point(config, space, sampli
             assert drawn[name] == (pytest.approx(value, rel=1e-3) if isinstance(value, float) else value)
 
 
-def test_a_stopped_trial_is_pruned_for_optuna_and_time_is_a_second_value(tmp_path, config, space, sampling):
+def test_a_stopped_trial_is_pruned_for_optuna_and_time_is_a_second_value(tmp_path, config, space):
     journal = Journal.open(str(tmp_path), IDENTITY)
     searcher = sampling.PointSearcher(space, journal, "tpe", 0, None, space.point_of(config), timed=True)
     run_trial(searcher, "a", 0.3)
@@ -424,7 +405,7 @@ def trial_of(number):
     return SimpleNamespace(trial_id=f"id{number}", config={"number": number})
 
 
-def test_bad_trials_are_stopped_at_the_rungs_but_never_the_own_setting(sampling):
+def test_bad_trials_are_stopped_at_the_rungs_but_never_the_own_setting():
     scheduler = sampling.Halving(9, grace=1, factor=3, past=[])
     decisions = {}
     for number, value in ((1, 0.5), (2, 0.2), (3, 0.6), (0, 0.1)):
@@ -435,7 +416,7 @@ def test_bad_trials_are_stopped_at_the_rungs_but_never_the_own_setting(sampling)
     assert scheduler.stopped == {"id2"}
 
 
-def test_rungs_remember_the_curves_of_earlier_runs(sampling):
+def test_rungs_remember_the_curves_of_earlier_runs():
     past = [TrialRecord(1, {}, {}, "finished", 0.5, curve=[(1, 0.5), (3, 0.7)])]
     for curves, decision in ((past, "STOP"), ([], "CONTINUE")):
         scheduler, trial = sampling.Halving(9, grace=1, factor=3, past=curves), trial_of(2)
@@ -443,7 +424,7 @@ def test_rungs_remember_the_curves_of_earlier_runs(sampling):
         assert scheduler.on_trial_result(None, trial, {"epoch": 1, "objective": 0.4}) == decision
 
 
-def test_a_rung_gets_the_value_of_its_own_epoch_also_of_a_trial_that_goes_on_at_a_later_one(sampling):
+def test_a_rung_gets_the_value_of_its_own_epoch_also_of_a_trial_that_goes_on_at_a_later_one():
     begun = [TrialRecord(1, {}, {}, curve=[(1, 0.1), (2, 0.5)])]
     scheduler = sampling.Halving(9, grace=1, factor=3, past=[], begun=begun)
     decisions = []
@@ -454,7 +435,7 @@ def test_a_rung_gets_the_value_of_its_own_epoch_also_of_a_trial_that_goes_on_at_
     assert decisions == ["CONTINUE", "CONTINUE"]  # 0.2 after an epoch is more than 0.1, not to be compared with 0.5
 
 
-def test_a_trial_that_was_stopped_when_its_driver_was_killed_is_stopped_again(sampling):
+def test_a_trial_that_was_stopped_when_its_driver_was_killed_is_stopped_again():
     past = [TrialRecord(number, {}, {}, "finished", curve=[(1, 0.9)]) for number in (1, 2, 3)]
     begun = [TrialRecord(4, {}, {}, curve=[(1, 0.1)]), TrialRecord(5, {}, {}, curve=[(1, 0.1), (2, 0.95)])]
     scheduler = sampling.Halving(9, grace=1, factor=3, past=past, begun=begun)
@@ -467,7 +448,7 @@ def test_a_trial_that_was_stopped_when_its_driver_was_killed_is_stopped_again(sa
     assert len(scheduler.stopped) == 1
 
 
-def test_a_trial_that_came_to_its_result_is_not_stopped_by_it(sampling):
+def test_a_trial_that_came_to_its_result_is_not_stopped_by_it():
     scheduler = sampling.Halving(4, grace=1, factor=2, past=[TrialRecord(1, {}, {}, "finished", curve=[(1, 0.9)])])
     trial = trial_of(2)
     scheduler.on_trial_add(None, trial)
@@ -552,6 +533,7 @@ def study_of(tmp_path, config, space, monkeypatch):
     folder = tmp_path / "search" / "mine"
     filled(folder, space, [0.1, 0.4, 0.3], identity=search.identity())
     monkeypatch.setattr(study, "_compute_shared", lambda *arguments: {})
+    monkeypatch.setattr("pistoseg.search.pictures.draw", lambda outcome: {})  # takes seconds, see below
 
     def run(progress=None, seeds=3):
         return study.run(search, workspace, study.Budget(3, confirm_seeds=seeds), progress or Progress())
@@ -765,7 +747,6 @@ def test_a_search_that_was_taken_over_writes_nothing_more(study_of, monkeypatch)
 
 
 def test_pictures_and_importance_are_drawn_of_spaces_with_conditions(tmp_path, config, space):
-    pytest.importorskip("optuna")
     from pistoseg.search import pictures
 
     journal = filled(tmp_path, space, [0.1, 0.4, 0.3, 0.2, 0.25, 0.5], ["pruned"])
@@ -779,13 +760,14 @@ def test_pictures_and_importance_are_drawn_of_spaces_with_conditions(tmp_path, c
 
 
 def test_what_mlflow_missed_of_a_trial_when_its_driver_was_killed_it_gets_from_the_next(
-    tmp_path, config, space, monkeypatch
+    tmp_path, put_database, config, space, monkeypatch
 ):
     from pistoseg.artifacts import Workspace
     from pistoseg.progress import Progress
     from pistoseg.search import recording
     from pistoseg.tracking import Tracker
 
+    put_database(tmp_path)
     workspace, journal = Workspace(str(tmp_path)), Journal.open(str(tmp_path / "search"), IDENTITY)
     record, trial = journal.start({}, {}), SimpleNamespace(trial_id="t0", config={"number": 0}, last_result=None)
     workers = SimpleNamespace(release=SimpleNamespace(remote=lambda owner: None))
@@ -877,9 +859,12 @@ def test_a_picture_that_was_deleted_costs_no_trial(recorder, tmp_path, capsys):
     assert "MLflow lacks pictures of evaluation" in capsys.readouterr().err
 
 
-def test_runs_that_were_deleted_in_mlflow_are_made_anew_and_are_kept_while_tracking_is_off(recorder):
+def test_runs_that_were_deleted_in_mlflow_are_made_anew_and_are_kept_while_tracking_is_off(
+    recorder, put_database, tmp_path
+):
     from pistoseg.tracking import Tracker
 
+    put_database(tmp_path)
     recorder, trial = recorder
     config, workspace, record = load_config("demo"), recorder.workspace, recorder.journal.records[0]
 
