@@ -107,7 +107,7 @@ def test_a_storage_that_is_away_is_no_damage(tmp_path, space, monkeypatch):
         Journal.open(str(tmp_path), IDENTITY)
 
 
-def test_a_trial_whose_damaged_file_was_deleted_is_run_anew_also_the_own_setting(tmp_path, config, space, sampling):
+def test_a_trial_whose_damaged_file_was_deleted_is_run_anew_also_the_own_setting(tmp_path, config, space):
     filled(tmp_path, space, [0.1, 0.4, 0.3])
     for number in (0, 1):
         (tmp_path / "trials" / f"0000{number}.json").unlink()
