@@ -233,6 +233,11 @@ def _rejected(source: SlideSource, windows: list[Window], error: PistoSegError) 
     reason = error.reason if error.file in (None, source.uri) else f"{error.file} {error.reason}"
     names = [_label(source, window) for window in windows] or [source.name]
     first = replace(Rejection.of(error), field=error.field or "slide", reason=reason)
+    if isinstance(error.__cause__, FileNotFoundError) and error.file == source.uri != source.name:
+        at = f" {source.uri.removesuffix(source.name)}" if source.uri.endswith(f"/{source.name}") else ""
+        first = replace(
+            first, remedy=f"relative paths start at the manifest's folder{at}: keep it there, or write absolute paths"
+        )
     return [replace(first, name=name) for name in names]
 
 

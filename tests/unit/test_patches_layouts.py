@@ -328,6 +328,8 @@ def test_a_bad_row_is_rejected_with_its_line_and_the_others_are_kept(tmp_path, r
     assert rejection.field == field
     assert says in rejection.reason
     assert rejection.remedy
+    if "gone" in row:
+        assert f"relative paths start at {tmp_path}" in rejection.remedy
 
 
 @pytest.mark.parametrize(

@@ -419,6 +419,18 @@ def test_a_slide_that_cannot_be_opened_rejects_each_of_its_windows_with_the_reas
     assert all("is no slide" in item.reason for item in rows.rejected)
 
 
+def test_a_slide_that_is_not_there_says_where_the_manifests_paths_start(tmp_path):
+    uri = manifest(tmp_path, "slides/a.tif,0,0,50,50,1,0,0", "../b.tif,0,0,50,50,1,0,0", "/c.tif,0,0,50,50,1,0,0")
+    rows = [read(source, 0.5) for source in scan_slides(uri, CLASSES).slides]
+    remedies = {row.rejected[0].name: row.rejected[0].remedy for row in rows}
+    start, end = "relative paths start at the manifest's folder", ": keep it there, or write absolute paths"
+    assert remedies == {
+        "row 2 (slides/a.tif/0-0-50x50)": f"{start} {tmp_path}/{end}",
+        "row 3 (../b.tif/0-0-50x50)": start + end,
+        "row 4 (/c.tif/0-0-50x50)": "check the path",
+    }
+
+
 def test_a_damaged_place_costs_only_the_windows_on_it_and_the_slide_is_opened_again():
     opened = []
 
