@@ -223,7 +223,7 @@ def _check_slides(
     images = [item for item in items if isinstance(item, _Read)]
     report.layout = listing.layout
     report.rejected = listing.rejected + [item for item in items if isinstance(item, Rejection)]
-    report.warnings += note_lines([item for item in items if isinstance(item, CutNote)])
+    report.warnings += note_lines([item for item in items if isinstance(item, CutNote)], classes)
     _sum_up(listing.slides, images, classes, config, synthesis, report)
     return images
 

@@ -608,7 +608,29 @@ def test_windows_of_annotated_slides_are_written_as_a_manifest(tmp_path):
     text = "\n".join(report.warnings)
     assert "1 slides have no annotations: c" in text
     assert "1 GeoJSON files belong to no slide: other.geojson" in text
-    assert "1 polygons are of 'Fold', which is no class of the config" in text
+    assert "1 polygons are of 'Fold', which is no class of the config, in 1 slides, e.g. a: left out; " in text
+    assert "name them gland or stroma or background in QuPath" in text
+    assert report.to_text().endswith("not fit for use as it is")
+
+
+def test_a_class_without_any_window_is_said_and_warnings_are_counted_at_the_end(tmp_path):
+    write_tiff(tmp_path / "a.tif", texture(256, 256))
+    box = shapely.box(0, 0, 200, 200)
+    uri = geojson(tmp_path, feature(box, "gland"), feature(box, "Strom"), name="whatever.geojson")
+    config = load_config("glas", overrides=["scale={mpp: 1.0}", "data.window=50"])
+    report = write_windows(str(tmp_path / "a.tif"), uri, str(tmp_path / "w.csv"), config)
+    (unknown, unseen) = report.warnings
+    assert "in 1 slides, e.g. a: left out; did you mean stroma?; " in unknown
+    assert unseen == "no window shows stroma: no model could learn it"
+    assert report.to_text().endswith("fit for use, 2 warnings")
+
+
+def test_where_no_window_can_be_cut_the_remedy_is_that_of_the_first_slide_that_failed(tmp_path):
+    write_tiff(tmp_path / "a.tif", texture(256, 256))
+    uri = put(tmp_path, "whatever.geojson", b"{")
+    with pytest.raises(PistoSegError, match="is not valid JSON") as caught:
+        write_windows(str(tmp_path / "a.tif"), uri, str(tmp_path / "w.csv"), load_config("glas"))
+    assert "File > Export objects as GeoJSON" in caught.value.remedy
 
 
 def test_annotations_that_give_no_window_are_an_error_that_says_why(tmp_path):
