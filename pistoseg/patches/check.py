@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import PurePosixPath
 from typing import TypeVar
 
 import numpy as np
@@ -56,10 +57,11 @@ Result = TypeVar("Result")
 class _Read:
     """A training image that was read: its windows with their sizes filled in, what identifies its pixels, and those.
 
-    `sizes` are height and width of the windows in network px.
+    `sizes` are height and width of the windows in network px, `title` is written above it on sheets.
     """
 
     source: SourceImage
+    title: str
     width: int
     height: int
     windows: tuple[Window, ...]
@@ -190,7 +192,8 @@ def _check_training(
         boxes = [scaled(window, factor, size) for window in kept]
         sizes = tuple((box_height, box_width) for _, _, box_width, box_height in boxes)
         load = partial(read_rgb, source.uri, source.name, config.max_pixels)
-        return _Read(source, width, height, kept, sizes, pixel_hash(pixels), load), refused
+        title = storage.name(source.name)
+        return _Read(source, title, width, height, kept, sizes, pixel_hash(pixels), load), refused
 
     results = _in_threads(read, listing.images, workers)
     images = [image for image, _ in results if image is not None]
@@ -242,7 +245,8 @@ def _read_crop(
         return item.pixels
 
     size = (fit or height, fit or width)
-    return _Read(image, width, height, (whole,), (size,), pixel_hash(crop.pixels), load)
+    title = f"{PurePosixPath(source.name).stem}/{storage.name(image.name)}"
+    return _Read(image, title, width, height, (whole,), (size,), pixel_hash(crop.pixels), load)
 
 
 def _sum_up(
@@ -418,7 +422,7 @@ def _window_panel(image: _Read, window: Window) -> Panel:
     pixels = image.load()
     crop = pixels[window.y : window.y + window.height, window.x : window.x + window.width]
     place = f" {window.x},{window.y}" if window.row else ""
-    return Panel(storage.name(image.source.name) + place, crop)
+    return Panel(image.title + place, crop)
 
 
 def _combination(window: Window, classes: TissueClasses) -> str:

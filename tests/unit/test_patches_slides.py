@@ -16,6 +16,7 @@ from pistoseg import storage
 from pistoseg.cli import main
 from pistoseg.config import DataConfig, ScaleConfig, load_config
 from pistoseg.errors import PistoSegError
+from pistoseg.outputs.pictures import sheet
 from pistoseg.patches.annotations import read_annotations
 from pistoseg.patches.check import _read_crop, check
 from pistoseg.patches.crops import crops, ingest_slide
@@ -570,6 +571,23 @@ def test_a_manifest_is_checked_window_by_window(tmp_path):
         "row 7",
     }
     assert len(report.pictures) == 3
+
+
+def test_sheets_name_the_slide_of_a_window_and_the_file_of_an_image(tmp_path, monkeypatch):
+    titles = []
+
+    def noted(rows, *args, **kwargs):
+        titles.extend(panel.title for row in rows for panel in row)
+        return sheet(rows, *args, **kwargs)
+
+    monkeypatch.setattr("pistoseg.patches.check.sheet", noted)
+    (tmp_path / "slides").mkdir()
+    write_tiff(tmp_path / "slides" / "a.tif", texture(64, 64))
+    uri = manifest(tmp_path, "slides/a.tif,4,0,50,50,1,0,0")
+    check(uri, CLASSES, DataConfig(), out=str(tmp_path / "out"), opener=SlideOpener(0.5))
+    put(tmp_path, "data/training/b[1, 0, 0].png")
+    check(str(tmp_path / "data"), CLASSES, DataConfig(), out=str(tmp_path / "out"))
+    assert titles == ["a/4-0-50x50", "b[1, 0, 0].png"]
 
 
 def test_of_a_checked_window_the_pixels_are_not_kept_but_read_again(tmp_path):
