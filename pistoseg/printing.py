@@ -55,7 +55,7 @@ def score_table(reports: dict[str, dict[str, Any]]) -> Table:
 
 def label_table(report: dict[str, Any], images: int) -> Table:
     """A row per class and score of the precise model by image-level labels; images: that were held out."""
-    table = Table(title=f"Label IoU, by labels of {images} held-out images", title_justify="left")
+    table = Table(title=f"IoU by labels of {images} held-out images", title_justify="left")
     table.add_column("")
     table.add_column("precise", justify="right")
     for name, value in report["by_class"].items():
