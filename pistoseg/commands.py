@@ -43,8 +43,11 @@ FILE_WIDTH = 200
 
 def train(config: Config, workspace: str) -> dict[str, Artifact]:
     """Run the pipeline up to the scores; print them, the output tree, the model and what to do with it."""
+    from pistoseg.patches.digest import scored_by_labels
+
     place = Workspace(storage.absolute(workspace))
-    artifacts = _run(config, place, ("preliminary_evaluation", "evaluation"))
+    targets = ("preliminary_evaluation", "evaluation", *(("label_scores",) if scored_by_labels(config) else ()))
+    artifacts = _run(config, place, targets)
     console = Console()
     print_scores(console, artifacts)
     print_tree(console, place, artifacts)

@@ -118,7 +118,7 @@ def _network(config: Config, section: str) -> dict[str, Any]:
 
 
 def _training(config: Config, section: str) -> dict[str, Any]:
-    from pistoseg.patches.digest import validation_folder
+    from pistoseg.patches.digest import scored_by_labels
 
     settings = _network(config, section) | {
         "train_workers": config.compute.train_workers,
@@ -126,7 +126,7 @@ def _training(config: Config, section: str) -> dict[str, Any]:
     }
     if settings[section]["samples_per_epoch"] is None:
         settings["count"] = config.synthesis.count  # the length of an epoch on streamed mosaics
-    if config.data.label_holdout and validation_folder(config) is None:
+    if scored_by_labels(config):
         settings["label_agreement"] = BY_NAME["label_scores"].version  # of the score by which the best epoch is kept
     if section == "precise" and _takes_other_normalization(config):
         settings["normalization"] = "preliminary"

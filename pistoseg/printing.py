@@ -28,9 +28,11 @@ def print_scores(console: Console, artifacts: dict[str, Artifact]) -> None:
         for name, stage in (("preliminary", "preliminary_evaluation"), ("precise", "evaluation"))
         if stage in artifacts and artifacts[stage].summary["images"]
     }
-    if not reports:
-        return
-    console.print(score_table(reports))
+    if reports:
+        console.print(score_table(reports))
+    if "label_scores" in artifacts:
+        held_out = artifacts["patches"].summary["held_out"]["images"]
+        console.print(label_table(artifacts["label_scores"].summary["report"], held_out))
 
 
 def score_table(reports: dict[str, dict[str, Any]]) -> Table:
@@ -48,6 +50,20 @@ def score_table(reports: dict[str, dict[str, Any]]) -> Table:
         table.add_row("  95 %", *(" to ".join(map(_number, ends)) if ends else "-" for ends in intervals))
     counts = (f"{report['images']}{'' if report['complete'] else ' (incomplete)'}" for report in reports.values())
     table.add_row("images", *counts)
+    return table
+
+
+def label_table(report: dict[str, Any], images: int) -> Table:
+    """A row per class and score of the precise model by image-level labels; images: that were held out."""
+    table = Table(title=f"IoU by labels of {images} held-out images", title_justify="left")
+    table.add_column("")
+    table.add_column("precise", justify="right")
+    for name, value in report["by_class"].items():
+        table.add_row(Text(name), _number(value))
+    table.add_section()
+    table.add_row("mean", _number(report["label_iou"]))
+    table.add_row("mean average precision", _number(report["label_map"]))
+    table.add_row("windows", str(report["windows"]))
     return table
 
 
@@ -111,11 +127,11 @@ def _number(value: float | None) -> str:
 
 def next_lines(config: Config, workspace: str, artifacts: dict[str, Artifact]) -> Iterator[str]:
     """Why there are no scores, where the model is, and commands to copy."""
-    if not artifacts["evaluation"].summary["images"]:
-        remedy = "add some with masks (img/ and mask/, or data.validation)"
-        if not config.data.label_holdout:
-            remedy += ", or set data.label_holdout to score by image-level labels"
-        yield f"not scored: there are no validation images; {remedy}"
+    if not artifacts["evaluation"].summary["images"] and "label_scores" not in artifacts:
+        yield (
+            "not scored: there are no validation images; add some with masks (img/ and mask/, or data.validation), "
+            "or set data.label_holdout to score by image-level labels"
+        )
     model = artifacts["precise"].path("bundle")
     scale = "" if config.scale.mpp else " --mpp UM"
     yield f"model:   {model}"
@@ -140,6 +156,7 @@ def print_tree(console: Console, workspace: Workspace, artifacts: dict[str, Arti
         "refined_masks": "masks/ masks.png",
         "precise": "bundle/ (the model) epochs.json",
         "evaluation": "metrics.json per_image.csv predictions.png",
+        "label_scores": "label_scores.json windows/",
     }
     for stage, artifact in artifacts.items():
         # Without validation images there is only a manifest.

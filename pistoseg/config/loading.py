@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import reduce
 from importlib import resources
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -14,6 +16,7 @@ from pistoseg.config.root import Config
 from pistoseg.config.sections import ClassConfig, ClassesConfig, StorageConfig, TrackingConfig
 from pistoseg.errors import PistoSegError, suggestion
 
+Model = TypeVar("Model", bound=BaseModel)
 _HELP = "`pistoseg config show` prints every key with its meaning"
 
 
@@ -99,10 +102,7 @@ def load_services(
     source = file or "config"
     if unknown := sorted(map(str, values.keys() - Config.model_fields - {"preset", "profile"})):
         raise PistoSegError(f"has the unknown sections {', '.join(unknown)}", file=source, remedy=_HELP)
-    try:
-        services = _Services.model_validate(values)
-    except ValidationError as error:
-        raise _refusal(error, source, _Services) from None
+    services = _validated(values, source, _Services)
     return services.tracking, services.storage
 
 
@@ -112,10 +112,7 @@ def load_classes(uri: str) -> TissueClasses:
 
 
 def _read_classes(uri: str) -> ClassesConfig:
-    try:
-        return ClassesConfig.model_validate(read_yaml(uri))
-    except ValidationError as error:
-        raise _refusal(error, uri, ClassesConfig) from None
+    return _validated(read_yaml(uri), uri, ClassesConfig)
 
 
 def validate(values: dict[str, Any], source: str = "config") -> Config:
@@ -123,15 +120,36 @@ def validate(values: dict[str, Any], source: str = "config") -> Config:
     classes = values.get("classes")
     if isinstance(classes, str):
         values = values | {"classes": _read_classes(classes)}
+    return _validated(values, source, Config)
+
+
+def _validated(values: Any, source: str, root: type[Model]) -> Model:
+    """Plain values of a source as `root`; `PistoSegError` lists all problems."""
     try:
-        return Config.model_validate(values)
+        return root.model_validate(values)
     except ValidationError as error:
-        raise _refusal(error, source, Config) from None
+        problems = error.errors()
+    unknown = [problem["loc"] for problem in problems if problem["type"] == "extra_forbidden"]
+    try:  # pydantic passes over a section's rules about several keys where one is unknown
+        root.model_validate(reduce(_without, unknown, values))
+    except ValidationError as error:
+        problems += error.errors()
+    raise _refusal(problems, source, root)
 
 
-def _refusal(error: ValidationError, source: str, root: type[BaseModel]) -> PistoSegError:
+def _without(values: Any, location: tuple[int | str, ...]) -> Any:
+    """Plain values without the key at a place; those in lists stay."""
+    key, *below = location
+    if not isinstance(values, dict) or key not in values:
+        return values
+    if below:
+        return values | {key: _without(values[key], tuple(below))}
+    return {other: value for other, value in values.items() if other != key}
+
+
+def _refusal(problems: Sequence[Any], source: str, root: type[BaseModel]) -> PistoSegError:
     """What to say of the problems with a source that was read as `root`."""
-    problems, lines = error.errors(), []
+    lines = []
     for problem in problems:
         location = problem["loc"]
         if problem["type"] == "too_short" and any(_is_below(other["loc"], location) for other in problems):

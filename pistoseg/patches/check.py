@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import PurePosixPath
 from typing import TypeVar
 
 import numpy as np
@@ -56,10 +57,11 @@ Result = TypeVar("Result")
 class _Read:
     """A training image that was read: its windows with their sizes filled in, what identifies its pixels, and those.
 
-    `sizes` are height and width of the windows in network px.
+    `sizes` are height and width of the windows in network px, `title` is written above it on sheets.
     """
 
     source: SourceImage
+    title: str
     width: int
     height: int
     windows: tuple[Window, ...]
@@ -122,7 +124,8 @@ def check(
     if training is None:
         report.warnings.append("there are no training images: no 1.training, training or train folder")
     if not report.splits:
-        report.warnings.append("there are no images with masks (img/ and mask/): models will not be scored")
+        scored = "scored by the labels of held-out images only" if config.label_holdout else "not scored"
+        report.warnings.append(f"there are no images with masks (img/ and mask/): models will be {scored}")
     by_hash = {image.sha256: image.source.name for image in read}
     for split, found in truths.items():
         pairs = [(by_hash[t.sha256], f"{split}/{t.pair.name}") for t in found if t.sha256 in by_hash]
@@ -189,7 +192,8 @@ def _check_training(
         boxes = [scaled(window, factor, size) for window in kept]
         sizes = tuple((box_height, box_width) for _, _, box_width, box_height in boxes)
         load = partial(read_rgb, source.uri, source.name, config.max_pixels)
-        return _Read(source, width, height, kept, sizes, pixel_hash(pixels), load), refused
+        title = storage.name(source.name)
+        return _Read(source, title, width, height, kept, sizes, pixel_hash(pixels), load), refused
 
     results = _in_threads(read, listing.images, workers)
     images = [image for image, _ in results if image is not None]
@@ -222,7 +226,7 @@ def _check_slides(
     images = [item for item in items if isinstance(item, _Read)]
     report.layout = listing.layout
     report.rejected = listing.rejected + [item for item in items if isinstance(item, Rejection)]
-    report.warnings += note_lines([item for item in items if isinstance(item, CutNote)])
+    report.warnings += note_lines([item for item in items if isinstance(item, CutNote)], classes)
     _sum_up(listing.slides, images, classes, config, synthesis, report)
     return images
 
@@ -241,7 +245,8 @@ def _read_crop(
         return item.pixels
 
     size = (fit or height, fit or width)
-    return _Read(image, width, height, (whole,), (size,), pixel_hash(crop.pixels), load)
+    title = f"{PurePosixPath(source.name).stem}/{storage.name(image.name)}"
+    return _Read(image, title, width, height, (whole,), (size,), pixel_hash(crop.pixels), load)
 
 
 def _sum_up(
@@ -417,7 +422,7 @@ def _window_panel(image: _Read, window: Window) -> Panel:
     pixels = image.load()
     crop = pixels[window.y : window.y + window.height, window.x : window.x + window.width]
     place = f" {window.x},{window.y}" if window.row else ""
-    return Panel(storage.name(image.source.name) + place, crop)
+    return Panel(image.title + place, crop)
 
 
 def _combination(window: Window, classes: TissueClasses) -> str:

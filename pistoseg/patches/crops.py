@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from pistoseg.classes import TissueClasses
 from pistoseg.config import DataConfig, ScaleConfig
-from pistoseg.errors import PistoSegError
-from pistoseg.patches.annotations import read_annotations
+from pistoseg.errors import PistoSegError, suggestion
+from pistoseg.patches.annotations import BACKGROUND, read_annotations
 from pistoseg.patches.source import Rejection, SlideSource, Window
 from pistoseg.patches.store import image_row, window_row
 from pistoseg.patches.windows import Cut, cut_windows
@@ -119,14 +119,19 @@ class CutNote:
     overlap: float
 
 
-def note_lines(notes: list[CutNote]) -> list[str]:
+def note_lines(notes: list[CutNote], classes: TissueClasses) -> list[str]:
     """What is odd about the annotations of slides, in sentences."""
-    lines = []
+    lines, known = [], " or ".join(dict.fromkeys((*classes.names, BACKGROUND)))
     partly, unclassified = (sum(getattr(note, key) for note in notes) for key in ("partly", "unclassified"))
     if partly:
         lines.append(f"{partly} windows were left out: they are partly unannotated")
     for name, count in sum((Counter(note.unknown) for note in notes), Counter[str]()).most_common():
-        lines.append(f"{count} polygons are of {name!r}, which is no class of the config")
+        slides = [note.slide for note in notes if name in note.unknown]
+        lines.append(
+            f"{count} polygons are of {name!r}, which is no class of the config, in {len(slides)} slides, "
+            f"e.g. {slides[0]}: left out{suggestion(name, classes.names)}; name them {known} in QuPath, or add the "
+            "class to the config"
+        )
     if unclassified:
         lines.append(f"{unclassified} polygons have no class")
     for found, text in (
@@ -233,6 +238,11 @@ def _rejected(source: SlideSource, windows: list[Window], error: PistoSegError) 
     reason = error.reason if error.file in (None, source.uri) else f"{error.file} {error.reason}"
     names = [_label(source, window) for window in windows] or [source.name]
     first = replace(Rejection.of(error), field=error.field or "slide", reason=reason)
+    if isinstance(error.__cause__, FileNotFoundError) and error.file == source.uri != source.name:
+        at = f" {source.uri.removesuffix(source.name)}" if source.uri.endswith(f"/{source.name}") else ""
+        first = replace(
+            first, remedy=f"relative paths start at the manifest's folder{at}: keep it there, or write absolute paths"
+        )
     return [replace(first, name=name) for name in names]
 
 

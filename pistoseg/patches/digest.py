@@ -52,6 +52,11 @@ def validation_folder(config: Config) -> str | None:
     return None if is_manifest(uri) else find_split(uri, "validation")
 
 
+def scored_by_labels(config: Config) -> bool:
+    """Whether labels of held-out images are all that models can be scored by: there are no images with masks."""
+    return config.data.label_holdout > 0 and validation_folder(config) is None
+
+
 def unscored_folder(config: Config) -> str | None:
     """URI of the data set's own folder of that name that is no validation split for lack of img/ and mask/, or None."""
     uri = storage.absolute(config.data.uri or "")

@@ -98,8 +98,13 @@ class Report:
         lines += ["", *(f"PROBLEM: {text}" for text in self.problems), *(f"warning: {text}" for text in self.warnings)]
         if self.pictures:
             lines.append(f"{len(self.pictures)} sheets of examples: {self.pictures[0].rpartition('/')[0]}")
-        lines.append("not fit for use as it is" if self.problems else "no problem found")
-        return "\n".join(lines)
+        return "\n".join([*lines, self._verdict()])
+
+    def _verdict(self) -> str:
+        if self.problems:
+            return "not fit for use as it is"
+        number = len(self.warnings)
+        return f"fit for use, {number} warning{'s' if number > 1 else ''}" if number else "no problem found"
 
     def _training_lines(self) -> list[str]:
         width = max([len(name) for name in [*self.classes, *self.combinations]] + [11])

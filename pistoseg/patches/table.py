@@ -197,11 +197,15 @@ class _ImageFinder:
             raise PistoSegError(
                 f"the image {str(value).strip()} does not exist",
                 field="image",
-                remedy="add the image, or remove the row",
+                remedy=f"add the image, or remove the row; {self._start()}",
             )
         name = self._listed(name) or name
         self.uris[name] = uri
         return name
+
+    def _start(self) -> str:
+        """Where relative paths start, for messages."""
+        return f"relative paths start at {' or '.join(dict.fromkeys(self.folders))}"
 
     def uri_of(self, name: str) -> str | None:
         """Where the image of a name is, or None."""

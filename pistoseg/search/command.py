@@ -56,7 +56,9 @@ def search(config: Config, workspace: str, space: str, options: Mapping[str, Any
         console.print(_space_table(found, config))
         for title, stages in (("shared by all trials", sharing.shared), ("computed by trial", sharing.varied)):
             console.print(f"{title}: {', '.join(stages) or 'nothing'}", highlight=False)
-        for note in found.notes:
+        _, outside = found.place_of(config)
+        notes = [f"the config's own setting is outside of the space: {'; '.join(outside)}"] if outside else []
+        for note in (*notes, *found.notes):
             console.print(note, highlight=False, markup=False)
         return 0
     from pistoseg.search import study
@@ -114,13 +116,14 @@ def _print(console: Console, outcome: Any, folder: str, workspace: str) -> None:
 
 
 def _space_table(space: Any, config: Config) -> Table:
-    own = space.point_of(config) or {}
+    own, _ = space.place_of(config)
     table = Table(title=f"Space {escape(space.name)}", title_justify="left")
     for title in ("parameter", "from", "own setting", "counts when"):
         table.add_column(title, overflow="fold")
     for item in space.parameters:
         if item.options:
-            values = ", ".join(map(str, item.options))
+            # Of several keys, in brackets: one option, not two.
+            values = ", ".join(f"({label})" if ", " in label else label for label in map(str, item.options))
         else:
             values = f"{item.above or f'{item.low:g}'} to {item.high:g}{', log' if item.log else ''}"
         when = "; ".join(f"{key} is {' or '.join(map(str, labels))}" for key, labels in item.when.items())

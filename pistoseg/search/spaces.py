@@ -116,6 +116,15 @@ class Parameter:
         value = _value(values, self.name)
         return value if self.holds(value, point) else None
 
+    def refusal(self, values: Mapping[str, Any]) -> str:
+        """In words that it can't have the value of a config."""
+        keys = dict.fromkeys(key for sets in self.options.values() for key in sets) or [self.name]
+        own = {key: _value(values, key) for key in keys}
+        own = {key: "nothing" if value is _MISSING else value for key, value in own.items()}
+        if self.options:
+            return f"{self.name} has no option with {_option_label(own)}"
+        return f"{self.name} can't be {own[self.name]}"
+
 
 @dataclass(frozen=True)
 class Space:
@@ -173,15 +182,22 @@ class Space:
 
     def point_of(self, config: Config) -> Point | None:
         """The point at which a config lies, None where it lies at none."""
+        point, outside = self.place_of(config)
+        return None if outside else point
+
+    def place_of(self, config: Config) -> tuple[Point, list[str]]:
+        """The values that a config has in the space, and in words what of it lies outside of the space."""
         values = config.model_dump(mode="json")
         point: Point = {}
+        outside = []
         for parameter in self.parameters:
             if parameter.active(point):
                 value = parameter.read(values, point)
-                if value is None:
-                    return None
-                point[parameter.name] = value
-        return point
+                if value is not None:
+                    point[parameter.name] = value
+                else:
+                    outside.append(parameter.refusal(values))
+        return point, outside
 
     def grid(self, levels: int) -> list[Point]:
         """Every combination of all options and of `levels` numbers of each range."""

@@ -16,6 +16,7 @@ from pistoseg.slides import results
 from pistoseg.slides.cache import SlideCache
 from pistoseg.slides.ids import wrong_id
 from pistoseg.slides.network import NO_TISSUE, Prepared, SlideNetwork, SlideSettings, regions_origin
+from pistoseg.slides.resolution import MAX_MPP, MIN_MPP
 from pistoseg.slides.scratch import scratch_folder
 from pistoseg.slides.source import SlideEntry, list_slides
 from pistoseg.slides.stitching import MaskFile, Work
@@ -71,7 +72,13 @@ def segment_one(
     results.refuse_another(storage.absolute(out), entry.slide_id, entry.uri, network.made_from(entry))
     with scratch_folder() as folder:
         cache = SlideCache(folder, shutil.disk_usage(folder).free)
-        return segment_slide(network, entry, storage.absolute(out), cache=cache)
+        try:
+            return segment_slide(network, entry, storage.absolute(out), cache=cache)
+        except PistoSegError as error:
+            if error.field != "mpp" or error.file != entry.uri:
+                raise
+            remedy = f"give um per level-0 px, {MIN_MPP:g} to {MAX_MPP:g}, as slide_mpp"  # not by a manifest's column
+            raise PistoSegError(error.reason, file=error.file, field="slide_mpp", remedy=remedy) from error
 
 
 def segment_slide(
@@ -99,7 +106,8 @@ def segment_slide(
     """
     clock, target = Clock(), results.slide_folder(out, entry.slide_id)
     made_from = network.made_from(entry)
-    with results.published(target) as (folder, scratch), network.prepared(entry, cache) as slide:
+    # The slide first: one that can't be opened leaves no folder behind.
+    with network.prepared(entry, cache) as slide, results.published(target) as (folder, scratch):
         clock.lap("prepare")
         if on_plan:
             on_plan(slide.plan.n_tiles)

@@ -54,7 +54,7 @@ def run(context: StageContext) -> dict[str, Any]:
     summary = _summary(patches, classes, listing, rejected)
     if config.data.label_holdout:
         summary |= _held_out_summary(context.folder, patches, classes)
-    for line in note_lines(_cut_notes(context)):
+    for line in note_lines(_cut_notes(context), classes):
         context.progress.say(f"warning: {line}")
     _judge(summary, config.data, classes, context)
     return summary

@@ -37,7 +37,10 @@ def run(context: StageContext) -> dict[str, Any]:
     if folder is None:
         named = unscored_folder(context.config)
         what = f"{named} has no img/ and mask/" if named else "there are no validation images (img/ and mask/)"
-        context.progress.say(f"warning: {what}: models will not be scored")
+        if context.config.data.label_holdout:
+            context.progress.say(f"{what}: models are scored by the labels of held-out images (data.label_holdout)")
+        else:
+            context.progress.say(f"warning: {what}: models will not be scored")
         return {"images": 0, "missing_images": [], "missing_masks": []}
     config = context.config
     return collect(

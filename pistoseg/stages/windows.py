@@ -59,7 +59,7 @@ def write_windows(slides: str, annotations: str, out: str, config: Config, *, wo
     report.rejected = [result for result in results if isinstance(result, Rejection)]
     if report.rejected:
         report.problems.append(f"{len(report.rejected)} slides failed and are not in the manifest")
-    report.warnings = warnings + note_lines([note for _, note in done])
+    report.warnings = warnings + note_lines([note for _, note in done], classes)
     report.sizes = {f"{config.data.window}x{config.data.window}": len(found)}
     count_windows(found, classes, report)
     if not found:
@@ -67,8 +67,11 @@ def write_windows(slides: str, annotations: str, out: str, config: Config, *, wo
         raise PistoSegError(
             "; ".join(["no window could be cut", *why[:_NAMED]]),
             file=annotations,
-            remedy="check the class names and the mpp, or cut smaller windows (--size, --stride)",
+            remedy=(report.rejected[0].remedy if report.rejected else "")
+            or "check the class names and the mpp, or cut smaller windows (--size, --stride)",
         )
+    unseen = [name for name, windows in report.by_class.items() if not windows]
+    report.warnings += [f"no window shows {name}: no model could learn it" for name in unseen]
     write_manifest(storage.absolute(out), [source for source, _ in done], classes)
     return report
 

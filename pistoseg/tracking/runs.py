@@ -243,9 +243,9 @@ class Tracker:
         if self.client is None or self.run_id is None:
             return
         run = self.run()
-        for stage in ("preliminary_evaluation", "evaluation"):
+        for stage in ("preliminary_evaluation", "evaluation", "label_scores"):
             if stage in artifacts:
-                prefix = "" if stage == "evaluation" else "preliminary_"
+                prefix = "preliminary_" if stage == "preliminary_evaluation" else ""
                 metrics = artifacts[stage].summary.get("metrics", {})
                 run.metrics({prefix + key: value for key, value in metrics.items()})
         if "precise" in artifacts and not self.parent:

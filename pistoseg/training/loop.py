@@ -176,7 +176,9 @@ class _Training:
         }
         last = epoch + 1 == self.config.epochs
         if self.task.validates and (last or (epoch + 1) % self.config.validate_every == 0):
+            self._say(epoch, self.job.steps, rows[-1]["loss"], ", validating")
             row |= self._validate()
+            self._say(epoch, self.job.steps, rows[-1]["loss"])
         row["seconds"] = time.monotonic() - started
         self.history.append(row)
         self._report(row)
@@ -246,11 +248,11 @@ class _Training:
                 torch.save(state, file)
             ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
-    def _say(self, epoch: int, step: int, loss: float) -> None:
+    def _say(self, epoch: int, step: int, loss: float, doing: str = "") -> None:
         if self.rank == 0:
             done = epoch * self.job.steps + step
             used = done * self.job.batch_size * self.world
-            self.job.progress.step.remote(done, used, f"epoch {epoch + 1}, loss {loss:.3f}")
+            self.job.progress.step.remote(done, used, f"epoch {epoch + 1}, loss {loss:.3f}{doing}")
 
     def _fail(self, batch: dict[str, Tensor], epoch: int, step: int, loss: float) -> None:
         own = bool(torch.isfinite(self.own_loss))

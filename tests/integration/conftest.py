@@ -17,7 +17,7 @@ from pistoseg.phantom import write_cohort
 
 SIZE = 64
 TRAIN_STAGES = [name for name in BY_NAME if name != "label_scores"]
-"""What `pistoseg train` may run; the scores by labels are a search's."""
+"""What `pistoseg train` may run beside validation images."""
 NETWORK = {
     "architecture": "unet",
     "encoder": "tu-mobilenetv3_small_050",

@@ -150,7 +150,7 @@ def test_only_the_stages_that_lead_to_the_targets_run():
     assert names("patches") == ["patches"]
     assert names("synthesis") == ["patches", "synthesis"]
     everything = names("evaluation", "preliminary_evaluation", precise__masks="refined_cnn", cams__method="sc_cam")
-    assert everything == [name for name in BY_NAME if name != "label_scores"], "which only a search asks for"
+    assert everything == [name for name in BY_NAME if name != "label_scores"], "which is for images that are held out"
     plain = names("evaluation", "preliminary_evaluation", precise__masks="refined_cam", cams__method="cam")
     assert plain == [name for name in everything if name != "subcategories"]
     unrefined = names("evaluation", precise__masks="cam")

@@ -8,6 +8,7 @@ from pistoseg import commands
 from pistoseg.artifacts import Artifact
 from pistoseg.config import load_config
 
+LABEL_REPORT = {"windows": 9, "label_iou": 0.625, "label_map": None, "by_class": {"TUM": 0.625, "STR": None}}
 REPORT = {"iou": {"TUM": 0.5}, "miou": 0.5, "fwiou": 0.5, "images": 3, "complete": True}
 
 
@@ -17,17 +18,23 @@ def trained(tmp_path, monkeypatch, capsys):
 
     def train(images, *overrides):
         root = tmp_path / ("a long name, " * 8)
+        data = tmp_path / f"data {images}"
+        for folder in ("img", "mask") if images else ("",):
+            (data / "validation" / folder).mkdir(parents=True, exist_ok=True)
+            (data / "validation" / folder / "a.png").touch()
 
         def run(config, place, targets):
             summaries = {stage: {"images": images, "report": REPORT} for stage in targets}
             summaries |= {"validation": {"images": images}, "precise": {"metrics": {}}}
+            if "label_scores" in targets:
+                summaries |= {"patches": {"held_out": {"images": 7}}, "label_scores": {"report": LABEL_REPORT}}
             return {
                 stage: Artifact(stage, "f" * 16, f"{root}/{stage}/{'f' * 16}", {"summary": summary})
                 for stage, summary in summaries.items()
             }
 
         monkeypatch.setattr(commands, "_run", run)
-        commands.train(load_config("glas", overrides=list(overrides)), str(root))
+        commands.train(load_config("glas", overrides=[f"data.uri={data}", *overrides]), str(root))
         return capsys.readouterr().out.splitlines()
 
     return train
@@ -57,4 +64,14 @@ def test_a_training_without_validation_images_names_no_files_of_scores_and_says_
     (reason,) = (line for line in lines if line.startswith("not scored: "))
     assert "img/ and mask/" in reason
     assert "data.label_holdout" in reason
-    assert not any("label_holdout" in line for line in trained(0, "data.label_holdout=0.1"))
+
+
+def test_a_training_without_validation_images_scores_by_the_labels_of_images_that_are_held_out(trained):
+    lines = trained(0, "data.label_holdout=0.1")
+    assert not any("not scored" in line for line in lines)
+    assert f"  label_scores/{'f' * 16}/  label_scores.json windows/" in lines
+    text = " ".join("\n".join(lines).split())
+    assert "by labels of 7 held-out images" in text
+    assert "TUM │ 0.625" in text
+    assert "STR │ -" in text
+    assert not any("held-out" in line or "label_scores" in line for line in trained(3, "data.label_holdout=0.1"))

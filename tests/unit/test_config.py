@@ -265,6 +265,18 @@ def test_the_problems_of_a_file_of_classes_are_listed_under_its_name(tmp_path, c
         assert all(line.startswith(f"  {says}") for line, says in zip(lines, problems, strict=True))
 
 
+def test_rules_about_several_keys_are_reported_beside_unknown_keys(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("preset: glas\nsynthesis: {alpha: 0.9, alfa: 1, beta: 0.8}\nprecise: {lrr: 1}\nsed: 1")
+    with pytest.raises(PistoSegError) as caught:
+        load_config(file=str(file))
+    title, *lines = caught.value.reason.splitlines()
+    assert title.startswith(f"{len(lines)} problem(s)")
+    assert len(set(lines)) == len(lines)
+    for says in ("synthesis.alfa: unknown key", "precise.lrr: unknown key", "sed: unknown key", "less than beta"):
+        assert any(says in line for line in lines), says
+
+
 def test_a_file_of_classes_that_is_not_there_is_named(tmp_path):
     file = tmp_path / "classes.yam"
     with pytest.raises(PistoSegError, match=r"classes\.yam: does not exist\. Remedy: give the path") as caught:

@@ -53,6 +53,15 @@ def test_a_good_data_set_is_counted_and_passes(tmp_path):
     }
 
 
+@pytest.mark.parametrize(
+    ("share", "scored"), [(0, "not scored"), (0.2, "scored by the labels of held-out images only")]
+)
+def test_without_masks_a_check_says_what_models_will_be_scored_by(tmp_path, share, scored):
+    put(tmp_path, "training/a[1, 0, 0].png")
+    said = f"there are no images with masks (img/ and mask/): models will be {scored}"
+    assert said in run(tmp_path, label_holdout=share).warnings
+
+
 def test_images_beside_a_split_are_checked_as_they_are_trained_on(tmp_path):
     write_good(tmp_path)
     for file in (tmp_path / "training").iterdir():

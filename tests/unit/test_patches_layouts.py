@@ -131,6 +131,11 @@ def test_a_split_without_masks_is_none_to_score_on_and_a_given_one_is_an_error(t
     context = SimpleNamespace(config=config, progress=SimpleNamespace(say=said.append))
     assert validation.run(context)["images"] == 0
     assert said == [f"warning: {tmp_path}/val has no img/ and mask/: models will not be scored"]
+    context.config = config_of(tmp_path, label_holdout=0.1)
+    validation.run(context)
+    assert said[1] == (
+        f"{tmp_path}/val has no img/ and mask/: models are scored by the labels of held-out images (data.label_holdout)"
+    )
     assert validation_digest(config) == ""
     with pytest.raises(PistoSegError, match="no img/ and mask/"):
         scan_evaluation(validation_folder(config_of(tmp_path, validation=tmp_path / "val")))
@@ -319,6 +324,8 @@ def test_a_bad_row_is_rejected_with_its_line_and_the_others_are_kept(tmp_path, r
     assert rejection.field == field
     assert says in rejection.reason
     assert rejection.remedy
+    if "gone" in row:
+        assert f"relative paths start at {tmp_path}" in rejection.remedy
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from pistoseg import storage
 from pistoseg.cli import main
 from pistoseg.config import DataConfig, ScaleConfig, load_config
 from pistoseg.errors import PistoSegError
+from pistoseg.outputs.pictures import sheet
 from pistoseg.patches.annotations import read_annotations
 from pistoseg.patches.check import _read_crop, check
 from pistoseg.patches.crops import crops, ingest_slide
@@ -419,6 +420,18 @@ def test_a_slide_that_cannot_be_opened_rejects_each_of_its_windows_with_the_reas
     assert all("is no slide" in item.reason for item in rows.rejected)
 
 
+def test_a_slide_that_is_not_there_says_where_the_manifests_paths_start(tmp_path):
+    uri = manifest(tmp_path, "slides/a.tif,0,0,50,50,1,0,0", "../b.tif,0,0,50,50,1,0,0", "/c.tif,0,0,50,50,1,0,0")
+    rows = [read(source, 0.5) for source in scan_slides(uri, CLASSES).slides]
+    remedies = {row.rejected[0].name: row.rejected[0].remedy for row in rows}
+    start, end = "relative paths start at the manifest's folder", ": keep it there, or write absolute paths"
+    assert remedies == {
+        "row 2 (slides/a.tif/0-0-50x50)": f"{start} {tmp_path}/{end}",
+        "row 3 (../b.tif/0-0-50x50)": start + end,
+        "row 4 (/c.tif/0-0-50x50)": "check the path",
+    }
+
+
 def test_a_damaged_place_costs_only_the_windows_on_it_and_the_slide_is_opened_again():
     opened = []
 
@@ -556,6 +569,23 @@ def test_a_manifest_is_checked_window_by_window(tmp_path):
     assert len(report.pictures) == 3
 
 
+def test_sheets_name_the_slide_of_a_window_and_the_file_of_an_image(tmp_path, monkeypatch):
+    titles = []
+
+    def noted(rows, *args, **kwargs):
+        titles.extend(panel.title for row in rows for panel in row)
+        return sheet(rows, *args, **kwargs)
+
+    monkeypatch.setattr("pistoseg.patches.check.sheet", noted)
+    (tmp_path / "slides").mkdir()
+    write_tiff(tmp_path / "slides" / "a.tif", texture(64, 64))
+    uri = manifest(tmp_path, "slides/a.tif,4,0,50,50,1,0,0")
+    check(uri, CLASSES, DataConfig(), out=str(tmp_path / "out"), opener=SlideOpener(0.5))
+    put(tmp_path, "data/training/b[1, 0, 0].png")
+    check(str(tmp_path / "data"), CLASSES, DataConfig(), out=str(tmp_path / "out"))
+    assert titles == ["a/4-0-50x50", "b[1, 0, 0].png"]
+
+
 def test_of_a_checked_window_the_pixels_are_not_kept_but_read_again(tmp_path):
     write_tiff(tmp_path / "a.tif", texture(64, 64))
     source = SlideSource("a.tif", str(tmp_path / "a.tif"), 0.5, (Window(0, 0, 50, 40, (1, 0, 0)),))
@@ -592,7 +622,29 @@ def test_windows_of_annotated_slides_are_written_as_a_manifest(tmp_path):
     text = "\n".join(report.warnings)
     assert "1 slides have no annotations: c" in text
     assert "1 GeoJSON files belong to no slide: other.geojson" in text
-    assert "1 polygons are of 'Fold', which is no class of the config" in text
+    assert "1 polygons are of 'Fold', which is no class of the config, in 1 slides, e.g. a: left out; " in text
+    assert "name them gland or stroma or background in QuPath" in text
+    assert report.to_text().endswith("not fit for use as it is")
+
+
+def test_a_class_without_any_window_is_said_and_warnings_are_counted_at_the_end(tmp_path):
+    write_tiff(tmp_path / "a.tif", texture(256, 256))
+    box = shapely.box(0, 0, 200, 200)
+    uri = geojson(tmp_path, feature(box, "gland"), feature(box, "Strom"), name="whatever.geojson")
+    config = load_config("glas", overrides=["scale={mpp: 1.0}", "data.window=50"])
+    report = write_windows(str(tmp_path / "a.tif"), uri, str(tmp_path / "w.csv"), config)
+    (unknown, unseen) = report.warnings
+    assert "in 1 slides, e.g. a: left out; did you mean stroma?; " in unknown
+    assert unseen == "no window shows stroma: no model could learn it"
+    assert report.to_text().endswith("fit for use, 2 warnings")
+
+
+def test_where_no_window_can_be_cut_the_remedy_is_that_of_the_first_slide_that_failed(tmp_path):
+    write_tiff(tmp_path / "a.tif", texture(256, 256))
+    uri = put(tmp_path, "whatever.geojson", b"{")
+    with pytest.raises(PistoSegError, match="is not valid JSON") as caught:
+        write_windows(str(tmp_path / "a.tif"), uri, str(tmp_path / "w.csv"), load_config("glas"))
+    assert "File > Export objects as GeoJSON" in caught.value.remedy
 
 
 def test_annotations_that_give_no_window_are_an_error_that_says_why(tmp_path):

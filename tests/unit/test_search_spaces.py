@@ -97,6 +97,28 @@ def test_an_own_setting_between_whole_numbers_is_no_point_of_a_range_of_whole_nu
         assert read_space(uri, config).point_of(config) == point
 
 
+def test_what_of_an_own_setting_lies_outside_of_a_space_is_said_and_the_rest_is_shown(tmp_path):
+    crops = [{"synthesis.n_h": 7, "synthesis.crop_height": 32}, {"synthesis.n_h": 14, "synthesis.crop_height": 16}]
+    parameters = {
+        "crops": {"options": crops},
+        "precise.lr": {"low": 1e-5, "high": 1e-2},
+        "synthesis.rotate": {"low": 0, "high": 90},
+        "synthesis.class_sampling.tumor": {"low": 0.5, "high": 2.0},
+    }
+    settings = ("synthesis.n_h=4", "synthesis.crop_height=56", "precise.lr=0.5", "synthesis.rotate=9")
+    config = config_of("wsss4luad", *settings, "synthesis.class_sampling=natural")
+    space = read_space(space_file(tmp_path, parameters), config)
+    assert space.place_of(config) == (
+        {"synthesis.rotate": 9},
+        [
+            "crops has no option with n_h=4, crop_height=56",
+            "precise.lr can't be 0.5",
+            "synthesis.class_sampling.tumor can't be nothing",
+        ],
+    )
+    assert space.point_of(config) is None
+
+
 def test_a_parameter_has_its_whole_range_where_the_one_that_it_must_exceed_does_not_count(tmp_path):
     parameters = {
         "synthesis.strategy": {"values": ["mosaic", "cutmix"]},

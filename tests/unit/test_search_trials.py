@@ -902,6 +902,23 @@ def test_a_dry_run_of_a_search_refuses_data_without_usable_labels(tmp_path, caps
     assert not (tmp_path / "w").exists()
 
 
+def test_a_dry_run_of_a_search_keeps_options_apart_and_says_why_the_own_setting_is_none(tmp_path, capsys):
+    put(tmp_path, "training/a.png")
+    put(tmp_path, "training/patches.csv", b"image,gland,stroma\na.png,1,0\n")
+    crops = [{"synthesis.n_h": 7, "synthesis.crop_height": 32}, {"synthesis.n_h": 14, "synthesis.crop_height": 16}]
+    parameters = {"crops": {"options": crops}}
+    space = put(tmp_path, "space.yaml", yaml.safe_dump({"parameters": parameters}, sort_keys=False).encode())
+    arguments = ["search", "--space", space, "--dry-run", "--data", str(tmp_path), "--preset", "glas"]
+    assert main([*arguments, "--set", "synthesis.n_h=4", "--set", "synthesis.crop_height=56"]) == 0
+    said = capsys.readouterr().out
+    for option in ("(n_h=7, crop_height=32)", "(n_h=14, crop_height=16)"):
+        assert all(part in said for part in option.split())
+    own = "crops has no option with n_h=4, crop_height=56"
+    assert f"the config's own setting is outside of the space: {own}" in " ".join(said.split())
+    assert main([*arguments, "--set", "synthesis.n_h=7", "--set", "synthesis.crop_height=32"]) == 0
+    assert "outside" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["../../x", "/etc/x", "a/b", "a\\b", "..", "."])
 def test_a_name_of_a_search_that_is_a_path_is_refused(tmp_path, capsys, name):
     arguments = ["search", "--space", "losses", "--dry-run", "--data", str(tmp_path), "--preset", "demo"]

@@ -104,8 +104,17 @@ def test_settings_that_no_slide_can_be_segmented_with_are_refused_by_name(model,
 
 def test_a_slides_pixel_size_of_0_is_refused_and_not_taken_for_none(model, tmp_path):
     write_tiff(tmp_path / "a.tif", texture(100, 100), mpp=(1.0, 1.0))
-    with pytest.raises(PistoSegError, match="mpp: 0 um/px is no pixel size"):
+    with pytest.raises(PistoSegError, match=r"slide_mpp: 0 um/px is no pixel size.*as slide_mpp"):
         bundle.load(model, "cpu").segment_slide(tmp_path / "a.tif", tmp_path / "out", slide_mpp=0.0, mpp=1.0)
+
+
+def test_python_is_told_of_its_argument_where_a_slide_says_no_pixel_size_and_nothing_is_written(model, tmp_path):
+    write_tiff(tmp_path / "a.tif", texture(100, 100), mpp=None)
+    with pytest.raises(PistoSegError, match="neither a believable pixel size") as caught:
+        bundle.load(model, "cpu").segment_slide(tmp_path / "a.tif", tmp_path / "out", mpp=1.0)
+    assert (caught.value.file, caught.value.field) == (str(tmp_path / "a.tif"), "slide_mpp")
+    assert caught.value.remedy == "give um per level-0 px, 0.01 to 100, as slide_mpp"
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("slide_id", ["case/1", ".", "..", "../../data", "a\\b", "x" * 231, "a "])

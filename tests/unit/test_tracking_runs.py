@@ -6,7 +6,7 @@ import shutil
 import pytest
 from mlflow.tracking import MlflowClient
 
-from pistoseg.artifacts import Workspace
+from pistoseg.artifacts import Artifact, Workspace
 from pistoseg.config import TrackingConfig, load_config
 from pistoseg.tracking import Tracker, batch_run
 
@@ -42,6 +42,19 @@ def runs_of(workspace, experiment="pistoseg"):
     client = MlflowClient(f"sqlite:///{workspace.root}/mlflow.db")
     found = client.get_experiment_by_name(experiment)
     return {run.info.run_name: run for run in client.search_runs([found.experiment_id])}
+
+
+def test_a_pipelines_run_has_the_scores_of_its_models_by_masks_and_by_labels(workspace):
+    scores = {"preliminary_evaluation": {"miou": 0.25}, "evaluation": {"miou": 0.5}}
+    scores["label_scores"] = {"label_iou": 0.75}
+    artifacts = {
+        stage: Artifact(stage, "0" * 16, f"{workspace.root}/{stage}", {"summary": {"metrics": metrics}})
+        for stage, metrics in scores.items()
+    }
+    with Tracker.start(load_config("demo"), workspace, name="whole") as tracker:
+        tracker.finish(artifacts)
+    found = runs_of(workspace)["whole"].data.metrics
+    assert found == {"preliminary_miou": 0.25, "miou": 0.5, "label_iou": 0.75}
 
 
 def test_a_class_may_have_any_name_where_settings_name_it(workspace, capsys):

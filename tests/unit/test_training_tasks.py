@@ -132,6 +132,22 @@ def test_a_failure_names_the_batch_of_a_worker_whose_own_loss_is_not_finite(tmp_
     assert (tmp_path / "failed-batch-rank0.safetensors").exists()
 
 
+def test_a_training_says_when_it_validates_and_when_it_has(monkeypatch):
+    said = []
+    progress = SimpleNamespace(step=SimpleNamespace(remote=lambda *told: said.append(told)))
+    training = object.__new__(_Training)
+    training.job = SimpleNamespace(seed=0, steps=2, batch_size=3, progress=progress)
+    training.config, training.task = TrainingConfig(epochs=2), SimpleNamespace(validates=True)
+    training.rank, training.world, training.history = 0, 1, []
+    training.model, training.optimizer = torch.nn.Identity(), SimpleNamespace(param_groups=[])
+    monkeypatch.setattr(training, "_step", lambda *_: {"loss": 0.25})
+    monkeypatch.setattr(training, "_validate", lambda: said.append("validated") or {})
+    monkeypatch.setattr(training, "_report", lambda row: None)
+    assert training.run_epoch(1, iter([{}, {}]))
+    plain = "epoch 2, loss 0.250"
+    assert said == [(3, 9, plain), (4, 12, plain), (4, 12, f"{plain}, validating"), "validated", (4, 12, plain)]
+
+
 def test_learning_rates_follow_their_schedule():
     exponential = TrainingConfig(lr=0.1, lr_decay=0.5, epochs=3)
     assert [learning_rate(exponential, epoch, 7, 10) for epoch in range(3)] == pytest.approx([0.1, 0.05, 0.025])
