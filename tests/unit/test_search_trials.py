@@ -510,6 +510,32 @@ def test_the_best_model_is_the_champion_only_if_it_holds_on_fresh_seeds(
         assert again == (confirmation, version)
 
 
+def test_a_confirmation_that_holds_again_without_mlflow_keeps_the_champion_and_one_that_does_not_hold_does_not(
+    study_of, monkeypatch
+):
+    run, folder = study_of
+    gain = 0.1
+
+    def run_pipeline(config, *arguments, run_name, **options):
+        own = run_name.startswith("confirmation: own setting")
+        scores = {"miou": 0.5 + 0.001 * config.seed * (1 + own) + gain * (not own)}
+        return {"evaluation": SimpleNamespace(summary={"metrics": scores}), "precise": None}
+
+    def confirmation():
+        return json.loads((folder / "search.json").read_text())["confirmation"]
+
+    monkeypatch.setattr("pistoseg.search.study.run_pipeline", run_pipeline)
+    assert run().version is None
+    settings = json.loads((folder / "search.json").read_text())
+    settings["confirmation"]["version"] = "7"  # as a run with MLflow leaves it
+    (folder / "search.json").write_text(json.dumps(settings))
+    assert run().version == run(seeds=0).version == run(seeds=4).version == confirmation()["version"] == "7"
+    assert "version 7 of the model is the champion" in (folder / "report.md").read_text()
+    gain = -0.1
+    assert run().version is None
+    assert confirmation()["version"] is None
+
+
 @pytest.fixture
 def study_of(tmp_path, config, space, monkeypatch):
     """A search of which only the confirmation is left, without MLflow; a function that runs it, and its folder."""
