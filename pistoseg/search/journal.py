@@ -138,7 +138,7 @@ class Journal:
         """Write one trial."""
         self.check()
         self.records[record.number] = record
-        file = storage.join(self.folder, TRIALS, f"{record.number:05d}.json")
+        file = storage.join(self.folder, TRIALS, _file_name(record))
         storage.write_bytes(file, json.dumps(asdict(record), indent=1).encode())
 
     def start(self, point: dict[str, Any] | None, overrides: dict[str, Any]) -> TrialRecord:
@@ -182,11 +182,17 @@ def _comparable(identity: Any) -> Any:
     return identity | {"config": {section: values for section, values in config.items() if section != "storage"}}
 
 
+def _file_name(record: TrialRecord) -> str:
+    return f"{record.number:05d}.json"
+
+
 def _record(uri: str) -> TrialRecord:
     remedy = "delete that file and run again"  # a trial with its number is run anew
     values = _read(uri, remedy)
     try:
         record = TrialRecord(**values)
+        if storage.name(uri) != _file_name(record):  # it would take another's place
+            raise ValueError(f"is of trial {record.number}")
         record.curve = [(int(epoch), float(value)) for epoch, value in record.curve]
     except (TypeError, ValueError) as error:
         raise PistoSegError(f"is damaged: {error}", file=uri, remedy=remedy) from None

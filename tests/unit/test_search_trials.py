@@ -80,6 +80,17 @@ def test_a_damaged_journal_names_the_file(tmp_path, space, content):
         Journal.open(str(tmp_path), IDENTITY)
 
 
+@pytest.mark.parametrize(("name", "number"), [("00001", "1"), ("00001", 1.0), ("00001", 0), ("00001 (1)", 1)])
+def test_a_trial_whose_number_is_not_its_files_takes_no_others_place(tmp_path, space, name, number):
+    filled(tmp_path, space, [0.1, 0.2])
+    trials = tmp_path / "trials"
+    (trials / f"{name}.json").write_text(
+        json.dumps(json.loads((trials / "00001.json").read_text()) | {"number": number})
+    )
+    with pytest.raises(PistoSegError, match=r"00001.*\.json: is damaged: .* delete that file and run again"):
+        Journal.open(str(tmp_path), IDENTITY)
+
+
 @pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe\x00"])
 def test_a_damaged_search_is_no_reason_to_delete_what_says_which_search_its_trials_are_of(tmp_path, space, content):
     filled(tmp_path, space, [0.1])
