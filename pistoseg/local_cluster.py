@@ -308,8 +308,9 @@ def _require_writable(folder: Path, env_file: Path) -> None:
 
 def _without_proxy() -> dict[str, str]:
     """Variables by which clients come here directly, whatever proxy the environment names."""
-    hosts = (os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or "").split(",")
-    listed = ",".join([*filter(None, hosts), *([] if HOST in hosts else [HOST])])
+    named = ",".join(os.environ.get(name, "") for name in ("no_proxy", "NO_PROXY"))
+    hosts = dict.fromkeys(host for item in named.split(",") if (host := item.strip()))
+    listed = "*" if "*" in hosts else ",".join({**hosts, HOST: None})  # beside others, `*` counts for nothing
     return {"no_proxy": listed, "NO_PROXY": listed}  # where both are set, some read the one and some the other
 
 

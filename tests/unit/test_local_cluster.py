@@ -58,6 +58,24 @@ def test_its_s3_server_is_reached_past_a_proxy(monkeypatch, tmp_path):
     assert s3.environment() == variables
 
 
+@pytest.mark.parametrize(
+    ("lower", "upper", "expected"),
+    [
+        (None, None, "127.0.0.1"),
+        ("a.example", "b.example, a.example", "a.example,b.example,127.0.0.1"),
+        ("127.0.0.1,a.example", "", "127.0.0.1,a.example"),
+        ("*", "b.example", "*"),
+        ("a.example", "*", "*"),
+    ],
+)
+def test_hosts_that_no_proxy_leads_to_stay_so(monkeypatch, lower, upper, expected):
+    for name, value in (("no_proxy", lower), ("NO_PROXY", upper)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert local_cluster._without_proxy() == {"no_proxy": expected, "NO_PROXY": expected}
+
+
 class Refusing(BaseHTTPRequestHandler):
     """What an S3 server says to strangers."""
 
