@@ -289,14 +289,15 @@ def _serve(stack: ExitStack, nodes: int, cpus: int, folder: str | None, env_file
 
 def _require_writable(folder: Path, env_file: Path) -> None:
     """Make the folder of the buckets, and refuse places that can't be written before anything starts."""
-    path, field = folder, "--folder"
+    path, field = env_file, "--env-file"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-        path, field = env_file, "--env-file"
-        tempfile.TemporaryFile(dir=env_file.parent).close()
         if env_file.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if env_file.parent != folder:  # before a folder is made that a refusal would leave
+            tempfile.TemporaryFile(dir=env_file.parent).close()
+        path, field = folder, "--folder"
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise PistoSegError(
             f"can't be written ({error.strerror})",
