@@ -42,12 +42,13 @@ export MALLOC_ARENA_MAX="${MALLOC_ARENA_MAX:-1}"
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | awk 'NR == 1')
 address=$(srun --nodes=1 --ntasks=1 --nodelist="$head" hostname --ip-address | awk '{print $1}')
 # Where Ray does not start, `ray symmetric-run` says so and exits with 0: the command itself notes that it succeeded.
-notes=$(mktemp --directory)  # on the head: this script runs on the first node
+# On the head: this script runs on the first node, where the TMPDIR of the shell of `sbatch` may not be.
+notes=$(TMPDIR=/tmp mktemp --directory)
 trap 'rm -rf "$notes"' EXIT
 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --kill-on-bad-exit=1 \
     ray symmetric-run --address "$address:6379" --min-nodes "$SLURM_JOB_NUM_NODES" -- \
     bash -c '"$@" && touch "$0"' "$notes/done" env RAY_ADDRESS="$address:6379" python -m pistoseg "$@"
 if [ ! -e "$notes/done" ]; then
-    echo "pistoseg did not run to its end: see above why Ray did not start" >&2
+    echo "pistoseg did not run to its end: it was interrupted, or Ray did not start; see above" >&2
     exit 1
 fi

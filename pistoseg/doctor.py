@@ -368,48 +368,62 @@ def _nodes(nodes: list[dict[str, Any]]) -> Iterator[Finding]:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    ask = ray.remote(num_cpus=0, max_retries=0)(_node_facts)
+    ask, look = (ray.remote(num_cpus=0, max_retries=0)(task) for task in (_local_facts, _cuda_device))
     here = _local_facts()
-    answers = []
+    asked = []
     for node in nodes:
-        gpus = node["Resources"].get("GPU", 0)
-        strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        answers.append((node, ask.options(scheduling_strategy=strategy, num_gpus=min(gpus, 0.01)).remote(gpus > 0)))
-    _, silent = ray.wait([answer for _, answer in answers], num_returns=len(answers), timeout=NODE_S)
-    for node, answer in answers:
+        strategy, gpus = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False), node["Resources"].get("GPU", 0)
+        # Apart: a node whose GPUs are in use answers for the rest.
+        answer = ask.options(scheduling_strategy=strategy).remote()
+        seen = look.options(scheduling_strategy=strategy, num_gpus=min(gpus, 0.01)).remote() if gpus else None
+        asked.append((node, answer, seen))
+    answers = [item for _, *both in asked for item in both if item is not None]
+    _, silent = ray.wait(answers, num_returns=len(answers), timeout=NODE_S)
+    for node, answer, seen in asked:
         name = f"node {node['NodeManagerHostname']}"
         if answer in silent:
-            yield _silent(name, node["Resources"].get("GPU", 0) > 0)
+            yield Finding(name, "failed", f"no answer within {NODE_S:g} s", "look at the node's logs")
             continue
         try:
             facts = ray.get(answer)
+            device = "" if seen is None or seen in silent else ray.get(seen)
         except ray.exceptions.RayError as error:
             yield Finding(
                 name, "failed", first_line(error), "look at the node's logs; are PistoSeg and its packages there?"
             )
             continue
-        known = here["versions"]
-        other = {key: found for key, found in facts["versions"].items() if _public(found) != _public(known[key])}
-        if facts["python"] != here["python"]:
-            other["python"] = facts["python"]
-        if other:
-            text = ", ".join(f"{key} {found}" for key, found in other.items())
-            yield Finding(name, "failed", f"has {text}, unlike this machine", "use one image, or one lock file, on all")
-        elif facts["cuda"] is False:
-            yield Finding(name, "failed", "Ray counts GPUs on it, torch sees none", "install a driver for torch's CUDA")
-        else:
-            resources = node["Resources"]
-            text = f"{resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs, versions as here"
-            yield Finding(name, "ok", f"{text}{', ' + facts['device'] if facts['device'] else ''}")
+        yield _node(name, node["Resources"], facts, here, device, busy=seen in silent)
         if len(nodes) > 1 or facts["host"] != here["host"]:  # else it is this machine's, which was shown
             yield from _disk(name, facts)
 
 
-def _silent(name: str, has_gpu: bool) -> Finding:
-    text = f"no answer within {NODE_S:g} s"
-    if has_gpu:
-        return Finding(name, "warning", f"{text}: its GPUs may be in use", "ask again when the runs on it have ended")
-    return Finding(name, "failed", text, "look at the node's logs")
+def _node(
+    name: str, resources: dict[str, float], facts: dict[str, Any], here: dict[str, Any], device: str | None, busy: bool
+) -> Finding:
+    """What a node that answered is like beside this machine.
+
+    Args:
+        name: of the line.
+        resources: of the node, as Ray counts them.
+        facts: of the node.
+        here: facts of this machine.
+        device: name of a GPU; empty where there is none or it did not answer, None where torch sees none.
+        busy: whether its GPUs did not answer.
+    """
+    known = here["versions"]
+    other = {key: found for key, found in facts["versions"].items() if _public(found) != _public(known[key])}
+    if facts["python"] != here["python"]:
+        other["python"] = facts["python"]
+    if other:
+        text = ", ".join(f"{key} {found}" for key, found in other.items())
+        return Finding(name, "failed", f"has {text}, unlike this machine", "use one image, or one lock file, on all")
+    if device is None:
+        return Finding(name, "failed", "Ray counts GPUs on it, torch sees none", "install a driver for torch's CUDA")
+    text = f"{resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs, versions as here"
+    if busy:
+        text = f"{text}; no answer of its GPUs within {NODE_S:g} s: they may be in use"
+        return Finding(name, "warning", text, "ask again when the runs on it have ended")
+    return Finding(name, "ok", f"{text}{', ' + device if device else ''}")
 
 
 def _public(version: str) -> str:
@@ -417,11 +431,8 @@ def _public(version: str) -> str:
     return version.partition("+")[0]
 
 
-def _node_facts(has_gpu: bool) -> dict[str, Any]:
-    facts = _local_facts() | {"cuda": None, "device": ""}
-    if has_gpu:
-        import torch
+def _cuda_device() -> str | None:
+    """Name of the GPU that torch sees, None where it sees none; runs in a Ray task."""
+    import torch
 
-        facts["cuda"] = torch.cuda.is_available()
-        facts["device"] = torch.cuda.get_device_name(0) if facts["cuda"] else ""
-    return facts
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None

@@ -289,14 +289,15 @@ def _serve(stack: ExitStack, nodes: int, cpus: int, folder: str | None, env_file
 
 def _require_writable(folder: Path, env_file: Path) -> None:
     """Make the folder of the buckets, and refuse places that can't be written before anything starts."""
-    path, field = folder, "--folder"
+    path, field = env_file, "--env-file"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-        path, field = env_file, "--env-file"
-        tempfile.TemporaryFile(dir=env_file.parent).close()
         if env_file.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if env_file.parent != folder:  # before a folder is made that a refusal would leave
+            tempfile.TemporaryFile(dir=env_file.parent).close()
+        path, field = folder, "--folder"
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise PistoSegError(
             f"can't be written ({error.strerror})",
@@ -308,8 +309,9 @@ def _require_writable(folder: Path, env_file: Path) -> None:
 
 def _without_proxy() -> dict[str, str]:
     """Variables by which clients come here directly, whatever proxy the environment names."""
-    hosts = (os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or "").split(",")
-    listed = ",".join([*filter(None, hosts), *([] if HOST in hosts else [HOST])])
+    named = ",".join(os.environ.get(name, "") for name in ("no_proxy", "NO_PROXY"))
+    hosts = dict.fromkeys(host for item in named.split(",") if (host := item.strip()))
+    listed = "*" if "*" in hosts else ",".join({**hosts, HOST: None})  # beside others, `*` counts for nothing
     return {"no_proxy": listed, "NO_PROXY": listed}  # where both are set, some read the one and some the other
 
 

@@ -155,7 +155,9 @@ def _head_ip(address: str) -> str:
 
     _client(address)  # which says what is wrong where nobody answers
     try:
-        (head,) = list_nodes(address, filters=[("is_head_node", "=", True)])
+        # A filter by state would fail beside any dead node: Ray takes what it leaves out for missing.
+        heads = list_nodes(address, filters=[("is_head_node", "=", True)])
+        (head,) = (node for node in heads if node.state == "ALIVE")
     except (RayStateApiException, OSError, RuntimeError, ValueError) as error:
         raise PistoSegError(
             f"does not say where its head is ({first_line(error)})",

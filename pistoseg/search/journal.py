@@ -120,7 +120,7 @@ class Journal:
                 raise PistoSegError(f"holds trials of a search whose {SEARCH} is gone", file=folder, remedy=remedy)
             return None
         found = _read(file, remedy)
-        if found.get("identity") != settings["identity"]:
+        if _comparable(found.get("identity")) != _comparable(settings["identity"]):
             raise PistoSegError(
                 "holds a search of other settings, another space or another score",
                 file=folder,
@@ -138,7 +138,7 @@ class Journal:
         """Write one trial."""
         self.check()
         self.records[record.number] = record
-        file = storage.join(self.folder, TRIALS, f"{record.number:05d}.json")
+        file = storage.join(self.folder, TRIALS, _file_name(record))
         storage.write_bytes(file, json.dumps(asdict(record), indent=1).encode())
 
     def start(self, point: dict[str, Any] | None, overrides: dict[str, Any]) -> TrialRecord:
@@ -175,11 +175,24 @@ def _trial_files(folder: str) -> list[str]:
     return [item for item in found if storage.name(item).endswith(".json") and not storage.name(item).startswith(".")]
 
 
+def _comparable(identity: Any) -> Any:
+    """What decides whether a search is another: not the way to its storage, which journals of before say, too."""
+    if not isinstance(identity, dict) or not isinstance(config := identity.get("config"), dict):
+        return identity
+    return identity | {"config": {section: values for section, values in config.items() if section != "storage"}}
+
+
+def _file_name(record: TrialRecord) -> str:
+    return f"{record.number:05d}.json"
+
+
 def _record(uri: str) -> TrialRecord:
     remedy = "delete that file and run again"  # a trial with its number is run anew
     values = _read(uri, remedy)
     try:
         record = TrialRecord(**values)
+        if storage.name(uri) != _file_name(record):  # it would take another's place
+            raise ValueError(f"is of trial {record.number}")
         record.curve = [(int(epoch), float(value)) for epoch, value in record.curve]
     except (TypeError, ValueError) as error:
         raise PistoSegError(f"is damaged: {error}", file=uri, remedy=remedy) from None

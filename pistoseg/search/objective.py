@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from pistoseg.artifacts import Artifact
 from pistoseg.config import Config
@@ -14,6 +14,9 @@ from pistoseg.search.ablation import with_overrides
 
 LABEL_HOLDOUT = 0.2
 """Share of the images that is held out where labels are the only judge and the config holds none out."""
+
+LAST_EPOCH = {"preliminary.keep": "last", "precise.keep": "last"}
+"""Of trainings that are scored by labels beside masks: these would choose the best epoch."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,11 @@ class Objective:
     def of_epoch(self) -> str:
         """The score that trainings report after an epoch."""
         return "validation_miou" if self.masks else "validation_label_iou"
+
+    @property
+    def settled(self) -> Mapping[str, Any]:
+        """What it sets, and no trial may set otherwise, by `section.key`."""
+        return LAST_EPOCH if self.kind == "labels" and self.masks else {}
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -81,6 +89,5 @@ def choose(kind: Literal["auto", "miou", "labels"], config: Config) -> tuple[Obj
     chosen: Literal["miou", "labels"] = "miou" if kind != "labels" and masks else "labels"
     if chosen == "labels" and not config.data.label_holdout:
         config = with_overrides(config, {"data.label_holdout": LABEL_HOLDOUT})
-    if chosen == "labels" and masks:
-        config = with_overrides(config, {"preliminary.keep": "last", "precise.keep": "last"})
-    return Objective(chosen, masks, config.data.label_holdout > 0), config
+    objective = Objective(chosen, masks, config.data.label_holdout > 0)
+    return objective, with_overrides(config, objective.settled)

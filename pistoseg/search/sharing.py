@@ -17,6 +17,7 @@ from pistoseg.search.spaces import Parameter, Point, Space
 
 POINTS = 12
 """Points that are looked at for the space, and again for each of its parameters."""
+SETTLED = "trainings keep their last epoch: the best one would be chosen by the masks"
 COMPARED = ("preliminary", "precise")
 """Networks whose epochs can be compared: both segment, and are validated alike."""
 
@@ -44,13 +45,14 @@ def analyse(space: Space, config: Config, objective: Objective, seed: int = 0) -
     """Look at some points of a space.
 
     Returns:
-        The space without the parameters that change nothing, and what the trials share.
+        The space without the parameters that change nothing or what the objective settles, and what the trials share.
     Raises:
         PistoSegError: points are refused by the config, or nothing is left that varies.
     """
     rng = random.Random(seed)
     for _ in range(POINTS):
         _configured(space, space.draw(rng), config)
+    space = space.without({item.name: SETTLED for item in space.parameters if set(item.keys) & set(objective.settled)})
     dead = {
         item.name: f"with these settings it does not change the model ({', '.join(objective.targets)})"
         for item in space.parameters

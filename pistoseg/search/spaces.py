@@ -53,6 +53,11 @@ class Parameter:
     above: str | None = None
     when: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """What it sets, by `section.key`."""
+        return tuple(dict.fromkeys(key for sets in self.options.values() for key in sets)) or (self.name,)
+
     def active(self, point: Mapping[str, Any]) -> bool:
         """Whether it counts beside the values that a point has so far."""
         return all(point.get(name) in labels for name, labels in self.when.items())

@@ -411,14 +411,16 @@ def _confirm(
     confirmation = Confirmation(
         seeds, tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs), tuple(problems)
     )
-    kept = confirmation.to_json() | {"setting": best.key}
+    # What an earlier run registered of this setting is the champion still, also where MLflow is away or off now.
+    known = _confirmed(journal)[1] if confirmation.holds else None
+    kept = confirmation.to_json() | {"setting": best.key, "version": known}
     journal.update(confirmation=kept)
     if not confirmation.holds or not models:
         return confirmation, None
     version = tracker.register(models[0], {"pistoseg.search": search.name})
     if version is None or tracker.client is None:
-        return confirmation, None
-    version = tracker.guard(_promote, tracker.client, search.config.tracking.model, version)
+        return confirmation, known
+    version = tracker.guard(_promote, tracker.client, search.config.tracking.model, version) or known
     journal.update(confirmation=kept | {"version": version})
     return confirmation, version
 

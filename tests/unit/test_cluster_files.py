@@ -215,6 +215,7 @@ def test_the_slurm_script_is_a_script(tmp_path):
 PROGRAMS = {
     "scontrol": "seq --format=node%g 99999",
     "hostname": "echo 10.0.0.1",
+    "mktemp": 'set -o pipefail; command -p mktemp "$@" | tee "$MADE"',
     "srun": 'while [[ "$1" == --* ]]; do shift; done; exec "$@"',
     "python": 'if [ "$1" = -c ]; then echo token; else echo "ran $*"; exit "$CODE"; fi',
     "ray": 'if [ "$STARTS" = no ]; then exit 0; fi; while [ "$1" != -- ]; do shift; done; shift; "$@"',
@@ -229,14 +230,15 @@ def test_a_slurm_job_ends_with_its_commands_code_and_never_well_without_it(tmp_p
         (tmp_path / name).chmod(0o755)
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "activate").write_text(f"PATH={tmp_path}:$PATH\n")
-    (tmp_path / "tmp").mkdir()
-    environment = {"PATH": os.environ["PATH"], "PISTOSEG_VENV": str(tmp_path), "TMPDIR": str(tmp_path / "tmp")}
+    made = tmp_path / "made"
+    environment = {"PATH": os.environ["PATH"], "PISTOSEG_VENV": str(tmp_path), "MADE": str(made)}
+    environment["TMPDIR"] = str(tmp_path / "gone")  # that of a session elsewhere
     environment |= {"STARTS": starts, "CODE": str(code), "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2"}
     command = ["bash", FOLDER / "slurm.sh", "segment", "--slides", "a folder"]
     call = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert call.returncode == expected, call.stderr
     assert ("ran -m pistoseg segment --slides a folder" in call.stdout) == (starts == "yes")
-    assert list((tmp_path / "tmp").iterdir()) == []
+    assert not Path(made.read_text().strip()).exists()
 
 
 def test_the_image_is_made_from_the_lock_and_does_not_run_as_root():

@@ -150,46 +150,61 @@ def test_whatever_goes_wrong_is_a_finding_and_the_rest_is_looked_at(monkeypatch,
 
 
 class Nodes:
-    """Stands in for Ray: each node's name is its answer; one whose facts are None does not answer."""
+    """Stands in for Ray: an answer is a node's name and the share of a GPU that it takes."""
 
-    def __init__(self, monkeypatch, **answers):
-        self.answers = answers
+    def __init__(self, monkeypatch, gpu_answers=(), **answers):
+        self.answers = {(name, 0): facts for name, facts in answers.items()}
+        self.answers |= {(name, 0.01): device for name, device in dict(gpu_answers).items()}
         monkeypatch.setattr("ray.remote", lambda **_: lambda task: self)
-        monkeypatch.setattr("ray.get", lambda name, **_: self.answers[name])
+        monkeypatch.setattr("ray.get", lambda answer, **_: self.answers[answer])
         monkeypatch.setattr("ray.wait", self.wait)
 
-    def options(self, scheduling_strategy, **_):
-        return SimpleNamespace(remote=lambda has_gpu: scheduling_strategy.node_id[0])
+    def options(self, scheduling_strategy, num_gpus=0):
+        return SimpleNamespace(remote=lambda: (scheduling_strategy.node_id[0], num_gpus))
 
-    def wait(self, names, num_returns, timeout):
-        assert (num_returns, timeout) == (len(names), doctor.NODE_S)
-        answered = [name for name in names if self.answers[name]]
-        return answered, [name for name in names if name not in answered]
+    def wait(self, asked, num_returns, timeout):
+        assert (num_returns, timeout) == (len(asked), doctor.NODE_S)
+        silent = [answer for answer in asked if self.answers[answer] == SILENT]
+        return [answer for answer in asked if answer not in silent], silent
 
-    def look(self, gpus=0):
-        resources = {"CPU": 4, "GPU": gpus} if gpus else {"CPU": 4}
-        nodes = [{"NodeID": name * 56, "NodeManagerHostname": name, "Resources": resources} for name in self.answers]
-        return list(doctor._nodes(nodes))
+    def look(self):
+        nodes = []
+        for name in dict.fromkeys(name for name, _ in self.answers):
+            resources = {"CPU": 4, "GPU": 2} if (name, 0.01) in self.answers else {"CPU": 4}
+            nodes.append({"NodeID": name * 56, "NodeManagerHostname": name, "Resources": resources})
+        return [found for found in doctor._nodes(nodes) if found.what.startswith("node")]
+
+
+SILENT = "silent"
 
 
 def node_facts(**versions):
-    facts = doctor._local_facts() | {"cuda": None, "device": "", "disk": 1e12}
+    facts = doctor._local_facts() | {"disk": 1e12}
     return facts | {"versions": facts["versions"] | versions}
 
 
 def test_nodes_may_have_another_build_of_a_version_but_no_other_version(monkeypatch):
     torch = doctor.version("torch").partition("+")[0]
     nodes = Nodes(monkeypatch, a=node_facts(torch=f"{torch}+other"), b=node_facts(torch="2.0.1+other"))
-    found = {item.what: item for item in nodes.look() if item.what.startswith("node")}
+    found = {item.what: item for item in nodes.look()}
     assert {name: item.status for name, item in found.items()} == {"node a": "ok", "node b": "failed"}
     assert "has torch 2.0.1+other, unlike this machine" in found["node b"].detail
 
 
-@pytest.mark.parametrize(("gpus", "status"), [(0, "failed"), (1, "warning")])
-def test_all_nodes_are_waited_for_at_once_and_one_whose_gpus_may_be_busy_is_a_warning(monkeypatch, gpus, status):
-    found = Nodes(monkeypatch, a=None, b=node_facts(), c=None).look(gpus)
-    assert [item.status for item in found if item.what.startswith("node")] == [status, "ok", status]
-    assert ("GPUs may be in use" in found[0].detail) == bool(gpus)
+def test_all_nodes_are_waited_for_at_once_and_one_whose_gpus_alone_are_silent_is_a_warning(monkeypatch):
+    gpus = {"b": SILENT, "c": SILENT, "d": "H200", "e": None}
+    facts = {"a": SILENT, "b": SILENT} | dict.fromkeys("cde", node_facts())
+    found = Nodes(monkeypatch, gpus, **facts).look()
+    assert [item.status for item in found] == ["failed", "failed", "warning", "ok", "failed"]
+    assert [item.detail.startswith("no answer within") for item in found] == [True, True, False, False, False]
+    assert "2 GPUs, versions as here; no answer of its GPUs" in found[2].detail
+    assert found[3].detail.endswith("H200")
+    assert "torch sees none" in found[4].detail
+
+
+def test_a_node_of_another_version_fails_also_while_its_gpus_are_in_use(monkeypatch):
+    (found,) = Nodes(monkeypatch, {"a": SILENT}, a=node_facts(torch="2.0.1")).look()
+    assert (found.status, "has torch 2.0.1" in found.detail) == ("failed", True)
 
 
 @pytest.mark.parametrize(("status", "code"), [("ok", 0), ("warning", 0), ("failed", 1)])

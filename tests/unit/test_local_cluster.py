@@ -39,7 +39,15 @@ def test_places_that_can_not_be_written_are_refused_before_anything_starts(
     (tmp_path / "folder").mkdir()
     assert main(["cluster", "local", option, value]) == 2
     assert f"pistoseg: {tmp_path / value}: {option}: can't be written (" in capsys.readouterr().err
+    if option == "--env-file":
+        assert main(["cluster", "local", "--folder", "new/one", option, value]) == 2
+        assert f"{tmp_path / value}: {option}: can't be written (" in capsys.readouterr().err
     assert sorted(item.name for item in tmp_path.rglob("*")) == ["file", "folder"]
+
+
+def test_the_variables_may_go_into_a_folder_of_the_buckets_that_is_not_there_yet(tmp_path):
+    local_cluster._require_writable(tmp_path / "new", tmp_path / "new" / "env.sh")
+    assert (tmp_path / "new").is_dir()
 
 
 def test_its_s3_server_is_reached_past_a_proxy(monkeypatch, tmp_path):
@@ -56,6 +64,24 @@ def test_its_s3_server_is_reached_past_a_proxy(monkeypatch, tmp_path):
     assert variables["no_proxy"] == variables["NO_PROXY"] == "intern.example,127.0.0.1"
     monkeypatch.setenv("no_proxy", variables["no_proxy"])
     assert s3.environment() == variables
+
+
+@pytest.mark.parametrize(
+    ("lower", "upper", "expected"),
+    [
+        (None, None, "127.0.0.1"),
+        ("a.example", "b.example, a.example", "a.example,b.example,127.0.0.1"),
+        ("127.0.0.1,a.example", "", "127.0.0.1,a.example"),
+        ("*", "b.example", "*"),
+        ("a.example", "*", "*"),
+    ],
+)
+def test_hosts_that_no_proxy_leads_to_stay_so(monkeypatch, lower, upper, expected):
+    for name, value in (("no_proxy", lower), ("NO_PROXY", upper)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert local_cluster._without_proxy() == {"no_proxy": expected, "NO_PROXY": expected}
 
 
 class Refusing(BaseHTTPRequestHandler):

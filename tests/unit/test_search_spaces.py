@@ -310,6 +310,25 @@ def test_a_space_is_analysed_without_a_look_at_the_data(tmp_path):
     assert {"patches", "preliminary", "precise"} <= set(sharing.varied)
 
 
+@pytest.mark.parametrize("kind", ["labels", "miou"])
+def test_a_space_does_not_vary_what_a_search_by_labels_beside_masks_settles(tmp_path, kind):
+    config = config_of("wsss4luad", "precise.masks=pseudo", "data.label_holdout=0.2")
+    schedules = [{"preliminary.keep": keep, "preliminary.epochs": count} for keep, count in (("best", 9), ("last", 6))]
+    parameters = {
+        "precise.keep": {"values": ["best", "last"]},
+        "precise.lr_decay": {"low": 0.5, "high": 0.9, "when": {"precise.keep": "last"}},
+        "schedule": {"options": schedules},
+        "precise.loss": {"values": ["bce", "dice"]},
+    }
+    space = read_space(space_file(tmp_path, parameters), config)
+    space, _ = analyse(space, config, Objective(kind, masks=True, labels=True))
+    kept = [item.name for item in space.parameters]
+    assert kept == (["precise.loss"] if kind == "labels" else list(parameters))
+    if kind == "labels":
+        assert [note.partition(" is left out: ")[0] for note in space.notes] == list(parameters)[:3]
+        assert "the best one would be chosen by the masks" in space.notes[0]
+
+
 def test_mosaics_are_compared_by_both_segmentation_models():
     config = config_of("wsss4luad", "precise.masks=pseudo")
     _, sharing = analyse(load_space("synthesis", config), config, MASKS)

@@ -80,6 +80,17 @@ def test_a_damaged_journal_names_the_file(tmp_path, space, content):
         Journal.open(str(tmp_path), IDENTITY)
 
 
+@pytest.mark.parametrize(("name", "number"), [("00001", "1"), ("00001", 1.0), ("00001", 0), ("00001 (1)", 1)])
+def test_a_trial_whose_number_is_not_its_files_takes_no_others_place(tmp_path, space, name, number):
+    filled(tmp_path, space, [0.1, 0.2])
+    trials = tmp_path / "trials"
+    (trials / f"{name}.json").write_text(
+        json.dumps(json.loads((trials / "00001.json").read_text()) | {"number": number})
+    )
+    with pytest.raises(PistoSegError, match=r"00001.*\.json: is damaged: .* delete that file and run again"):
+        Journal.open(str(tmp_path), IDENTITY)
+
+
 @pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe\x00"])
 def test_a_damaged_search_is_no_reason_to_delete_what_says_which_search_its_trials_are_of(tmp_path, space, content):
     filled(tmp_path, space, [0.1])
@@ -510,6 +521,32 @@ def test_the_best_model_is_the_champion_only_if_it_holds_on_fresh_seeds(
         assert again == (confirmation, version)
 
 
+def test_a_confirmation_that_holds_again_without_mlflow_keeps_the_champion_and_one_that_does_not_hold_does_not(
+    study_of, monkeypatch
+):
+    run, folder = study_of
+    gain = 0.1
+
+    def run_pipeline(config, *arguments, run_name, **options):
+        own = run_name.startswith("confirmation: own setting")
+        scores = {"miou": 0.5 + 0.001 * config.seed * (1 + own) + gain * (not own)}
+        return {"evaluation": SimpleNamespace(summary={"metrics": scores}), "precise": None}
+
+    def confirmation():
+        return json.loads((folder / "search.json").read_text())["confirmation"]
+
+    monkeypatch.setattr("pistoseg.search.study.run_pipeline", run_pipeline)
+    assert run().version is None
+    settings = json.loads((folder / "search.json").read_text())
+    settings["confirmation"]["version"] = "7"  # as a run with MLflow leaves it
+    (folder / "search.json").write_text(json.dumps(settings))
+    assert run().version == run(seeds=0).version == run(seeds=4).version == confirmation()["version"] == "7"
+    assert "version 7 of the model is the champion" in (folder / "report.md").read_text()
+    gain = -0.1
+    assert run().version is None
+    assert confirmation()["version"] is None
+
+
 @pytest.fixture
 def study_of(tmp_path, config, space, monkeypatch):
     """A search of which only the confirmation is left, without MLflow; a function that runs it, and its folder."""
@@ -705,6 +742,23 @@ def test_a_search_is_the_same_over_another_way_to_its_storage_but_not_with_other
     assert plain == identity("storage.profile=me", "storage.endpoint=http://host:1", "storage.region=eu-west-1")
     assert plain["config"] == config.model_dump(mode="json", exclude={"compute", "tracking"})  # as of journals before
     assert plain != identity("compute.train_workers=2") != identity("compute.train_workers=4")
+
+
+def test_a_journal_of_before_that_says_the_way_to_its_storage_is_gone_on_with(tmp_path, config, space):
+    from pistoseg.search.study import Search
+
+    def identity(*overrides):
+        config = load_config("demo", overrides=["precise.masks=synthesized", "storage.profile=me", *overrides])
+        objective = Objective("miou", True, False)
+        found = Search("mine", config, space, None, objective, "tpe", False, None).identity()
+        return found, found | {"config": config.model_dump(mode="json", exclude={"compute", "tracking"})}
+
+    now, before = identity()
+    assert now != before
+    filled(tmp_path, space, [0.1], identity=before)
+    assert Journal.open(str(tmp_path), {"identity": now}).records
+    with pytest.raises(PistoSegError, match="other settings"):
+        Journal.open(str(tmp_path), {"identity": identity("seed=7")[0]})
 
 
 def test_another_search_is_refused_before_it_waits(study_of):

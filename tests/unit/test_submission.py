@@ -147,6 +147,17 @@ def test_the_cluster_at_the_far_end_of_a_tunnel_is_not_on_this_machine(cluster, 
     assert made.submitted["entrypoint"].startswith("python -m pistoseg train ")
 
 
+def test_a_head_that_was_started_anew_is_where_it_is_now(cluster, monkeypatch):
+    def list_nodes(address, filters):
+        assert filters == [("is_head_node", "=", True)]  # by state, Ray's raises where a node is dead
+        heads = [("DEAD", "192.0.2.7"), ("ALIVE", "192.0.2.8"), ("DEAD", "192.0.2.9")]
+        return [SimpleNamespace(state=state, node_ip=ip) for state, ip in heads]
+
+    cluster(0)
+    monkeypatch.setattr("ray.util.state.list_nodes", list_nodes)
+    assert submission._head_ip("http://127.0.0.1:8265") == "192.0.2.8"
+
+
 def test_places_in_settings_are_absolute_for_a_cluster_on_this_machine(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "job").mkdir()
