@@ -2,6 +2,7 @@ import contextlib
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -227,6 +228,26 @@ def test_the_pages_of_a_workspace_that_was_moved_begin_with_its_runs_since(serve
         client.create_experiment(name, artifact_location="file:///no/such/workspace/mlflow")
         served()
         assert f"/#/experiments/{shown}/runs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "says"),
+    [
+        ("127.0.0.1", None, "--port: port {port} can't be listened on (Address already in use)"),
+        ("127.0.0.1", 99999, "--port: 99999 is no port"),
+        ("no host", 5057, "--host: 'no host' can't be listened on"),
+    ],
+)
+def test_no_url_is_shown_where_pages_can_not_be_served(monkeypatch, tmp_path, capsys, host, port, says):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    connect(TrackingConfig(), Workspace(str(tmp_path))).close()
+    monkeypatch.setattr("os.execve", lambda *call: pytest.fail("started"))
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = port or other.getsockname()[1]
+        assert main(["ui", "--workspace", str(tmp_path), "--host", host, "--port", str(port)]) == 2
+    printed = capsys.readouterr()
+    assert says.format(port=port) in printed.err
+    assert printed.out == ""
 
 
 def test_runs_that_only_this_machine_browses_are_served_as_mlflow_does(served, capsys):
