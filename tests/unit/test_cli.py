@@ -273,6 +273,7 @@ def test_wrong_arguments_end_with_2(arguments, capsys):
         (["data", "check", "x", "--outt=y"], "pistoseg data check [-h]", "arguments: --outt=y; did you mean --out?\n"),
         (["models", "lst"], "pistoseg models [-h]", "; did you mean list?\n"),
         (["ablate", "tabel1"], "pistoseg ablate [-h]", "; did you mean table1?\n"),
+        (["search", "--space", "x", "--confirm-seeds", "1"], "pistoseg search [-h]", "must be 0, or 2 and more\n"),
         (["train", "x"], "pistoseg train [-h]", "unrecognized arguments: x\n"),
         (["train", "--zzz"], "pistoseg train [-h]", "unrecognized arguments: --zzz\n"),
     ],
