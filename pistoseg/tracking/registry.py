@@ -357,7 +357,9 @@ def lineage(bundle: str) -> list[dict[str, Any]]:
 def scored_by(bundle: str) -> list[Artifact]:
     """Artifacts of the same workspace that score a bundle's model."""
     folder = bundle.rstrip("/").rsplit("/", 1)[0]
-    root, _, key = folder.rsplit("/", 2)
+    root, stage, key = ["", "", *folder.rsplit("/", 2)][-3:]
+    if stage != "precise":  # as a hand may have registered it: in no workspace
+        return []
     found = []
     for stage in ("evaluation", "label_scores"):
         for uri in storage.list_dir(storage.join(root, stage)):

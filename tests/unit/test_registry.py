@@ -21,7 +21,7 @@ from pistoseg.config import TrackingConfig, load_config
 from pistoseg.errors import PistoSegError
 from pistoseg.printing import mask_table, score_table
 from pistoseg.tracking import Tracker, connect, tracking_uri
-from pistoseg.tracking.registry import ModelVersion, Registry, bundle_uri, lineage, set_alias
+from pistoseg.tracking.registry import ModelVersion, Registry, bundle_uri, lineage, scored_by, set_alias
 from pistoseg.tracking.server import database_file, database_uri
 
 KEYS = ("aaaa", "bbbb", "cccc")
@@ -319,6 +319,10 @@ def test_of_several_evaluations_of_a_model_the_newest_is_shown(tmp_path, monkeyp
         place.commit("evaluation", key, version=1, settings={}, inputs={"model": model}, summary=summary, seconds=1)
     version = ModelVersion("m", "1", (), {"pistoseg.bundle": model.path("bundle")}, None, 0)
     assert models_command._scores(version) == {"miou": 0.5}
+
+
+def test_a_bundle_in_no_workspace_has_no_scores():
+    assert [scored_by(bundle) for bundle in ("bundle", "/bundle", "/m/bundle/", "s3://models/bundle")] == [[]] * 4
 
 
 def test_a_database_is_opened_by_one_at_a_time(tmp_path, monkeypatch):
