@@ -35,6 +35,12 @@ def browse(workspace: str, host: str, port: int, tracking: TrackingConfig) -> in
     uri = tracking_uri(tracking, place)
     database = database_file(uri)
     if uri.startswith("sqlite:") and not (database and database.exists()):
+        if not storage.is_local(workspace) and is_own(uri, place):
+            raise PistoSegError(
+                f"no MLflow database at {database}: where a workspace is no folder, its runs are where the command ran",
+                file=workspace,
+                remedy="go to that folder, or set MLFLOW_TRACKING_URI to the server that has them",
+            )
         raise PistoSegError("has no runs yet", file=workspace, remedy="run `pistoseg train --workspace` with it first")
     if not uri.startswith("sqlite:"):
         print(f"runs are at {redact(uri)}")

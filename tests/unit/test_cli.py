@@ -186,6 +186,14 @@ def test_a_workspace_without_runs_can_not_be_browsed(capsys, tmp_path, monkeypat
     assert "has no runs yet" in failed(["ui", "--workspace", str(tmp_path)], capsys)
 
 
+def test_runs_of_a_workspace_on_object_storage_are_said_to_be_where_the_command_ran(capsys, tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    message = failed(["ui", "--workspace", "memory://runs"], capsys)
+    assert f"no MLflow database at {tmp_path}/pistoseg-mlflow/mlflow.db" in message
+    assert "set MLFLOW_TRACKING_URI" in message
+
+
 @pytest.fixture
 def served(monkeypatch, tmp_path):
     """Start `ui` of a workspace with runs; the variables of MLflow's server."""
