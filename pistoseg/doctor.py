@@ -242,7 +242,7 @@ def _data(config: Config) -> Iterator[Finding]:
 
 def _mlflow(config: Config, workspace: str) -> Iterator[Finding]:
     from pistoseg.tracking import tracking_uri
-    from pistoseg.tracking.server import database_file
+    from pistoseg.tracking.server import database_file, open_client
 
     if not config.tracking.enabled:
         yield Finding("mlflow", "ok", "tracking is off")
@@ -252,6 +252,8 @@ def _mlflow(config: Config, workspace: str) -> Iterator[Finding]:
         parent = database.absolute().parent
         while not parent.exists():
             parent = parent.parent
+        if database.exists():  # as a run does; it makes none
+            open_client(uri)
         if os.access(parent, os.W_OK):
             yield Finding("mlflow", "ok", f"SQLite, in {parent} or below")
         else:

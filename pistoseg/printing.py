@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -136,7 +137,18 @@ def next_lines(config: Config, workspace: str, artifacts: dict[str, Artifact]) -
     scale = "" if config.scale.mpp else " --mpp UM"
     yield f"model:   {model}"
     yield f"next:    pistoseg segment --model {shlex.quote(model)}{scale} --slides SLIDES --out maps"
-    yield f"browse:  pistoseg ui --workspace {shlex.quote(workspace)}"
+    yield from browse_lines(config, workspace)
+
+
+def browse_lines(config: Config, workspace: str) -> Iterator[str]:
+    """The command to look at runs with, unless they go with the folder of the job that this is."""
+    from pistoseg.submission import IN_JOB
+    from pistoseg.tracking.server import is_own, tracking_uri
+
+    place = Workspace(storage.absolute(workspace))
+    kept_here = not storage.is_local(workspace) and is_own(tracking_uri(config.tracking, place), place)
+    if not (kept_here and IN_JOB in os.environ):
+        yield f"browse:  pistoseg ui --workspace {shlex.quote(workspace)}"
 
 
 def print_tree(console: Console, workspace: Workspace, artifacts: dict[str, Artifact]) -> None:

@@ -54,9 +54,14 @@ def redacted(value: Any) -> Any:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says first, redacted and without its full stop; its class where it says nothing."""
+    """What an error says first, redacted and without its full stop; its class where it says nothing.
+
+    Of a long line the middle is left out: of a server that is away, urllib3 says why at the end.
+    """
     text = str(error).strip() or type(error).__name__
-    return redact(text.splitlines()[0])[:MAX_LINE].rstrip(".")
+    line = redact(text.splitlines()[0]).rstrip(".")
+    half = (MAX_LINE - 5) // 2
+    return line if len(line) <= MAX_LINE else f"{line[:half]} ... {line[-half:]}"
 
 
 def has_secret(text: str) -> bool:

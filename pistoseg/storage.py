@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _UNWRITABLE = {
-    getattr(errno, name) for name in ("EACCES", "EPERM", "EROFS", "ENOTDIR", "EISDIR", "EEXIST", "ENAMETOOLONG")
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
+    # Of a file system that takes no folders, as /proc, and of one whose server or disk is gone.
+    *(errno.ENOENT, errno.ESTALE, errno.ENODEV),
 }
 _OF_THE_SYSTEM = {"lost+found", "System Volume Information", "$RECYCLE.BIN"}
 """Folders at the root of a disk that mostly nobody may list."""

@@ -46,6 +46,8 @@ NEEDS_WORKSPACE = ("train", "synthesize", "search", "ablate")
 """Verbs whose results are in the workspace."""
 WEIGHTS_FILE = re.compile(r"[/\\.]")
 """What a file's name has, and `imagenet` and `none` have not."""
+IN_JOB = "PISTOSEG_IN_JOB"
+"""Variable of a job, whose folder nobody will look into when it has ended."""
 POLL_S = 1.0
 ADDRESS_REMEDY = "give the address of its dashboard, e.g. http://HOST:8265, and see that it runs"
 RECONNECT_S = 120.0
@@ -78,7 +80,7 @@ def submit(arguments: Sequence[str], options: argparse.Namespace) -> int:
             address,
             entrypoint=shlex.join([python, "-m", "pistoseg", *command]),
             submission_id=f"pistoseg-{verb}-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}",
-            runtime_env={"working_dir": folder, "env_vars": {"PYTHONUNBUFFERED": "1"}},
+            runtime_env={"working_dir": folder, "env_vars": {"PYTHONUNBUFFERED": "1", IN_JOB: "1"}},
             metadata={"pistoseg": pistoseg.__version__, "verb": verb},
         )
     _say("submitted", f"submitted {job} to {redact(address)}", job=job)

@@ -71,7 +71,10 @@ def read_info(uri: str, expected_format: str, required: Iterable[str] = ()) -> d
         info = json.loads(storage.read_bytes(path))
     except (FileNotFoundError, NotADirectoryError):
         raise PistoSegError(
-            f"is no model bundle: it has no {INFO}", file=uri, remedy="give the folder that `pistoseg train` printed"
+            f"is no model bundle: it has no {INFO}",
+            file=uri,
+            remedy="give the folder that `pistoseg train` printed, WORKSPACE/precise/.../bundle, or one to which "
+            "`pistoseg models export NAME@ALIAS --workspace WORKSPACE --out FOLDER` wrote a registered model",
         ) from None
     except ValueError as error:
         raise PistoSegError(f"is not valid JSON: {error}", file=path, remedy="copy the bundle again") from error

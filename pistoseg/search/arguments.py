@@ -36,16 +36,20 @@ def search_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--parallel", type=positive, metavar="N", help="trials at a time (default: one a GPU or node)")
     parser.add_argument(
-        "--confirm-seeds", type=_count, default=3, metavar="N", help="seeds that the best must hold on (default: 3)"
+        "--confirm-seeds",
+        type=_seeds,
+        default=3,
+        metavar="N",
+        help="seeds that the best must hold on, 0 or 2 and more (default: 3)",
     )
     parser.add_argument("--name", help="of its folder search/NAME in the workspace (default: from its settings)")
     parser.add_argument("--dry-run", action="store_true", help="only print the space and what its trials share")
 
 
-def _count(text: str) -> int:
+def _seeds(text: str) -> int:
     value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError("must not be negative")
+    if value < 0 or value == 1:  # of one there is no interval
+        raise argparse.ArgumentTypeError("must be 0, or 2 and more")
     return value
 
 

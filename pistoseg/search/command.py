@@ -15,6 +15,7 @@ from pistoseg.artifacts import Workspace
 from pistoseg.config import Config
 from pistoseg.errors import PistoSegError
 from pistoseg.pipeline import check_weights
+from pistoseg.printing import browse_lines
 from pistoseg.search.builtin import SPACES, load_space
 from pistoseg.search.journal import digest
 from pistoseg.search.objective import choose
@@ -112,7 +113,8 @@ def _print(console: Console, outcome: Any, folder: str, workspace: str) -> None:
     console.print(confirmation_text(outcome), highlight=False, markup=False)
     console.print(folder, highlight=False, markup=False, soft_wrap=True)
     console.print("  report.md best.yaml trials.csv trials/ *.png", highlight=False)
-    console.print(f"browse:  pistoseg ui --workspace {workspace}", highlight=False, markup=False, soft_wrap=True)
+    for line in browse_lines(outcome.search.config, workspace):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _space_table(space: Any, config: Config) -> Table:

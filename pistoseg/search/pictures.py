@@ -36,10 +36,12 @@ def draw(outcome: Outcome) -> dict[str, bytes]:
     common = _common(study)
     drawn: dict[str, bytes] = {}
     with _quiet():
-        drawn["history.png"] = _png(lambda: plots.plot_optimization_history(study, target_name=title), title)
+        drawn["history.png"] = _png(lambda: _whole(plots.plot_optimization_history(study, target_name=title)), title)
         if any(trial.intermediate_values for trial in study.trials):
             drawn["curves.png"] = _png(lambda: _by_epoch(plots.plot_intermediate_values(study), title), "by epoch")
-        drawn["slices.png"] = _png(lambda: plots.plot_slice(study, params=sorted(_varied(study)), target_name=title))
+        drawn["slices.png"] = _png(
+            lambda: _legible(plots.plot_slice(study, params=sorted(_varied(study)), target_name=title))
+        )
         if len(common) > 1:
             drawn["parallel.png"] = _png(
                 lambda: _without_grids(plots.plot_parallel_coordinate(study, params=common, target_name=title))
@@ -106,10 +108,35 @@ def _quiet() -> Iterator[None]:
 
 
 def _by_epoch(axes: Any, title: str) -> Any:
+    axes.set(xlabel="epoch", ylabel=title)
+    return _whole(axes)
+
+
+def _whole(axes: Any) -> Any:
+    """Trials and epochs have no halves."""
     from matplotlib.ticker import MaxNLocator
 
-    axes.set(xlabel="epoch", ylabel=title)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return axes
+
+
+def _legible(axes: Any) -> Any:
+    """Slices whose labels do not lie over each other: each is narrow, and matplotlib labels few decades densely."""
+    from matplotlib.category import StrCategoryLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
+
+    for each in np.ravel(axes):
+        if isinstance(each.xaxis.get_major_locator(), StrCategoryLocator):
+            each.tick_params(axis="x", labelrotation=30)
+        if each.get_xscale() != "log":
+            continue
+        each.xaxis.set_minor_formatter(NullFormatter())
+        low, high = each.get_xlim()
+        if high < 100 * low:
+            each.xaxis.set_major_locator(MaxNLocator(2) if high < 4 * low else LogLocator(subs=(1, 3)))
+            each.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    colours = np.ravel(axes)[0].figure.axes[-1]  # of the trials' numbers
+    colours.yaxis.set_major_locator(MaxNLocator(integer=True))
     return axes
 
 

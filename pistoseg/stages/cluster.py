@@ -32,8 +32,6 @@ _FOR_RAY = {
     # A run must not look for newer versions of Ray or ask who its user is.
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    # Ray Data's own pools make the core worker warn about their constructor arguments on every start (ray#53727).
-    "RAY_BACKEND_LOG_LEVEL": "fatal",
     # For `memory.keep_freed_memory`; only a local Ray has this process's variables.
     "MALLOC_ARENA_MAX": "1",
     # Ray Train looks every 2 s whether a training has ended.
@@ -41,6 +39,9 @@ _FOR_RAY = {
 }
 """Environment of this process, unless it says otherwise."""
 _FOR_LOCAL_RAY = {
+    # Ray Data's own pools make the core worker warn about their constructor arguments on every start (ray#53727). Of a
+    # cluster's driver Ray would print the level itself.
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
     # An actor that watches for cloud nodes about to be taken away; this machine is none.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     # For Ray's developers, for its dashboard, which is not started, and for its list of tasks.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import sys
@@ -16,6 +17,13 @@ from pistoseg.redaction import redact
 from pistoseg.tracking.delivery import own_experiment
 from pistoseg.tracking.server import database_file, files_place, is_own, open_client, tracking_uri
 
+_QUIET = {
+    "PYTHONWARNINGS": "ignore",  # each of MLflow's processes says which of its libraries are deprecated
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_UVICORN_OPTS": "--log-level=warning",  # without a line a process and a request
+}
+"""Environment of MLflow's server, unless it says otherwise."""
+
 
 def browse(workspace: str, host: str, port: int, tracking: TrackingConfig) -> int:
     """Serve MLflow over a workspace's runs, or say where the server is; replaces this process.
@@ -27,10 +35,17 @@ def browse(workspace: str, host: str, port: int, tracking: TrackingConfig) -> in
     uri = tracking_uri(tracking, place)
     database = database_file(uri)
     if uri.startswith("sqlite:") and not (database and database.exists()):
+        if not storage.is_local(workspace) and is_own(uri, place):
+            raise PistoSegError(
+                f"no MLflow database at {database}: where a workspace is no folder, its runs are where the command ran",
+                file=workspace,
+                remedy="go to that folder, or set MLFLOW_TRACKING_URI to the server that has them",
+            )
         raise PistoSegError("has no runs yet", file=workspace, remedy="run `pistoseg train --workspace` with it first")
     if not uri.startswith("sqlite:"):
         print(f"runs are at {redact(uri)}")
         return 0
+    _require_free(host, port)
     client, name = open_client(uri), tracking.experiment
     if is_own(uri, place):
         name = own_experiment(client, name, files_place(place))
@@ -40,8 +55,26 @@ def browse(workspace: str, host: str, port: int, tracking: TrackingConfig) -> in
     names = [_in_url(host)] if _is_loopback(host) else _names(host)
     print(f"http://{names[0]}:{port}{page}  (Ctrl-C ends it)", flush=True)
     admitted = {} if _is_loopback(host) else _admitted(names, port)
-    command = ["mlflow", "server", "--backend-store-uri", uri, "--host", host, "--port", str(port)]
-    os.execve(sys.executable, [sys.executable, "-m", *command], {**admitted, **os.environ})
+    stores = ["--backend-store-uri", uri, "--registry-store-uri", uri]
+    command = ["mlflow", "server", *stores, "--host", host, "--port", str(port)]
+    os.execve(sys.executable, [sys.executable, "-m", *command], {**_QUIET, **admitted, **os.environ})
+
+
+def _require_free(host: str, port: int) -> None:
+    """Refuse an address where MLflow can't listen: its URL would be printed, and may be that of another server."""
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as it does: one that ended is no hindrance
+            probe.bind((host, port))
+    except OverflowError as error:
+        raise PistoSegError(f"{port} is no port", field="--port", remedy="give one from 1024 to 65535") from error
+    except OSError as error:
+        reason = f"can't be listened on ({error.strerror})"
+        if error.errno in (errno.EADDRINUSE, errno.EACCES):
+            remedy = "give another one above 1023; another server may run there already"
+            raise PistoSegError(f"port {port} {reason}", field="--port", remedy=remedy) from error
+        remedy = "give 127.0.0.1 for browsers on this machine, or 0.0.0.0 for all"
+        raise PistoSegError(f"{host!r} {reason}", field="--host", remedy=remedy) from error
 
 
 def _is_loopback(host: str) -> bool:

@@ -16,6 +16,7 @@ from pistoseg import storage
 from pistoseg.artifacts import MANIFEST, Artifact, Workspace
 from pistoseg.config import TrackingConfig
 from pistoseg.errors import PistoSegError, UnavailableError
+from pistoseg.progress import Progress
 from pistoseg.redaction import first_line
 from pistoseg.tracking.delivery import found_by, is_refusal, quoted
 from pistoseg.tracking.server import connect, database_file, default_server, tracking_uri
@@ -76,10 +77,10 @@ def bundle_uri(model: str, config: TrackingConfig, workspace: Workspace) -> str:
         workspace: where the database is unless the config names a server.
     Raises:
         PistoSegError: there is no such model, it was not registered by PistoSeg, its bundle was deleted, or a workspace
-            has several.
+            has several of which neither one is the champion nor only one is registered.
     """
     if not model.startswith("models:/"):
-        return _bundle_at(model)
+        return _bundle_at(model, config)
     registry = Registry(config, workspace)
     version = registry.find(model)
     if not storage.exists(storage.join(version.bundle, FILES[0])):
@@ -93,7 +94,7 @@ def bundle_uri(model: str, config: TrackingConfig, workspace: Workspace) -> str:
     return version.bundle
 
 
-def _bundle_at(model: str) -> str:
+def _bundle_at(model: str, config: TrackingConfig) -> str:
     """URI of a bundle, or of that of a workspace; what is neither stays, for its reader says what is missing."""
     uri = storage.absolute(model)
     if storage.exists(storage.join(uri, FILES[0])):
@@ -102,8 +103,17 @@ def _bundle_at(model: str) -> str:
     found = [_finished(Workspace(uri), storage.name(folder)) for folder in folders]
     made = sorted((item for item in found if item), key=lambda item: str(item.manifest["created"]), reverse=True)
     if len(made) > 1:
+        if chosen := _registered(config, Workspace(uri), {item.path("bundle") for item in made}):
+            why = "its champion" if CHAMPION in chosen.aliases else "the only one that is registered"
+            version = f"models:/{chosen.name}/{chosen.version}"
+            Progress().say(f"of the {len(made)} models in {model}, {version} is taken, {why}: {chosen.bundle}")
+            return chosen.bundle
         lines = "".join(f"\n  {_made(item)}" for item in made)
-        raise PistoSegError(f"has {len(made)} models, the newest first:{lines}", file=model, remedy="give one of them")
+        raise PistoSegError(
+            f"has {len(made)} models, the newest first:{lines}",
+            file=model,
+            remedy=f"give one of them, or models:/NAME@{CHAMPION} (see `pistoseg models list`)",
+        )
     if made:
         return made[0].path("bundle")
     name = next(filter(_NAMED.fullmatch, (model, storage.name(model))), None)  # of a job it is in an absolute path
@@ -114,6 +124,25 @@ def _bundle_at(model: str) -> str:
             remedy=f"write models:/{name} if it is a registered model, and give the --workspace that knows it",
         )
     return uri
+
+
+def _registered(config: TrackingConfig, workspace: Workspace, bundles: set[str]) -> ModelVersion | None:
+    """What a workspace with several models is for: the champion, or the only one that is registered.
+
+    A search leaves a model a trial there, and registers none but the best one, if that holds. None where that is not
+    clear, or where a server would have to be asked.
+    """
+    registry = Registry(config, workspace)
+    database = database_file(registry.uri)
+    if not database or not database.exists():
+        return None
+    try:
+        versions = [item for item in registry.versions() if item.tags.get(BUNDLE) in bundles]
+    except PistoSegError:  # it can't be opened, which is no reason not to list the models
+        return None
+    champions = [item for item in versions if CHAMPION in item.aliases]
+    found = {item.bundle: item for item in champions or versions}
+    return next(iter(found.values())) if len(found) == 1 else None
 
 
 def _finished(workspace: Workspace, key: str) -> Artifact | None:
@@ -357,7 +386,9 @@ def lineage(bundle: str) -> list[dict[str, Any]]:
 def scored_by(bundle: str) -> list[Artifact]:
     """Artifacts of the same workspace that score a bundle's model."""
     folder = bundle.rstrip("/").rsplit("/", 1)[0]
-    root, _, key = folder.rsplit("/", 2)
+    root, stage, key = ["", "", *folder.rsplit("/", 2)][-3:]
+    if stage != "precise":  # as a hand may have registered it: in no workspace
+        return []
     found = []
     for stage in ("evaluation", "label_scores"):
         for uri in storage.list_dir(storage.join(root, stage)):

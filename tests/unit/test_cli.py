@@ -2,6 +2,7 @@ import contextlib
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -186,12 +187,21 @@ def test_a_workspace_without_runs_can_not_be_browsed(capsys, tmp_path, monkeypat
     assert "has no runs yet" in failed(["ui", "--workspace", str(tmp_path)], capsys)
 
 
+def test_runs_of_a_workspace_on_object_storage_are_said_to_be_where_the_command_ran(capsys, tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    message = failed(["ui", "--workspace", "memory://runs"], capsys)
+    assert f"no MLflow database at {tmp_path}/pistoseg-mlflow/mlflow.db" in message
+    assert "set MLFLOW_TRACKING_URI" in message
+
+
 @pytest.fixture
 def served(put_database, monkeypatch, tmp_path):
     """Start `ui` of a workspace with runs; the variables of MLflow's server."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setattr("socket.getfqdn", lambda: "Node12.cluster.example")
     monkeypatch.setattr("socket.gethostname", lambda: "Node12")
+    monkeypatch.setattr("pistoseg.tracking.browser._require_free", lambda host, port: None)  # whoever listens there
     put_database(tmp_path)
 
     def ui(*arguments):
@@ -230,6 +240,26 @@ def test_the_pages_of_a_workspace_that_was_moved_begin_with_its_runs_since(serve
         assert f"/#/experiments/{shown}/runs" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("host", "port", "says"),
+    [
+        ("127.0.0.1", None, "--port: port {port} can't be listened on (Address already in use)"),
+        ("127.0.0.1", 99999, "--port: 99999 is no port"),
+        ("no host", 5057, "--host: 'no host' can't be listened on"),
+    ],
+)
+def test_no_url_is_shown_where_pages_can_not_be_served(monkeypatch, tmp_path, capsys, host, port, says):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    connect(TrackingConfig(), Workspace(str(tmp_path))).close()
+    monkeypatch.setattr("os.execve", lambda *call: pytest.fail("started"))
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = port or other.getsockname()[1]
+        assert main(["ui", "--workspace", str(tmp_path), "--host", host, "--port", str(port)]) == 2
+    printed = capsys.readouterr()
+    assert says.format(port=port) in printed.err
+    assert printed.out == ""
+
+
 def test_runs_that_only_this_machine_browses_are_served_as_mlflow_does(served, capsys):
     assert "MLFLOW_SERVER_ALLOWED_HOSTS" not in served()
     assert capsys.readouterr().out.startswith("http://127.0.0.1:5057")
@@ -253,6 +283,7 @@ def test_wrong_arguments_end_with_2(arguments, capsys):
         (["data", "check", "x", "--outt=y"], "pistoseg data check [-h]", "arguments: --outt=y; did you mean --out?\n"),
         (["models", "lst"], "pistoseg models [-h]", "; did you mean list?\n"),
         (["ablate", "tabel1"], "pistoseg ablate [-h]", "; did you mean table1?\n"),
+        (["search", "--space", "x", "--confirm-seeds", "1"], "pistoseg search [-h]", "must be 0, or 2 and more\n"),
         (["train", "x"], "pistoseg train [-h]", "unrecognized arguments: x\n"),
         (["train", "--zzz"], "pistoseg train [-h]", "unrecognized arguments: --zzz\n"),
     ],

@@ -1,15 +1,20 @@
+import contextlib
 import errno
 import json
+import shutil
+import sqlite3
 from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
 
 from pistoseg import doctor, object_store, storage
+from pistoseg.artifacts import Workspace
 from pistoseg.cli import main
 from pistoseg.config import load_config
 from pistoseg.doctor import Finding
 from pistoseg.errors import PistoSegError
+from pistoseg.tracking import connect
 
 
 def statuses(findings):
@@ -126,6 +131,25 @@ def test_a_tracking_server_that_is_away_is_a_warning(tmp_path, monkeypatch):
     assert found.status == "warning"
     assert "hunter2" not in found.detail + found.remedy
     assert statuses(doctor._mlflow(load_config("demo"), str(tmp_path))) == {"mlflow": "ok"}
+
+
+@pytest.mark.parametrize("wrong", ["damaged", "another version"])
+def test_a_database_that_a_run_could_not_open_fails(tmp_path, monkeypatch, wrong):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    config, file = load_config("demo"), tmp_path / "mlflow.db"
+    if wrong == "damaged":
+        file.write_bytes(b"no database")
+    else:
+        before = tmp_path / "before"
+        connect(config.tracking, Workspace(str(before))).close()
+        assert statuses(doctor._mlflow(config, str(before))) == {"mlflow": "ok"}
+        shutil.copy(before / "mlflow.db", file)
+        with contextlib.closing(sqlite3.connect(file)) as database, database:
+            database.execute("UPDATE alembic_version SET version_num = 'bd07f7e963c5'")
+    (found,) = doctor._guarded("mlflow", lambda: doctor._mlflow(config, str(tmp_path)))
+    assert found.status == "failed"
+    assert f"{file}: MLflow can't open it" in found.detail
+    assert ("mlflow db upgrade" in found.remedy) == (wrong == "another version")
 
 
 def test_a_slide_opens():

@@ -254,6 +254,18 @@ def test_a_dashboard_as_rays_address_is_refused_by_its_scheme(monkeypatch):
         pass
 
 
+@pytest.mark.parametrize("address", ["", "127.0.0.1:9"])
+def test_only_of_a_local_ray_the_log_level_is_set(monkeypatch, address):
+    rays = ("RAY_BACKEND_LOG_LEVEL", "RAY_ADDRESS")
+    monkeypatch.setattr("os.environ", {key: value for key, value in os.environ.items() if key not in rays})
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", lambda **_: None)
+    monkeypatch.setattr("ray.shutdown", lambda: None)
+    monkeypatch.setattr(cluster, "require_ray", lambda address: None)
+    with cluster.connected(load_config("demo", overrides=[f"compute.address={address}"] if address else []).compute):
+        assert ("RAY_BACKEND_LOG_LEVEL" in os.environ) == (not address)  # of a cluster, Ray prints a line about it
+
+
 def test_ray_does_not_take_the_place_of_the_handler_of_sigterm(monkeypatch):
     def ours(*_):
         raise KeyboardInterrupt

@@ -4,7 +4,7 @@ import pytest
 
 from pistoseg.artifacts import Workspace
 from pistoseg.errors import PistoSegError
-from pistoseg.redaction import has_secret, redact, redacted
+from pistoseg.redaction import MAX_LINE, first_line, has_secret, redact, redacted
 
 SIGNED = "https://host/b/x.svs?versionId=3&X-Amz-Signature=abc%2F123&X-Amz-Credential=AKIA%2Fus"
 
@@ -64,6 +64,14 @@ def test_values_of_secret_variables_are_hidden_wherever_they_turn_up(monkeypatch
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wJalrXUtnFEMI/K7")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "short")
     assert redact("server said: wJalrXUtnFEMI/K7, short") == "server said: ***, short"
+
+
+def test_of_a_long_error_its_beginning_and_its_reason_are_shown():
+    line = first_line(OSError(f"API request to http://host failed: {'x' * 400} (Caused by: Connection refused).\nmore"))
+    assert line.startswith("API request to http://host failed: x")
+    assert line.endswith("x (Caused by: Connection refused)")
+    assert len(line) <= MAX_LINE
+    assert first_line(OSError("x" * MAX_LINE)) == "x" * MAX_LINE
 
 
 def test_errors_and_manifests_hold_no_secret(tmp_path):

@@ -21,7 +21,7 @@ from pistoseg.config import TrackingConfig, load_config
 from pistoseg.errors import PistoSegError
 from pistoseg.printing import mask_table, score_table
 from pistoseg.tracking import Tracker, connect, tracking_uri
-from pistoseg.tracking.registry import ModelVersion, Registry, bundle_uri, lineage, set_alias
+from pistoseg.tracking.registry import ModelVersion, Registry, bundle_uri, lineage, scored_by, set_alias
 from pistoseg.tracking.server import database_file, database_uri
 
 KEYS = ("aaaa", "bbbb", "cccc")
@@ -186,6 +186,36 @@ def test_of_a_workspace_with_several_models_the_user_chooses_one(tmp_path):
     ]
 
 
+def test_of_a_workspace_with_several_models_the_champion_or_the_only_registered_one_is_taken(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    place, elsewhere = Workspace(str(tmp_path)), Workspace(str(tmp_path / "elsewhere"))
+    bundles = [trained(place, key, f"2026-01-0{day}T00:00:00Z") for day, key in enumerate(KEYS, 1)]
+    client = connect(TrackingConfig(), place)
+    client.create_registered_model("tissue")
+
+    def register(bundle):
+        client.create_model_version("tissue", source=bundle, tags={"pistoseg.bundle": bundle})
+
+    register("/no/longer/here/precise/dddd/bundle")
+    with pytest.raises(PistoSegError, match="has 3 models"):
+        bundle_uri(str(tmp_path), TrackingConfig(), elsewhere)
+    register(bundles[1])
+    assert bundle_uri(str(tmp_path), TrackingConfig(), elsewhere) == bundles[1]
+    assert f"models:/tissue/2 is taken, the only one that is registered: {bundles[1]}" in capsys.readouterr().err
+    register(bundles[0])
+    with pytest.raises(PistoSegError, match=r"has 3 models[^R]*Remedy: give one of them, or models:/NAME@champion"):
+        bundle_uri(str(tmp_path), TrackingConfig(), elsewhere)
+    set_alias(client, "tissue", "3")
+    assert bundle_uri(str(tmp_path), TrackingConfig(), elsewhere) == bundles[0]
+    assert f"models:/tissue/3 is taken, its champion: {bundles[0]}" in capsys.readouterr().err
+    (tmp_path / "mlflow.db").write_bytes(b"damaged")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/./mlflow.db")  # MLflow knows the other one
+    with pytest.raises(PistoSegError, match="has 3 models"):
+        bundle_uri(str(tmp_path), TrackingConfig(), elsewhere)
+
+
 @pytest.mark.parametrize("verb", [["evaluate", "--data", "images"], ["segment", "--slides", "slides"]])
 @pytest.mark.parametrize("name", ["tissue@champion", "tissue/3"])
 def test_a_name_that_is_taken_for_a_folder_is_said_how_to_write(name, verb, tmp_path, monkeypatch, capsys):
@@ -320,6 +350,10 @@ def test_of_several_evaluations_of_a_model_the_newest_is_shown(tmp_path, monkeyp
         place.commit("evaluation", key, version=1, settings={}, inputs={"model": model}, summary=summary, seconds=1)
     version = ModelVersion("m", "1", (), {"pistoseg.bundle": model.path("bundle")}, None, 0)
     assert models_command._scores(version) == {"miou": 0.5}
+
+
+def test_a_bundle_in_no_workspace_has_no_scores():
+    assert [scored_by(bundle) for bundle in ("bundle", "/bundle", "/m/bundle/", "s3://models/bundle")] == [[]] * 4
 
 
 def test_a_database_is_opened_by_one_at_a_time(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 import json
 import random
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -297,6 +298,25 @@ def test_the_front_holds_what_nothing_beats_in_score_and_time():
     rows = [(0.5, 30.0), (0.4, 10.0), (0.45, 40.0), (0.4, 20.0), (0.6, 90.0)]
     records = [TrialRecord(number, {}, {}, "finished", value, seconds) for number, (value, seconds) in enumerate(rows)]
     assert [record.number for record in pareto(records)] == [1, 0, 4]
+
+
+def test_labels_of_pictures_lie_apart_and_number_whole_trials(tmp_path, config, monkeypatch):
+    from pistoseg.search import pictures
+
+    figures = []
+    monkeypatch.setattr("matplotlib.pyplot.close", figures.append)
+    kinds = (("precise.lr", 3e-4, 9e-3), ("precise.weight_decay", 1e-3, 4e-3), ("precise.lr_decay", 1e-3, 0.9))
+    space = Space("own", tuple(Parameter(name, low, high, log=True) for name, low, high in kinds))
+    pictures.draw(outcome_of(filled(tmp_path, space, [0.2, 0.3, 0.4]), config, space))
+    history, *_, slices = (figure for figure in figures if figure.axes[-1].get_ylabel() in ("Trial", "validation mIoU"))
+    *panes, colours = slices.axes
+    assert len(panes) == len(kinds)
+    for axis in [pane.xaxis for pane in panes]:
+        drawn = [label for label in axis.get_ticklabels(which="both") if label.get_text()]
+        ends = sorted((box.x0, box.x1) for box in (label.get_window_extent() for label in drawn))
+        assert all(end < begin for (_, end), (begin, _) in pairwise(ends))
+    for axis in (history.axes[0].xaxis, colours.yaxis):
+        assert all(float(value).is_integer() for value in axis.get_majorticklocs())
 
 
 def run_trial(searcher, name, value=None, epochs=1, **result):

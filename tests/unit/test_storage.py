@@ -160,6 +160,17 @@ def test_a_place_that_can_not_be_written_is_named_with_what_to_do(tmp_path, writ
     assert list((tmp_path / "new").iterdir()) == []
 
 
+@pytest.mark.parametrize("code", [errno.ENOENT, errno.ESTALE, errno.ENODEV])
+def test_a_file_system_that_takes_no_folders_or_is_gone_is_named(tmp_path, monkeypatch, code):
+    def refuse(path, *_, **__):
+        raise OSError(code, os.strerror(code), str(path))
+
+    monkeypatch.setattr(type(tmp_path), "mkdir", refuse)
+    with pytest.raises(UnavailableError, match=r"can't be written \(.*folder that you may write to") as caught:
+        storage.write_bytes(str(tmp_path / "new" / "x.json"), b"y")
+    assert caught.value.file == str(tmp_path / "new")
+
+
 def test_a_disk_that_only_reads_is_named_without_the_name_of_a_part(tmp_path, monkeypatch):
     def refuse(path, *_):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))

@@ -19,6 +19,7 @@ from pistoseg import submission
 from pistoseg.cli import build_parser, main
 from pistoseg.config import load_config
 from pistoseg.errors import PistoSegError
+from pistoseg.printing import browse_lines
 
 HEAD = "http://head:8265"
 DATA = ["--data", "s3://bucket/data", "--workspace", "s3://bucket/runs"]
@@ -258,6 +259,19 @@ def cluster(monkeypatch):
         return made
 
     return make
+
+
+def test_a_job_names_no_place_of_its_runs_that_goes_with_its_folder(cluster, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    config, made = load_config("demo"), cluster(0)
+    assert list(browse_lines(config, "memory://runs")) == ["browse:  pistoseg ui --workspace memory://runs"]
+    main(["train", "--preset", "demo", *DATA, "--submit", HEAD])
+    for name, value in made.submitted["runtime_env"]["env_vars"].items():
+        monkeypatch.setenv(name, value)
+    assert list(browse_lines(config, "memory://runs")) == []
+    assert list(browse_lines(config, "/shared/runs")) == ["browse:  pistoseg ui --workspace /shared/runs"]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
+    assert list(browse_lines(config, "memory://runs")) == ["browse:  pistoseg ui --workspace memory://runs"]
 
 
 @pytest.mark.parametrize("code", [0, 2, 3])
