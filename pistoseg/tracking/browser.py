@@ -57,7 +57,10 @@ def browse(workspace: str, host: str, port: int, tracking: TrackingConfig) -> in
     admitted = {} if _is_loopback(host) else _admitted(names, port)
     stores = ["--backend-store-uri", uri, "--registry-store-uri", uri]
     command = ["mlflow", "server", *stores, "--host", host, "--port", str(port)]
-    os.execve(sys.executable, [sys.executable, "-m", *command], {**_QUIET, **admitted, **os.environ})
+    environment = {**_QUIET, **admitted, **os.environ}
+    if "MLFLOW_GUNICORN_OPTS" in environment:
+        environment.pop("MLFLOW_UVICORN_OPTS")  # MLflow refuses the options of two servers
+    os.execve(sys.executable, [sys.executable, "-m", *command], environment)
 
 
 def _require_free(host: str, port: int) -> None:

@@ -232,6 +232,12 @@ def test_runs_can_be_browsed_by_the_machines_name_where_other_machines_are_serve
     assert served("--host", "0.0.0.0")["MLFLOW_SERVER_ALLOWED_HOSTS"] == "mine.example"
 
 
+def test_options_of_another_server_than_mlflows_own_are_left_alone(served, monkeypatch):
+    assert "MLFLOW_UVICORN_OPTS" in served()
+    monkeypatch.setenv("MLFLOW_GUNICORN_OPTS", "--timeout 60")
+    assert "MLFLOW_UVICORN_OPTS" not in served()
+
+
 def test_the_pages_of_a_workspace_that_was_moved_begin_with_its_runs_since(served, tmp_path, capsys):
     client = connect(TrackingConfig(), Workspace(str(tmp_path)))
     for name, shown in (("pistoseg", 1), ("pistoseg in elsewhere", 1), (f"pistoseg in {tmp_path}", 3)):
