@@ -132,7 +132,7 @@ def _readable_parquet(uri: str) -> Iterator[None]:
     """Say that a Parquet file is none where it can't be read."""
     try:
         yield
-    except UnavailableError:
+    except PistoSegError:
         raise
     except Exception as error:  # pyarrow raises many kinds on damaged files, OSError without a number among them
         if isinstance(error, OSError) and error.errno:

@@ -20,7 +20,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 from pistoseg import storage
 from pistoseg.classes import IGNORE_ID, TissueClasses
-from pistoseg.errors import PistoSegError, UnavailableError
+from pistoseg.errors import PistoSegError, RefusedError, UnavailableError
 
 _SAVE_AS = "save it as an 8-bit RGB PNG, JPEG or TIFF"
 _ALPHA_MODES = {"LA", "La", "PA", "RGBA", "RGBa"}
@@ -39,6 +39,8 @@ def read_file(uri: str, name: str | None = None) -> bytes:
     """
     try:
         return storage.read_bytes(uri)
+    except RefusedError as error:
+        raise UnavailableError(error.reason, file=error.file, remedy=error.remedy) from error
     except OSError as error:
         reason = f"cannot be read ({error.strerror or str(error) or type(error).__name__})"
         if isinstance(error, FileNotFoundError) or error.errno in _NO_FILE:

@@ -15,7 +15,7 @@ from unicodedata import is_normalized
 
 from pistoseg import storage
 from pistoseg.classes import TissueClasses, composed, folded
-from pistoseg.errors import PistoSegError, UnavailableError
+from pistoseg.errors import PistoSegError, RefusedError, UnavailableError
 from pistoseg.patches.source import WHOLE, Rejection, SourceImage, Window, readable
 from pistoseg.tables import Row, open_table, read_header, refuse_extra_fields, refuse_repeated
 
@@ -345,7 +345,7 @@ def _header(table_uri: str) -> list[str]:
     """The columns of a table that may be something else altogether."""
     try:
         return read_header(table_uri)
-    except UnavailableError:
+    except (RefusedError, UnavailableError):
         raise
     except PistoSegError:
         return []

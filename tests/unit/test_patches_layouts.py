@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 from patch_files import CLASSES, config_of, mask_png, put
 
-from pistoseg import storage
+from pistoseg import object_store, storage
 from pistoseg.classes import TissueClass, TissueClasses
 from pistoseg.config import DataConfig
 from pistoseg.errors import PistoSegError, UnavailableError
@@ -466,6 +466,19 @@ def test_a_table_that_the_disk_does_not_give_is_not_ignored_for_labels_in_names(
 
     monkeypatch.setattr(storage, read, refuse)
     with pytest.raises(UnavailableError, match=f"{name}: cannot be read .Permission denied"):
+        scan(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "read"), [("labels.csv", "read_bytes"), ("labels.parquet", "open_file")])
+def test_a_table_that_object_storage_refuses_is_not_ignored_for_labels_in_names(tmp_path, monkeypatch, name, read):
+    put(tmp_path, "a-[1, 0, 0].png")
+    put(tmp_path, name, b"")
+
+    def refuse(uri, *_):
+        raise object_store.explain(PermissionError("Access Denied"), uri)
+
+    monkeypatch.setattr(storage, read, refuse)
+    with pytest.raises(PistoSegError, match=f"{name}: AWS refuses access .*check the access key"):
         scan(tmp_path)
 
 
