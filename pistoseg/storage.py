@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _UNWRITABLE = {
     getattr(errno, name) for name in ("EACCES", "EPERM", "EROFS", "ENOTDIR", "EISDIR", "EEXIST", "ENAMETOOLONG")
 }
+_NO_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
 _OF_THE_SYSTEM = {"lost+found", "System Volume Information", "$RECYCLE.BIN"}
 """Folders at the root of a disk that mostly nobody may list."""
 
@@ -50,6 +51,15 @@ def _explains(function: Callable[Concatenate[str, P], T]) -> Callable[Concatenat
             raise problem from error
 
     return call
+
+
+def is_no_file(error: OSError) -> bool:
+    """Whether an error of reading says that there is no such file: none of the name, a folder, or a link to itself.
+
+    What else a disk says, as of rights, can be mended without any change to the file.
+    """
+    no_file = isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError)
+    return no_file or error.errno in _NO_FILE
 
 
 def is_local(uri: str) -> bool:

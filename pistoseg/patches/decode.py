@@ -6,7 +6,6 @@ one right conversion to the RGB that the networks are trained on.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 from collections.abc import Callable
@@ -25,7 +24,6 @@ from pistoseg.errors import PistoSegError, RefusedError, UnavailableError
 _SAVE_AS = "save it as an 8-bit RGB PNG, JPEG or TIFF"
 _ALPHA_MODES = {"LA", "La", "PA", "RGBA", "RGBa"}
 _COLOR_MODES = {"1", "L", "P", "RGB", "RGBX", "YCbCr"} | _ALPHA_MODES
-_NO_FILE = {errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
 _BLACK = (0, 0, 0)
 _BITS_PER_SAMPLE, _SAMPLE_FORMAT = 258, 339  # TIFF tags
 
@@ -43,7 +41,7 @@ def read_file(uri: str, name: str | None = None) -> bytes:
         raise UnavailableError(error.reason, file=error.file, remedy=error.remedy) from error
     except OSError as error:
         reason = f"cannot be read ({error.strerror or str(error) or type(error).__name__})"
-        if isinstance(error, FileNotFoundError) or error.errno in _NO_FILE:
+        if storage.is_no_file(error):
             remedy = "check that it is there and readable"
             raise PistoSegError(reason, file=name or uri, field="file", remedy=remedy) from error
         # Rights can be given and disks come back without any change to the file, by which bad ones are known.
