@@ -208,6 +208,9 @@ def _carries_label(file_name: str, classes: TissueClasses) -> bool:
 def _scan_folders(
     files: dict[str, str], classes: TissueClasses, *, refuse_flags: bool
 ) -> tuple[list[SourceImage], list[Rejection]]:
+    in_classes = (name for name in files if labels.is_image(name) and labels.parse_folder(name.split("/")[0], classes))
+    all_flagged = refuse_flags and all(_flags_of(posixpath.basename(name), classes) for name in in_classes)
+
     def label(name: str) -> list[int]:
         folder = name.split("/")[0] if "/" in name else ""
         found = labels.parse_folder(folder, classes)
@@ -219,7 +222,9 @@ def _scan_folders(
             raise PistoSegError(
                 where, field="label", remedy=f"move it to a folder named like a class: {', '.join(classes.names)}"
             )
-        flags = _flags_of(posixpath.basename(name), classes) if refuse_flags else None
+        base = posixpath.basename(name)
+        # Of two classes, [10] may be a number; where all names have such ones, they are flags.
+        flags = _flags_of(base, classes) if refuse_flags and (all_flagged or labels.are_apart(base)) else None
         if flags not in (None, found):
             raise PistoSegError(
                 f"the flags in its name and its folder {folder!r} contradict each other",

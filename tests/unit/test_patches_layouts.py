@@ -191,6 +191,21 @@ def test_flags_that_contradict_a_class_folder_are_rejected_unless_the_layout_is_
     assert by_name["tumor/a-[1, 1, 0].png"] == (1, 1, 0)
 
 
+def test_numbers_in_brackets_are_no_flags_of_two_classes_but_where_every_name_has_flags(root):
+    classes = TissueClasses(CLASSES.classes[:2])
+    for name in ("stroma/case [9].png", "stroma/case [10].png", "stroma/case [01].png", "tumor/case [11].png"):
+        put(root, name)
+    listing = scan_training(root, classes, DataConfig())
+    assert listing.rejected == []
+    assert [image.windows[0].labels for image in listing.images] == [(0, 1)] * 3 + [(1, 0)]
+    put(root, "tumor/case [1, 1].png")
+    (rejection,) = scan_training(root, classes, DataConfig()).rejected
+    assert rejection.name == "tumor/case [1, 1].png"
+    storage.remove_file(storage.join(root, "stroma/case [9].png"))
+    rejected = [rejection.name for rejection in scan_training(root, classes, DataConfig()).rejected]
+    assert rejected == ["stroma/case [10].png", "tumor/case [1, 1].png", "tumor/case [11].png"]
+
+
 ACCENTS = [("NFC", "NFD"), ("NFD", "NFC")]
 """How names of classes and tables, and those of files, write accents: Macs' zip files hold NFD."""
 
