@@ -106,7 +106,7 @@ def check(
     read: list[_Read] = []
     scale, synthesis = scale or ScaleConfig(), synthesis or SynthesisConfig()
     slides = is_manifest(data_uri)
-    training = data_uri if slides else find_training(data_uri)
+    training = data_uri if slides else find_training(data_uri, classes, config)
     with _problems_into(report):
         if slides:
             assert opener is not None, "a manifest of slides needs a way to open them"
@@ -114,7 +114,7 @@ def check(
         elif training is not None:
             read = _check_training(training, classes, config, scale, synthesis, report, workers)
     truths: dict[str, list[_Truth]] = {}
-    evaluation = _evaluation_folders(data_uri, config)
+    evaluation = _evaluation_folders(data_uri, config, is_training=training is not None)
     report.warnings += _not_scored(data_uri, evaluation) if not slides else []
     for split, folder in evaluation.items():
         with _problems_into(report):
@@ -143,12 +143,13 @@ def _problems_into(report: Report) -> Iterator[None]:
         report.problems.append(str(error))
 
 
-def _evaluation_folders(data_uri: str, config: DataConfig) -> dict[str, str]:
+def _evaluation_folders(data_uri: str, config: DataConfig, *, is_training: bool) -> dict[str, str]:
+    """The splits with masks; a folder without training images may be one itself."""
     if is_manifest(data_uri):
         return {"validation": config.validation} if config.validation else {}
     folders = {split: find_split(data_uri, split) for split in ("validation", "testing")}
     names = {storage.name(child).lower() for child in storage.list_dir(data_uri)}
-    if names & set(IMAGE_FOLDERS) and names & set(MASK_FOLDERS):
+    if not is_training and names & set(IMAGE_FOLDERS) and names & set(MASK_FOLDERS):
         folders["validation"] = data_uri
     if config.validation:
         folders["validation"] = config.validation
@@ -359,8 +360,17 @@ def _check_split(
         bad=[result for result in results if isinstance(result, Rejection)],
     )
     report.splits[split] = found
-    if found.bad:
-        report.problems.append(f"{len(found.bad)} images or masks of {split} are bad: models can't be scored on them")
+    unscored = sum(
+        isinstance(result, Rejection) and pair.mask_uri is None
+        for pair, result in zip(listing.pairs, results, strict=True)
+    )
+    if len(found.bad) > unscored:
+        bad = len(found.bad) - unscored
+        report.problems.append(f"{bad} images or masks of {split} are bad: models can't be scored on them")
+    if unscored:
+        report.warnings.append(f"{unscored} images of {split} without a mask are bad: nothing is scored on them")
+    if not listing.scored:
+        report.problems.append(f"{split} has no image with a mask: give img/ and mask/ files the same names")
     for kind, names in (("masks have no image", found.missing_images), ("images have no mask", found.missing_masks)):
         if names:
             report.warnings.append(f"{split} is incomplete: {len(names)} {kind} ({', '.join(names[:5])})")

@@ -61,13 +61,30 @@ def find_split(data_uri: str, split: str) -> str | None:
     return None if has_split or is_evaluation else data_uri
 
 
-def find_training(data_uri: str) -> str | None:
-    """`find_split` of the training images, or data_uri itself where they lie beside its other splits."""
+def find_training(data_uri: str, classes: TissueClasses, config: DataConfig) -> str | None:
+    """`find_split` of the training images, or data_uri itself where they lie beside its other splits or masks.
+
+    Args:
+        data_uri: the data set's folder, or its training folder itself.
+        classes: after which folders beside mask/ may be named.
+        config: its layout and table.
+    Raises:
+        PistoSegError: data_uri is no folder.
+    """
     found = find_split(data_uri, "training")
-    if found is not None or _first(_children(data_uri), MASK_FOLDERS) is not None:
+    if found is not None:
         return found
     files = training_files(data_uri)
-    return data_uri if any(labels.is_image(name) or table.is_preferred(name) for name in files) else None
+    is_evaluation = _first(_children(data_uri), MASK_FOLDERS) is not None
+    try:
+        if config.layout in ("auto", "table") and table.find_table(data_uri, files, classes, config.table):
+            return data_uri
+    except PistoSegError:  # reading the images says it
+        return None if is_evaluation else data_uri
+    images = filter(labels.is_image, files)
+    if is_evaluation:
+        images = filter(lambda name: labels.parse_folder(name.split("/")[0], classes), images)
+    return data_uri if any(images) else None
 
 
 def split_without_masks(data_uri: str, split: str) -> str | None:

@@ -78,7 +78,7 @@ def test_images_beside_a_split_with_masks_are_the_training_images_and_those_in_i
     put(root, "a[100].png")
     put(root, "more/b[100].png")
     put_split(root, name)
-    assert find_training(root) == root
+    assert find_training(root, CLASSES, DataConfig()) == root
     assert [image.name for image in scan(root).images] == ["a[100].png", "more/b[100].png"]
 
 
@@ -86,7 +86,7 @@ def test_a_table_beside_a_split_with_masks_labels_the_training_images(root):
     put(root, "images/a.png")
     put_split(root, "val")
     table(root, ["images/a.png,0,0,8,8,1,0,0"])
-    assert find_training(root) == root
+    assert find_training(root, CLASSES, DataConfig()) == root
     assert [image.name for image in scan(root).images] == ["images/a.png"]
 
 
@@ -94,7 +94,7 @@ def test_splits_with_masks_alone_are_no_training_images(root):
     put_split(root, "val")
     put_split(root, "test")
     put(root, "readme.txt", b"")
-    assert find_training(root) is None
+    assert find_training(root, CLASSES, DataConfig()) is None
 
 
 def test_the_digest_of_training_images_does_not_follow_a_split_beside_them(tmp_path):
