@@ -17,7 +17,7 @@ import numpy as np
 from pistoseg import storage
 from pistoseg.classes import IGNORE_ID, TissueClasses
 from pistoseg.config import DataConfig, ScaleConfig, SynthesisConfig
-from pistoseg.errors import PistoSegError
+from pistoseg.errors import PistoSegError, UnavailableError
 from pistoseg.outputs.pictures import Panel, sheet
 from pistoseg.patches.crops import Crop, CutNote, Opener, crops, note_lines
 from pistoseg.patches.decode import decode_background, decode_mask, encode_png, pixel_hash, read_file, read_rgb
@@ -173,6 +173,7 @@ def _check_training(
     workers: int,
 ) -> list[_Read]:
     listing = scan_training(uri, classes, config)
+    unread: list[PistoSegError] = []
 
     def read(source: SourceImage) -> tuple[_Read | None, list[Rejection]]:
         try:
@@ -180,7 +181,7 @@ def _check_training(
             height, width = pixels.shape[:2]
             factor, size = network_size(height, width, config, scale)
         except PistoSegError as error:
-            return None, [Rejection.of(error, source.name)]
+            return None, _rejections(error, unread, source.name)
         windows = [window.resolved(width, height) for window in source.windows]
         beyond = [outside(source, window, width, height) for window in windows]
         kept = tuple(window for window, rejection in zip(windows, beyond, strict=True) if rejection is None)
@@ -193,6 +194,7 @@ def _check_training(
         return _Read(source, width, height, kept, sizes, pixel_hash(pixels), load), refused
 
     results = _in_threads(read, listing.images, workers)
+    _note_unread(unread, report)
     images = [image for image, _ in results if image is not None]
     report.layout = listing.layout
     report.rejected = listing.rejected + [rejection for _, refused in results for rejection in refused]
@@ -212,14 +214,19 @@ def _check_slides(
 ) -> list[_Read]:
     """Read every window of a manifest's slides; each is a training image."""
     listing = scan_slides(uri, classes)
+    unread: list[PistoSegError] = []
 
-    def read(source: SlideSource) -> list[_Read | Rejection | CutNote]:
-        return [
-            _read_crop(source, item, opener, classes, config, scale.fit) if isinstance(item, Crop) else item
-            for item in crops(source, opener, classes, config)
-        ]
+    def read(source: SlideSource) -> Sequence[_Read | Rejection | CutNote]:
+        try:
+            return [
+                _read_crop(source, item, opener, classes, config, scale.fit) if isinstance(item, Crop) else item
+                for item in crops(source, opener, classes, config)
+            ]
+        except UnavailableError as error:
+            return _rejections(error, unread)
 
     items = [item for found in _in_threads(read, listing.slides, workers) for item in found]
+    _note_unread(unread, report)
     images = [item for item in items if isinstance(item, _Read)]
     report.layout = listing.layout
     report.rejected = listing.rejected + [item for item in items if isinstance(item, Rejection)]
@@ -335,16 +342,18 @@ def _check_split(
     split: str, uri: str, classes: TissueClasses, config: DataConfig, report: Report, workers: int
 ) -> list[_Truth]:
     listing = scan_evaluation(uri)
+    unread: list[PistoSegError] = []
 
-    def read(pair: EvaluationPair) -> _Truth | Rejection:
+    def read(pair: EvaluationPair) -> _Truth | Rejection | None:
         try:
             pixels, mask = _read_pair(pair, classes, config)
         except PistoSegError as error:
-            return Rejection.of(error)
+            return next(iter(_rejections(error, unread)), None)
         counts = None if mask is None else np.bincount(mask.ravel(), minlength=256)
         return _Truth(pair, pixel_hash(pixels), counts)
 
     results = _in_threads(read, listing.pairs, workers)
+    _note_unread(unread, report)
     truths = [result for result in results if isinstance(result, _Truth)]
     counted = [truth.counts for truth in truths if truth.counts is not None]
     total = sum(counted, np.zeros(256, np.int64))
@@ -378,6 +387,20 @@ def _check_split(
     if absent:
         report.warnings.append(f"no mask of {split} shows {', '.join(absent)}: the IoU there is undefined")
     return truths
+
+
+def _rejections(error: PistoSegError, unread: list[PistoSegError], name: str | None = None) -> list[Rejection]:
+    """`Rejection.of` an error, or none where a file is not given by this machine's disk: `unread` gets the error."""
+    if isinstance(error, UnavailableError) and error.file is not None and storage.is_local(error.file):
+        unread.append(error)
+        return []
+    return [Rejection.of(error, name)]
+
+
+def _note_unread(unread: list[PistoSegError], report: Report) -> None:
+    """Say which files this machine's disk does not give: a training ends at the first, the check reads the others."""
+    if unread:
+        report.problems.append(f"{len(unread)} files are not given by the disk; the first: {min(map(str, unread))}")
 
 
 def _read_pair(

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 from dataclasses import asdict
@@ -287,6 +288,26 @@ def test_what_training_takes_beside_masks_is_checked(tmp_path, beside):
     (tmp_path / "set/windows.csv").unlink()
     (tmp_path / "elsewhere").rename(tmp_path / "set/Tumor")
     assert run(tmp_path / "set").by_class["tumor"] == 3
+
+
+def test_files_that_the_disk_does_not_give_are_a_problem_and_the_others_are_reported(tmp_path, monkeypatch):
+    write_good(tmp_path)
+    put(tmp_path, "validation/img/w.png", seed=1001)
+    put(tmp_path, "validation/mask/w.png", mask_png())
+    read_bytes = storage.read_bytes
+
+    def read(uri):
+        if storage.name(uri) in ("0-[1, 1, 0].png", "1-[1, 1, 0].png", "w.png"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), uri)
+        return read_bytes(uri)
+
+    monkeypatch.setattr(storage, "read_bytes", read)
+    report = run(tmp_path)
+    assert (report.images, report.splits["validation"].scored) == (10, 1)
+    training, scored = report.problems
+    assert training.startswith("2 files are not given by the disk; the first: ")
+    assert "training/0-[1, 1, 0].png: cannot be read (Input/output error)" in training
+    assert "validation/img/w.png: cannot be read (Input/output error)" in scored
 
 
 def test_a_background_mask_counts_as_background(tmp_path):
