@@ -12,8 +12,9 @@ from pistoseg.classes import TissueClass, TissueClasses
 from pistoseg.config import DataConfig
 from pistoseg.errors import PistoSegError, UnavailableError
 from pistoseg.patches.digest import _digest, training_digest, validation_digest, validation_folder
-from pistoseg.patches.layouts import find_split, find_training, scan_evaluation, scan_training
+from pistoseg.patches.layouts import find_split, find_training, relative_files, scan_evaluation, scan_training
 from pistoseg.patches.source import WHOLE
+from pistoseg.patches.table import from_folder, images_elsewhere
 from pistoseg.slides.files import etag
 from pistoseg.stages import validation
 
@@ -423,6 +424,27 @@ def test_a_table_elsewhere_is_named_by_a_setting_and_two_are_ambiguous(tmp_path)
         scan(tmp_path / "training")
     with pytest.raises(PistoSegError, match="does not exist"):
         scan(tmp_path / "training", table="three.csv")
+
+
+def test_a_table_beside_the_folder_above_is_named_by_a_relative_path(root):
+    put(root, "set/training/a.png")
+    table(storage.join(root, "tables"), ["../set/training/a.png,0,0,8,8,1,0,0"], name="w.csv")
+    (image,) = scan(storage.join(root, "set/training"), table="../../tables/w.csv").images
+    assert storage.read_bytes(image.uri) == storage.read_bytes(storage.join(root, "set/training/a.png"))
+
+
+def test_a_table_names_nothing_out_of_its_bucket_but_by_a_whole_uri(tmp_path):
+    bucket, other = (f"memory://{tmp_path.name}-{name}" for name in ("one", "other"))
+    beside = storage.name(put(other, "b.png").removesuffix("/b.png"))
+    put(bucket, "a.png")
+    table(bucket, [f"{image},0,0,8,8,1,0,0" for image in ("a.png", f"../{beside}/b.png", f"{other}/b.png")])
+    listing = scan(bucket)
+    assert sorted(image.name for image in listing.images) == ["a.png", f"{other}/b.png"]
+    assert [rejection.reason for rejection in listing.rejected] == [f"the image ../{beside}/b.png does not exist"]
+    places = images_elsewhere(storage.join(bucket, "patches.csv"), bucket, lambda: relative_files(bucket))
+    assert places == {f"../{beside}/b.png": [], f"{other}/b.png": [f"{other}/b.png"]}
+    with pytest.raises(PistoSegError, match="leads out of the bucket of s3://bucket/set"):
+        from_folder("s3://bucket/set", "../../other/a.svs")
 
 
 def test_a_table_that_is_a_folder_of_parts_is_said_to_be_one(tmp_path):
