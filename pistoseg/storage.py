@@ -326,9 +326,10 @@ def list_dir(uri: str) -> list[str]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
-        if is_local(uri):
-            _refuse_unlisted(error)
-        raise
+        if not is_local(uri):
+            raise
+        _refuse_unlisted(error)
+        return []
     below = (str(entry).rstrip("/") for entry in entries)
     return sorted(_uri_like(uri, backend, entry) for entry in below if entry != path.rstrip("/"))
 

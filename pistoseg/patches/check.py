@@ -40,6 +40,7 @@ from pistoseg.patches.source import (
     Window,
     count_unread,
     outside,
+    readable,
     too_many_bad,
 )
 from pistoseg.patches.store import network_size, scaled
@@ -440,10 +441,10 @@ def _write(
         if rows:
             report.pictures.append(storage.join(out, f"{split}.png"))
             storage.write_bytes(report.pictures[-1], encode_png(sheet(rows, classes)))
-    storage.write_bytes(
-        storage.join(out, "report.json"), json.dumps(report.to_json(), indent=2, ensure_ascii=False).encode()
-    )
-    storage.write_bytes(storage.join(out, "report.txt"), report.to_text().encode())
+    as_json = json.dumps(report.to_json(), indent=2, ensure_ascii=False)
+    # A folder's or a table's name need not be UTF-8: what of it is not becomes an escape, in JSON one of JSON's.
+    storage.write_bytes(storage.join(out, "report.json"), as_json.encode(errors="backslashreplace"))
+    storage.write_bytes(storage.join(out, "report.txt"), readable(report.to_text()).encode())
 
 
 def _window_panel(image: _Read, window: Window) -> Panel:

@@ -12,6 +12,7 @@ import pytest
 from pistoseg import storage
 from pistoseg.artifacts import Workspace
 from pistoseg.errors import PistoSegError, UnavailableError
+from pistoseg.tables import open_table
 
 ODD_NAMES = [
     "x-[1, 0, 0].png",
@@ -219,6 +220,15 @@ def test_a_folder_that_can_not_be_listed_is_named_where_its_children_are_asked_f
     with pytest.raises(UnavailableError, match=r"can't be listed .*Remedy") as caught:
         storage.list_dir(str(tmp_path))
     assert caught.value.file == str(tmp_path)
+
+
+def test_a_link_to_itself_is_no_folder_and_no_file(tmp_path):
+    for name in ("loop", "loop.csv"):
+        (tmp_path / name).symlink_to(tmp_path / name)
+    assert storage.list_dir(str(tmp_path / "loop")) == []
+    with pytest.raises(PistoSegError, match=r"loop.csv: cannot be read .*levels of symbolic links") as caught:
+        open_table(str(tmp_path / "loop.csv"))
+    assert not isinstance(caught.value, UnavailableError)
 
 
 @pytest.mark.parametrize(("name", "reason"), [("vanished", errno.ENOENT), ("lost+found", errno.EACCES)])
