@@ -28,6 +28,8 @@ _UNWRITABLE = {
     getattr(errno, name) for name in ("EACCES", "EPERM", "EROFS", "ENOTDIR", "EISDIR", "EEXIST", "ENAMETOOLONG")
 }
 _NO_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
+_PARQUET: dict[str, Any] = {"compression": "zstd", "write_statistics": False}
+"""Statistics of a column of images are whole images, several to a row group, and nothing reads them."""
 _OF_THE_SYSTEM = {"lost+found", "System Volume Information", "$RECYCLE.BIN"}
 """Folders at the root of a disk that mostly nobody may list."""
 
@@ -419,7 +421,7 @@ def write_parquet(table: pa.Table, uri: str, row_group_size: int = 256) -> None:
     import pyarrow.parquet as pq
 
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", row_group_size=row_group_size)
+    pq.write_table(table, sink, row_group_size=row_group_size, **_PARQUET)
     write_bytes(uri, sink.getvalue().to_pybytes())
 
 
@@ -434,7 +436,7 @@ def parquet_rows(uri: str, schema: pa.Schema, row_group_size: int) -> Iterator[C
 
     sink = io.BytesIO()  # which gives its bytes away without a copy
     rows: list[dict[str, Any]] = []
-    with pq.ParquetWriter(sink, schema, compression="zstd") as writer:
+    with pq.ParquetWriter(sink, schema, **_PARQUET) as writer:
 
         def flush() -> None:
             writer.write_table(pa.Table.from_pylist(rows, schema))

@@ -298,6 +298,17 @@ def test_rows_that_come_one_by_one_make_a_file_that_appears_when_all_are_there(r
     assert storage.read_parquet(uri) == pa.Table.from_pylist(rows, schema)
 
 
+def test_a_table_of_small_images_takes_hardly_more_room_than_they_do(tmp_path):
+    images = [os.urandom(4000) for _ in range(64)]
+    table, uri = pa.table({"png": images}), str(tmp_path / "part.parquet")
+    storage.write_parquet(table, uri, row_group_size=8)
+    assert storage.file_size(uri) < 1.1 * 64 * 4000
+    with storage.parquet_rows(uri, table.schema, row_group_size=8) as add:
+        for image in images:
+            add({"png": image})
+    assert storage.file_size(uri) < 1.1 * 64 * 4000
+
+
 def test_rows_of_a_block_that_fails_are_not_written(tmp_path):
     uri = str(tmp_path / "part.parquet")
     with pytest.raises(ZeroDivisionError), storage.parquet_rows(uri, pa.schema([("n", pa.int64())]), 1) as add:
