@@ -103,8 +103,12 @@ def splits_beside(uri: str) -> frozenset[str]:
 
 def training_files(uri: str) -> dict[str, str]:
     """Every file below a folder of training images, as `relative_files` has them, but for those of other splits."""
+    files = relative_files(uri)
+    folders = {name.split("/")[0].lower() for name in files if "/" in name}
+    if folders.isdisjoint(SPLITS["validation"] + SPLITS["testing"]):  # a million images are not listed twice
+        return files
     others = splits_beside(uri)
-    return {name: file for name, file in relative_files(uri).items() if name.split("/")[0] not in others}
+    return {name: file for name, file in files.items() if name.split("/")[0] not in others}
 
 
 def scan_training(uri: str, classes: TissueClasses, config: DataConfig) -> Listing:

@@ -12,7 +12,14 @@ from pistoseg.classes import TissueClass, TissueClasses
 from pistoseg.config import DataConfig
 from pistoseg.errors import PistoSegError, UnavailableError
 from pistoseg.patches.digest import _digest, training_digest, validation_digest, validation_folder
-from pistoseg.patches.layouts import find_split, find_training, relative_files, scan_evaluation, scan_training
+from pistoseg.patches.layouts import (
+    find_split,
+    find_training,
+    relative_files,
+    scan_evaluation,
+    scan_training,
+    training_files,
+)
 from pistoseg.patches.source import WHOLE
 from pistoseg.patches.table import from_folder, images_elsewhere
 from pistoseg.slides.files import etag
@@ -89,6 +96,12 @@ def test_a_table_beside_a_split_with_masks_labels_the_training_images(root):
     table(root, ["images/a.png,0,0,8,8,1,0,0"])
     assert find_training(root, CLASSES, DataConfig()) == root
     assert [image.name for image in scan(root).images] == ["images/a.png"]
+
+
+def test_a_folder_of_training_images_without_other_splits_is_listed_once(tmp_path, monkeypatch):
+    put(tmp_path, "a[100].png")
+    monkeypatch.delattr(storage, "list_dir")
+    assert list(training_files(str(tmp_path))) == ["a[100].png"]
 
 
 def test_splits_with_masks_alone_are_no_training_images(root):
