@@ -51,6 +51,13 @@ class UnavailableError(PistoSegError):
     """
 
 
+class RefusedError(PistoSegError):
+    """Object storage that keeps a file or folder from these credentials; others there may be given.
+
+    Whoever lists bad inputs and goes on must not list this: rights can be given without any change to the file.
+    """
+
+
 def suggestion(word: str, known: Iterable[str]) -> str:
     """The end of a sentence about an unknown word: "; did you mean x?", empty where no known one resembles it."""
     import difflib

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pistoseg.errors import PistoSegError, UnavailableError
+from pistoseg.errors import PistoSegError, RefusedError, UnavailableError
 from pistoseg.redaction import HIDDEN, first_line
 
 if TYPE_CHECKING:
@@ -307,7 +307,7 @@ def explain(error: BaseException, uri: str) -> PistoSegError | None:
     elif code in REFUSED or isinstance(error, PermissionError):
         reason = f"{server} refuses access ({code or error})"
         remedy = "check the access key, and its rights to list, read and write there"
-        kind = PistoSegError
+        kind = RefusedError
     elif code in TRANSIENT_CODES or names & TRANSIENT_ERRORS:
         reason = f"{server} does not answer ({code or type(error).__name__}), tried {RETRIES} times"
         remedy = "check AWS_ENDPOINT_URL and the network; the same command goes on where this one stopped"

@@ -29,6 +29,9 @@ _UNWRITABLE = {
     # Of a file system that takes no folders, as /proc, and of one whose server or disk is gone.
     *(errno.ENOENT, errno.ESTALE, errno.ENODEV),
 }
+_NO_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
+_PARQUET: dict[str, Any] = {"compression": "zstd", "write_statistics": False}
+"""Statistics of a column of images are whole images, several to a row group, and nothing reads them."""
 _OF_THE_SYSTEM = {"lost+found", "System Volume Information", "$RECYCLE.BIN"}
 """Folders at the root of a disk that mostly nobody may list."""
 
@@ -52,6 +55,15 @@ def _explains(function: Callable[Concatenate[str, P], T]) -> Callable[Concatenat
             raise problem from error
 
     return call
+
+
+def is_no_file(error: OSError) -> bool:
+    """Whether an error of reading says that there is no such file: none of the name, a folder, or a link to itself.
+
+    What else a disk says, as of rights, can be mended without any change to the file.
+    """
+    no_file = isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError)
+    return no_file or error.errno in _NO_FILE
 
 
 def is_local(uri: str) -> bool:
@@ -318,9 +330,10 @@ def list_dir(uri: str) -> list[str]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
-        if is_local(uri):
-            _refuse_unlisted(error)
-        raise
+        if not is_local(uri):
+            raise
+        _refuse_unlisted(error)
+        return []
     below = (str(entry).rstrip("/") for entry in entries)
     return sorted(_uri_like(uri, backend, entry) for entry in below if entry != path.rstrip("/"))
 
@@ -410,7 +423,7 @@ def write_parquet(table: pa.Table, uri: str, row_group_size: int = 256) -> None:
     import pyarrow.parquet as pq
 
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", row_group_size=row_group_size)
+    pq.write_table(table, sink, row_group_size=row_group_size, **_PARQUET)
     write_bytes(uri, sink.getvalue().to_pybytes())
 
 
@@ -425,7 +438,7 @@ def parquet_rows(uri: str, schema: pa.Schema, row_group_size: int) -> Iterator[C
 
     sink = io.BytesIO()  # which gives its bytes away without a copy
     rows: list[dict[str, Any]] = []
-    with pq.ParquetWriter(sink, schema, compression="zstd") as writer:
+    with pq.ParquetWriter(sink, schema, **_PARQUET) as writer:
 
         def flush() -> None:
             writer.write_table(pa.Table.from_pylist(rows, schema))

@@ -132,7 +132,7 @@ def _readable_parquet(uri: str) -> Iterator[None]:
     """Say that a Parquet file is none where it can't be read."""
     try:
         yield
-    except UnavailableError:
+    except PistoSegError:
         raise
     except Exception as error:  # pyarrow raises many kinds on damaged files, OSError without a number among them
         if isinstance(error, OSError) and error.errno:
@@ -144,7 +144,7 @@ def _readable_parquet(uri: str) -> Iterator[None]:
 
 def _not_given(error: OSError, uri: str) -> PistoSegError:
     """The error about a table that is not there or, which says nothing about what it holds, can't be read."""
-    kind = PistoSegError if isinstance(error, FileNotFoundError) else UnavailableError
+    kind = PistoSegError if storage.is_no_file(error) else UnavailableError
     reason = f"cannot be read ({error.strerror or error})"
     return kind(reason, file=uri, remedy="check the path and its rights")
 

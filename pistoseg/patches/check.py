@@ -18,7 +18,7 @@ import numpy as np
 from pistoseg import storage
 from pistoseg.classes import IGNORE_ID, TissueClasses
 from pistoseg.config import DataConfig, ScaleConfig, SynthesisConfig
-from pistoseg.errors import PistoSegError
+from pistoseg.errors import PistoSegError, UnavailableError
 from pistoseg.outputs.pictures import Panel, sheet
 from pistoseg.patches.crops import Crop, CutNote, Opener, crops, note_lines
 from pistoseg.patches.decode import decode_background, decode_mask, encode_png, pixel_hash, read_file, read_rgb
@@ -41,6 +41,7 @@ from pistoseg.patches.source import (
     Window,
     count_unread,
     outside,
+    readable,
     too_many_bad,
 )
 from pistoseg.patches.store import network_size, scaled
@@ -108,7 +109,7 @@ def check(
     read: list[_Read] = []
     scale, synthesis = scale or ScaleConfig(), synthesis or SynthesisConfig()
     slides = is_manifest(data_uri)
-    training = data_uri if slides else find_training(data_uri)
+    training = data_uri if slides else find_training(data_uri, classes, config)
     with _problems_into(report):
         if slides:
             assert opener is not None, "a manifest of slides needs a way to open them"
@@ -116,7 +117,7 @@ def check(
         elif training is not None:
             read = _check_training(training, classes, config, scale, synthesis, report, workers)
     truths: dict[str, list[_Truth]] = {}
-    evaluation = _evaluation_folders(data_uri, config)
+    evaluation = _evaluation_folders(data_uri, config, is_training=training is not None)
     report.warnings += _not_scored(data_uri, evaluation) if not slides else []
     for split, folder in evaluation.items():
         with _problems_into(report):
@@ -146,12 +147,13 @@ def _problems_into(report: Report) -> Iterator[None]:
         report.problems.append(str(error))
 
 
-def _evaluation_folders(data_uri: str, config: DataConfig) -> dict[str, str]:
+def _evaluation_folders(data_uri: str, config: DataConfig, *, is_training: bool) -> dict[str, str]:
+    """The splits with masks; a folder without training images may be one itself."""
     if is_manifest(data_uri):
         return {"validation": config.validation} if config.validation else {}
     folders = {split: find_split(data_uri, split) for split in ("validation", "testing")}
     names = {storage.name(child).lower() for child in storage.list_dir(data_uri)}
-    if names & set(IMAGE_FOLDERS) and names & set(MASK_FOLDERS):
+    if not is_training and names & set(IMAGE_FOLDERS) and names & set(MASK_FOLDERS):
         folders["validation"] = data_uri
     if config.validation:
         folders["validation"] = config.validation
@@ -175,6 +177,7 @@ def _check_training(
     workers: int,
 ) -> list[_Read]:
     listing = scan_training(uri, classes, config)
+    unread: list[PistoSegError] = []
 
     def read(source: SourceImage) -> tuple[_Read | None, list[Rejection]]:
         try:
@@ -182,7 +185,7 @@ def _check_training(
             height, width = pixels.shape[:2]
             factor, size = network_size(height, width, config, scale)
         except PistoSegError as error:
-            return None, [Rejection.of(error, source.name)]
+            return None, _rejections(error, unread, source.name)
         windows = [window.resolved(width, height) for window in source.windows]
         beyond = [outside(source, window, width, height) for window in windows]
         kept = tuple(window for window, rejection in zip(windows, beyond, strict=True) if rejection is None)
@@ -196,6 +199,7 @@ def _check_training(
         return _Read(source, title, width, height, kept, sizes, pixel_hash(pixels), load), refused
 
     results = _in_threads(read, listing.images, workers)
+    _note_unread(unread, report)
     images = [image for image, _ in results if image is not None]
     report.layout = listing.layout
     report.rejected = listing.rejected + [rejection for _, refused in results for rejection in refused]
@@ -215,14 +219,19 @@ def _check_slides(
 ) -> list[_Read]:
     """Read every window of a manifest's slides; each is a training image."""
     listing = scan_slides(uri, classes)
+    unread: list[PistoSegError] = []
 
-    def read(source: SlideSource) -> list[_Read | Rejection | CutNote]:
-        return [
-            _read_crop(source, item, opener, classes, config, scale.fit) if isinstance(item, Crop) else item
-            for item in crops(source, opener, classes, config)
-        ]
+    def read(source: SlideSource) -> Sequence[_Read | Rejection | CutNote]:
+        try:
+            return [
+                _read_crop(source, item, opener, classes, config, scale.fit) if isinstance(item, Crop) else item
+                for item in crops(source, opener, classes, config)
+            ]
+        except UnavailableError as error:
+            return _rejections(error, unread)
 
     items = [item for found in _in_threads(read, listing.slides, workers) for item in found]
+    _note_unread(unread, report)
     images = [item for item in items if isinstance(item, _Read)]
     report.layout = listing.layout
     report.rejected = listing.rejected + [item for item in items if isinstance(item, Rejection)]
@@ -339,16 +348,18 @@ def _check_split(
     split: str, uri: str, classes: TissueClasses, config: DataConfig, report: Report, workers: int
 ) -> list[_Truth]:
     listing = scan_evaluation(uri)
+    unread: list[PistoSegError] = []
 
-    def read(pair: EvaluationPair) -> _Truth | Rejection:
+    def read(pair: EvaluationPair) -> _Truth | Rejection | None:
         try:
             pixels, mask = _read_pair(pair, classes, config)
         except PistoSegError as error:
-            return Rejection.of(error)
+            return next(iter(_rejections(error, unread)), None)
         counts = None if mask is None else np.bincount(mask.ravel(), minlength=256)
         return _Truth(pair, pixel_hash(pixels), counts)
 
     results = _in_threads(read, listing.pairs, workers)
+    _note_unread(unread, report)
     truths = [result for result in results if isinstance(result, _Truth)]
     counted = [truth.counts for truth in truths if truth.counts is not None]
     total = sum(counted, np.zeros(256, np.int64))
@@ -364,8 +375,17 @@ def _check_split(
         bad=[result for result in results if isinstance(result, Rejection)],
     )
     report.splits[split] = found
-    if found.bad:
-        report.problems.append(f"{len(found.bad)} images or masks of {split} are bad: models can't be scored on them")
+    unscored = sum(
+        isinstance(result, Rejection) and pair.mask_uri is None
+        for pair, result in zip(listing.pairs, results, strict=True)
+    )
+    if len(found.bad) > unscored:
+        bad = len(found.bad) - unscored
+        report.problems.append(f"{bad} images or masks of {split} are bad: models can't be scored on them")
+    if unscored:
+        report.warnings.append(f"{unscored} images of {split} without a mask are bad: nothing is scored on them")
+    if not listing.scored:
+        report.problems.append(f"{split} has no image with a mask: give img/ and mask/ files the same names")
     for kind, names in (("masks have no image", found.missing_images), ("images have no mask", found.missing_masks)):
         if names:
             report.warnings.append(f"{split} is incomplete: {len(names)} {kind} ({', '.join(names[:5])})")
@@ -373,6 +393,20 @@ def _check_split(
     if absent:
         report.warnings.append(f"no mask of {split} shows {', '.join(absent)}: the IoU there is undefined")
     return truths
+
+
+def _rejections(error: PistoSegError, unread: list[PistoSegError], name: str | None = None) -> list[Rejection]:
+    """`Rejection.of` an error, or none where a file is not given by this machine's disk: `unread` gets the error."""
+    if isinstance(error, UnavailableError) and error.file is not None and storage.is_local(error.file):
+        unread.append(error)
+        return []
+    return [Rejection.of(error, name)]
+
+
+def _note_unread(unread: list[PistoSegError], report: Report) -> None:
+    """Say which files this machine's disk does not give: a training ends at the first, the check reads the others."""
+    if unread:
+        report.problems.append(f"{len(unread)} files are not given by the disk; the first: {min(map(str, unread))}")
 
 
 def _read_pair(
@@ -412,10 +446,10 @@ def _write(
         if rows:
             report.pictures.append(storage.join(out, f"{split}.png"))
             storage.write_bytes(report.pictures[-1], encode_png(sheet(rows, classes)))
-    storage.write_bytes(
-        storage.join(out, "report.json"), json.dumps(report.to_json(), indent=2, ensure_ascii=False).encode()
-    )
-    storage.write_bytes(storage.join(out, "report.txt"), report.to_text().encode())
+    as_json = json.dumps(report.to_json(), indent=2, ensure_ascii=False)
+    # A folder's or a table's name need not be UTF-8: what of it is not becomes an escape, in JSON one of JSON's.
+    storage.write_bytes(storage.join(out, "report.json"), as_json.encode(errors="backslashreplace"))
+    storage.write_bytes(storage.join(out, "report.txt"), readable(report.to_text()).encode())
 
 
 def _window_panel(image: _Read, window: Window) -> Panel:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from pistoseg.classes import TissueClasses
 from pistoseg.config import DataConfig, ScaleConfig
-from pistoseg.errors import PistoSegError, suggestion
+from pistoseg.errors import PistoSegError, RefusedError, UnavailableError, suggestion
 from pistoseg.patches.annotations import BACKGROUND, read_annotations
 from pistoseg.patches.source import Rejection, SlideSource, Window
 from pistoseg.patches.store import image_row, window_row
@@ -234,7 +234,9 @@ def annotated_windows(
 
 
 def _rejected(source: SlideSource, windows: list[Window], error: PistoSegError) -> list[Rejection]:
-    """One for each window, or for the slide where its windows are not known."""
+    """One for each window, or for the slide where its windows are not known; raises what is no fault of the slide."""
+    if isinstance(error, RefusedError):
+        raise UnavailableError(error.reason, file=error.file, remedy=error.remedy) from error
     reason = error.reason if error.file in (None, source.uri) else f"{error.file} {error.reason}"
     names = [_label(source, window) for window in windows] or [source.name]
     first = replace(Rejection.of(error), field=error.field or "slide", reason=reason)

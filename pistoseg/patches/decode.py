@@ -6,7 +6,6 @@ one right conversion to the RGB that the networks are trained on.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 from collections.abc import Callable
@@ -20,12 +19,12 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 from pistoseg import storage
 from pistoseg.classes import IGNORE_ID, TissueClasses
-from pistoseg.errors import PistoSegError, UnavailableError
+from pistoseg.errors import PistoSegError, RefusedError, UnavailableError
 
 _SAVE_AS = "save it as an 8-bit RGB PNG, JPEG or TIFF"
 _ALPHA_MODES = {"LA", "La", "PA", "RGBA", "RGBa"}
 _COLOR_MODES = {"1", "L", "P", "RGB", "RGBX", "YCbCr"} | _ALPHA_MODES
-_NO_FILE = {errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
+_BLACK = (0, 0, 0)
 _BITS_PER_SAMPLE, _SAMPLE_FORMAT = 258, 339  # TIFF tags
 
 
@@ -38,9 +37,11 @@ def read_file(uri: str, name: str | None = None) -> bytes:
     """
     try:
         return storage.read_bytes(uri)
+    except RefusedError as error:
+        raise UnavailableError(error.reason, file=error.file, remedy=error.remedy) from error
     except OSError as error:
         reason = f"cannot be read ({error.strerror or str(error) or type(error).__name__})"
-        if isinstance(error, FileNotFoundError) or error.errno in _NO_FILE:
+        if storage.is_no_file(error):
             remedy = "check that it is there and readable"
             raise PistoSegError(reason, file=name or uri, field="file", remedy=remedy) from error
         # Rights can be given and disks come back without any change to the file, by which bad ones are known.
@@ -310,16 +311,22 @@ def _by_palette(values: np.ndarray, palette: list[int], classes: TissueClasses) 
     """The ids that a palette's colours mean, where all of them are those of the classes and background; else `values`.
 
     `Image.quantize`, for one, orders a palette anew for every image. Others (grey, or that of Pascal VOC) mean nothing:
-    even where the pixels of one mask happen to have only colours of classes, entries of other ids do not. What follows
-    the last value in use is filled up with black by some writers. 255 is no entry: it stays what is unknown.
+    even where the pixels of one mask happen to have only colours of classes, entries of other ids do not. Nor does one
+    that has one colour for several values in use, or black alone, with which grey, empty and Pascal VOC's palettes
+    begin. What follows the last value in use is filled up with black by some writers. 255 is no entry: it stays what is
+    unknown.
     """
     colors = [tuple(palette[start : start + 3]) for start in range(0, len(palette), 3)][:IGNORE_ID]
     known: dict[tuple[int, ...], int] = {tissue.color: index for index, tissue in enumerate(classes.classes)}
     known[classes.background_color] = classes.background_id
-    used = int(max(values[values < IGNORE_ID], default=-1)) + 1
+    found = np.flatnonzero(np.bincount(values.ravel(), minlength=256)[:IGNORE_ID]).tolist()
+    used = found[-1] + 1 if found else 0
     last = max(used, len(classes), classes.background_id + 1)
-    meant = colors[:used] + [color for color in colors[used:last] if color != (0, 0, 0)]
+    meant = colors[:used] + [color for color in colors[used:last] if color != _BLACK]
     if used > len(colors) or any(color not in known for color in meant):
+        return values
+    distinct = len({colors[value] for value in found}) == len(found)
+    if not distinct or meant == [_BLACK]:
         return values
     lookup = np.arange(256, dtype=np.uint8)
     lookup[:used] = [known[color] for color in colors[:used]]

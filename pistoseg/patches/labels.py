@@ -72,6 +72,12 @@ def parse_flags(file_name: str, n_classes: int) -> list[int] | None:
     return [int(token) for token in tokens]
 
 
+def are_apart(file_name: str) -> bool:
+    """Whether the last brackets of a file name hold values apart, as `[1, 0]`, and no number like that of `[10]`."""
+    groups = _BRACKETS.findall(stem(file_name))
+    return bool(groups) and _SEPARATORS.search(groups[-1].strip()) is not None
+
+
 def format_flags(labels: Sequence[int]) -> str:
     """Write flags as WSSS4LUAD does: `[1, 0, 1]`."""
     return "[" + ", ".join(str(int(flag)) for flag in labels) + "]"

@@ -61,13 +61,30 @@ def find_split(data_uri: str, split: str) -> str | None:
     return None if has_split or is_evaluation else data_uri
 
 
-def find_training(data_uri: str) -> str | None:
-    """`find_split` of the training images, or data_uri itself where they lie beside its other splits."""
+def find_training(data_uri: str, classes: TissueClasses, config: DataConfig) -> str | None:
+    """`find_split` of the training images, or data_uri itself where they lie beside its other splits or masks.
+
+    Args:
+        data_uri: the data set's folder, or its training folder itself.
+        classes: after which folders beside mask/ may be named.
+        config: its layout and table.
+    Raises:
+        PistoSegError: data_uri is no folder.
+    """
     found = find_split(data_uri, "training")
-    if found is not None or _first(_children(data_uri), MASK_FOLDERS) is not None:
+    if found is not None:
         return found
     files = training_files(data_uri)
-    return data_uri if any(labels.is_image(name) or table.is_preferred(name) for name in files) else None
+    is_evaluation = _first(_children(data_uri), MASK_FOLDERS) is not None
+    try:
+        if config.layout in ("auto", "table") and table.find_table(data_uri, files, classes, config.table):
+            return data_uri
+    except PistoSegError:  # reading the images says it
+        return None if is_evaluation else data_uri
+    images = filter(labels.is_image, files)
+    if is_evaluation:
+        images = filter(lambda name: labels.parse_folder(name.split("/")[0], classes), images)
+    return data_uri if any(images) else None
 
 
 def split_without_masks(data_uri: str, split: str) -> str | None:
@@ -86,8 +103,12 @@ def splits_beside(uri: str) -> frozenset[str]:
 
 def training_files(uri: str) -> dict[str, str]:
     """Every file below a folder of training images, as `relative_files` has them, but for those of other splits."""
+    files = relative_files(uri)
+    folders = {name.split("/")[0].lower() for name in files if "/" in name}
+    if folders.isdisjoint(SPLITS["validation"] + SPLITS["testing"]):  # a million images are not listed twice
+        return files
     others = splits_beside(uri)
-    return {name: file for name, file in relative_files(uri).items() if name.split("/")[0] not in others}
+    return {name: file for name, file in files.items() if name.split("/")[0] not in others}
 
 
 def scan_training(uri: str, classes: TissueClasses, config: DataConfig) -> Listing:
@@ -208,6 +229,9 @@ def _carries_label(file_name: str, classes: TissueClasses) -> bool:
 def _scan_folders(
     files: dict[str, str], classes: TissueClasses, *, refuse_flags: bool
 ) -> tuple[list[SourceImage], list[Rejection]]:
+    in_classes = (name for name in files if labels.is_image(name) and labels.parse_folder(name.split("/")[0], classes))
+    all_flagged = refuse_flags and all(_flags_of(posixpath.basename(name), classes) for name in in_classes)
+
     def label(name: str) -> list[int]:
         folder = name.split("/")[0] if "/" in name else ""
         found = labels.parse_folder(folder, classes)
@@ -219,7 +243,9 @@ def _scan_folders(
             raise PistoSegError(
                 where, field="label", remedy=f"move it to a folder named like a class: {', '.join(classes.names)}"
             )
-        flags = _flags_of(posixpath.basename(name), classes) if refuse_flags else None
+        base = posixpath.basename(name)
+        # Of two classes, [10] may be a number; where all names have such ones, they are flags.
+        flags = _flags_of(base, classes) if refuse_flags and (all_flagged or labels.are_apart(base)) else None
         if flags not in (None, found):
             raise PistoSegError(
                 f"the flags in its name and its folder {folder!r} contradict each other",

@@ -9,13 +9,14 @@ import math
 import posixpath
 from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import suppress
 from itertools import islice
 from typing import Any
 from unicodedata import is_normalized
 
 from pistoseg import storage
 from pistoseg.classes import TissueClasses, composed, folded
-from pistoseg.errors import PistoSegError, UnavailableError
+from pistoseg.errors import PistoSegError, RefusedError, UnavailableError
 from pistoseg.patches.source import WHOLE, Rejection, SourceImage, Window, readable
 from pistoseg.tables import Row, open_table, read_header, refuse_extra_fields, refuse_repeated
 
@@ -47,7 +48,7 @@ def find_table(
     """
     if name is not None:
         relative = (uri, posixpath.dirname(uri.rstrip("/"))) if "://" not in name else ()
-        candidates = (*(storage.join(folder, name) for folder in relative), name)
+        candidates = (*_below(relative, name.strip("/")), name)
         for candidate in candidates:
             if storage.exists(candidate) and not storage.is_dir(candidate):
                 return candidate
@@ -238,23 +239,29 @@ class _ImageFinder:
         """Where an image that is not listed may be; the first that is a file counts."""
         if "://" in name or name.startswith("/"):
             return [name]
-        return list(dict.fromkeys(_below(folder, name) for folder in self.folders))
+        return list(dict.fromkeys(_below(self.folders, name)))
 
     def _look(self, name: str) -> str | None:
         return next((c for c in self.candidates(name) if storage.exists(c) and not storage.is_dir(c)), None)
 
 
-def _below(folder: str, name: str) -> str:
-    """The URI of a path relative to a folder; in object storage, where `..` is a name as any other, without it."""
-    if storage.is_local(folder):  # whose links may lead elsewhere
-        return storage.join(folder, name)
-    return from_folder(folder, name)
+def _below(folders: Iterable[str], name: str) -> Iterator[str]:
+    """The URIs of a path relative to folders; in object storage, where `..` is a name as any other, without it."""
+    for folder in folders:
+        with suppress(PistoSegError):  # it leads out of the bucket, where nothing of the data set is
+            # A local folder's links may lead elsewhere.
+            yield storage.join(folder, name) if storage.is_local(folder) else from_folder(folder, name)
 
 
 def from_folder(folder: str, written: str) -> str:
-    """The URI of a relative path, without `..` and `.`."""
+    """The URI of a relative path, without `..` and `.`; `PistoSegError` where it leads out of the folder's bucket."""
     protocol, separator, path = folder.rpartition("://")
-    return protocol + separator + posixpath.normpath(posixpath.join(path, written))
+    found = posixpath.normpath(posixpath.join(path, written))
+    buckets = {item.lstrip("/").split("/")[0] for item in (path, found)}  # after memory:///, too
+    if not storage.is_local(folder) and len(buckets) > 1:
+        remedy = "write a path within it, or the whole URI"
+        raise PistoSegError(f"{written} leads out of the bucket of {folder}", remedy=remedy)
+    return protocol + separator + found
 
 
 def _window(row: Row, number: int, header: list[str], classes: TissueClasses) -> Window:
@@ -349,7 +356,7 @@ def _header(table_uri: str) -> list[str]:
     """The columns of a table that may be something else altogether."""
     try:
         return read_header(table_uri)
-    except UnavailableError:
+    except (RefusedError, UnavailableError):
         raise
     except PistoSegError:
         return []

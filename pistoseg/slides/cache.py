@@ -18,11 +18,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pistoseg import object_store, storage
-from pistoseg.errors import PistoSegError, explained
+from pistoseg.errors import PistoSegError, UnavailableError, explained
 from pistoseg.slides.files import etag, slide_files
 
 _POLL_S = 0.2
 _SIZE = ".size"
+_RAISE = "raise the limit of the cache (--cache-gb of `segment`; else half of the free disk, or of PISTOSEG_DISK_GB)"
 
 
 class SlideCache:
@@ -45,7 +46,8 @@ class SlideCache:
         A slide that is not there yet is fetched whole, with the files that belong to it; whoever else wants it waits.
 
         Raises:
-            PistoSegError: it does not exist, cannot be fetched, is larger than the limit, or there was no room in time.
+            UnavailableError: it cannot be fetched, is larger than the limit, or there was no room in time.
+            PistoSegError: it does not exist, or its storage refuses it.
         """
         path = storage.local_path(uri)
         if path is not None:
@@ -85,7 +87,8 @@ class SlideCache:
             raise
         except Exception as error:  # every storage has errors of its own
             known = explained(error, str(self._folder)) or object_store.explain(error, uri)
-            raise known or PistoSegError(
+            kind = PistoSegError if isinstance(error, FileNotFoundError) else UnavailableError
+            raise known or kind(
                 f"cannot be fetched into {self._folder} ({error})",
                 file=uri,
                 remedy="check the connection, the credentials and the room on the disk",
@@ -97,14 +100,14 @@ class SlideCache:
         """Make room for a slide and a folder that claims it.
 
         Raises:
-            PistoSegError: the limit is too low for it, or everything stayed in use.
+            UnavailableError: the limit is too low for it, or everything stayed in use.
         """
         if size > self._limit:
-            raise PistoSegError(
+            raise UnavailableError(
                 f"has {size:,} bytes, and the cache may have {self._limit:,}",
                 file=uri,
                 field="cache limit",
-                remedy="raise the limit of the cache",
+                remedy=_RAISE,
             )
         deadline = time.monotonic() + self._wait_s
         while True:
@@ -115,11 +118,11 @@ class SlideCache:
                     (part / _SIZE).write_text(str(size))
                     return
             if time.monotonic() > deadline:
-                raise PistoSegError(
+                raise UnavailableError(
                     f"found no room in {self._folder} in {self._wait_s:.0f} s: all slides in it are in use",
                     file=uri,
                     field="cache limit",
-                    remedy="raise the limit of the cache, or use fewer workers on a machine",
+                    remedy=f"{_RAISE}, or use fewer workers on a machine",
                 )
             time.sleep(_POLL_S)
 

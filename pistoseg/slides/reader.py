@@ -17,7 +17,8 @@ from typing import NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from pistoseg.errors import PistoSegError
+from pistoseg import storage
+from pistoseg.errors import PistoSegError, UnavailableError
 from pistoseg.slides.files import VENDORS, extension, missing
 from pistoseg.slides.resolution import resolve_mpp
 
@@ -200,8 +201,9 @@ def _magic(file: str, name: str) -> bytes:
     except IsADirectoryError as error:
         raise PistoSegError("is a folder, not a slide", file=name, remedy="name a file in it") from error
     except OSError as error:
-        raise PistoSegError(
-            f"cannot be read ({error.strerror or error})", file=name, remedy="check its rights"
+        kind = PistoSegError if storage.is_no_file(error) else UnavailableError
+        raise kind(
+            f"cannot be read ({error.strerror or error})", file=name, remedy="check its path, its rights and the disk"
         ) from error
     if not magic:
         raise PistoSegError("is empty (0 bytes)", file=name, remedy=COPY_AGAIN)

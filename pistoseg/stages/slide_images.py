@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pistoseg import storage
-from pistoseg.errors import PistoSegError
+from pistoseg.errors import UnavailableError
 from pistoseg.slides.cache import SlideCache, bytes_in
 from pistoseg.slides.reader import open_slide
 from pistoseg.slides.view import SlideView
@@ -52,7 +52,7 @@ def node_cache(uri: str, gigabytes: float | None = None) -> SlideCache:
         gigabytes: of all slides in it; None: half of what the disk has left beside them, or of `DISK_GB` where that
             is less.
     Raises:
-        PistoSegError: `DISK_GB` is not a number above 0.
+        UnavailableError: `DISK_GB` is not a number above 0.
     """
     folder = Path(tempfile.gettempdir()) / f"pistoseg-slides-{os.getuid()}"
     if not storage.is_local(uri):
@@ -71,5 +71,6 @@ def _allowed_bytes() -> float:
     except ValueError:
         gigabytes = 0
     if not gigabytes > 0:
-        raise PistoSegError(f"{text!r} is not a number above 0", field=DISK_GB, remedy="give the node's gigabytes")
+        problem, remedy = f"{text!r} is not a number above 0", f"set {DISK_GB} to the node's gigabytes"
+        raise UnavailableError(problem, field=DISK_GB, remedy=remedy)  # no slide's fault
     return gigabytes * 1e9

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import json
 import os
 import re
 import struct
@@ -295,6 +296,17 @@ def test_a_mask_or_its_image_whose_name_is_not_utf8_is_a_problem(tmp_path, folde
     assert report.to_text().encode()
 
 
+def test_a_report_names_a_folder_and_a_table_that_are_not_utf8(tmp_path):
+    uri = str(tmp_path / LATIN)
+    put(uri, "train/a-[1, 0, 0].png")
+    put(uri, f"train/{LATIN}.csv", b"image,x,y,width,height\n")
+    (problem,) = check(uri, CLASSES, DataConfig(), workers=1, out=str(tmp_path / "out")).problems
+    assert "lacks the columns" in problem
+    report = json.loads((tmp_path / "out/report.json").read_text("utf-8"))
+    assert (report["data"], report["problems"]) == (uri, [problem])
+    assert r"Gewebe \xe4.csv: columns: lacks" in (tmp_path / "out/report.txt").read_text("utf-8")
+
+
 def test_a_folder_called_like_an_image_is_no_image(tmp_path):
     (tmp_path / "dir-[1, 0, 0].png").mkdir()
     put(tmp_path, "good-[1, 0, 0].png")
@@ -358,5 +370,6 @@ def test_the_check_names_a_file_that_the_disk_does_not_give_and_goes_on_with_the
     report = check(str(tmp_path), CLASSES, DataConfig(), workers=2)
     assert not report.ok
     assert any(name in problem and "Permission denied" in problem for problem in report.problems)
-    assert (report.images, len(report.splits)) == ((len(training), 0) if name == "v.png" else (0, 1))
+    refused = name != "v.png"
+    assert (report.images, report.splits["validation"].scored) == (len(training) - refused, refused)
     assert not report.rejected

@@ -268,6 +268,15 @@ def test_an_image_is_not_rejected_because_credentials_have_expired():
         Rejection.of(caught.value)
 
 
+def test_an_image_is_not_rejected_because_its_storage_refuses_it(monkeypatch):
+    def refuse(uri):
+        raise object_store.explain(translated("AccessDenied"), uri)
+
+    monkeypatch.setattr(storage, "read_bytes", refuse)
+    with pytest.raises(UnavailableError, match=r"s3://bucket/x.png: AWS refuses access .AccessDenied"):
+        decode.read_file("s3://bucket/x.png", "x.png")
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [

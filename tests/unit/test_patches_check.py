@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 from dataclasses import asdict
@@ -5,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from patch_files import CLASSES, encoded, mask_png, put, tissue
+from patch_files import CLASSES, config_of, encoded, mask_png, put, tissue
 
 from pistoseg import storage
 from pistoseg.classes import TissueClass, TissueClasses
@@ -14,8 +15,10 @@ from pistoseg.config import DataConfig, ScaleConfig, SynthesisConfig, load_confi
 from pistoseg.errors import PistoSegError
 from pistoseg.patches.check import check
 from pistoseg.patches.decode import decode_rgb
+from pistoseg.patches.digest import validation_folder
 from pistoseg.patches.source import SourceImage
 from pistoseg.patches.store import ingest
+from pistoseg.progress import Progress
 from pistoseg.stages import validation
 
 DATA = Path(os.environ.get("PISTOSEG_TEST_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
@@ -250,6 +253,70 @@ def test_masks_that_do_not_fit_are_problems_and_missing_ones_are_warnings(tmp_pa
     assert (split.images, split.scored) == (4, 1)
     assert not report.ok
     assert "incomplete" in report.to_text()
+
+
+def test_a_split_of_which_no_image_has_a_mask_is_a_problem_as_it_ends_a_training(tmp_path):
+    write_good(tmp_path)
+    (tmp_path / "validation/mask/v.png").rename(tmp_path / "validation/mask/w.png")
+    (problem,) = run(tmp_path).problems
+    assert problem.startswith("validation has no image with a mask")
+    with pytest.raises(PistoSegError, match="has no image with a mask"):
+        validation.collect(
+            str(tmp_path / "validation"), str(tmp_path), CLASSES, max_pixels=9999, actors=1, progress=Progress()
+        )
+
+
+def test_a_bad_image_without_a_mask_is_a_warning_as_nothing_reads_it(tmp_path):
+    write_good(tmp_path)
+    put(tmp_path, "validation/img/broken.png", b"no image")
+    report = run(tmp_path)
+    assert report.ok
+    assert "1 images of validation without a mask are bad: nothing is scored on them" in report.warnings
+    assert "is not a PNG" in report.to_text()
+
+
+def test_masks_beside_a_training_folder_are_no_validation_split_as_none_is_scored_on(tmp_path):
+    write_good(tmp_path)
+    (tmp_path / "validation").rename(tmp_path / "more")
+    for name in ("img", "mask"):
+        (tmp_path / "more" / name).rename(tmp_path / name)
+    report = run(tmp_path)
+    assert (report.splits, validation_folder(config_of(tmp_path))) == ({}, None)
+    assert report.by_class == {"tumor": 6, "stroma": 6, "normal": 3}
+
+
+@pytest.mark.parametrize("beside", ["val", "."])
+def test_what_training_takes_beside_masks_is_checked(tmp_path, beside):
+    put(tmp_path / "set", f"{beside}/img/v.png", seed=1000)
+    put(tmp_path / "set", f"{beside}/mask/v.png", mask_png())
+    for number, name in enumerate(CLASSES.names):
+        put(tmp_path, f"elsewhere/{name}.png", seed=number)
+    rows = "image,tumor,stroma,normal\n../elsewhere/tumor.png,1,0,0\n../elsewhere/stroma.png,0,1,0\n"
+    put(tmp_path / "set", "windows.csv", f"{rows}../elsewhere/normal.png,0,0,1\n".encode())
+    assert run(tmp_path / "set").single_tissue == {"tumor": 1, "stroma": 1, "normal": 1}
+    (tmp_path / "set/windows.csv").unlink()
+    (tmp_path / "elsewhere").rename(tmp_path / "set/Tumor")
+    assert run(tmp_path / "set").by_class["tumor"] == 3
+
+
+def test_files_that_the_disk_does_not_give_are_a_problem_and_the_others_are_reported(tmp_path, monkeypatch):
+    write_good(tmp_path)
+    put(tmp_path, "validation/img/w.png", seed=1001)
+    put(tmp_path, "validation/mask/w.png", mask_png())
+    read_bytes = storage.read_bytes
+
+    def read(uri):
+        if storage.name(uri) in ("0-[1, 1, 0].png", "1-[1, 1, 0].png", "w.png"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), uri)
+        return read_bytes(uri)
+
+    monkeypatch.setattr(storage, "read_bytes", read)
+    report = run(tmp_path)
+    assert (report.images, report.splits["validation"].scored) == (10, 1)
+    training, scored = report.problems
+    assert training.startswith("2 files are not given by the disk; the first: ")
+    assert "training/0-[1, 1, 0].png: cannot be read (Input/output error)" in training
+    assert "validation/img/w.png: cannot be read (Input/output error)" in scored
 
 
 def test_a_background_mask_counts_as_background(tmp_path):

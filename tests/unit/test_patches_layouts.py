@@ -7,13 +7,21 @@ import pyarrow as pa
 import pytest
 from patch_files import CLASSES, config_of, mask_png, put
 
-from pistoseg import storage
+from pistoseg import object_store, storage
 from pistoseg.classes import TissueClass, TissueClasses
 from pistoseg.config import DataConfig
 from pistoseg.errors import PistoSegError, UnavailableError
 from pistoseg.patches.digest import _digest, training_digest, validation_digest, validation_folder
-from pistoseg.patches.layouts import find_split, find_training, scan_evaluation, scan_training
+from pistoseg.patches.layouts import (
+    find_split,
+    find_training,
+    relative_files,
+    scan_evaluation,
+    scan_training,
+    training_files,
+)
 from pistoseg.patches.source import WHOLE
+from pistoseg.patches.table import from_folder, images_elsewhere
 from pistoseg.slides.files import etag
 from pistoseg.stages import validation
 
@@ -78,7 +86,7 @@ def test_images_beside_a_split_with_masks_are_the_training_images_and_those_in_i
     put(root, "a[100].png")
     put(root, "more/b[100].png")
     put_split(root, name)
-    assert find_training(root) == root
+    assert find_training(root, CLASSES, DataConfig()) == root
     assert [image.name for image in scan(root).images] == ["a[100].png", "more/b[100].png"]
 
 
@@ -86,15 +94,21 @@ def test_a_table_beside_a_split_with_masks_labels_the_training_images(root):
     put(root, "images/a.png")
     put_split(root, "val")
     table(root, ["images/a.png,0,0,8,8,1,0,0"])
-    assert find_training(root) == root
+    assert find_training(root, CLASSES, DataConfig()) == root
     assert [image.name for image in scan(root).images] == ["images/a.png"]
+
+
+def test_a_folder_of_training_images_without_other_splits_is_listed_once(tmp_path, monkeypatch):
+    put(tmp_path, "a[100].png")
+    monkeypatch.delattr(storage, "list_dir")
+    assert list(training_files(str(tmp_path))) == ["a[100].png"]
 
 
 def test_splits_with_masks_alone_are_no_training_images(root):
     put_split(root, "val")
     put_split(root, "test")
     put(root, "readme.txt", b"")
-    assert find_training(root) is None
+    assert find_training(root, CLASSES, DataConfig()) is None
 
 
 def test_the_digest_of_training_images_does_not_follow_a_split_beside_them(tmp_path):
@@ -194,6 +208,21 @@ def test_flags_that_contradict_a_class_folder_are_rejected_unless_the_layout_is_
     assert [image.windows[0].labels for image in scan(root, layout="folders").images] == [(0, 1, 0), *[(1, 0, 0)] * 3]
     by_name = {image.name: image.windows[0].labels for image in scan(root, layout="flags").images}
     assert by_name["tumor/a-[1, 1, 0].png"] == (1, 1, 0)
+
+
+def test_numbers_in_brackets_are_no_flags_of_two_classes_but_where_every_name_has_flags(root):
+    classes = TissueClasses(CLASSES.classes[:2])
+    for name in ("stroma/case [9].png", "stroma/case [10].png", "stroma/case [01].png", "tumor/case [11].png"):
+        put(root, name)
+    listing = scan_training(root, classes, DataConfig())
+    assert listing.rejected == []
+    assert [image.windows[0].labels for image in listing.images] == [(0, 1)] * 3 + [(1, 0)]
+    put(root, "tumor/case [1, 1].png")
+    (rejection,) = scan_training(root, classes, DataConfig()).rejected
+    assert rejection.name == "tumor/case [1, 1].png"
+    storage.remove_file(storage.join(root, "stroma/case [9].png"))
+    rejected = [rejection.name for rejection in scan_training(root, classes, DataConfig()).rejected]
+    assert rejected == ["stroma/case [10].png", "tumor/case [1, 1].png", "tumor/case [11].png"]
 
 
 ACCENTS = [("NFC", "NFD"), ("NFD", "NFC")]
@@ -417,6 +446,27 @@ def test_a_table_elsewhere_is_named_by_a_setting_and_two_are_ambiguous(tmp_path)
         scan(tmp_path / "training", table="three.csv")
 
 
+def test_a_table_beside_the_folder_above_is_named_by_a_relative_path(root):
+    put(root, "set/training/a.png")
+    table(storage.join(root, "tables"), ["../set/training/a.png,0,0,8,8,1,0,0"], name="w.csv")
+    (image,) = scan(storage.join(root, "set/training"), table="../../tables/w.csv").images
+    assert storage.read_bytes(image.uri) == storage.read_bytes(storage.join(root, "set/training/a.png"))
+
+
+def test_a_table_names_nothing_out_of_its_bucket_but_by_a_whole_uri(tmp_path):
+    bucket, other = (f"memory://{tmp_path.name}-{name}" for name in ("one", "other"))
+    beside = storage.name(put(other, "b.png").removesuffix("/b.png"))
+    put(bucket, "a.png")
+    table(bucket, [f"{image},0,0,8,8,1,0,0" for image in ("a.png", f"../{beside}/b.png", f"{other}/b.png")])
+    listing = scan(bucket)
+    assert sorted(image.name for image in listing.images) == ["a.png", f"{other}/b.png"]
+    assert [rejection.reason for rejection in listing.rejected] == [f"the image ../{beside}/b.png does not exist"]
+    places = images_elsewhere(storage.join(bucket, "patches.csv"), bucket, lambda: relative_files(bucket))
+    assert places == {f"../{beside}/b.png": [], f"{other}/b.png": [f"{other}/b.png"]}
+    with pytest.raises(PistoSegError, match="leads out of the bucket of s3://bucket/set"):
+        from_folder("s3://bucket/set", "../../other/a.svs")
+
+
 def test_a_table_that_is_a_folder_of_parts_is_said_to_be_one(tmp_path):
     put(tmp_path, "patches.parquet/part-0.parquet", b"")
     with pytest.raises(PistoSegError, match="is a folder, and a table is one file"):
@@ -473,6 +523,19 @@ def test_a_table_that_the_disk_does_not_give_is_not_ignored_for_labels_in_names(
 
     monkeypatch.setattr(storage, read, refuse)
     with pytest.raises(UnavailableError, match=f"{name}: cannot be read .Permission denied"):
+        scan(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "read"), [("labels.csv", "read_bytes"), ("labels.parquet", "open_file")])
+def test_a_table_that_object_storage_refuses_is_not_ignored_for_labels_in_names(tmp_path, monkeypatch, name, read):
+    put(tmp_path, "a-[1, 0, 0].png")
+    put(tmp_path, name, b"")
+
+    def refuse(uri, *_):
+        raise object_store.explain(PermissionError("Access Denied"), uri)
+
+    monkeypatch.setattr(storage, read, refuse)
+    with pytest.raises(PistoSegError, match=f"{name}: AWS refuses access .*check the access key"):
         scan(tmp_path)
 
 

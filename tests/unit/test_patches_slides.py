@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 import weakref
 from collections import Counter
 from contextlib import contextmanager
@@ -12,10 +14,10 @@ import shapely
 from patch_files import CLASSES, config_of, put
 from slide_files import box_mean, texture, write_tiff
 
-from pistoseg import storage
+from pistoseg import object_store, storage
 from pistoseg.cli import main
 from pistoseg.config import DataConfig, ScaleConfig, load_config
-from pistoseg.errors import PistoSegError
+from pistoseg.errors import PistoSegError, UnavailableError
 from pistoseg.outputs.pictures import sheet
 from pistoseg.patches.annotations import read_annotations
 from pistoseg.patches.check import _read_crop, check
@@ -430,6 +432,41 @@ def test_a_slide_that_is_not_there_says_where_the_manifests_paths_start(tmp_path
         "row 3 (../b.tif/0-0-50x50)": start + end,
         "row 4 (/c.tif/0-0-50x50)": "check the path",
     }
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        ("disk", r"a.tif: cannot be read \(Input/output error\)"),
+        ("variable", "PISTOSEG_DISK_GB: '200Gi' is not a number above 0.*set PISTOSEG_DISK_GB"),
+        ("room", "the cache may have 0.*half of the free disk, or of PISTOSEG_DISK_GB"),
+        ("rights", r"a.tif: AWS refuses access"),
+    ],
+)
+def test_a_fault_of_the_machine_or_storage_rejects_no_window(tmp_path, monkeypatch, fault, says):
+    write_tiff(tmp_path / "a.tif", texture(64, 64), mpp=(0.5, 0.5))
+    uri = str(tmp_path / "a.tif")
+    if fault == "disk":
+
+        def refuse(file, *_):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), file)
+
+        monkeypatch.setattr("pistoseg.slides.reader.open", refuse, raising=False)
+    if fault == "variable":
+        monkeypatch.setenv("PISTOSEG_DISK_GB", "200Gi")
+    if fault in ("room", "rights"):
+        uri = put(f"memory://{tmp_path.name}", "a.tif", (tmp_path / "a.tif").read_bytes())
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    if fault == "room":
+        monkeypatch.setenv("PISTOSEG_DISK_GB", "1e-9")
+    if fault == "rights":
+
+        def deny(uri):
+            raise object_store.explain(PermissionError("Access Denied"), uri)
+
+        monkeypatch.setattr(storage, "file_size", deny)
+    with pytest.raises(UnavailableError, match=says):
+        read(SlideSource("a.tif", uri, windows=(Window(0, 0, 40, 40, (1, 0, 0), 2),)), 0.5)
 
 
 def test_a_damaged_place_costs_only_the_windows_on_it_and_the_slide_is_opened_again():

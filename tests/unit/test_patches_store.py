@@ -224,10 +224,22 @@ def test_what_is_unknown_stays_so_in_a_palette_of_the_classes_colours():
 
 
 @pytest.mark.parametrize("shown", [(0, 1, 2, 3, 255), (1, 2), (0,), (255,)])
-@pytest.mark.parametrize("colors", [VOC, [(value,) * 3 for value in range(256)], CLASSES.palette().tolist()])
+@pytest.mark.parametrize(
+    "colors", [VOC, [(value,) * 3 for value in range(256)], CLASSES.palette().tolist(), [(0, 0, 0)] * 256]
+)
 def test_palettes_that_mean_nothing_leave_ids_as_they_are_whichever_of_them_a_mask_shows(shown, colors):
     names = [TissueClass("tumor", (128, 0, 0)), TissueClass("stroma", (0, 128, 0)), TissueClass("normal", (1, 2, 3))]
     ids = np.resize(np.array(shown, np.uint8), (4, 5))
     padded = [*colors, *[(255, 255, 255)] * (256 - len(colors))]
     for classes in (CLASSES, TissueClasses(tuple(names), background_color=(0, 0, 0))):
         assert np.array_equal(decode_mask(encoded(palette_mask(ids, padded)), "m", classes), ids)
+
+
+def test_black_alone_is_no_palette_but_the_backgrounds_other_colour_is():
+    on_black, on_white = (TissueClasses(CLASSES.classes, background_color=(value,) * 3) for value in (0, 255))
+    zeros = np.zeros((4, 5), np.uint8)
+    assert (decode_mask(encoded(palette_mask(zeros, [(0, 0, 0)])), "m", on_black) == 0).all()
+    white = Image.fromarray(np.full((4, 5, 3), 255, np.uint8)).quantize()
+    assert (decode_mask(encoded(white), "m", on_white) == on_white.background_id).all()
+    ids = np.array([[0, 1, 2]], np.uint8)
+    assert np.array_equal(decode_mask(encoded(palette_mask(ids, [(255, 255, 255)] * 256)), "m", on_white), ids)

@@ -12,6 +12,7 @@ import pytest
 from pistoseg import storage
 from pistoseg.artifacts import Workspace
 from pistoseg.errors import PistoSegError, UnavailableError
+from pistoseg.tables import open_table
 
 ODD_NAMES = [
     "x-[1, 0, 0].png",
@@ -232,6 +233,15 @@ def test_a_folder_that_can_not_be_listed_is_named_where_its_children_are_asked_f
     assert caught.value.file == str(tmp_path)
 
 
+def test_a_link_to_itself_is_no_folder_and_no_file(tmp_path):
+    for name in ("loop", "loop.csv"):
+        (tmp_path / name).symlink_to(tmp_path / name)
+    assert storage.list_dir(str(tmp_path / "loop")) == []
+    with pytest.raises(PistoSegError, match=r"loop.csv: cannot be read .*levels of symbolic links") as caught:
+        open_table(str(tmp_path / "loop.csv"))
+    assert not isinstance(caught.value, UnavailableError)
+
+
 @pytest.mark.parametrize(("name", "reason"), [("vanished", errno.ENOENT), ("lost+found", errno.EACCES)])
 def test_a_folder_that_vanishes_or_is_the_systems_is_left_out(tmp_path, monkeypatch, name, reason):
     (tmp_path / name).mkdir()
@@ -297,6 +307,17 @@ def test_rows_that_come_one_by_one_make_a_file_that_appears_when_all_are_there(r
             add(row)
         assert not storage.exists(uri)
     assert storage.read_parquet(uri) == pa.Table.from_pylist(rows, schema)
+
+
+def test_a_table_of_small_images_takes_hardly_more_room_than_they_do(tmp_path):
+    images = [os.urandom(4000) for _ in range(64)]
+    table, uri = pa.table({"png": images}), str(tmp_path / "part.parquet")
+    storage.write_parquet(table, uri, row_group_size=8)
+    assert storage.file_size(uri) < 1.1 * 64 * 4000
+    with storage.parquet_rows(uri, table.schema, row_group_size=8) as add:
+        for image in images:
+            add({"png": image})
+    assert storage.file_size(uri) < 1.1 * 64 * 4000
 
 
 def test_rows_of_a_block_that_fails_are_not_written(tmp_path):
