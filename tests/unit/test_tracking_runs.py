@@ -6,6 +6,7 @@ import shutil
 import pytest
 from mlflow.tracking import MlflowClient
 
+from pistoseg import storage
 from pistoseg.artifacts import Workspace
 from pistoseg.config import TrackingConfig, load_config
 from pistoseg.tracking import Tracker, batch_run
@@ -145,6 +146,24 @@ def test_workspaces_that_share_a_database_of_the_users_share_its_experiment(plac
     for workspace in (one, two):
         with_file(workspace, workspace.root)
     assert set(runs_of(users)) == {one.root, two.root}
+
+
+def model_in(workspace):
+    """A precise model, as far as MLflow looks at it."""
+    made = workspace.commit("precise", "dddd", version=1, settings={}, inputs={}, summary={}, seconds=1)
+    for name in ("model.json", "model.safetensors"):
+        storage.write_bytes(made.path("bundle", name), b"{}")
+    return made
+
+
+def test_of_two_workspaces_at_a_time_each_registers_its_own_model(place):
+    one, two = place("one"), place("two")
+    start, config = Tracker.start, load_config("demo")
+    with start(config, one) as first, start(config, two) as second:
+        assert (first.register(model_in(one)), second.register(model_in(two))) == ("1", "1")
+    for workspace in (one, two):
+        (version,) = MlflowClient(f"sqlite:///{workspace.root}/mlflow.db").search_model_versions()
+        assert version.tags["pistoseg.bundle"].startswith(workspace.root)
 
 
 def test_files_that_their_folder_does_not_take_are_left_out_and_nothing_else(workspace, tmp_path, capsys):
