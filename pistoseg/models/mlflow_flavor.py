@@ -15,8 +15,8 @@ import pistoseg
 from pistoseg import storage
 from pistoseg.errors import PistoSegError
 from pistoseg.models import bundle
-from pistoseg.redaction import redact
-from pistoseg.tracking.delivery import found_by, quoted
+from pistoseg.redaction import first_line, redact
+from pistoseg.tracking.delivery import NoFilesError, found_by, quoted, takes_no_files
 from pistoseg.tracking.server import database_file, default_server
 
 if TYPE_CHECKING:
@@ -72,6 +72,8 @@ def register(
         tags: of the version, also of one that is there; one whose bundle is gone is led to this one.
     Returns:
         The version.
+    Raises:
+        NoFilesError: the folder that the server keeps files in takes none.
     """
     tags = dict(tags or {})
     for known in found_by(client.search_model_versions, filter_string=f"name={quoted(name)}"):
@@ -96,21 +98,27 @@ def _log_model(client: MlflowClient, run_id: str, name: str, folder: Path) -> An
     import mlflow
 
     status = client.get_run(run_id).info.status
-    with (
-        default_server(str(client.tracking_uri)),  # that of another workspace's run may be MLflow's default now
-        warnings.catch_warnings(),
-        mlflow.start_run(run_id=run_id),
-    ):
-        # An example would be segmented to guess the signature, which is given.
-        warnings.filterwarnings("ignore", message=".*input example was not provided")
-        info = mlflow.pyfunc.log_model(
-            name="bundle",
-            loader_module=LOADER_MODULE,
-            data_path=str(folder),
-            signature=signature(),
-            pip_requirements=[f"pistoseg=={pistoseg.__version__}"],
-            registered_model_name=name,
-        )
+    try:
+        with (
+            default_server(str(client.tracking_uri)),  # that of another workspace's run may be MLflow's default now
+            warnings.catch_warnings(),
+            mlflow.start_run(run_id=run_id),
+        ):
+            # An example would be segmented to guess the signature, which is given.
+            warnings.filterwarnings("ignore", message=".*input example was not provided")
+            info = mlflow.pyfunc.log_model(
+                name="bundle",
+                loader_module=LOADER_MODULE,
+                data_path=str(folder),
+                signature=signature(),
+                pip_requirements=[f"pistoseg=={pistoseg.__version__}"],
+                registered_model_name=name,
+            )
+    except OSError as error:
+        if not takes_no_files(error):
+            raise
+        client.update_run(run_id, status=status)  # it did not fail
+        raise NoFilesError(first_line(error)) from error
     if status == "RUNNING":  # MLflow ends a run with the block that writes to it
         client.update_run(run_id, status=status)
     return info

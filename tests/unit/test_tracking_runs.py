@@ -178,5 +178,27 @@ def test_files_that_their_folder_does_not_take_are_left_out_and_nothing_else(wor
     run = runs_of(workspace, "elsewhere")["run"]
     assert (run.info.status, run.data.metrics) == ("FINISHED", {"miou": 0.5})
     printed = capsys.readouterr().out
-    assert printed.count("MLflow's files can't be written and are left out: [Errno 20]") == 1
+    assert printed.count("MLflow's files can't be written and are left out for good: [Errno 20]") == 1
     assert "reached" not in printed
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_a_model_whose_files_their_folder_does_not_take_is_left_out_and_nothing_else(
+    workspace, tmp_path, monkeypatch, capsys, is_late
+):
+    (tmp_path / "file").write_text("no folder")
+    client = MlflowClient(f"sqlite:///{workspace.root}/mlflow.db")
+    client.create_experiment("elsewhere", artifact_location=(tmp_path / "file" / "files").as_uri())
+    config = load_config("demo", overrides=["tracking.experiment=elsewhere"])
+    with Tracker.start(config, workspace, "run") as tracker:
+        with tracker.stage("precise", "d" * 16, {}, {}):
+            pass
+        tracker.client.away = is_late  # then it is registered when the run ends
+        assert tracker.register(model_in(workspace)) is None
+        tracker.run().metrics({"miou": 0.5})
+    found = {name: (run.info.status, run.data.metrics) for name, run in runs_of(workspace, "elsewhere").items()}
+    assert found == {"run": ("FINISHED", {"miou": 0.5}), "precise": ("FINISHED", {})}
+    printed = capsys.readouterr().out
+    assert printed.count("MLflow's files can't be written and the model is not registered: [Errno 20]") == 1
+    assert "reached" not in printed
+    assert not any((tmp_path / "w" / "mlflow-unsent").glob("*"))
