@@ -22,9 +22,9 @@ from pistoseg.artifacts import Artifact, Workspace
 from pistoseg.config import Config, TrackingConfig
 from pistoseg.errors import UnavailableError
 from pistoseg.redaction import first_line, redact, redacted
-from pistoseg.tracking.delivery import is_refusal
+from pistoseg.tracking.delivery import UNSENT, is_refusal
 from pistoseg.tracking.outbox import Outbox
-from pistoseg.tracking.server import connect, default_server, experiment_id
+from pistoseg.tracking.server import connect, default_server, experiment_id, is_own
 
 MAX_PARAM = 500
 """Longest parameter value, in characters, that is sent."""
@@ -184,8 +184,16 @@ class Tracker:
         self.client.log_params(self.run_id, _params(self.config.model_dump(mode="json", exclude={"tracking"})))
 
     def goes_on(self, run_id: str) -> bool:
-        """Go on with a run that is there; False where MLflow refuses, as one that was deleted or another server's."""
+        """Go on with a run that is there.
+
+        Returns:
+            False where MLflow refuses, as one that was deleted or another server's, and where its files would be
+            written elsewhere, as to where the workspace was before it was moved.
+        """
         assert self.client is not None
+        if self._is_elsewhere(run_id):
+            print(f"run {run_id} is in another experiment of MLflow, a new one takes its place")
+            return False
         try:
             self.client.update_run(run_id, status="RUNNING")
         except Exception as error:
@@ -194,6 +202,13 @@ class Tracker:
             print(f"MLflow does not go on with run {run_id}, a new one takes its place: {first_line(error)}")
             return False
         return True
+
+    def _is_elsewhere(self, run_id: str) -> bool:
+        """Whether a run is in the workspace's own database, but not in the experiment whose files are in it."""
+        assert self.client is not None
+        if self.experiment_id.startswith(UNSENT) or not is_own(str(self.client.tracking_uri), self.workspace):
+            return False
+        return self.client.experiment_of(run_id) not in (None, self.experiment_id)
 
     @contextmanager
     def stage(

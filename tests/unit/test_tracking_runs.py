@@ -133,6 +133,23 @@ def test_a_workspace_that_was_moved_or_copied_keeps_its_files_where_it_is(place,
     assert capsys.readouterr().out == said
 
 
+def test_a_run_that_goes_on_in_a_workspace_that_was_moved_is_made_anew_where_its_files_are(place, tmp_path, capsys):
+    config, (old, new) = load_config("demo"), (tmp_path / name for name in ("old", "new"))
+    with Tracker.start(config, place("old"), "search") as tracker:
+        tracker.run().file("a.txt", b"text")
+        runs = [tracker.run_id]
+    shutil.move(old, new)
+    for _ in range(2):
+        with Tracker.start(config, Workspace(str(new)), "search", run_id=runs[-1]) as tracker:
+            tracker.run().file("b.txt", b"text")
+            runs.append(tracker.run_id)
+    assert not old.exists()
+    assert [file.relative_to(new).parts[1] for file in new.rglob("b.txt")] == [runs[1]] == [runs[2]]
+    assert tracker.client.get_run(runs[1]).info.experiment_id == tracker.experiment_id
+    said = f"run {runs[0]} is in another experiment of MLflow, a new one takes its place\n"
+    assert capsys.readouterr().out.count(said) == 1
+
+
 def test_a_workspace_by_another_name_is_not_taken_for_one_that_was_moved(place, tmp_path):
     with_file(place("old"), "before")
     (tmp_path / "link").symlink_to(tmp_path / "old")
