@@ -168,7 +168,7 @@ class Tracker:
                 status = "KILLED"
                 raise
             finally:
-                tracker._end(tracker.run_id, status)
+                tracker.end(tracker.run_id, status)
                 client.close()
 
     def _open(self) -> None:
@@ -241,7 +241,7 @@ class Tracker:
             status = "KILLED"
             raise
         finally:
-            self._end(run_id, status)
+            self.end(run_id, status)
 
     def reused(self, artifact: Artifact) -> None:
         """Note that a stage was up to date."""
@@ -291,7 +291,8 @@ class Tracker:
         )
         return version
 
-    def _end(self, run_id: str | None, status: str) -> None:
+    def end(self, run_id: str | None, status: str) -> None:
+        """End a run of this client, also one that lacks what MLflow could not take."""
         if self.client is not None and run_id is not None:
             self.guard.anyway(self.client.set_terminated, run_id, status)
 
