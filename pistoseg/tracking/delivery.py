@@ -151,9 +151,16 @@ class Delivery:
         found = self.client.get_experiment_by_name(name)
         if found is not None:
             return str(found.experiment_id)
+        try:
+            made = str(self.client.create_experiment(name, artifact_location=place))
+        except Exception as error:
+            found = self.client.get_experiment_by_name(name) if is_refusal(error) else None
+            if found is None:
+                raise
+            return str(found.experiment_id)  # another process has just made it
         if name != wanted["name"]:
             print(f"the workspace was moved or copied: its runs are in the experiment {name!r} of MLflow from now on")
-        return str(self.client.create_experiment(name, artifact_location=place))
+        return made
 
     def _create(self, named: dict[str, Any], again: bool) -> str:
         placeholder, parent = named["tags"][RUN_TAG], named["tags"].get("mlflow.parentRunId")

@@ -150,6 +150,27 @@ def test_a_run_that_goes_on_in_a_workspace_that_was_moved_is_made_anew_where_its
     assert capsys.readouterr().out.count(said) == 1
 
 
+@pytest.mark.parametrize("was_moved", [False, True])
+def test_of_two_processes_that_begin_at_once_both_find_the_workspaces_experiment(
+    place, tmp_path, monkeypatch, capsys, was_moved
+):
+    workspace, create, name = place("old"), MlflowClient.create_experiment, "pistoseg"
+    if was_moved:
+        with_file(workspace, "before")
+        shutil.move(tmp_path / "old", tmp_path / "new")
+        workspace, name = Workspace(str(tmp_path / "new")), f"pistoseg in {tmp_path / 'new'}"
+
+    def second(client, *arguments, **named):
+        create(client, *arguments, **named)
+        return create(client, *arguments, **named)
+
+    monkeypatch.setattr(MlflowClient, "create_experiment", second)
+    with_file(workspace, "after")
+    run = runs_of(workspace, name)["after"]
+    assert (run.info.status, run.data.metrics) == ("FINISHED", {"miou": 0.5})
+    assert capsys.readouterr().out == ""
+
+
 def test_a_workspace_by_another_name_is_not_taken_for_one_that_was_moved(place, tmp_path):
     with_file(place("old"), "before")
     (tmp_path / "link").symlink_to(tmp_path / "old")
