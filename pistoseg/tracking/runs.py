@@ -62,13 +62,13 @@ class StageRun:
         self.client, self.run_id, self.guard = client, run_id, guard or _Guard()
         self._logged: set[tuple[str, int]] = set()
 
-    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
-        """Log numbers; a (name, step) that was logged before is left alone."""
+    def metrics(self, values: Mapping[str, float | None], step: int = 0) -> None:
+        """Log numbers, and nothing of what is None; a (name, step) that was logged before is left alone."""
         if self.client is None or self.run_id is None:
             return
         client, run_id = self.client, self.run_id
         for key, value in _keyed(values).items():
-            if (key, step) not in self._logged and value == value:
+            if (key, step) not in self._logged and value is not None and value == value:
                 self._logged.add((key, step))
                 self.guard(client.log_metric, run_id, key, float(value), step=step)
 
@@ -93,7 +93,7 @@ class StageRun:
 
     def finish(self, artifact: Artifact) -> None:
         """Log a committed artifact's metrics, pictures and manifest."""
-        self.metrics(artifact.summary.get("metrics", {}))
+        self.metrics(_scores(artifact))
         self.pictures(artifact)
 
     def pictures(self, artifact: Artifact) -> None:
@@ -261,8 +261,7 @@ class Tracker:
         for stage in ("preliminary_evaluation", "evaluation"):
             if stage in artifacts:
                 prefix = "" if stage == "evaluation" else "preliminary_"
-                metrics = artifacts[stage].summary.get("metrics", {})
-                run.metrics({prefix + key: value for key, value in metrics.items()})
+                run.metrics({prefix + key: value for key, value in _scores(artifacts[stage]).items()})
         if "precise" in artifacts and not self.parent:
             version = self.register(artifacts["precise"])
             if version is not None:
@@ -333,6 +332,12 @@ def batch_run(config: TrackingConfig, workspace: Workspace, name: str, params: M
             if run_id:
                 guard.anyway(client.set_terminated, run_id, status)
             client.close()
+
+
+def _scores(artifact: Artifact) -> dict[str, float | None]:
+    """Metrics of an artifact, with None for classes without a score: `_keyed` numbers alike names of all classes."""
+    classes = artifact.summary.get("report", {}).get("iou", {})
+    return {f"iou/{name}": None for name in classes} | artifact.summary.get("metrics", {})
 
 
 def _tags(workspace: Workspace) -> dict[str, str]:

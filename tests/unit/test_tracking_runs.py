@@ -71,6 +71,18 @@ def test_every_class_has_its_score_whatever_it_is_called(workspace, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_a_score_has_the_same_name_whichever_other_classes_have_one(workspace):
+    report = {"iou": {"CD3+": None, "CD3&": 0.5}}
+    summary = {"metrics": {"miou": 0.5, "iou/CD3&": 0.5}, "report": report}
+    made = workspace.commit("evaluation", "eeee", version=1, settings={}, inputs={}, summary=summary, seconds=1)
+    with Tracker.start(load_config("demo"), workspace, name="whole") as tracker:
+        with tracker.stage("evaluation", "e" * 16, {}, {}) as stage:
+            stage.finish(made)
+        tracker.finish({"evaluation": made})
+    runs = runs_of(workspace)
+    assert runs["whole"].data.metrics == {"miou": 0.5, "iou/CD3__2": 0.5} == runs["evaluation"].data.metrics
+
+
 def test_a_run_of_which_something_is_refused_is_ended(workspace, capsys):
     config, start = load_config("demo"), Tracker.start
     with start(config, workspace, name="whole") as tracker, tracker.stage("patches", "0" * 16, {"a": 1}, {}) as stage:
