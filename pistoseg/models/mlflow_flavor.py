@@ -15,9 +15,9 @@ import pistoseg
 from pistoseg import storage
 from pistoseg.errors import PistoSegError
 from pistoseg.models import bundle
-from pistoseg.redaction import redact
-from pistoseg.tracking.delivery import found_by, quoted
-from pistoseg.tracking.server import database_file
+from pistoseg.redaction import first_line, redact
+from pistoseg.tracking.delivery import NoFilesError, found_by, quoted, takes_no_files
+from pistoseg.tracking.server import database_file, default_server
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -64,7 +64,7 @@ def register(
     """Register a bundle as a model's next version unless it is one.
 
     Args:
-        client: of the server, which is MLflow's default while this runs.
+        client: of the server.
         run_id: that gets the files.
         name: of the registered model.
         uri: of the bundle.
@@ -72,9 +72,9 @@ def register(
         tags: of the version, also of one that is there; one whose bundle is gone is led to this one.
     Returns:
         The version.
+    Raises:
+        NoFilesError: the folder that the server keeps files in takes none.
     """
-    import mlflow
-
     tags = dict(tags or {})
     for known in found_by(client.search_model_versions, filter_string=f"name={quoted(name)}"):
         if known.tags.get("pistoseg.fingerprint") == fingerprint:
@@ -87,23 +87,41 @@ def register(
         copy.mkdir()
         for file in ("model.json", "model.safetensors"):
             (copy / file).write_bytes(storage.read_bytes(storage.join(uri, file)))
-        status = client.get_run(run_id).info.status
-        with warnings.catch_warnings(), mlflow.start_run(run_id=run_id):
+        info = _log_model(client, run_id, name, copy)
+    version = str(info.registered_model_version)
+    _set_tags(client, name, version, {"pistoseg.fingerprint": fingerprint, "pistoseg.bundle": redact(uri)} | tags)
+    return version
+
+
+def _log_model(client: MlflowClient, run_id: str, name: str, folder: Path) -> Any:
+    """Log a bundle's files with a run as a model's next version; what MLflow says of it."""
+    import mlflow
+
+    status = client.get_run(run_id).info.status
+    try:
+        with (
+            default_server(str(client.tracking_uri)),  # that of another workspace's run may be MLflow's default now
+            warnings.catch_warnings(),
+            mlflow.start_run(run_id=run_id),
+        ):
             # An example would be segmented to guess the signature, which is given.
             warnings.filterwarnings("ignore", message=".*input example was not provided")
             info = mlflow.pyfunc.log_model(
                 name="bundle",
                 loader_module=LOADER_MODULE,
-                data_path=str(copy),
+                data_path=str(folder),
                 signature=signature(),
                 pip_requirements=[f"pistoseg=={pistoseg.__version__}"],
                 registered_model_name=name,
             )
-        if status == "RUNNING":  # MLflow ends a run with the block that writes to it
-            client.update_run(run_id, status=status)
-    version = str(info.registered_model_version)
-    _set_tags(client, name, version, {"pistoseg.fingerprint": fingerprint, "pistoseg.bundle": redact(uri)} | tags)
-    return version
+    except OSError as error:
+        if not takes_no_files(error):
+            raise
+        client.update_run(run_id, status=status)  # it did not fail
+        raise NoFilesError(first_line(error)) from error
+    if status == "RUNNING":  # MLflow ends a run with the block that writes to it
+        client.update_run(run_id, status=status)
+    return info
 
 
 def _is_gone(uri: str, server: str) -> bool:

@@ -19,7 +19,7 @@ from pistoseg import storage
 from pistoseg.classes import IGNORE_ID, TissueClasses
 from pistoseg.config import DataConfig, ScaleConfig, SynthesisConfig
 from pistoseg.errors import PistoSegError, UnavailableError
-from pistoseg.outputs.pictures import Panel, sheet
+from pistoseg.outputs.pictures import Panel, sheet, shrunk
 from pistoseg.patches.crops import Crop, CutNote, Opener, crops, note_lines
 from pistoseg.patches.decode import decode_background, decode_mask, encode_png, pixel_hash, read_file, read_rgb
 from pistoseg.patches.layouts import (
@@ -442,7 +442,8 @@ def _write(
         rows = []
         for truth in _spread([truth for truth in found if truth.counts is not None]):
             image, mask = _read_pair(truth.pair, classes, config)
-            rows.append([Panel(truth.pair.name, image), Panel("ground truth", image, mask)])
+            pair = (Panel(truth.pair.name, image), Panel("ground truth", image, mask))
+            rows.append([shrunk(panel) for panel in pair])  # whole ones may be as large as slides
         if rows:
             report.pictures.append(storage.join(out, f"{split}.png"))
             storage.write_bytes(report.pictures[-1], encode_png(sheet(rows, classes)))
@@ -456,7 +457,7 @@ def _window_panel(image: _Read, window: Window) -> Panel:
     pixels = image.load()
     crop = pixels[window.y : window.y + window.height, window.x : window.x + window.width]
     place = f" {window.x},{window.y}" if window.row else ""
-    return Panel(image.title + place, crop)
+    return shrunk(Panel(image.title + place, crop.copy()))  # not to keep the whole image
 
 
 def _combination(window: Window, classes: TissueClasses) -> str:

@@ -203,7 +203,7 @@ class Recorder(Callback):
         if record.seconds is not None:
             run.metrics({"seconds": record.seconds})
         self._pictures(record, run)
-        self.tracker.guard(self.tracker.client.set_terminated, run.run_id, STATUS[record.state])  # type: ignore[union-attr]
+        self.tracker.end(run.run_id, STATUS[record.state])
 
     def _pictures(self, record: TrialRecord, run: StageRun) -> None:
         for stage in ("synthesis", *self.objective.targets):

@@ -19,7 +19,7 @@ from pistoseg.graph import StageContext
 from pistoseg.models import bundle, classifier
 from pistoseg.models.classifier import Classifier
 from pistoseg.models.inference import Predictor
-from pistoseg.outputs.pictures import Panel, sheet
+from pistoseg.outputs.pictures import Panel, sheet, shrunk
 from pistoseg.patches.decode import encode_png
 from pistoseg.patches.store import PatchSet
 from pistoseg.stages import masks
@@ -225,7 +225,8 @@ def _contradictions(context: StageContext, patches: PatchSet) -> dict[str, Any]:
         title = (
             f"{row['name']}: {row['class']} {'labelled' if row['label'] else 'not labelled'}, p {row['probability']}"
         )
-        panels.append(Panel(title, patches.image(table["image"][line].as_py())[y : y + height, x : x + width]))
+        crop = patches.image(table["image"][line].as_py())[y : y + height, x : x + width]
+        panels.append(shrunk(Panel(title, crop.copy())))  # not to keep the whole image
     grid = [panels[start : start + 4] for start in range(0, len(panels), 4)]
     storage.write_bytes(context.path("contradictions.png"), encode_png(sheet(grid, context.config.classes.tissue())))
     return {"contradictions": len(rows), "pictures": ["contradictions.png"]}

@@ -37,7 +37,13 @@ def find_artifacts(workspace: Workspace, stage: str) -> Iterator[Artifact]:
 
 
 def score_masks(
-    artifact: Artifact, truth: str, classes: TissueClasses, *, max_pixels: int, workers: int
+    artifact: Artifact,
+    truth: str,
+    classes: TissueClasses,
+    *,
+    max_pixels: int,
+    workers: int,
+    said: set[str] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Compare an artifact's masks with true ones.
 
@@ -48,6 +54,7 @@ def score_masks(
         classes: what the masks' values mean.
         max_pixels: larger masks are refused.
         workers: threads.
+        said: lines on images that are left out, which are not said again; it gets this artifact's.
     Returns:
         By kind: `images`, the scores of `ConfusionMatrix.to_dict`, and `without_class`, the share of the truth's tissue
         pixels that the mask gives no class to (background, or no label allows any); they are not scored.
@@ -57,7 +64,7 @@ def score_masks(
     kinds = STAGES[artifact.stage]
     columns = [masks.column("png", kind) for kind in kinds]
     table = storage.read_parquet(artifact.path(masks.FOLDER), columns=["name", *columns])
-    uris = _truths(table["name"].to_pylist(), truth)
+    uris = _truths(table["name"].to_pylist(), truth, set() if said is None else said)
     rows = [
         (uris[row["name"]], [row[column] for column in columns]) for row in table.to_pylist() if row["name"] in uris
     ]
@@ -84,15 +91,16 @@ def score_masks(
     return report
 
 
-def _truths(images: list[str], truth: str) -> dict[str, str]:
+def _truths(images: list[str], truth: str, said: set[str]) -> dict[str, str]:
     """URIs of the true masks by image: of the same path, else of a name that one image and one mask have.
 
-    Says which images are left out because their names mean several.
+    Says which images are left out because their names mean several, unless that was said.
     """
     files = {folded(stem(name)): uri for name, uri in relative_files(truth).items() if is_image(name)}
     names = {image: folded(stem(image)) for image in images}
-    spare = [name for name in files if name not in set(names.values())]
-    masks_of, images_of = (Counter(map(storage.name, part)) for part in (spare, set(names.values())))
+    wanted = set(names.values())
+    spare = [name for name in files if name not in wanted]
+    masks_of, images_of = (Counter(map(storage.name, part)) for part in (spare, wanted))
     by_stem = {storage.name(name): files[name] for name in spare}
     found, unclear = {}, []
     for image, name in names.items():
@@ -106,7 +114,10 @@ def _truths(images: list[str], truth: str) -> dict[str, str]:
     if unclear:
         named = ", ".join(unclear[:MOST_NAMES]) + (" ..." if len(unclear) > MOST_NAMES else "")
         why = f"{len(unclear)} images are left out, for their names mean several"
-        print(f"{redact(truth)}: {why}; name the masks like them: {named}")
+        line = f"{redact(truth)}: {why}; name the masks like them: {named}"
+        if line not in said:
+            print(line)
+        said.add(line)
     return found
 
 
@@ -129,13 +140,14 @@ def score_workspace(
         What `score_masks` gives, by `stage/fingerprint` and kind, e.g. `refined_masks/1f0c.../cnn`.
     """
     reports = {}
+    said: set[str] = set()
     for stage in stages:
         for artifact in find_artifacts(workspace, stage):
             patches = Workspace(workspace.root).find("patches", artifact.manifest["inputs"]["patches"]["fingerprint"])
             if patches is None:
                 raise PistoSegError(f"lacks the {MANIFEST} of its patches", file=artifact.uri)
             classes = TissueClasses.from_json(patches.manifest["settings"]["classes"])
-            scores = score_masks(artifact, truth, classes, max_pixels=max_pixels, workers=workers)
+            scores = score_masks(artifact, truth, classes, max_pixels=max_pixels, workers=workers, said=said)
             for kind, report in scores.items():
                 reports["/".join(filter(None, (stage, artifact.fingerprint, kind)))] = report
     if not reports:

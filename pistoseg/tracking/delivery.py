@@ -23,7 +23,10 @@ UNSENT = "unsent-"
 MOST_PARAMS = 100
 """As many parameters a server takes in one call."""
 REFUSED_FILES = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR)
-"""What a folder says that takes no file, in contrast to one that is away or full."""
+"""What a folder says that takes no file, in contrast to one that is full.
+
+A mount that is away may say the same: what is logged meanwhile is lost.
+"""
 
 Register = Callable[..., Any]
 unsent: set[str] = set()
@@ -40,6 +43,10 @@ class UnsentError(Exception):
 
 class GoneError(LookupError):
     """A message belongs to a run that the server refused or that nobody can send any more."""
+
+
+class NoFilesError(Exception):
+    """The folder that the server keeps files in takes none, as a model's."""
 
 
 class Delivery:
@@ -65,7 +72,7 @@ class Delivery:
             data: bytes of a file to log.
             again: it may have been made before.
         Returns:
-            What the client returns; of a new run its id.
+            What the client returns; of a new run its id; of a model None where the server has no place for its files.
         Raises:
             UnsentError: its run is still to be sent by another outbox.
             GoneError: its run never comes.
@@ -77,8 +84,7 @@ class Delivery:
         if "run_id" in named:
             named["run_id"] = self.run_id(named["run_id"])
         if call == "register":
-            assert self._register is not None
-            return self._register(self.client, **named)
+            return self._register_model(named)
         if call == "log_batch":
             return self._log_params(named["run_id"], named["params"])
         if call == "log_artifact":
@@ -145,9 +151,16 @@ class Delivery:
         found = self.client.get_experiment_by_name(name)
         if found is not None:
             return str(found.experiment_id)
+        try:
+            made = str(self.client.create_experiment(name, artifact_location=place))
+        except Exception as error:
+            found = self.client.get_experiment_by_name(name) if is_refusal(error) else None
+            if found is None:
+                raise
+            return str(found.experiment_id)  # another process has just made it
         if name != wanted["name"]:
             print(f"the workspace was moved or copied: its runs are in the experiment {name!r} of MLflow from now on")
-        return str(self.client.create_experiment(name, artifact_location=place))
+        return made
 
     def _create(self, named: dict[str, Any], again: bool) -> str:
         placeholder, parent = named["tags"][RUN_TAG], named["tags"].get("mlflow.parentRunId")
@@ -164,12 +177,21 @@ class Delivery:
         """Log a file, or leave it out where the folder that the server keeps files in is none that can be written."""
         try:
             self.client.log_artifact(run_id, str(file))
-        except OSError as error:  # of a folder; a server's errors, which are OSErrors too, have no such number
-            if error.errno not in REFUSED_FILES:
+        except OSError as error:
+            if not takes_no_files(error):
                 raise
             if not self._said_files:
                 self._said_files = True
-                print(f"MLflow's files can't be written and are left out: {first_line(error)}")
+                print(f"MLflow's files can't be written and are left out for good: {first_line(error)}")
+
+    def _register_model(self, named: dict[str, Any]) -> Any:
+        """Register a model, or leave it out as a file; the rest of its run is not to wait for a place of files."""
+        assert self._register is not None
+        try:
+            return self._register(self.client, **named)
+        except NoFilesError as error:
+            print(f"MLflow's files can't be written and the model is not registered: {error}")
+            return None
 
     def _log_params(self, run_id: str, params: Mapping[str, str]) -> None:
         from mlflow.entities import Param
@@ -177,6 +199,11 @@ class Delivery:
         entities = [Param(key, value) for key, value in params.items()]
         for start in range(0, len(entities), MOST_PARAMS):
             self.client.log_batch(run_id, params=entities[start : start + MOST_PARAMS])
+
+
+def takes_no_files(error: OSError) -> bool:
+    """Whether a folder takes no file; a server's errors, which are OSErrors too, have no such number."""
+    return error.errno in REFUSED_FILES
 
 
 def unknown_experiment(name: str, place: str | None, own: bool = False) -> str:

@@ -110,6 +110,17 @@ class Outbox:
                 self._went_away(error)
             return set()
 
+    def experiment_of(self, run_id: str) -> str | None:
+        """The server's id of a run's experiment; None where it can't be asked, or has no such run."""
+        if self.away:
+            return None
+        try:
+            return str(self._client.get_run(self._delivery.run_id(run_id)).info.experiment_id)
+        except Exception as error:  # as in `_say`
+            if not is_refusal(error):
+                self._went_away(error)
+            return None
+
     def set_tag(self, run_id: str, key: str, value: str) -> None:
         """Set one tag."""
         self._say("set_tag", {"run_id": run_id, "key": key, "value": value})

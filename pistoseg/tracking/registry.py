@@ -25,13 +25,12 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 BUNDLE = "pistoseg.bundle"
+SEARCH = "pistoseg.search"
 CHAMPION = "champion"
 PREVIOUS = "previous"
 FILES = ("model.json", "model.safetensors")
 MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "NOT_FOUND")
 """MLflow's words for a model, version or alias that it does not have."""
-GONE = "if its workspace was moved, run `pistoseg train` with it again, which registers the model where it is now"
-"""Remedy of a bundle that is nowhere."""
 _NAMED = re.compile(r"[^/@:]+(@[^/@:]+|/\d+)")
 """NAME@ALIAS or NAME/VERSION."""
 
@@ -282,14 +281,23 @@ class Registry:
                 raise PistoSegError(
                     f"its bundle is not there, and MLflow has no copy ({first_line(error)})",
                     file=version.bundle,
-                    remedy=GONE,
+                    remedy=self._where_now(version),
                 ) from error
             found = next(Path(local).rglob(FILES[0]), None)
             if found is None:
                 raise PistoSegError(
-                    "its bundle is not there, and MLflow's copy holds none", file=version.bundle, remedy=GONE
+                    "its bundle is not there, and MLflow's copy holds none",
+                    file=version.bundle,
+                    remedy=self._where_now(version),
                 )
             yield str(found.parent)
+
+    def _where_now(self, version: ModelVersion) -> str:
+        """Remedy of a bundle that is nowhere."""
+        here, is_trains = database_file(self.uri) is not None, SEARCH not in version.tags
+        again = "run `pistoseg train` with it again, which registers the model where it is now"
+        now = "give the bundle's URI where it is now"  # a server leads nobody to a disk, and no train repeats a search
+        return f"if its workspace was moved, {again if here and is_trains else now}"
 
     def export(self, version: ModelVersion, out: str) -> list[str]:
         """Copy a version's bundle to a folder on any file system; the URIs of its files.

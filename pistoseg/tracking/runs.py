@@ -22,9 +22,9 @@ from pistoseg.artifacts import Artifact, Workspace
 from pistoseg.config import Config, TrackingConfig
 from pistoseg.errors import UnavailableError
 from pistoseg.redaction import first_line, redact, redacted
-from pistoseg.tracking.delivery import is_refusal
+from pistoseg.tracking.delivery import UNSENT, is_refusal
 from pistoseg.tracking.outbox import Outbox
-from pistoseg.tracking.server import connect, default_server, experiment_id
+from pistoseg.tracking.server import connect, default_server, experiment_id, is_own
 
 MAX_PARAM = 500
 """Longest parameter value, in characters, that is sent."""
@@ -62,13 +62,13 @@ class StageRun:
         self.client, self.run_id, self.guard = client, run_id, guard or _Guard()
         self._logged: set[tuple[str, int]] = set()
 
-    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
-        """Log numbers; a (name, step) that was logged before is left alone."""
+    def metrics(self, values: Mapping[str, float | None], step: int = 0) -> None:
+        """Log numbers, and nothing of what is None; a (name, step) that was logged before is left alone."""
         if self.client is None or self.run_id is None:
             return
         client, run_id = self.client, self.run_id
         for key, value in _keyed(values).items():
-            if (key, step) not in self._logged and value == value:
+            if (key, step) not in self._logged and value is not None and value == value:
                 self._logged.add((key, step))
                 self.guard(client.log_metric, run_id, key, float(value), step=step)
 
@@ -93,7 +93,7 @@ class StageRun:
 
     def finish(self, artifact: Artifact) -> None:
         """Log a committed artifact's metrics, pictures and manifest."""
-        self.metrics(artifact.summary.get("metrics", {}))
+        self.metrics(_scores(artifact))
         self.pictures(artifact)
 
     def pictures(self, artifact: Artifact) -> None:
@@ -168,7 +168,7 @@ class Tracker:
                 status = "KILLED"
                 raise
             finally:
-                tracker._end(tracker.run_id, status)
+                tracker.end(tracker.run_id, status)
                 client.close()
 
     def _open(self) -> None:
@@ -184,8 +184,16 @@ class Tracker:
         self.client.log_params(self.run_id, _params(self.config.model_dump(mode="json", exclude={"tracking"})))
 
     def goes_on(self, run_id: str) -> bool:
-        """Go on with a run that is there; False where MLflow refuses, as one that was deleted or another server's."""
+        """Go on with a run that is there.
+
+        Returns:
+            False where MLflow refuses, as one that was deleted or another server's, and where its files would be
+            written elsewhere, as to where the workspace was before it was moved.
+        """
         assert self.client is not None
+        if self._is_elsewhere(run_id):
+            print(f"run {run_id} is in another experiment of MLflow, a new one takes its place")
+            return False
         try:
             self.client.update_run(run_id, status="RUNNING")
         except Exception as error:
@@ -194,6 +202,13 @@ class Tracker:
             print(f"MLflow does not go on with run {run_id}, a new one takes its place: {first_line(error)}")
             return False
         return True
+
+    def _is_elsewhere(self, run_id: str) -> bool:
+        """Whether a run is in the workspace's own database, but not in the experiment whose files are in it."""
+        assert self.client is not None
+        if self.experiment_id.startswith(UNSENT) or not is_own(str(self.client.tracking_uri), self.workspace):
+            return False
+        return self.client.experiment_of(run_id) not in (None, self.experiment_id)
 
     @contextmanager
     def stage(
@@ -226,7 +241,7 @@ class Tracker:
             status = "KILLED"
             raise
         finally:
-            self._end(run_id, status)
+            self.end(run_id, status)
 
     def reused(self, artifact: Artifact) -> None:
         """Note that a stage was up to date."""
@@ -246,8 +261,7 @@ class Tracker:
         for stage in ("preliminary_evaluation", "evaluation", "label_scores"):
             if stage in artifacts:
                 prefix = "preliminary_" if stage == "preliminary_evaluation" else ""
-                metrics = artifacts[stage].summary.get("metrics", {})
-                run.metrics({prefix + key: value for key, value in metrics.items()})
+                run.metrics({prefix + key: value for key, value in _scores(artifacts[stage]).items()})
         if "precise" in artifacts and not self.parent:
             version = self.register(artifacts["precise"])
             if version is not None:
@@ -276,7 +290,8 @@ class Tracker:
         )
         return version
 
-    def _end(self, run_id: str | None, status: str) -> None:
+    def end(self, run_id: str | None, status: str) -> None:
+        """End a run of this client, also one that lacks what MLflow could not take."""
         if self.client is not None and run_id is not None:
             self.guard.anyway(self.client.set_terminated, run_id, status)
 
@@ -317,6 +332,12 @@ def batch_run(config: TrackingConfig, workspace: Workspace, name: str, params: M
             if run_id:
                 guard.anyway(client.set_terminated, run_id, status)
             client.close()
+
+
+def _scores(artifact: Artifact) -> dict[str, float | None]:
+    """Metrics of an artifact, with None for classes without a score: `_keyed` numbers alike names of all classes."""
+    classes = artifact.summary.get("report", {}).get("iou", {})
+    return {f"iou/{name}": None for name in classes} | artifact.summary.get("metrics", {})
 
 
 def _tags(workspace: Workspace) -> dict[str, str]:

@@ -13,6 +13,7 @@ from pistoseg.classes import TissueClass, TissueClasses
 from pistoseg.commands import data_check
 from pistoseg.config import DataConfig, ScaleConfig, SynthesisConfig, load_config
 from pistoseg.errors import PistoSegError
+from pistoseg.outputs.pictures import sheet
 from pistoseg.patches.check import check
 from pistoseg.patches.decode import decode_rgb
 from pistoseg.patches.digest import validation_folder
@@ -96,6 +97,21 @@ def test_reports_and_pictures_are_written_to_the_given_folder_only(tmp_path):
     assert len(report.pictures) == 5
     for picture in report.pictures:
         assert decode_rgb(Path(picture).read_bytes(), picture).std() > 10
+
+
+def test_no_more_of_large_images_is_kept_for_a_picture_than_it_shows(tmp_path, monkeypatch):
+    write_good(tmp_path / "data")
+    kept = []
+
+    def keep(rows, *arguments, **named):
+        kept.extend(panel for row in rows for panel in row)
+        return sheet(rows, *arguments, **named)
+
+    monkeypatch.setattr("pistoseg.patches.check.sheet", keep)
+    monkeypatch.setattr("pistoseg.outputs.pictures.LARGEST", 16)
+    run(tmp_path / "data", tmp_path / "out")
+    assert len(kept) == 12 + 2
+    assert {max(panel.image.shape[:2]) for panel in kept} == {16}
 
 
 def test_equal_pixels_in_different_files_are_found_with_contradicting_labels_and_leaks(tmp_path):

@@ -1,6 +1,7 @@
 """The registry of a workspace's own database, with versions that no training had to make."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 import shutil
@@ -275,10 +276,16 @@ def test_an_exported_bundle_is_the_versions_and_overwrites_no_other(registry, tm
         registry.export(registry.newest("tissue/1"), str(tmp_path))
 
 
-def test_a_bundle_that_is_gone_is_said_to_be(registry, tmp_path, workspace):
+@pytest.mark.parametrize("made_by", ["train", "search", "train on a server"])
+def test_a_bundle_that_is_gone_is_said_to_be_with_what_helps(registry, tmp_path, workspace, monkeypatch, made_by):
     gone = registry.newest("tissue/1")
     storage.remove_tree(gone.bundle)
-    with pytest.raises(PistoSegError, match=r"is not there.*Remedy: if its workspace was moved"):
+    if made_by == "search":
+        gone = dataclasses.replace(gone, tags=gone.tags | {"pistoseg.search": "s1"})
+    if made_by == "train on a server":
+        monkeypatch.setattr("pistoseg.tracking.registry.database_file", lambda uri: None)
+    helps = "run `pistoseg train` with it again" if made_by == "train" else "give the bundle's URI where it is now"
+    with pytest.raises(PistoSegError, match=rf"is not there.*Remedy: if its workspace was moved, {helps}"):
         registry.export(gone, str(tmp_path / "out"))
 
 

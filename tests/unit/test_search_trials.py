@@ -933,6 +933,19 @@ def test_a_picture_that_was_deleted_costs_no_trial(recorder, tmp_path, capsys):
     assert "MLflow lacks pictures of evaluation" in capsys.readouterr().err
 
 
+def test_a_trial_of_a_search_of_which_mlflow_refused_something_is_ended(recorder, put_database, tmp_path):
+    from pistoseg.tracking import Tracker
+
+    put_database(tmp_path)
+    recorder, trial = recorder
+    with Tracker.start(load_config("demo"), recorder.workspace, "search") as recorder.tracker:
+        recorder.on_trial_start(0, [], trial)
+        recorder.tracker.run().metrics({"m" * 300: 1.0})
+        recorder.on_trial_complete(0, [], trial)
+    assert recorder.tracker.guard.broken
+    assert recorder.tracker.client.get_run(recorder.journal.records[0].run_id).info.status == "FINISHED"
+
+
 def test_runs_that_were_deleted_in_mlflow_are_made_anew_and_are_kept_while_tracking_is_off(
     recorder, put_database, tmp_path
 ):

@@ -198,7 +198,7 @@ def test_a_true_mask_is_given_to_the_image_of_its_name_and_to_no_other(tmp_path,
     for name in truth:
         storage.write_bytes(str(tmp_path / f"{name}.png"), b"")
     images = ["slideA/001.png", "slideB/001.png", "slideB/002.png"]
-    found = mask_scores._truths(images, str(tmp_path))
+    found = mask_scores._truths(images, str(tmp_path), set())
     assert found == {f"{image}.png": str(tmp_path / f"{name}.png") for image, name in scored.items()}
     asked = {"slideC/001": "slideB/001.png", "001": "slideA/001.png, slideB/001.png", "old/002": "slideB/002.png"}
     unclear = next((names for name, names in asked.items() if name in truth), None)
@@ -215,3 +215,20 @@ def test_of_two_images_of_one_name_in_two_folders_each_is_scored_by_its_own_mask
     storage.write_bytes(str(tmp_path / "truth" / "slideA" / "001.png"), mask)
     report = mask_scores.score_masks(made, str(tmp_path / "truth"), CLASSES, max_pixels=10**6, workers=1)[""]
     assert (report["images"], report["miou"]) == (1, 1.0)
+
+
+def test_images_that_are_left_out_are_named_once_however_many_artifacts_have_them(tmp_path, capsys):
+    column, mask = masks.column("png", ""), encode_mask(np.zeros((8, 8), np.uint8), CLASSES)
+    rows = [{"name": name, column: mask} for name in ("0.png", "slideA/001.png", "slideB/001.png")]
+    workspace, parts = Workspace(str(tmp_path / "w")), {"version": 1, "summary": {}, "seconds": 1}
+    source = workspace.commit("patches", "p1", settings={"classes": CLASSES.to_json()}, inputs={}, **parts)
+    for key in ("k1", "k2"):
+        made = workspace.commit("cams", key, settings={}, inputs={"patches": source}, **parts)
+        storage.write_parquet(pa.Table.from_pylist(rows), made.path(masks.FOLDER, "part-00000.parquet"))
+    for name in ("0.png", "001.png"):
+        storage.write_bytes(str(tmp_path / "truth" / name), mask)
+    reports = mask_scores.score_workspace(
+        workspace, ("cams",), str(tmp_path / "truth"), None, max_pixels=10**6, workers=1
+    )
+    assert [report["images"] for report in reports.values()] == [1, 1]
+    assert capsys.readouterr().out.count("2 images are left out") == 1

@@ -6,27 +6,20 @@ import shutil
 import pytest
 from mlflow.tracking import MlflowClient
 
+from pistoseg import storage
 from pistoseg.artifacts import Artifact, Workspace
 from pistoseg.config import TrackingConfig, load_config
 from pistoseg.tracking import Tracker, batch_run
 
 
-@pytest.fixture(scope="module")
-def database(tmp_path_factory):
-    """An empty database, whose making takes a second."""
-    file = tmp_path_factory.mktemp("database") / "mlflow.db"
-    MlflowClient(f"sqlite:///{file}").search_experiments()
-    return file
-
-
 @pytest.fixture
-def place(tmp_path, database, monkeypatch):
+def place(tmp_path, put_database, monkeypatch):
     """Gives the workspace of a name."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
     def make(name):
         (tmp_path / name).mkdir()
-        shutil.copy(database, tmp_path / name)
+        put_database(tmp_path / name)
         return Workspace(str(tmp_path / name))
 
     return make
@@ -81,6 +74,18 @@ def test_every_class_has_its_score_whatever_it_is_called(workspace, capsys):
     kept = ["a", "x/_/y", "a/_", "_/a", "_/b", "a_b", "a_b_2", "Tumör²", "腫瘍"]
     assert runs_of(workspace)["scores"].data.metrics == {f"iou/{name}": number for number, name in enumerate(kept)}
     assert capsys.readouterr().out == ""
+
+
+def test_a_score_has_the_same_name_whichever_other_classes_have_one(workspace):
+    report = {"iou": {"CD3+": None, "CD3&": 0.5}}
+    summary = {"metrics": {"miou": 0.5, "iou/CD3&": 0.5}, "report": report}
+    made = workspace.commit("evaluation", "eeee", version=1, settings={}, inputs={}, summary=summary, seconds=1)
+    with Tracker.start(load_config("demo"), workspace, name="whole") as tracker:
+        with tracker.stage("evaluation", "e" * 16, {}, {}) as stage:
+            stage.finish(made)
+        tracker.finish({"evaluation": made})
+    runs = runs_of(workspace)
+    assert runs["whole"].data.metrics == {"miou": 0.5, "iou/CD3__2": 0.5} == runs["evaluation"].data.metrics
 
 
 def test_a_run_of_which_something_is_refused_is_ended(workspace, capsys):
@@ -145,6 +150,44 @@ def test_a_workspace_that_was_moved_or_copied_keeps_its_files_where_it_is(place,
     assert capsys.readouterr().out == said
 
 
+def test_a_run_that_goes_on_in_a_workspace_that_was_moved_is_made_anew_where_its_files_are(place, tmp_path, capsys):
+    config, (old, new) = load_config("demo"), (tmp_path / name for name in ("old", "new"))
+    with Tracker.start(config, place("old"), "search") as tracker:
+        tracker.run().file("a.txt", b"text")
+        runs = [tracker.run_id]
+    shutil.move(old, new)
+    for _ in range(2):
+        with Tracker.start(config, Workspace(str(new)), "search", run_id=runs[-1]) as tracker:
+            tracker.run().file("b.txt", b"text")
+            runs.append(tracker.run_id)
+    assert not old.exists()
+    assert [file.relative_to(new).parts[1] for file in new.rglob("b.txt")] == [runs[1]] == [runs[2]]
+    assert tracker.client.get_run(runs[1]).info.experiment_id == tracker.experiment_id
+    said = f"run {runs[0]} is in another experiment of MLflow, a new one takes its place\n"
+    assert capsys.readouterr().out.count(said) == 1
+
+
+@pytest.mark.parametrize("was_moved", [False, True])
+def test_of_two_processes_that_begin_at_once_both_find_the_workspaces_experiment(
+    place, tmp_path, monkeypatch, capsys, was_moved
+):
+    workspace, create, name = place("old"), MlflowClient.create_experiment, "pistoseg"
+    if was_moved:
+        with_file(workspace, "before")
+        shutil.move(tmp_path / "old", tmp_path / "new")
+        workspace, name = Workspace(str(tmp_path / "new")), f"pistoseg in {tmp_path / 'new'}"
+
+    def second(client, *arguments, **named):
+        create(client, *arguments, **named)
+        return create(client, *arguments, **named)
+
+    monkeypatch.setattr(MlflowClient, "create_experiment", second)
+    with_file(workspace, "after")
+    run = runs_of(workspace, name)["after"]
+    assert (run.info.status, run.data.metrics) == ("FINISHED", {"miou": 0.5})
+    assert capsys.readouterr().out == ""
+
+
 def test_a_workspace_by_another_name_is_not_taken_for_one_that_was_moved(place, tmp_path):
     with_file(place("old"), "before")
     (tmp_path / "link").symlink_to(tmp_path / "old")
@@ -160,6 +203,24 @@ def test_workspaces_that_share_a_database_of_the_users_share_its_experiment(plac
     assert set(runs_of(users)) == {one.root, two.root}
 
 
+def model_in(workspace):
+    """A precise model, as far as MLflow looks at it."""
+    made = workspace.commit("precise", "dddd", version=1, settings={}, inputs={}, summary={}, seconds=1)
+    for name in ("model.json", "model.safetensors"):
+        storage.write_bytes(made.path("bundle", name), b"{}")
+    return made
+
+
+def test_of_two_workspaces_at_a_time_each_registers_its_own_model(place):
+    one, two = place("one"), place("two")
+    start, config = Tracker.start, load_config("demo")
+    with start(config, one) as first, start(config, two) as second:
+        assert (first.register(model_in(one)), second.register(model_in(two))) == ("1", "1")
+    for workspace in (one, two):
+        (version,) = MlflowClient(f"sqlite:///{workspace.root}/mlflow.db").search_model_versions()
+        assert version.tags["pistoseg.bundle"].startswith(workspace.root)
+
+
 def test_files_that_their_folder_does_not_take_are_left_out_and_nothing_else(workspace, tmp_path, capsys):
     (tmp_path / "file").write_text("no folder")
     client = MlflowClient(f"sqlite:///{workspace.root}/mlflow.db")
@@ -172,5 +233,27 @@ def test_files_that_their_folder_does_not_take_are_left_out_and_nothing_else(wor
     run = runs_of(workspace, "elsewhere")["run"]
     assert (run.info.status, run.data.metrics) == ("FINISHED", {"miou": 0.5})
     printed = capsys.readouterr().out
-    assert printed.count("MLflow's files can't be written and are left out: [Errno 20]") == 1
+    assert printed.count("MLflow's files can't be written and are left out for good: [Errno 20]") == 1
     assert "reached" not in printed
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_a_model_whose_files_their_folder_does_not_take_is_left_out_and_nothing_else(
+    workspace, tmp_path, monkeypatch, capsys, is_late
+):
+    (tmp_path / "file").write_text("no folder")
+    client = MlflowClient(f"sqlite:///{workspace.root}/mlflow.db")
+    client.create_experiment("elsewhere", artifact_location=(tmp_path / "file" / "files").as_uri())
+    config = load_config("demo", overrides=["tracking.experiment=elsewhere"])
+    with Tracker.start(config, workspace, "run") as tracker:
+        with tracker.stage("precise", "d" * 16, {}, {}):
+            pass
+        tracker.client.away = is_late  # then it is registered when the run ends
+        assert tracker.register(model_in(workspace)) is None
+        tracker.run().metrics({"miou": 0.5})
+    found = {name: (run.info.status, run.data.metrics) for name, run in runs_of(workspace, "elsewhere").items()}
+    assert found == {"run": ("FINISHED", {"miou": 0.5}), "precise": ("FINISHED", {})}
+    printed = capsys.readouterr().out
+    assert printed.count("MLflow's files can't be written and the model is not registered: [Errno 20]") == 1
+    assert "reached" not in printed
+    assert not any((tmp_path / "w" / "mlflow-unsent").glob("*"))
