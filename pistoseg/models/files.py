@@ -68,7 +68,7 @@ def read_info(uri: str, expected_format: str, required: Iterable[str] = ()) -> d
     """What `model.json` says, checked; no weights are read. Arguments and errors as in `read_model`."""
     path = storage.join(uri, INFO)
     try:
-        info = json.loads(storage.read_bytes(path))
+        content = storage.read_bytes(path)
     except (FileNotFoundError, NotADirectoryError):
         raise PistoSegError(
             f"is no model bundle: it has no {INFO}",
@@ -76,7 +76,9 @@ def read_info(uri: str, expected_format: str, required: Iterable[str] = ()) -> d
             remedy="give the folder that `pistoseg train` printed, WORKSPACE/precise/.../bundle, or one to which "
             "`pistoseg models export NAME@ALIAS --workspace WORKSPACE --out FOLDER` wrote a registered model",
         ) from None
-    except ValueError as error:
+    try:
+        info = json.loads(content)
+    except ValueError as error:  # also bytes that are no text
         raise PistoSegError(f"is not valid JSON: {error}", file=path, remedy="copy the bundle again") from error
     found = info.get("format") if isinstance(info, dict) else None
     if found != expected_format:

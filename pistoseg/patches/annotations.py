@@ -84,8 +84,9 @@ def read_annotations(uri: str, classes: TissueClasses) -> Annotations:
 
 
 def _features(uri: str) -> list[dict[str, Any]]:
+    data = read_file(uri)  # a storage that is away says nothing of the file, and its error is a ValueError, too
     try:
-        content = json.loads(read_file(uri))
+        content = json.loads(data)
     except ValueError as error:  # also bytes that are no text
         raise PistoSegError(f"is not valid JSON ({error})", file=uri, remedy=_EXPORT) from error
     if isinstance(content, dict):

@@ -138,8 +138,9 @@ def _refuse_another(out: str, settings: dict[str, Any]) -> None:
         raise PistoSegError("is not empty, and holds no cohort", file=out, remedy="give another folder")
     for name in markers:
         uri = storage.join(out, name)
+        content = storage.read_bytes(uri)
         try:
-            found = json.loads(storage.read_bytes(uri))
+            found = json.loads(content)
             same = (found["format"], found["settings"]) == (FORMAT, settings)
         except (ValueError, KeyError, TypeError):
             same = False

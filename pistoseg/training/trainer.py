@@ -193,8 +193,9 @@ def remove_unreadable_checkpoints(folder: str) -> bool:
     snapshot = storage.join(folder, CHECKPOINTS, SNAPSHOT)
     if not storage.exists(snapshot):
         return False
+    content = storage.read_bytes(snapshot)  # not below: errors of a storage that is away are ValueErrors, too
     try:
-        json.loads(storage.read_bytes(snapshot))
+        json.loads(content)
     except ValueError:
         remove_checkpoints(folder)
         return True

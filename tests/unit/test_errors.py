@@ -10,12 +10,15 @@ import torch
 from pistoseg import object_store, storage
 from pistoseg.config import ComputeConfig, load_config
 from pistoseg.errors import PistoSegError, UnavailableError, explained
+from pistoseg.models.files import read_info
+from pistoseg.patches.annotations import read_annotations
 from pistoseg.patches.layouts import scan_training
 from pistoseg.patches.source import Rejection
 from pistoseg.patches.store import ingest
-from pistoseg.phantom import write_cohort
+from pistoseg.phantom import PHANTOM_CLASSES, write_cohort
 from pistoseg.search.trial import UNAVAILABLE, explain, run_trial
 from pistoseg.stages import cluster
+from pistoseg.training.trainer import CHECKPOINTS, SNAPSHOT, remove_unreadable_checkpoints
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
@@ -157,3 +160,24 @@ def test_a_trial_that_loses_its_workers_is_left_to_be_started_again(monkeypatch)
     with pytest.raises(WrappedError):
         run_trial({"overrides": "{}", "number": 0}, SimpleNamespace())
     assert reports == []
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("a.geojson", lambda folder: read_annotations(f"{folder}/a.geojson", PHANTOM_CLASSES)),
+        ("model.json", lambda folder: read_info(str(folder), "pistoseg")),
+        (f"{CHECKPOINTS}/{SNAPSHOT}", lambda folder: remove_unreadable_checkpoints(str(folder))),
+        ("phantom.json", lambda folder: write_cohort(str(folder), training=1, validation=0)),
+    ],
+)
+def test_json_on_a_storage_that_goes_away_is_not_taken_for_damaged(name, read, tmp_path, monkeypatch):
+    storage.write_bytes(str(tmp_path / name), b"{}")
+
+    def away(uri):
+        raise UnavailableError("does not answer", file=uri)
+
+    monkeypatch.setattr(storage, "read_bytes", away)
+    with pytest.raises(UnavailableError, match="does not answer"):
+        read(tmp_path)
+    assert (tmp_path / name).exists()
