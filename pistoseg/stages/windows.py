@@ -8,7 +8,7 @@ from dataclasses import replace
 from pistoseg import storage
 from pistoseg.classes import folded
 from pistoseg.config import Config
-from pistoseg.errors import PistoSegError
+from pistoseg.errors import PistoSegError, RefusedError, UnavailableError
 from pistoseg.patches.check import count_windows
 from pistoseg.patches.crops import CutNote, annotated_windows, network_mpp, note_lines
 from pistoseg.patches.manifest import write_manifest
@@ -36,6 +36,7 @@ def write_windows(slides: str, annotations: str, out: str, config: Config, *, wo
         What is in the manifest, and what is not: slides that failed are in `rejected`.
     Raises:
         PistoSegError: no slides or annotations, none that belong together, or no window.
+        UnavailableError: the storage is away, or this machine has no room for slides.
     """
     opener, classes = SlideOpener(network_mpp(config.scale)), config.classes.tissue()
     if not out.lower().endswith((".csv", ".parquet")):
@@ -48,7 +49,7 @@ def write_windows(slides: str, annotations: str, out: str, config: Config, *, wo
             with opener(source.uri, source.mpp) as view:
                 windows, note = annotated_windows(source, view, classes, config.data)
         except PistoSegError as error:
-            return Rejection.of(error)
+            return _rejection(error, source)
         return replace(source, windows=windows), note
 
     with ThreadPoolExecutor(max(1, workers)) as pool:
@@ -74,6 +75,17 @@ def write_windows(slides: str, annotations: str, out: str, config: Config, *, wo
     report.warnings += [f"no window shows {name}: no model could learn it" for name in unseen]
     write_manifest(storage.absolute(out), [source for source, _ in done], classes)
     return report
+
+
+def _rejection(error: PistoSegError, source: SlideSource) -> Rejection:
+    """`Rejection.of`, also of a slide or GeoJSON that this machine's disk, or its rights, do not give.
+
+    A training must not list those, as it keeps what it rejects; here the next run looks again.
+    """
+    own = [uri for uri in (source.uri, source.annotations) if uri and storage.is_local(uri)]  # of a disk, no storage
+    if isinstance(error, UnavailableError) and (error.file in own or isinstance(error.__cause__, RefusedError)):
+        error = PistoSegError(error.reason, file=error.file, field=error.field, remedy=error.remedy)
+    return Rejection.of(error)
 
 
 def _matched(entries: list[SlideEntry], annotations: str) -> tuple[list[SlideSource], list[str]]:

@@ -17,7 +17,7 @@ from slide_files import box_mean, texture, write_tiff
 from pistoseg import object_store, storage
 from pistoseg.cli import main
 from pistoseg.config import DataConfig, ScaleConfig, load_config
-from pistoseg.errors import PistoSegError, UnavailableError
+from pistoseg.errors import PistoSegError, RefusedError, UnavailableError
 from pistoseg.outputs.pictures import sheet
 from pistoseg.patches.annotations import read_annotations
 from pistoseg.patches.check import _read_crop, check
@@ -51,6 +51,17 @@ def feature(geometry, name=None, **properties):
 
 def geojson(root, *features, name="a.geojson"):
     return put(root, name, json.dumps({"type": "FeatureCollection", "features": features}).encode())
+
+
+def failing_for(file, read, error=None):
+    """`read`, which raises the error, or one of the disk, where it is given the file."""
+
+    def reading(asked, *arguments):
+        if storage.name(str(asked)) == storage.name(str(file)):
+            raise error or OSError(errno.EIO, os.strerror(errno.EIO), str(asked))
+        return read(asked, *arguments)
+
+    return reading
 
 
 # --- manifests ---------------------------------------------------------------------------------------------------
@@ -662,6 +673,42 @@ def test_windows_of_annotated_slides_are_written_as_a_manifest(tmp_path):
     assert "1 polygons are of 'Fold', which is no class of the config, in 1 slides, e.g. a: left out; " in text
     assert "name them gland or stroma or background in QuPath" in text
     assert report.to_text().endswith("not fit for use as it is")
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"), [("disk", "a.tif cannot be read (Input/output error)"), ("rights", "a.geojson refuses access")]
+)
+def test_a_slide_that_is_not_given_is_listed_and_the_windows_of_the_others_are_written(
+    tmp_path, monkeypatch, fault, says
+):
+    config = load_config("glas", overrides=["scale={mpp: 1.0}", "data.window=50"])
+    for name in ("a", "b"):
+        write_tiff(tmp_path / f"{name}.tif", texture(256, 256))
+        geojson(tmp_path / "qupath", feature(shapely.box(0, 0, 220, 110), "Gland"), name=f"{name}.geojson")
+    if fault == "disk":
+        monkeypatch.setattr("pistoseg.slides.reader.open", failing_for(tmp_path / "a.tif", open), raising=False)
+    else:
+        refused = RefusedError("refuses access", file=str(tmp_path / "qupath/a.geojson"), remedy="check its rights")
+        whole = failing_for(tmp_path / "qupath/a.geojson", storage.read_bytes, refused)
+        monkeypatch.setattr(storage, "read_bytes", whole)
+    out = str(tmp_path / "windows.csv")
+    (rejection,) = write_windows(str(tmp_path), str(tmp_path / "qupath"), out, config).rejected
+    assert f"{storage.name(rejection.name)} {rejection.reason}" == says
+    assert "rights" in rejection.remedy
+    assert [slide.name for slide in scan_slides(out, config.classes.tissue()).slides] == ["b.tif"]
+
+
+def test_a_storage_that_is_away_writes_no_manifest_of_the_slides_that_were_read(tmp_path, monkeypatch):
+    config = load_config("glas", overrides=["scale={mpp: 1.0}", "data.window=50"])
+    folder = f"memory://{tmp_path.name}"
+    for name in ("a", "b"):
+        write_tiff(tmp_path / f"{name}.tif", texture(256, 256))
+        geojson(folder, feature(shapely.box(0, 0, 220, 110), "Gland"), name=f"{name}.geojson")
+    away = UnavailableError("does not answer", file=f"{folder}/b.geojson")
+    monkeypatch.setattr(storage, "read_bytes", failing_for(f"{folder}/b.geojson", storage.read_bytes, away))
+    with pytest.raises(UnavailableError, match="does not answer"):
+        write_windows(str(tmp_path), folder, str(tmp_path / "windows.csv"), config)
+    assert not (tmp_path / "windows.csv").exists()
 
 
 def test_a_class_without_any_window_is_said_and_warnings_are_counted_at_the_end(tmp_path):
