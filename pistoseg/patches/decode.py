@@ -326,7 +326,9 @@ def _by_palette(values: np.ndarray, palette: list[int], classes: TissueClasses) 
     if used > len(colors) or any(color not in known for color in meant):
         return values
     distinct = len({colors[value] for value in found}) == len(found)
-    if not distinct or meant == [_BLACK]:
+    # One black entry may be all that a tool left of such a palette, or a quantized mask of background alone, on black;
+    # the ids are what the whole palette would have meant.
+    if not distinct or set(meant) == {_BLACK}:
         return values
     lookup = np.arange(256, dtype=np.uint8)
     lookup[:used] = [known[color] for color in colors[:used]]
