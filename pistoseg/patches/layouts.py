@@ -245,7 +245,8 @@ def _scan_folders(
             )
         base = posixpath.basename(name)
         # Of two classes, [10] may be a number; where all names have such ones, they are flags.
-        flags = _flags_of(base, classes) if refuse_flags and (all_flagged or labels.are_apart(base)) else None
+        are_flags = all_flagged or len(classes) > 2 or labels.are_apart(base)
+        flags = _flags_of(base, classes) if refuse_flags and are_flags else None
         if flags not in (None, found):
             raise PistoSegError(
                 f"the flags in its name and its folder {folder!r} contradict each other",

@@ -225,6 +225,13 @@ def test_numbers_in_brackets_are_no_flags_of_two_classes_but_where_every_name_ha
     assert rejected == ["stroma/case [10].png", "tumor/case [1, 1].png", "tumor/case [11].png"]
 
 
+def test_flags_of_three_classes_may_not_contradict_a_folder_though_another_name_there_has_none(root):
+    for name in ("tumor/a[101].png", "tumor/b[100].png", "stroma/c.png"):
+        put(root, name)
+    (rejection,) = scan(root).rejected
+    assert rejection.name == "tumor/a[101].png"
+
+
 ACCENTS = [("NFC", "NFD"), ("NFD", "NFC")]
 """How names of classes and tables, and those of files, write accents: Macs' zip files hold NFD."""
 
