@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import reduce
 from importlib import resources
 from typing import Any, TypeVar, get_args
@@ -133,8 +133,14 @@ def _validated(values: Any, source: str, root: type[Model]) -> Model:
     try:  # pydantic passes over a section's rules about several keys where one is unknown
         root.model_validate(reduce(_without, unknown, values))
     except ValidationError as error:
-        problems += error.errors()
+        misspelled = [location for location in unknown if _suggestion(location, root)]
+        problems += [problem for problem in error.errors() if not _may_lack(problem, misspelled)]
     raise _refusal(problems, source, root)
+
+
+def _may_lack(problem: Any, misspelled: Iterable[tuple[int | str, ...]]) -> bool:
+    """Whether a rule about several keys may be broken only because one of them, or of keys below, is misspelled."""
+    return problem["type"] == "value_error" and any(_is_below(key, problem["loc"]) for key in misspelled)
 
 
 def _without(values: Any, location: tuple[int | str, ...]) -> Any:

@@ -267,14 +267,27 @@ def test_the_problems_of_a_file_of_classes_are_listed_under_its_name(tmp_path, c
 
 def test_rules_about_several_keys_are_reported_beside_unknown_keys(tmp_path):
     file = tmp_path / "config.yaml"
-    file.write_text("preset: glas\nsynthesis: {alpha: 0.9, alfa: 1, beta: 0.8}\nprecise: {lrr: 1}\nsed: 1")
+    file.write_text("preset: glas\nsynthesis: {alpha: 0.9, zzzz: 1, beta: 0.8}\nprecise: {lrr: 1}\nsed: 1")
     with pytest.raises(PistoSegError) as caught:
         load_config(file=str(file))
     title, *lines = caught.value.reason.splitlines()
     assert title.startswith(f"{len(lines)} problem(s)")
     assert len(set(lines)) == len(lines)
-    for says in ("synthesis.alfa: unknown key", "precise.lrr: unknown key", "sed: unknown key", "less than beta"):
+    for says in ("synthesis.zzzz: unknown key", "precise.lrr: unknown key", "sed: unknown key", "less than beta"):
         assert any(says in line for line in lines), says
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["scale={source_mpp: 0.25, mp: 0.5}"],
+        ["precise.initial=preliminary", "precise.encoder=xception", "preliminary.encodr=xception"],
+    ],
+)
+def test_a_misspelled_key_is_not_said_to_be_missing_as_well(overrides):
+    with pytest.raises(PistoSegError, match="unknown key; did you mean") as caught:
+        load_config("wsss4luad", overrides=overrides)
+    assert caught.value.reason.startswith("1 problem(s)")
 
 
 def test_a_file_of_classes_that_is_not_there_is_named(tmp_path):
