@@ -764,23 +764,6 @@ def test_a_search_is_the_same_over_another_way_to_its_storage_but_not_with_other
     assert plain != identity("compute.train_workers=2") != identity("compute.train_workers=4")
 
 
-def test_a_journal_of_before_that_says_the_way_to_its_storage_is_gone_on_with(tmp_path, config, space):
-    from pistoseg.search.study import Search
-
-    def identity(*overrides):
-        config = load_config("demo", overrides=["precise.masks=synthesized", "storage.profile=me", *overrides])
-        objective = Objective("miou", True, False)
-        found = Search("mine", config, space, None, objective, "tpe", False, None).identity()
-        return found, found | {"config": config.model_dump(mode="json", exclude={"compute", "tracking"})}
-
-    now, before = identity()
-    assert now != before
-    filled(tmp_path, space, [0.1], identity=before)
-    assert Journal.open(str(tmp_path), {"identity": now}).records
-    with pytest.raises(PistoSegError, match="other settings"):
-        Journal.open(str(tmp_path), {"identity": identity("seed=7")[0]})
-
-
 def test_another_search_is_refused_before_it_waits(study_of):
     run, folder = study_of
     (folder / "search.json").write_text(json.dumps({"identity": "another"}))
