@@ -289,7 +289,8 @@ def test_a_report_says_that_the_champion_was_not_set_where_mlflow_is_away_but_no
     journal = filled(tmp_path, space, [0.1, 0.4])
     confirmation = Confirmation((1, 2, 3), (0.4, 0.41, 0.42), (0.1, 0.12, 0.1))
     outcome = outcome_of(journal, config, space, confirmation)
-    assert "It holds, but MLflow could not make the model the champion: run the same command" in report(outcome, [])
+    text = "It holds, but MLflow could not make the model the champion (the output says why): run the same command"
+    assert f"{text} again when it can." in report(outcome, [])
     outcome.search.config = config.model_copy(update={"tracking": TrackingConfig(enabled=False)})
     assert "champion" not in report(outcome, [])
 
