@@ -292,7 +292,8 @@ def _require_writable(folder: Path, env_file: Path) -> None:
     try:
         if env_file.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        if env_file.parent != folder:  # before a folder is made that a refusal would leave
+        is_made = env_file.parent in folder.parents and not env_file.parent.exists()  # with the folder
+        if env_file.parent != folder and not is_made:  # before a folder is made that a refusal would leave
             tempfile.TemporaryFile(dir=env_file.parent).close()
         path, field = folder, "--folder"
         folder.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ from pistoseg.printing import browse_lines
 from pistoseg.search.builtin import SPACES, load_space
 from pistoseg.search.journal import digest
 from pistoseg.search.objective import choose
-from pistoseg.search.sharing import analyse
+from pistoseg.search.sharing import SETTLED, analyse
 
 TRIALS = 32
 """Trials of a search without a budget."""
@@ -50,8 +50,7 @@ def search(config: Config, workspace: str, space: str, options: Mapping[str, Any
         share = f"data.label_holdout is {config.data.label_holdout:g} in place of {holdout:g}"
         console.print(f"trials are compared by the {objective.title}: {share}", highlight=False, soft_wrap=True)
     if objective.kind == "labels" and objective.masks:
-        note = "trainings keep their last epoch: the best one would be chosen by the masks"
-        console.print(note, highlight=False, soft_wrap=True)
+        console.print(SETTLED, highlight=False, soft_wrap=True)
     if options["dry_run"]:
         check_labels(config)
         console.print(_space_table(found, config))

@@ -133,7 +133,8 @@ def confirmation_text(outcome: Outcome) -> str:
     verdict = "It holds" if found.holds else "It does not hold: the best trial may have been lucky"
     champion = f"; version {outcome.version} of the model is the champion" if outcome.version else ""
     if found.holds and not outcome.version and outcome.search.config.tracking.enabled:
-        champion = ", but MLflow could not make the model the champion: run the same command again when it is back"
+        reason = "MLflow could not make the model the champion (the output says why)"
+        champion = f", but {reason}: run the same command again when it can"
     return (
         f"{verdict}{champion}. Best minus own over {len(found.differences)} fresh seeds: {interval.mean:+.{DIGITS}f}, "
         f"{LEVEL:.0%} interval {interval.low:+.{DIGITS}f} to {interval.high:+.{DIGITS}f} (Student, paired by seed). "

@@ -120,7 +120,7 @@ class Journal:
                 raise PistoSegError(f"holds trials of a search whose {SEARCH} is gone", file=folder, remedy=remedy)
             return None
         found = _read(file, remedy)
-        if _comparable(found.get("identity")) != _comparable(settings["identity"]):
+        if found.get("identity") != settings["identity"]:
             raise PistoSegError(
                 "holds a search of other settings, another space or another score",
                 file=folder,
@@ -173,13 +173,6 @@ def _trial_files(folder: str) -> list[str]:
     """URIs of the trials of a search; without what a killed driver had half written, or a file manager left."""
     found = storage.list_dir(storage.join(folder, TRIALS))
     return [item for item in found if storage.name(item).endswith(".json") and not storage.name(item).startswith(".")]
-
-
-def _comparable(identity: Any) -> Any:
-    """What decides whether a search is another: not the way to its storage, which journals of before say, too."""
-    if not isinstance(identity, dict) or not isinstance(config := identity.get("config"), dict):
-        return identity
-    return identity | {"config": {section: values for section, values in config.items() if section != "storage"}}
 
 
 def _file_name(record: TrialRecord) -> str:

@@ -52,7 +52,7 @@ def analyse(space: Space, config: Config, objective: Objective, seed: int = 0) -
     rng = random.Random(seed)
     for _ in range(POINTS):
         _configured(space, space.draw(rng), config)
-    space = space.without({item.name: SETTLED for item in space.parameters if set(item.keys) & set(objective.settled)})
+    space = space.without(_settled(space, objective))
     dead = {
         item.name: f"with these settings it does not change the model ({', '.join(objective.targets)})"
         for item in space.parameters
@@ -88,6 +88,16 @@ def keys(config: Config, targets: tuple[str, ...]) -> dict[str, str]:
             settings = stage.settings(whole)
         inputs = {role: found[source] for role, source in stage.inputs(config).items()}
         found[stage.name] = fingerprint(stage.name, stage.version, settings, inputs)
+    return found
+
+
+def _settled(space: Space, objective: Objective) -> dict[str, str]:
+    """Parameters that set what the objective settles, each with the reason and what else it would have set."""
+    found = {}
+    for item in space.parameters:
+        others = [key for key in item.keys if key not in objective.settled]
+        if len(others) < len(item.keys):
+            found[item.name] = SETTLED + (f"; lost with it: {', '.join(others)}" if others else "")
     return found
 
 

@@ -123,8 +123,7 @@ class Parameter:
 
     def refusal(self, values: Mapping[str, Any]) -> str:
         """In words that it can't have the value of a config."""
-        keys = dict.fromkeys(key for sets in self.options.values() for key in sets) or [self.name]
-        own = {key: _value(values, key) for key in keys}
+        own = {key: _value(values, key) for key in self.keys}
         own = {key: "nothing" if value is _MISSING else value for key, value in own.items()}
         if self.options:
             return f"{self.name} has no option with {_option_label(own)}"

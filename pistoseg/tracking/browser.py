@@ -66,6 +66,8 @@ def browse(workspace: str, host: str, port: int, tracking: TrackingConfig) -> in
 def _require_free(host: str, port: int) -> None:
     """Refuse an address where MLflow can't listen: its URL would be printed, and may be that of another server."""
     try:
+        if port < 1:  # 0 stands for any that is free, which nobody would know
+            raise OverflowError(port)
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as it does: one that ended is no hindrance
             probe.bind((host, port))

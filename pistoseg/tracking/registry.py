@@ -6,7 +6,7 @@ import json
 import re
 import shlex
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 BUNDLE = "pistoseg.bundle"
+FINGERPRINT = "pistoseg.fingerprint"
 SEARCH = "pistoseg.search"
 CHAMPION = "champion"
 PREVIOUS = "previous"
@@ -76,7 +77,7 @@ def bundle_uri(model: str, config: TrackingConfig, workspace: Workspace) -> str:
         workspace: where the database is unless the config names a server.
     Raises:
         PistoSegError: there is no such model, it was not registered by PistoSeg, its bundle was deleted, or a workspace
-            has several of which neither one is the champion nor only one is registered.
+            has several of which neither one is the champion nor the newest, or one of a search, alone registered.
     """
     if not model.startswith("models:/"):
         return _bundle_at(model, config)
@@ -102,11 +103,12 @@ def _bundle_at(model: str, config: TrackingConfig) -> str:
     found = [_finished(Workspace(uri), storage.name(folder)) for folder in folders]
     made = sorted((item for item in found if item), key=lambda item: str(item.manifest["created"]), reverse=True)
     if len(made) > 1:
-        if chosen := _registered(config, Workspace(uri), {item.path("bundle") for item in made}):
+        if chosen := _registered(config, Workspace(uri), [item.fingerprint for item in made]):
+            bundle = next(item.path("bundle") for item in made if item.fingerprint == chosen.tags[FINGERPRINT])
             why = "its champion" if CHAMPION in chosen.aliases else "the only one that is registered"
             version = f"models:/{chosen.name}/{chosen.version}"
-            Progress().say(f"of the {len(made)} models in {model}, {version} is taken, {why}: {chosen.bundle}")
-            return chosen.bundle
+            Progress().say(f"of the {len(made)} models in {model}, {version} is taken, {why}: {bundle}")
+            return bundle
         lines = "".join(f"\n  {_made(item)}" for item in made)
         raise PistoSegError(
             f"has {len(made)} models, the newest first:{lines}",
@@ -125,23 +127,33 @@ def _bundle_at(model: str, config: TrackingConfig) -> str:
     return uri
 
 
-def _registered(config: TrackingConfig, workspace: Workspace, bundles: set[str]) -> ModelVersion | None:
+def _registered(config: TrackingConfig, workspace: Workspace, keys: Sequence[str]) -> ModelVersion | None:
     """What a workspace with several models is for: the champion, or the only one that is registered.
 
-    A search leaves a model a trial there, and registers none but the best one, if that holds. None where that is not
-    clear, or where a server would have to be asked.
+    A search leaves a model a trial there, and registers none but the best one, if that holds. Where MLflow was away or
+    off since, the newest model may be meant though an older one is registered.
+
+    Args:
+        config: of the server.
+        workspace: that has the models.
+        keys: fingerprints of the models, the newest first; where the workspace was before, its bundles' URIs say.
+    Returns:
+        None where that is not clear, or where a server would have to be asked.
     """
     registry = Registry(config, workspace)
     database = database_file(registry.uri)
     if not database or not database.exists():
         return None
     try:
-        versions = [item for item in registry.versions() if item.tags.get(BUNDLE) in bundles]
+        versions = [item for item in registry.versions() if item.tags.get(FINGERPRINT) in keys]
     except PistoSegError:  # it can't be opened, which is no reason not to list the models
         return None
     champions = [item for item in versions if CHAMPION in item.aliases]
-    found = {item.bundle: item for item in champions or versions}
-    return next(iter(found.values())) if len(found) == 1 else None
+    found = {item.tags[FINGERPRINT]: item for item in champions or versions}
+    if len(found) != 1:
+        return None
+    key, version = found.popitem()
+    return version if champions or SEARCH in version.tags or key == keys[0] else None
 
 
 def _finished(workspace: Workspace, key: str) -> Artifact | None:

@@ -251,6 +251,7 @@ def test_the_pages_of_a_workspace_that_was_moved_begin_with_its_runs_since(serve
     [
         ("127.0.0.1", None, "--port: port {port} can't be listened on (Address already in use)"),
         ("127.0.0.1", 99999, "--port: 99999 is no port"),
+        ("127.0.0.1", 0, "--port: 0 is no port"),
         ("no host", 5057, "--host: 'no host' can't be listened on"),
     ],
 )
@@ -259,7 +260,7 @@ def test_no_url_is_shown_where_pages_can_not_be_served(monkeypatch, tmp_path, ca
     connect(TrackingConfig(), Workspace(str(tmp_path))).close()
     monkeypatch.setattr("os.execve", lambda *call: pytest.fail("started"))
     with socket.create_server(("127.0.0.1", 0)) as other:
-        port = port or other.getsockname()[1]
+        port = other.getsockname()[1] if port is None else port
         assert main(["ui", "--workspace", str(tmp_path), "--host", host, "--port", str(port)]) == 2
     printed = capsys.readouterr()
     assert says.format(port=port) in printed.err

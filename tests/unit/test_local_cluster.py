@@ -45,9 +45,10 @@ def test_places_that_can_not_be_written_are_refused_before_anything_starts(
     assert sorted(item.name for item in tmp_path.rglob("*")) == ["file", "folder"]
 
 
-def test_the_variables_may_go_into_a_folder_of_the_buckets_that_is_not_there_yet(tmp_path):
-    local_cluster._require_writable(tmp_path / "new", tmp_path / "new" / "env.sh")
-    assert (tmp_path / "new").is_dir()
+@pytest.mark.parametrize("folder", ["new", "new/data", "new/data/of/it"])
+def test_the_variables_may_go_into_a_folder_of_the_buckets_that_is_not_there_yet_or_above_it(tmp_path, folder):
+    local_cluster._require_writable(tmp_path / folder, tmp_path / "new" / "env.sh")
+    assert (tmp_path / folder).is_dir()
 
 
 def test_its_s3_server_is_reached_past_a_proxy(monkeypatch, tmp_path):

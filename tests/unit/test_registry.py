@@ -197,14 +197,15 @@ def test_of_a_workspace_with_several_models_the_champion_or_the_only_registered_
     client.create_registered_model("tissue")
 
     def register(bundle):
-        client.create_model_version("tissue", source=bundle, tags={"pistoseg.bundle": bundle})
+        tags = {"pistoseg.bundle": bundle, "pistoseg.fingerprint": Path(bundle).parent.name}
+        client.create_model_version("tissue", source=bundle, tags=tags)
 
     register("/no/longer/here/precise/dddd/bundle")
     with pytest.raises(PistoSegError, match="has 3 models"):
         bundle_uri(str(tmp_path), TrackingConfig(), elsewhere)
-    register(bundles[1])
-    assert bundle_uri(str(tmp_path), TrackingConfig(), elsewhere) == bundles[1]
-    assert f"models:/tissue/2 is taken, the only one that is registered: {bundles[1]}" in capsys.readouterr().err
+    register(bundles[2])
+    assert bundle_uri(str(tmp_path), TrackingConfig(), elsewhere) == bundles[2]
+    assert f"models:/tissue/2 is taken, the only one that is registered: {bundles[2]}" in capsys.readouterr().err
     register(bundles[0])
     with pytest.raises(PistoSegError, match=r"has 3 models[^R]*Remedy: give one of them, or models:/NAME@champion"):
         bundle_uri(str(tmp_path), TrackingConfig(), elsewhere)
@@ -215,6 +216,40 @@ def test_of_a_workspace_with_several_models_the_champion_or_the_only_registered_
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/./mlflow.db")  # MLflow knows the other one
     with pytest.raises(PistoSegError, match="has 3 models"):
         bundle_uri(str(tmp_path), TrackingConfig(), elsewhere)
+
+
+def test_of_a_workspace_an_older_model_that_alone_is_registered_is_taken_only_if_a_search_did_that(
+    tmp_path, monkeypatch
+):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    place = Workspace(str(tmp_path))
+    older, _ = (trained(place, key, f"2026-01-0{day}T00:00:00Z") for day, key in enumerate(KEYS[:2], 1))
+    client = connect(TrackingConfig(), place)
+    client.create_registered_model("tissue")
+    client.create_model_version("tissue", older, tags={"pistoseg.bundle": older, "pistoseg.fingerprint": "aaaa"})
+    with pytest.raises(PistoSegError, match="has 2 models"):
+        bundle_uri(str(tmp_path), TrackingConfig(), place)
+    client.set_model_version_tag("tissue", "1", "pistoseg.search", "crops-2")
+    assert bundle_uri(str(tmp_path), TrackingConfig(), place) == older
+
+
+def test_the_champion_of_a_workspace_that_was_moved_or_has_another_path_is_taken_where_it_is_now(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    place = Workspace(str(tmp_path / "before"))
+    older, _ = (trained(place, key, f"2026-01-0{day}T00:00:00Z") for day, key in enumerate(KEYS[:2], 1))
+    client = connect(TrackingConfig(), place)
+    client.create_registered_model("tissue")
+    client.create_model_version("tissue", older, tags={"pistoseg.bundle": older, "pistoseg.fingerprint": "aaaa"})
+    set_alias(client, "tissue", "1")
+    client.close()
+    shutil.copytree(place.root, tmp_path / "copied")
+    (tmp_path / "link").symlink_to(place.root)
+    for name in ("before", "copied", "link"):
+        bundle = str(tmp_path / name / "precise" / "aaaa" / "bundle")
+        assert bundle_uri(str(tmp_path / name), TrackingConfig(), place) == bundle
+        assert f"models:/tissue/1 is taken, its champion: {bundle}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("verb", [["evaluate", "--data", "images"], ["segment", "--slides", "slides"]])

@@ -326,7 +326,9 @@ def test_a_space_does_not_vary_what_a_search_by_labels_beside_masks_settles(tmp_
     assert kept == (["precise.loss"] if kind == "labels" else list(parameters))
     if kind == "labels":
         assert [note.partition(" is left out: ")[0] for note in space.notes] == list(parameters)[:3]
-        assert "the best one would be chosen by the masks" in space.notes[0]
+        why = "trainings keep their last epoch: the best one would be chosen by the masks"
+        assert space.notes[0] == f"precise.keep is left out: {why}"
+        assert space.notes[2] == f"schedule is left out: {why}; lost with it: preliminary.epochs"
 
 
 def test_mosaics_are_compared_by_both_segmentation_models():
