@@ -11,7 +11,6 @@ import asyncio
 import json
 import logging
 import os
-import re
 import shlex
 import shutil
 import socket
@@ -44,8 +43,6 @@ SHIPPED = ("--classes", "--space")
 SETTINGS_OPTIONS = ("--preset", "--profile", "--config", "--set")
 NEEDS_WORKSPACE = ("train", "synthesize", "search", "ablate")
 """Verbs whose results are in the workspace."""
-WEIGHTS_FILE = re.compile(r"[/\\.]")
-"""What a file's name has, and `imagenet` and `none` have not."""
 IN_JOB = "PISTOSEG_IN_JOB"
 """Variable of a job, whose folder nobody will look into when it has ended."""
 POLL_S = 1.0
@@ -215,22 +212,20 @@ def _settle(values: dict[str, Any], here: bool) -> bool:
 
 
 def _settled(value: str, section: str, field: str, here: bool) -> str:
-    from pistoseg.tracking.server import database_file, database_uri
+    from pistoseg import places
+    from pistoseg.tracking.server import database_file
 
     name = f"{section}.{field}"
-    if name == "tracking.uri" and (database := database_file(value)):
-        if not here and not database.is_absolute():
-            raise PistoSegError(
-                "is on this machine, where the cluster can't reach it",
-                file=value,
-                field=name,
-                remedy="name a tracking server, or leave it to MLFLOW_TRACKING_URI of the cluster's nodes",
-            )
-        return value if database.is_absolute() else database_uri(database.absolute())
-    if name in ("data.uri", "data.validation") or (field == "weights" and WEIGHTS_FILE.search(value)):
+    if name == "tracking.uri" and (database := database_file(value)) and not here and not database.is_absolute():
+        raise PistoSegError(
+            "is on this machine, where the cluster can't reach it",
+            file=value,
+            field=name,
+            remedy="name a tracking server, or leave it to MLFLOW_TRACKING_URI of the cluster's nodes",
+        )
+    if places.is_data(section, field, value):
         _require(value, name, here)
-        return storage.absolute(value) if storage.is_local(value) else value
-    return value
+    return places.absolute(section, field, value)
 
 
 def _require(value: str, field: str, here: bool) -> None:

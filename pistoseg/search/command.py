@@ -15,6 +15,7 @@ from pistoseg.artifacts import Workspace
 from pistoseg.config import Config
 from pistoseg.errors import PistoSegError
 from pistoseg.pipeline import check_weights
+from pistoseg.places import with_absolute
 from pistoseg.printing import browse_lines
 from pistoseg.search.builtin import SPACES, load_space
 from pistoseg.search.journal import digest
@@ -38,6 +39,7 @@ def search(config: Config, workspace: str, space: str, options: Mapping[str, Any
     from pistoseg.patches.digest import check_labels, training_folder
 
     _check_name(options["name"])
+    config = with_absolute(config)  # trials run in folders of their own
     training_folder(config)
     place = Workspace(storage.absolute(workspace))
     holdout = config.data.label_holdout

@@ -1,6 +1,7 @@
 """A small search as a user runs it: killed in a trial, run again, with settings that can't be trained among them."""
 
 import json
+import os
 import sys
 
 import pytest
@@ -42,7 +43,8 @@ def command(workspace, cohort, tmp_path_factory):
     (folder / "own.yaml").write_text(yaml.safe_dump(TINY | own))
     (folder / "space.yaml").write_text(yaml.safe_dump(SPACE, sort_keys=False))
     arguments = ["search", "--space", str(folder / "space.yaml"), "--config", str(folder / "own.yaml")]
-    arguments += ["--data", str(cohort), "--workspace", str(workspace), "--name", "mine"]
+    data = os.path.relpath(cohort)  # trials run in folders of their own
+    arguments += ["--data", data, "--workspace", str(workspace), "--name", "mine"]
     return [*arguments, "--algorithm", "grid", "--pruning", "none", "--confirm-seeds", "0"]
 
 
