@@ -4,16 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test checks integration clusters kills bench lint format types lock clean
+.PHONY: demo test checks integration processes bench lint format types lock clean
 
 demo: $(STAMP)  ## the whole pipeline on a synthetic cohort: scores, the output tree, how to browse it
 	$(BIN)/pistoseg demo --workspace demo
 
-CLUSTERS := $(addprefix tests/integration/test_, cluster.py jobs.py s3.py)
-
 # Integration tests wait for Ray's processes a third of the time, so that more than two of these keep two cores busy.
 test: $(STAMP)  ## lint, format check, type check, tests
-	$(MAKE) --no-print-directory --jobs=3 integration checks kills clusters
+	$(MAKE) --no-print-directory --jobs=3 checks integration processes
 
 checks: lint types  ## what needs no Ray; beside the others more than a thread only takes longer
 	OMP_NUM_THREADS=1 $(BIN)/pytest --quiet tests/unit
@@ -21,11 +19,8 @@ checks: lint types  ## what needs no Ray; beside the others more than a thread o
 integration: $(STAMP)  ## stages on a Ray of the tests' own
 	$(BIN)/pytest tests/integration -m "not processes"
 
-kills: $(STAMP)  ## commands that are killed, and go on
-	$(BIN)/pytest tests/integration -m processes $(addprefix --ignore=, $(CLUSTERS))
-
-clusters: $(STAMP)  ## clusters, jobs and servers
-	$(BIN)/pytest $(CLUSTERS)
+processes: $(STAMP)  ## commands, clusters, servers, and what kills them
+	$(BIN)/pytest tests/integration -m processes
 
 bench: $(STAMP)  ## speed beside what one would use instead: ONLY=mosaics,slides DATA=folder MODEL=bundle OUT=folder
 	$(BIN)/python -m benchmarks $(if $(ONLY),--only $(ONLY)) $(if $(DATA),--data $(DATA)) $(if $(MODEL),--model $(MODEL)) $(if $(OUT),--out $(OUT))
