@@ -109,7 +109,7 @@ def images(size: int) -> Callable[[], object]:
     """The tables of a `patches` artifact: written, opened, ordered for an epoch, drawn from."""
     import pyarrow as pa
 
-    from pistoseg import storage
+    from pistoseg import parquet, storage
     from pistoseg.config import ScaleConfig
     from pistoseg.patches.store import IMAGES_SCHEMA, WINDOWS_SCHEMA, PatchSet, image_row, window_row
     from pistoseg.stages.masks import image_shards
@@ -126,9 +126,9 @@ def images(size: int) -> Callable[[], object]:
                 name = f"part-{first // part:05d}.parquet"
                 table = pa.Table.from_pylist([row | {"image": i, "name": f"patch-{i}.png"} for i in ids], IMAGES_SCHEMA)
                 windows = [window_row(i, i, (0, 0, 8, 8), [int(i % 3 == c) for c in range(3)]) for i in ids]
-                storage.write_parquet(table, storage.join(folder, "images", name))
+                parquet.write(table, storage.join(folder, "images", name))
                 flags = pa.Table.from_pylist(windows, WINDOWS_SCHEMA)
-                storage.write_parquet(flags, storage.join(folder, "windows", name))
+                parquet.write(flags, storage.join(folder, "windows", name))
             patches = PatchSet.open(folder)
         labels = patches.image_labels()
         shards = image_shards(patches.table)

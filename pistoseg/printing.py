@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pistoseg import storage
+from pistoseg import parquet, storage
 from pistoseg.artifacts import Artifact, Workspace
 from pistoseg.config import Config
 
@@ -97,7 +97,7 @@ def print_slides(out: str, record: Mapping[str, Any]) -> None:
     counts = record["slides"]
     print(f"{counts['completed']} completed, {counts['failed']} failed, {counts['skipped']} were up to date")
     columns = ["slide_id", "slide", "status", "reason"]
-    rows = storage.read_parquet(storage.join(out, "summary.parquet"), columns).to_pylist()
+    rows = parquet.read(storage.join(out, "summary.parquet"), columns).to_pylist()
     for line in _failure_lines([row for row in rows if row["status"] == "failed"]):
         print(line)
     print(out)

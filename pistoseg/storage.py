@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import functools
-import io
 import os
 import posixpath
 import shutil
@@ -16,13 +15,10 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import IO, Any, Concatenate, ParamSpec, TypeVar
 
 from pistoseg import object_store
 from pistoseg.errors import PistoSegError, UnavailableError, explained
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 _UNWRITABLE = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
@@ -30,8 +26,6 @@ _UNWRITABLE = {
     *(errno.ENOENT, errno.ESTALE, errno.ENODEV),
 }
 _NO_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
-_PARQUET: dict[str, Any] = {"compression": "zstd", "write_statistics": False}
-"""Statistics of a column of images are whole images, several to a row group, and nothing reads them."""
 _OF_THE_SYSTEM = {"lost+found", "System Volume Information", "$RECYCLE.BIN"}
 """Folders at the root of a disk that mostly nobody may list."""
 
@@ -400,59 +394,6 @@ def remove_tree(uri: str) -> None:
         for item in backend.find(inner):
             with suppress(FileNotFoundError):  # another process deletes it, too
                 backend.rm_file(item)
-
-
-def read_parquet(uri: str, columns: list[str] | None = None) -> pa.Table:
-    """A Parquet file, or all `.parquet` files of a folder in the order of their names, as one table."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    files = [item for item in list_files(uri) if item.endswith(".parquet")] if is_dir(uri) else [uri]
-    if not files:
-        raise PistoSegError("has no Parquet files", file=uri)
-    tables = []
-    for item in files:
-        with open_file(item) as file:
-            tables.append(pq.read_table(file, columns=columns))
-    return pa.concat_tables(tables)
-
-
-def write_parquet(table: pa.Table, uri: str, row_group_size: int = 256) -> None:
-    """Write a table whole or not at all, zstd-compressed."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, row_group_size=row_group_size, **_PARQUET)
-    write_bytes(uri, sink.getvalue().to_pybytes())
-
-
-@contextmanager
-def parquet_rows(uri: str, schema: pa.Schema, row_group_size: int) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Write a table row by row: what `write_parquet` writes, with one row group of rows in memory.
-
-    The block gets a function that takes a row. The file appears, whole, when the block ends, and not after an error.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    sink = io.BytesIO()  # which gives its bytes away without a copy
-    rows: list[dict[str, Any]] = []
-    with pq.ParquetWriter(sink, schema, **_PARQUET) as writer:
-
-        def flush() -> None:
-            writer.write_table(pa.Table.from_pylist(rows, schema))
-            rows.clear()
-
-        def add(row: dict[str, Any]) -> None:
-            rows.append(row)
-            if len(rows) == row_group_size:
-                flush()
-
-        yield add
-        if rows:
-            flush()
-    write_bytes(uri, sink.getvalue())
 
 
 def iter_details(uri: str) -> Iterator[tuple[str, int, str]]:

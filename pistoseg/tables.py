@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from pistoseg import storage
+from pistoseg import parquet, storage
 from pistoseg.classes import folded
 from pistoseg.errors import PistoSegError, UnavailableError
 
@@ -110,7 +110,7 @@ def _open_parquet(uri: str, paths: str | None) -> tuple[list[str], Iterator[tupl
     import pyarrow as pa
 
     with _readable_parquet(uri):
-        table = storage.read_parquet(uri)
+        table = parquet.read(uri)
     header = [folded(column) for column in table.column_names]
     table = pa.Table.from_arrays([_as_text(column) for column in table.columns], names=header)
     if paths in header:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from pistoseg import __version__, storage
+from pistoseg import __version__, parquet, storage
 from pistoseg.classes import TissueClasses
 from pistoseg.redaction import redacted
 
@@ -89,7 +89,7 @@ def write_summary(uri: str, rows: Iterable[SlideRow], classes: TissueClasses, ru
         },
         "cohort": cohort_areas(ordered, classes),
     }
-    storage.write_parquet(table, storage.join(uri, "summary.parquet"))
+    parquet.write(table, storage.join(uri, "summary.parquet"))
     storage.write_bytes(storage.join(uri, "summary.csv"), _csv(table).encode("utf-8-sig"))  # Excel knows it by its BOM
     storage.write_bytes(storage.join(uri, "summary.md"), _markdown(ordered, classes, record).encode())
     storage.write_bytes(storage.join(uri, "run.json"), json.dumps(record, indent=2).encode())

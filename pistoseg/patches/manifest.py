@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
 
-from pistoseg import storage
+from pistoseg import parquet, storage
 from pistoseg.classes import TissueClasses, folded
 from pistoseg.errors import PistoSegError, suggestion
 from pistoseg.patches.labels import class_named
@@ -219,7 +219,7 @@ def write_manifest(uri: str, slides: list[SlideSource], classes: TissueClasses) 
         csv.write_csv(table, sink)
         storage.write_bytes(uri, sink.getvalue().to_pybytes())
     else:
-        storage.write_parquet(table, uri, row_group_size=65_536)
+        parquet.write(table, uri, row_group_size=65_536)
 
 
 def in_shards(slides: list[SlideSource], windows: int) -> list[list[SlideSource]]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pistoseg import storage
+from pistoseg import parquet, storage
 from pistoseg.patches.decode import decode_ids, decode_png
 
 FOLDER = "images"
@@ -40,7 +40,7 @@ class MaskedImages:
     def open(cls, uri: str) -> MaskedImages:
         """Read an artifact's folder; it may hold no images."""
         folder = storage.join(uri, FOLDER)
-        return cls(storage.read_parquet(folder).to_pylist() if storage.list_dir(folder) else [])
+        return cls(parquet.read(folder).to_pylist() if storage.list_dir(folder) else [])
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pistoseg import storage
+from pistoseg import parquet, storage
 from pistoseg.config import DataConfig, ScaleConfig
 from pistoseg.errors import PistoSegError
 from pistoseg.patches import decode
@@ -174,7 +174,7 @@ class PatchSet:
     @classmethod
     def open(cls, uri: str) -> PatchSet:
         """Read an artifact's folder; `PistoSegError` when no image was good enough to be in it."""
-        images, windows = (storage.read_parquet(storage.join(uri, table)) for table in ("images", "windows"))
+        images, windows = (parquet.read(storage.join(uri, table)) for table in ("images", "windows"))
         if not images.num_rows:
             raise PistoSegError(
                 "every training image was rejected",

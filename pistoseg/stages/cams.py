@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pistoseg import storage
+from pistoseg import parquet
 from pistoseg.config import Config
 from pistoseg.graph import StageContext
 from pistoseg.models import cams, classifier
@@ -55,4 +55,4 @@ class _Activate:
             return self.writer.row(position, image, {"": scores}, logits=False)
 
         rows = self.predictor.logits_each(images, row)
-        storage.write_parquet(pa.Table.from_pylist(rows, masks.schema()), part, row_group_size=64)
+        parquet.write(pa.Table.from_pylist(rows, masks.schema()), part, row_group_size=64)

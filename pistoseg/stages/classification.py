@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pistoseg import storage
+from pistoseg import parquet, storage
 from pistoseg.config import Config, LabelledCropConfig
 from pistoseg.graph import StageContext
 from pistoseg.models import bundle, classifier
@@ -174,7 +174,7 @@ class _Judge:
             return rows
 
         rows = [row for found in self.predictor.logits_each(images, windows) for row in found]
-        storage.write_parquet(pa.Table.from_pylist(rows, SCHEMA), part)
+        parquet.write(pa.Table.from_pylist(rows, SCHEMA), part)
 
 
 class _ClassMaps(nn.Module):
@@ -192,7 +192,7 @@ class _ClassMaps(nn.Module):
 def _contradictions(context: StageContext, patches: PatchSet) -> dict[str, Any]:
     """Write the labels that the classifier is at least `contradiction` sure are wrong, the surest first."""
     names = context.config.classes.tissue().names
-    table = storage.read_parquet(context.path(WINDOWS))
+    table = parquet.read(context.path(WINDOWS))
     labels = np.array(table["labels"].to_pylist(), np.uint8).reshape(-1, len(names))
     probabilities = np.array(table["probabilities"].to_pylist(), np.float32).reshape(-1, len(names))
     doubt = np.where(labels == 1, 1 - probabilities, probabilities)

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 
-from pistoseg import metrics, storage
+from pistoseg import metrics, parquet, storage
 from pistoseg.classes import TissueClasses
 from pistoseg.config import ComputeConfig, EvaluationConfig
 from pistoseg.errors import PistoSegError
@@ -173,7 +173,7 @@ def evaluate(
         config=ComputeConfig.model_validate({"device": device}),
         progress=progress,
     )
-    table = storage.read_parquet(parts)
+    table = parquet.read(parts)
     matrices = np.array(table["matrix"].to_pylist(), np.int64).reshape(-1, len(classes), len(classes))
     report = _report(matrices, classes.names, config, seed) | {
         "protocol": config.protocol,
@@ -207,7 +207,7 @@ class _Score:
             prediction = self.segmenter.predict(item.image)
             matrix = metrics.confusion(item.mask, prediction, len(classes))
             rows.append({"name": item.name, "matrix": matrix.ravel(), "prediction": encode_mask(prediction, classes)})
-        storage.write_parquet(pa.Table.from_pylist(rows, SCHEMA), part)
+        parquet.write(pa.Table.from_pylist(rows, SCHEMA), part)
 
 
 def _report(matrices: np.ndarray, names: list[str], config: EvaluationConfig, seed: int) -> dict[str, Any]:

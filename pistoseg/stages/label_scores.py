@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pistoseg import metrics, storage
+from pistoseg import metrics, parquet, storage
 from pistoseg.config import Config
 from pistoseg.errors import PistoSegError
 from pistoseg.graph import StageContext
@@ -53,7 +53,7 @@ def run(context: StageContext) -> dict[str, Any]:
         config=config.compute,
         progress=context.progress,
     )
-    table = storage.read_parquet(context.path("windows"))
+    table = parquet.read(context.path("windows"))
     names = config.classes.tissue().names
     labels, areas, probabilities = (np.array(table[name].to_pylist()).reshape(-1, len(names)) for name in SCHEMA.names)
     agreement = metrics.label_agreement(labels, areas)
@@ -95,7 +95,7 @@ class _Score:
                 {"labels": one, "areas": two, "probabilities": three}
                 for one, two, three in zip(labels, areas, means, strict=True)
             ]
-        storage.write_parquet(pa.Table.from_pylist(rows, SCHEMA), part)
+        parquet.write(pa.Table.from_pylist(rows, SCHEMA), part)
 
     def _means(self, position: int, given: np.ndarray, image: np.ndarray) -> list[np.ndarray]:
         """Mean probability of each class over the tissue of the windows that have any."""

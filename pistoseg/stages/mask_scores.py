@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from pistoseg import metrics, storage
+from pistoseg import metrics, parquet, storage
 from pistoseg.artifacts import MANIFEST, Artifact, Workspace
 from pistoseg.classes import TissueClasses, folded
 from pistoseg.errors import PistoSegError
@@ -63,7 +63,7 @@ def score_masks(
     """
     kinds = STAGES[artifact.stage]
     columns = [masks.column("png", kind) for kind in kinds]
-    table = storage.read_parquet(artifact.path(masks.FOLDER), columns=["name", *columns])
+    table = parquet.read(artifact.path(masks.FOLDER), columns=["name", *columns])
     uris = _truths(table["name"].to_pylist(), truth, set() if said is None else said)
     rows = [
         (uris[row["name"]], [row[column] for column in columns]) for row in table.to_pylist() if row["name"] in uris

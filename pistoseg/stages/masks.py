@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pistoseg import storage
+from pistoseg import parquet, storage
 from pistoseg.classes import IGNORE_ID, TissueClasses
 from pistoseg.config import Config, DataConfig, TilingConfig
 from pistoseg.errors import PistoSegError
@@ -218,7 +218,7 @@ def read_maps(uri: str, patches: PatchSet, logits: bool) -> pa.Table:
         PistoSegError: masks and images do not belong together.
     """
     folder = storage.join(uri, FOLDER)
-    table = storage.read_parquet(folder, columns=["image", "grid_height", "grid_width", "scores"])
+    table = parquet.read(folder, columns=["image", "grid_height", "grid_width", "scores"])
     if table["image"].to_pylist() != patches.table["image"].to_pylist():
         raise PistoSegError("masks and images do not belong together", file=uri, remedy="delete that folder")
     maps = []
@@ -234,7 +234,7 @@ def finish(context: StageContext, kinds: Sequence[str] = ("",)) -> dict[str, Any
     """Draw `masks.png` and sum up the shares of classes; the stage's summary."""
     classes = context.config.classes.tissue()
     columns = [column("png", kind) for kind in kinds]
-    masks = storage.read_parquet(context.path(FOLDER), columns=["name", *columns])
+    masks = parquet.read(context.path(FOLDER), columns=["name", *columns])
     shares = {column("shares", kind): _shares(masks[column("png", kind)], classes) for kind in kinds}
     patches = PatchSet.open(context.inputs["patches"].uri)
     storage.write_bytes(context.path("masks.png"), _picture(patches, masks, classes, kinds))

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 
-from pistoseg import storage
+from pistoseg import parquet, storage
 from pistoseg.classes import TissueClasses
 from pistoseg.config import Config, DataConfig, ScaleConfig
 from pistoseg.errors import PistoSegError
@@ -48,8 +48,8 @@ def run(context: StageContext) -> dict[str, Any]:
     rejected = [asdict(item) for item in listing.rejected]
     for folder in (context.folder, held_out_folder(context.folder)):
         for part in storage.list_dir(storage.join(folder, "rejected")):
-            rejected += storage.read_parquet(part).to_pylist()
-    storage.write_parquet(pa.Table.from_pylist(rejected, REJECTED_SCHEMA), context.path("rejected.parquet"))
+            rejected += parquet.read(part).to_pylist()
+    parquet.write(pa.Table.from_pylist(rejected, REJECTED_SCHEMA), context.path("rejected.parquet"))
     patches = PatchSet.open(context.folder)
     summary = _summary(patches, classes, listing, rejected)
     if config.data.label_holdout:
@@ -181,14 +181,14 @@ class _IngestSlides:
 
 def _images(part: str) -> AbstractContextManager[Callable[[dict[str, Any]], None]]:
     """Takes the images of a shard; their part appears last, at the end of the block, as it marks the shard as done."""
-    return storage.parquet_rows(part, IMAGES_SCHEMA, row_group_size=8)
+    return parquet.writing_rows(part, IMAGES_SCHEMA, row_group_size=8)
 
 
 def _write_others(folder: str, part: str, windows: list[dict[str, Any]], rejected: list[dict[str, Any]]) -> None:
     """Write all of a shard but its images."""
     name = storage.name(part)
-    storage.write_parquet(pa.Table.from_pylist(rejected, REJECTED_SCHEMA), storage.join(folder, "rejected", name))
-    storage.write_parquet(pa.Table.from_pylist(windows, WINDOWS_SCHEMA), storage.join(folder, "windows", name))
+    parquet.write(pa.Table.from_pylist(rejected, REJECTED_SCHEMA), storage.join(folder, "rejected", name))
+    parquet.write(pa.Table.from_pylist(windows, WINDOWS_SCHEMA), storage.join(folder, "windows", name))
 
 
 def _summary(

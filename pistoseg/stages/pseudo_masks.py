@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pistoseg import storage
+from pistoseg import parquet
 from pistoseg.config import Config
 from pistoseg.graph import StageContext
 from pistoseg.models import bundle
@@ -46,4 +46,4 @@ class _Predict:
             return self.writer.row(shard[index], images[index], {"": scores}, logits=True)
 
         rows = self.predictor.logits_each(images, row)
-        storage.write_parquet(pa.Table.from_pylist(rows, masks.schema()), part, row_group_size=64)
+        parquet.write(pa.Table.from_pylist(rows, masks.schema()), part, row_group_size=64)

@@ -9,7 +9,7 @@ import pyarrow as pa
 import ray
 from numpy.typing import NDArray
 
-from pistoseg import storage
+from pistoseg import parquet
 from pistoseg.config import Config
 from pistoseg.graph import StageContext
 from pistoseg.models import refiner
@@ -104,7 +104,7 @@ class _Refine:
 
         rows = self.predictor.logits_each(images, row, companions=companions)
         schema = mask_files.schema(mask_files.KINDS)
-        storage.write_parquet(pa.Table.from_pylist(rows, schema), part, row_group_size=64)
+        parquet.write(pa.Table.from_pylist(rows, schema), part, row_group_size=64)
 
     def _companions(self, position: int) -> NDArray[np.float32]:
         """M_pseudo, M_CAM and what the labels allow, (3 L, h, w) float32 on the grid of the pseudo-masks."""

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from pistoseg import storage
+from pistoseg import parquet
 from pistoseg.config import Config, PreciseConfig, SegmentationConfig
 from pistoseg.errors import PistoSegError
 from pistoseg.graph import StageContext
@@ -106,7 +106,7 @@ def _masked_source(context: StageContext, training: PreciseConfig) -> SampleSour
     sizes = ["height", "width", "grid_height", "grid_width"]
     columns = [masks.column(name, kind) for name in ("png", "confidence")]
     artifact = context.inputs["masks"]
-    table = storage.read_parquet(artifact.path(masks.FOLDER), columns=["image", *sizes, *columns])
+    table = parquet.read(artifact.path(masks.FOLDER), columns=["image", *sizes, *columns])
     patches = PatchSet.open(context.inputs["patches"].uri)
     images = patches.table
     if images["image"].to_pylist() != table["image"].to_pylist():

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from pistoseg import storage
+from pistoseg import parquet
 from pistoseg.config import Config
 from pistoseg.graph import StageContext
 from pistoseg.models import classifier, subcategories
@@ -63,7 +63,7 @@ def _features(context: StageContext, count: int) -> np.ndarray:
         config=context.config.compute,
         progress=context.progress,
     )
-    table = storage.read_parquet(context.path(FEATURES))
+    table = parquet.read(context.path(FEATURES))
     order = np.argsort(table["window"].to_numpy())
     features: np.ndarray = np.array(table["features"].to_pylist(), np.float32)[order]
     return features
@@ -88,4 +88,4 @@ class _Features:
                 pooled = pool_regions(maps.float(), torch.from_numpy(regions).to(self.device), 1)[:, 0].cpu().numpy()
             windows = [self.crops.window(0, index) for index in indices]
             rows += [{"window": window, "features": row} for window, row in zip(windows, pooled, strict=True)]
-        storage.write_parquet(pa.Table.from_pylist(rows, SCHEMA), part)
+        parquet.write(pa.Table.from_pylist(rows, SCHEMA), part)

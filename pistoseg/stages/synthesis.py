@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from pistoseg import storage
+from pistoseg import parquet, storage
 from pistoseg.artifacts import Artifact
 from pistoseg.classes import TissueClasses
 from pistoseg.config import Config
@@ -115,7 +115,7 @@ class _Make:
         for index in range(*shard):
             image, mask = self.samples.sample(0, index)
             rows.append({"index": index, "image": encode_png(image), "mask": encode_mask(mask, self.classes)})
-        storage.write_parquet(pa.Table.from_pylist(rows, SCHEMA), part)
+        parquet.write(pa.Table.from_pylist(rows, SCHEMA), part)
 
 
 def _shares(samples: list[tuple[np.ndarray, np.ndarray]], config: Config) -> dict[str, float]:

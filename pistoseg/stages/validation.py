@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pistoseg import storage
+from pistoseg import parquet, storage
 from pistoseg.classes import TissueClasses
 from pistoseg.errors import PistoSegError, UnavailableError
 from pistoseg.graph import StageContext
@@ -99,7 +99,7 @@ def collect(
 def _shows_a_class(folder: str, n_classes: int) -> bool:
     """Whether any mask of an artifact's images has a class; of most artifacts, one part is read."""
     for part in (item for item in storage.list_dir(folder) if item.endswith(".parquet")):
-        masks = storage.read_parquet(part, columns=["mask"])["mask"].to_pylist()
+        masks = parquet.read(part, columns=["mask"])["mask"].to_pylist()
         if any((decode.decode_ids(mask) < n_classes).any() for mask in masks):
             return True
     return False
@@ -124,7 +124,7 @@ class _Read:
                 f"{len(problems)} validation images or masks are bad:\n  " + "\n  ".join(problems),
                 remedy="mend or remove them",
             )
-        storage.write_parquet(pa.Table.from_pylist(rows, SCHEMA), part, row_group_size=16)
+        parquet.write(pa.Table.from_pylist(rows, SCHEMA), part, row_group_size=16)
 
     def _read(self, pair: dict[str, Any]) -> dict[str, Any]:
         image = decode.read_rgb(pair["image_uri"], max_pixels=self.max_pixels)

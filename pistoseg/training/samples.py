@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pistoseg import storage
+from pistoseg import parquet, storage
 from pistoseg.classes import IGNORE_ID
 from pistoseg.config import SynthesisConfig
 from pistoseg.patches.decode import decode_ids, decode_png
@@ -58,7 +58,7 @@ class StoredMosaics:
         """Mosaic (H, W, 3) and mask (H, W), uint8."""
         number, row = divmod((epoch * self.per_epoch + index) % self.count, self.part_size)
         if self._table[0] != number:
-            self._table = (number, storage.read_parquet(self.parts[number]))
+            self._table = (number, parquet.read(self.parts[number]))
         table = self._table[1]
         return decode_png(table["image"][row].as_py()), decode_ids(table["mask"][row].as_py())
 

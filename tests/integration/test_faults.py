@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from processes import Killer
 
-from pistoseg import storage
+from pistoseg import parquet
 from pistoseg.artifacts import Workspace
 from pistoseg.config import load_config
 from pistoseg.pipeline import run_pipeline
@@ -32,7 +32,7 @@ def unshared(script):
 
 def mosaics(workspace):
     (folder,) = Path(workspace.root).glob("synthesis/*/mosaics")
-    return storage.read_parquet(str(folder)).sort_by("index")
+    return parquet.read(str(folder)).sort_by("index")
 
 
 def test_a_synthesis_whose_worker_is_killed_makes_the_same_mosaics(local_ray, config, tmp_path):

@@ -8,7 +8,7 @@ from conftest import SIZE, TRAIN_STAGES, committed, contents
 from PIL import Image
 
 import pistoseg
-from pistoseg import storage
+from pistoseg import parquet
 from pistoseg.cli import main
 from pistoseg.patches.decode import decode_ids, decode_png
 from pistoseg.tracking import default_server
@@ -81,7 +81,7 @@ def test_training_leaves_its_curve_and_no_checkpoints(artifacts):
 
 
 def test_pseudo_masks_keep_to_the_image_level_labels(artifacts):
-    table = storage.read_parquet(str(artifacts["pseudo_masks"] / "masks"))
+    table = parquet.read(str(artifacts["pseudo_masks"] / "masks"))
     assert table.num_rows == 40
     for name, png, logits in zip(*(table[key].to_pylist() for key in ("name", "png", "scores")), strict=True):
         flags = json.loads(name[name.rindex("[") : name.rindex("]") + 1])
@@ -92,7 +92,7 @@ def test_pseudo_masks_keep_to_the_image_level_labels(artifacts):
 
 
 def test_refined_masks_keep_to_the_image_level_labels(artifacts):
-    table = storage.read_parquet(str(artifacts["refined_masks"] / "masks"))
+    table = parquet.read(str(artifacts["refined_masks"] / "masks"))
     assert table.num_rows == 40
     for row in table.to_pylist():
         flags = json.loads(row["name"][row["name"].rindex("[") : row["name"].rindex("]") + 1])
@@ -106,7 +106,7 @@ def test_refined_masks_keep_to_the_image_level_labels(artifacts):
 
 
 def test_the_cam_network_says_what_it_thinks_of_every_labelled_window(artifacts):
-    table = storage.read_parquet(str(artifacts["classifier"] / "windows"))
+    table = parquet.read(str(artifacts["classifier"] / "windows"))
     assert table["window"].to_pylist() == list(range(40))
     probabilities = np.array(table["probabilities"].to_pylist())
     assert probabilities.shape == (40, 5)

@@ -9,7 +9,7 @@ import ray
 from conftest import TINY
 from processes import STUCK_S
 
-from pistoseg import storage
+from pistoseg import parquet, storage
 from pistoseg.actors import start_here
 from pistoseg.artifacts import Workspace
 from pistoseg.config import load_config
@@ -66,7 +66,7 @@ def test_one_actor_and_four_write_the_same_bytes(stored):
 
 def test_stored_mosaics_are_those_that_the_synthesizer_makes(stored):
     config, results = stored
-    table = storage.read_parquet(results[4]["synthesis"].path("mosaics"))
+    table = parquet.read(results[4]["synthesis"].path("mosaics"))
     assert table.column_names == ["index", "image", "mask"]
     assert table["index"].to_pylist() == list(range(COUNT))
     synthesizer = fresh_mosaics(synthesis.mosaics(config, results[4]["patches"]))

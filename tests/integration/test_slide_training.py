@@ -12,7 +12,7 @@ import pytest
 import tifffile
 from processes import STUCK_S
 
-from pistoseg import storage
+from pistoseg import parquet, storage
 from pistoseg.artifacts import Workspace
 from pistoseg.config import load_config
 from pistoseg.outputs.regions import ToLevel0, write_regions
@@ -75,7 +75,7 @@ def test_annotated_slides_become_training_images_and_a_broken_one_is_rejected(lo
     good = [name for name in names if "case 2" not in name]
     assert len(good) > 20
     assert patches.table["name"].to_pylist() == good
-    rejected = storage.read_parquet(artifact.path("rejected.parquet")).to_pylist()
+    rejected = parquet.read(artifact.path("rejected.parquet")).to_pylist()
     assert len(rejected) == len(names) - len(good) > 0
     assert all("case 2" in row["name"] and row["reason"] for row in rejected)
     assert artifact.summary["layout"] == "slides"

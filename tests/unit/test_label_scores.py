@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pistoseg import storage
+from pistoseg import parquet, storage
 from pistoseg.classes import TissueClass, TissueClasses
 from pistoseg.config import DataConfig, load_config
 from pistoseg.errors import PistoSegError
@@ -40,7 +40,7 @@ def held_out(folder, count=3):
             labels = [int(side == 0), int(side == 1), number % 2]
             windows.append({"window": 2 * number + side, "image": number, **box, "labels": labels})
     for name, rows, schema in (("images", images, IMAGES_SCHEMA), ("windows", windows, WINDOWS_SCHEMA)):
-        storage.write_parquet(pa.Table.from_pylist(rows, schema), str(folder / name / "part-00000.parquet"))
+        parquet.write(pa.Table.from_pylist(rows, schema), str(folder / name / "part-00000.parquet"))
     return PatchSet.open(str(folder))
 
 
@@ -97,7 +97,7 @@ def test_a_model_is_scored_on_every_window_as_it_segments_it(tmp_path, model):
     config = load_config("demo", overrides=["evaluation.patch_size=64", "data.background=none"])
     score = _Score(config, model, str(tmp_path / "held"))
     score(0, [0, 2], str(tmp_path / "part.parquet"))
-    rows = storage.read_parquet(str(tmp_path / "part.parquet")).to_pylist()
+    rows = parquet.read(str(tmp_path / "part.parquet")).to_pylist()
     assert [row["labels"] for row in rows] == [[1, 0, 0], [0, 1, 0]] * 2
     mask = score.predictor.predict(patches.image(2))
     assert rows[2]["areas"] == pytest.approx([(mask[:, : SIZE // 2] == c).mean() for c in range(3)])
@@ -115,7 +115,7 @@ def test_held_out_images_have_the_networks_pixel_size_and_are_not_resized_once_m
     for uri in (model, halving):
         parts.append(str(tmp_path / f"{storage.name(uri)}.parquet"))
         _Score(config, uri, str(tmp_path / "held"))(0, [0, 1, 2], parts[-1])
-    assert storage.read_parquet(parts[0]) == storage.read_parquet(parts[1])
+    assert parquet.read(parts[0]) == parquet.read(parts[1])
     images = LabelledImages(str(tmp_path / "held"), config.data)
     assert (images.areas(bundle.load(halving, "cpu"))[1] == images.areas(loaded)[1]).all()
 

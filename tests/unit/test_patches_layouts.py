@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 from patch_files import CLASSES, config_of, mask_png, put
 
-from pistoseg import object_store, storage
+from pistoseg import object_store, parquet, storage
 from pistoseg.classes import TissueClass, TissueClasses
 from pistoseg.config import DataConfig
 from pistoseg.errors import PistoSegError, UnavailableError
@@ -280,7 +280,7 @@ def test_windows_come_from_a_table_with_columns_in_any_case_and_order(root):
 def test_a_parquet_table_without_boxes_labels_whole_images(root):
     put(root, "a.png")
     rows = {"image": ["a.png"], "tumor": [True], "stroma": [False], "normal": [0]}
-    storage.write_parquet(pa.table(rows), storage.join(root, "labels.parquet"))
+    parquet.write(pa.table(rows), storage.join(root, "labels.parquet"))
     listing = scan(root)
     assert listing.images[0].windows[0].labels == (1, 0, 0)
     assert listing.images[0].windows[0].width == WHOLE
@@ -429,7 +429,7 @@ def test_blank_rows_of_spreadsheets_are_no_bad_rows_and_keep_their_numbers(tmp_p
 def test_rows_of_nulls_in_a_parquet_table_are_no_bad_rows(tmp_path):
     put(tmp_path, "a.png")
     rows = {"image": ["a.png", None], "tumor": [True, None], "stroma": [False, None], "normal": [0, None]}
-    storage.write_parquet(pa.table(rows), str(tmp_path / "labels.parquet"))
+    parquet.write(pa.table(rows), str(tmp_path / "labels.parquet"))
     listing = scan(tmp_path)
     assert (len(listing.images), listing.rejected) == (1, [])
 
@@ -480,21 +480,21 @@ def test_a_table_that_is_a_folder_of_parts_is_said_to_be_one(tmp_path):
         scan(tmp_path, table="patches.parquet")
 
 
-def parquet(root, columns, name="patches.parquet"):
-    storage.write_parquet(pa.table(columns), storage.join(str(root), name))
+def put_table(root, columns, name="patches.parquet"):
+    parquet.write(pa.table(columns), storage.join(str(root), name))
 
 
 def test_a_parquet_tables_text_may_be_of_type_binary(tmp_path):
     put(tmp_path, "ä.png")
     image = pa.array(["ä.png".encode()], pa.large_binary())
-    parquet(tmp_path, {"image": image, "Tumor": [b"1"], "stroma": [0], "normal": [0], "thumbnail": [b"\x89PNG"]})
+    put_table(tmp_path, {"image": image, "Tumor": [b"1"], "stroma": [0], "normal": [0], "thumbnail": [b"\x89PNG"]})
     assert [image.name for image in scan(tmp_path).images] == ["ä.png"]
 
 
 @pytest.mark.parametrize("content", [{"bytes": b"\x89PNG", "path": None}, b"\x89PNG", [b"\x89PNG"]])
 def test_a_table_with_images_in_place_of_their_paths_is_refused_without_its_content(tmp_path, content):
     put(tmp_path, "a.png")
-    parquet(tmp_path, {"image": [content], "tumor": [1], "stroma": [0], "normal": [0]})
+    put_table(tmp_path, {"image": [content], "tumor": [1], "stroma": [0], "normal": [0]})
     with pytest.raises(PistoSegError, match=r"is of type .*, and paths are text") as caught:
         scan(tmp_path)
     assert (caught.value.field, "PNG" in str(caught.value)) == ("column image", False)
@@ -503,10 +503,10 @@ def test_a_table_with_images_in_place_of_their_paths_is_refused_without_its_cont
 def test_of_parquet_tables_that_may_be_one_of_windows_the_columns_are_read_alone(tmp_path, monkeypatch):
     put(tmp_path, "a.png")
     row = {"image": ["a.png"], "tumor": [1], "stroma": [0], "normal": [0]}
-    parquet(tmp_path, {"patient": ["x"] * 10}, "cohort.parquet")
-    parquet(tmp_path, row, "windows.parquet")
-    read, opened = storage.read_parquet, []
-    monkeypatch.setattr(storage, "read_parquet", lambda uri: opened.append(storage.name(uri)) or read(uri))
+    put_table(tmp_path, {"patient": ["x"] * 10}, "cohort.parquet")
+    put_table(tmp_path, row, "windows.parquet")
+    read, opened = parquet.read, []
+    monkeypatch.setattr(parquet, "read", lambda uri: opened.append(storage.name(uri)) or read(uri))
     assert len(scan(tmp_path).images) == 1
     assert opened == ["windows.parquet"]
 

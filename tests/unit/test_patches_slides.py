@@ -14,7 +14,7 @@ import shapely
 from patch_files import CLASSES, config_of, put
 from slide_files import box_mean, texture, write_tiff
 
-from pistoseg import object_store, storage
+from pistoseg import object_store, parquet, storage
 from pistoseg.cli import main
 from pistoseg.config import DataConfig, ScaleConfig, load_config
 from pistoseg.errors import PistoSegError, RefusedError, UnavailableError
@@ -112,7 +112,7 @@ def test_labels_may_be_written_as_names(tmp_path, column, value, flags):
 def test_a_parquet_manifest_may_hold_lists_of_names(tmp_path):
     row = {"slide": "a.svs", "x": 1, "y": 2, "width": 3, "height": 4, "labels": ["tumor", "stroma"], "mpp": None}
     uri = storage.join(str(tmp_path), "windows.parquet")
-    storage.write_parquet(pa.Table.from_pylist([row]), uri)
+    parquet.write(pa.Table.from_pylist([row]), uri)
     (slide,) = scan_slides(uri, CLASSES).slides
     assert slide.windows == (Window(1, 2, 3, 4, (1, 1, 0), 1),)
     assert slide.mpp is None

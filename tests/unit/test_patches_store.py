@@ -7,7 +7,7 @@ import pytest
 from patch_files import CLASSES, encoded, png_file, put, tissue
 from PIL import Image
 
-from pistoseg import storage
+from pistoseg import parquet, storage
 from pistoseg.classes import TissueClass, TissueClasses
 from pistoseg.config import DataConfig, ScaleConfig
 from pistoseg.errors import PistoSegError
@@ -26,10 +26,8 @@ def read(uri, *windows, **scale):
 
 
 def patch_set(root, images, windows):
-    storage.write_parquet(pa.Table.from_pylist(images, IMAGES_SCHEMA), storage.join(root, "images", "part-0.parquet"))
-    storage.write_parquet(
-        pa.Table.from_pylist(windows, WINDOWS_SCHEMA), storage.join(root, "windows", "part-0.parquet")
-    )
+    parquet.write(pa.Table.from_pylist(images, IMAGES_SCHEMA), storage.join(root, "images", "part-0.parquet"))
+    parquet.write(pa.Table.from_pylist(windows, WINDOWS_SCHEMA), storage.join(root, "windows", "part-0.parquet"))
     return PatchSet.open(root)
 
 

@@ -11,7 +11,7 @@ import ray.train
 from patch_files import put
 from rich.console import Console
 
-from pistoseg import storage
+from pistoseg import parquet
 from pistoseg.artifacts import Workspace
 from pistoseg.cli import main
 from pistoseg.config import load_config, presets
@@ -203,7 +203,7 @@ def test_mosaics_are_trained_on_for_as_many_steps_as_real_images(tmp_path):
         for number, (h, w) in enumerate(sizes)
     ]
     for name, rows, schema in (("images", images, IMAGES_SCHEMA), ("windows", windows, WINDOWS_SCHEMA)):
-        storage.write_parquet(pa.Table.from_pylist(rows, schema), str(tmp_path / name / "part-00000.parquet"))
+        parquet.write(pa.Table.from_pylist(rows, schema), str(tmp_path / name / "part-00000.parquet"))
     patches = types.SimpleNamespace(uri=str(tmp_path))
     base = ("precise.patch_size=64",)
     row = TABLES["table1"].rows[0]

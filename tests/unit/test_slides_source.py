@@ -15,7 +15,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from s3fs.errors import translate_boto_error
 
-from pistoseg import storage
+from pistoseg import parquet, storage
 from pistoseg.errors import PistoSegError, UnavailableError
 from pistoseg.slides.files import etag, slide_files
 from pistoseg.slides.results import published
@@ -148,7 +148,7 @@ def test_a_manifest_gives_ids_resolutions_and_masks(tmp_path: Path) -> None:
 
 def test_a_parquet_manifest_on_object_storage(bucket: str) -> None:
     table = pa.table({"slide": ["../a.svs", "b.svs"], "mpp": [0.25, None], "extra": [[1], [2]], "slide_id": [7, 8]})
-    storage.write_parquet(table, f"{bucket}/lists/m.parquet")
+    parquet.write(table, f"{bucket}/lists/m.parquet")
     assert list_slides(f"{bucket}/lists/m.parquet") == [
         SlideEntry("7", "memory:///bucket/a.svs", 0.25),
         SlideEntry("8", f"{bucket}/lists/b.svs"),

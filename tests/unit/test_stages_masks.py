@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pistoseg import storage
+from pistoseg import parquet, storage
 from pistoseg.artifacts import Workspace
 from pistoseg.classes import IGNORE_ID, TissueClass, TissueClasses
 from pistoseg.config import DataConfig
@@ -135,9 +135,7 @@ def artifact(root, scores, labels=((1, 1, 0), (1, 0, 0))):
     rows = [writer.row(number, found.image(number), {"": values}, logits=True) for number, values in enumerate(scores)]
     workspace = Workspace(str(root))
     uri = workspace.folder("pseudo_masks", "k1")
-    storage.write_parquet(
-        pa.Table.from_pylist(rows, masks.schema()), storage.join(uri, masks.FOLDER, "part-00000.parquet")
-    )
+    parquet.write(pa.Table.from_pylist(rows, masks.schema()), storage.join(uri, masks.FOLDER, "part-00000.parquet"))
     parts = {"version": 1, "summary": {}, "seconds": 0}
     source = workspace.commit("patches", "p1", settings={"classes": CLASSES.to_json()}, inputs={}, **parts)
     workspace.commit("pseudo_masks", "k1", settings={}, inputs={"patches": source}, **parts)
@@ -210,7 +208,7 @@ def test_of_two_images_of_one_name_in_two_folders_each_is_scored_by_its_own_mask
     column = masks.column("png", "")
     rows = [{"name": name, column: encode_mask(np.full((8, 8), k, np.uint8), CLASSES)} for name, k in masks_of.items()]
     made = Workspace(str(tmp_path)).commit("cams", "k1", version=1, settings={}, inputs={}, summary={}, seconds=1)
-    storage.write_parquet(pa.Table.from_pylist(rows), made.path(masks.FOLDER, "part-00000.parquet"))
+    parquet.write(pa.Table.from_pylist(rows), made.path(masks.FOLDER, "part-00000.parquet"))
     mask = encode_mask(np.zeros((8, 8), np.uint8), CLASSES)
     storage.write_bytes(str(tmp_path / "truth" / "slideA" / "001.png"), mask)
     report = mask_scores.score_masks(made, str(tmp_path / "truth"), CLASSES, max_pixels=10**6, workers=1)[""]
@@ -224,7 +222,7 @@ def test_images_that_are_left_out_are_named_once_however_many_artifacts_have_the
     source = workspace.commit("patches", "p1", settings={"classes": CLASSES.to_json()}, inputs={}, **parts)
     for key in ("k1", "k2"):
         made = workspace.commit("cams", key, settings={}, inputs={"patches": source}, **parts)
-        storage.write_parquet(pa.Table.from_pylist(rows), made.path(masks.FOLDER, "part-00000.parquet"))
+        parquet.write(pa.Table.from_pylist(rows), made.path(masks.FOLDER, "part-00000.parquet"))
     for name in ("0.png", "001.png"):
         storage.write_bytes(str(tmp_path / "truth" / name), mask)
     reports = mask_scores.score_workspace(

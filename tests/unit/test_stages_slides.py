@@ -15,7 +15,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
-from pistoseg import storage
+from pistoseg import parquet, storage
 from pistoseg.config import ComputeConfig
 from pistoseg.errors import PistoSegError, UnavailableError
 from pistoseg.outputs.summary import SlideRow
@@ -255,7 +255,7 @@ def test_slides_that_failed_for_the_same_reason_are_one_line_at_the_end(
         for name, reason in reasons.items()
     ]
     done = {"slide_id": "t", "slide": "/in/t.svs", "status": "completed", "reason": ""}
-    storage.write_parquet(pa.Table.from_pylist([*failed, done]), str(tmp_path / "summary.parquet"))
+    parquet.write(pa.Table.from_pylist([*failed, done]), str(tmp_path / "summary.parquet"))
     print_slides(str(tmp_path), {"slides": {"completed": 1, "failed": 8, "skipped": 0}})
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("failed: ")]
     assert printed == [

@@ -2,7 +2,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pistoseg import storage
+from pistoseg import parquet
 from pistoseg.classes import IGNORE_ID
 from pistoseg.patches.decode import encode_png
 from pistoseg.training.samples import MaskedCrops, StoredMosaics, crop_rows, rare_class_weights
@@ -133,7 +133,7 @@ def stored(tmp_path):
                 "mask": [encode_png(np.full((4, 4), number % 3, np.uint8)) for number in numbers],
             }
         )
-        storage.write_parquet(table, str(tmp_path / f"part-{part:05d}.parquet"))
+        parquet.write(table, str(tmp_path / f"part-{part:05d}.parquet"))
     (tmp_path / "notes.txt").write_text("not a part")
     return {"folder": str(tmp_path), "count": 10, "part_size": 4, "per_epoch": 6}
 

@@ -1,0 +1,70 @@
+"""Tables in Parquet files on any file system, written whole or not at all."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from pistoseg import storage
+from pistoseg.errors import PistoSegError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_FORMAT: dict[str, Any] = {"compression": "zstd", "write_statistics": False}
+"""Statistics of a column of images are whole images, several to a row group, and nothing reads them."""
+
+
+def read(uri: str, columns: list[str] | None = None) -> pa.Table:
+    """A Parquet file, or all `.parquet` files of a folder in the order of their names, as one table."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    files = [item for item in storage.list_files(uri) if item.endswith(".parquet")] if storage.is_dir(uri) else [uri]
+    if not files:
+        raise PistoSegError("has no Parquet files", file=uri)
+    tables = []
+    for item in files:
+        with storage.open_file(item) as file:
+            tables.append(pq.read_table(file, columns=columns))
+    return pa.concat_tables(tables)
+
+
+def write(table: pa.Table, uri: str, row_group_size: int = 256) -> None:
+    """Write a table whole or not at all, zstd-compressed."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, row_group_size=row_group_size, **_FORMAT)
+    storage.write_bytes(uri, sink.getvalue().to_pybytes())
+
+
+@contextmanager
+def writing_rows(uri: str, schema: pa.Schema, row_group_size: int) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Write a table row by row: what `write` writes, with one row group of rows in memory.
+
+    The block gets a function that takes a row. The file appears, whole, when the block ends, and not after an error.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    sink = io.BytesIO()  # which gives its bytes away without a copy
+    rows: list[dict[str, Any]] = []
+    with pq.ParquetWriter(sink, schema, **_FORMAT) as writer:
+
+        def flush() -> None:
+            writer.write_table(pa.Table.from_pylist(rows, schema))
+            rows.clear()
+
+        def add(row: dict[str, Any]) -> None:
+            rows.append(row)
+            if len(rows) == row_group_size:
+                flush()
+
+        yield add
+        if rows:
+            flush()
+    storage.write_bytes(uri, sink.getvalue())
