@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from pistoseg.errors import PistoSegError, UnavailableError
 from pistoseg.outputs.pictures import Panel, sheet, shrunk
 from pistoseg.patches.crops import Crop, CutNote, Opener, crops, note_lines
 from pistoseg.patches.decode import decode_background, decode_mask, encode_png, pixel_hash, read_file, read_rgb
+from pistoseg.patches.judging import ReadImage, combination, sum_up
 from pistoseg.patches.layouts import (
     IMAGE_FOLDERS,
     MASK_FOLDERS,
@@ -39,36 +39,15 @@ from pistoseg.patches.source import (
     SlideSource,
     SourceImage,
     Window,
-    count_unread,
     outside,
     readable,
-    too_many_bad,
 )
 from pistoseg.patches.store import network_size, scaled
-from pistoseg.synthesis.bank import too_small
-from pistoseg.synthesis.sampling import drawn_classes
 
 _EXAMPLES = 16
 _SHEETS = 24
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class _Read:
-    """A training image that was read: its windows with their sizes filled in, what identifies its pixels, and those.
-
-    `sizes` are height and width of the windows in network px, `title` is written above it on sheets.
-    """
-
-    source: SourceImage
-    title: str
-    width: int
-    height: int
-    windows: tuple[Window, ...]
-    sizes: tuple[tuple[int, int], ...]
-    sha256: str
-    load: Callable[[], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -106,7 +85,7 @@ def check(
         PistoSegError: data_uri is neither. Everything else that is wrong is in the report.
     """
     report = Report(data_uri, classes.names)
-    read: list[_Read] = []
+    read: list[ReadImage] = []
     scale, synthesis = scale or ScaleConfig(), synthesis or SynthesisConfig()
     slides = is_manifest(data_uri)
     training = data_uri if slides else find_training(data_uri, classes, config)
@@ -175,11 +154,11 @@ def _check_training(
     synthesis: SynthesisConfig,
     report: Report,
     workers: int,
-) -> list[_Read]:
+) -> list[ReadImage]:
     listing = scan_training(uri, classes, config)
     unread: list[PistoSegError] = []
 
-    def read(source: SourceImage) -> tuple[_Read | None, list[Rejection]]:
+    def read(source: SourceImage) -> tuple[ReadImage | None, list[Rejection]]:
         try:
             pixels = read_rgb(source.uri, source.name, config.max_pixels, config.min_size)
             height, width = pixels.shape[:2]
@@ -196,14 +175,14 @@ def _check_training(
         sizes = tuple((box_height, box_width) for _, _, box_width, box_height in boxes)
         load = partial(read_rgb, source.uri, source.name, config.max_pixels)
         title = storage.name(source.name)
-        return _Read(source, title, width, height, kept, sizes, pixel_hash(pixels), load), refused
+        return ReadImage(source, title, width, height, kept, sizes, pixel_hash(pixels), load), refused
 
     results = _in_threads(read, listing.images, workers)
     _note_unread(unread, report)
     images = [image for image, _ in results if image is not None]
     report.layout = listing.layout
     report.rejected = listing.rejected + [rejection for _, refused in results for rejection in refused]
-    _sum_up(listing.images, images, classes, config, synthesis, report)
+    sum_up(listing.images, images, classes, config, synthesis, report)
     return images
 
 
@@ -216,12 +195,12 @@ def _check_slides(
     report: Report,
     workers: int,
     opener: Opener,
-) -> list[_Read]:
+) -> list[ReadImage]:
     """Read every window of a manifest's slides; each is a training image."""
     listing = scan_slides(uri, classes)
     unread: list[PistoSegError] = []
 
-    def read(source: SlideSource) -> Sequence[_Read | Rejection | CutNote]:
+    def read(source: SlideSource) -> Sequence[ReadImage | Rejection | CutNote]:
         try:
             return [
                 _read_crop(source, item, opener, classes, config, scale.fit) if isinstance(item, Crop) else item
@@ -232,17 +211,17 @@ def _check_slides(
 
     items = [item for found in _in_threads(read, listing.slides, workers) for item in found]
     _note_unread(unread, report)
-    images = [item for item in items if isinstance(item, _Read)]
+    images = [item for item in items if isinstance(item, ReadImage)]
     report.layout = listing.layout
     report.rejected = listing.rejected + [item for item in items if isinstance(item, Rejection)]
     report.warnings += note_lines([item for item in items if isinstance(item, CutNote)], classes)
-    _sum_up(listing.slides, images, classes, config, synthesis, report)
+    sum_up(listing.slides, images, classes, config, synthesis, report)
     return images
 
 
 def _read_crop(
     source: SlideSource, crop: Crop, opener: Opener, classes: TissueClasses, config: DataConfig, fit: int | None
-) -> _Read:
+) -> ReadImage:
     height, width = crop.pixels.shape[:2]
     whole = Window.whole(crop.window.labels).resolved(width, height)
     image = SourceImage(source.image_name(crop.window), source.uri, (whole,))
@@ -255,93 +234,7 @@ def _read_crop(
 
     size = (fit or height, fit or width)
     title = f"{PurePosixPath(source.name).stem}/{storage.name(image.name)}"
-    return _Read(image, title, width, height, (whole,), (size,), pixel_hash(crop.pixels), load)
-
-
-def _sum_up(
-    sources: Sequence[SourceImage | SlideSource],
-    images: list[_Read],
-    classes: TissueClasses,
-    config: DataConfig,
-    synthesis: SynthesisConfig,
-    report: Report,
-) -> None:
-    count_windows([window for image in images for window in image.windows], classes, report)
-    report.images = len(images)
-    report.sizes = dict(Counter(f"{image.width}x{image.height}" for image in images).most_common())
-    _find_duplicates(images, report)
-    _judge(report, config, len(sources), count_unread(sources, (rejection.name for rejection in report.rejected)))
-    if report.windows:
-        _judge_single_tissue(images, classes, config, synthesis, report)
-
-
-def count_windows(windows: Sequence[Window], classes: TissueClasses, report: Report) -> None:
-    """Fill in a report's numbers of windows: all, by class, of a single tissue, and by combination."""
-    flags = np.array([window.labels for window in windows], dtype=np.int64).reshape(len(windows), len(classes))
-    single = flags[flags.sum(axis=1) == 1]
-    report.windows = len(windows)
-    report.by_class = dict(zip(classes.names, flags.sum(axis=0).tolist(), strict=True))
-    report.single_tissue = dict(zip(classes.names, single.sum(axis=0).tolist(), strict=True))
-    report.combinations = dict(Counter(_combination(window, classes) for window in windows).most_common())
-
-
-def _find_duplicates(images: list[_Read], report: Report) -> None:
-    groups: dict[str, list[_Read]] = defaultdict(list)
-    for image in images:
-        groups[image.sha256].append(image)
-    for group in groups.values():
-        if len(group) > 1:
-            names = [image.source.name for image in group]
-            report.duplicates.append(names)
-            labels = {frozenset((w.x, w.y, w.width, w.height, w.labels) for w in image.windows) for image in group}
-            if len(labels) > 1:
-                report.conflicts.append(names)
-
-
-def _judge(report: Report, config: DataConfig, found: int, unread: int) -> None:
-    refused, total = len(report.rejected), len(report.rejected) + report.windows
-    if not report.windows:
-        report.problems.append("no training image can be used")
-        return
-    counts = {"rejected": refused, "windows": report.windows, "found": found, "unread": unread}
-    if (problem := too_many_bad(counts, config.max_rejected)) is not None:
-        report.problems.append(problem)
-    elif refused:
-        report.warnings.append(f"{refused} of {total} images or windows are bad and will be left out")
-    if "none" in report.combinations:
-        report.warnings.append(f"{report.combinations['none']} images or windows show no class at all")
-    if report.duplicates:
-        report.warnings.append(
-            f"{sum(len(g) - 1 for g in report.duplicates)} training images repeat the pixels of others"
-        )
-    if report.conflicts:
-        report.warnings.append(f"{len(report.conflicts)} groups of equal images have labels that contradict each other")
-
-
-def _judge_single_tissue(
-    images: list[_Read], classes: TissueClasses, config: DataConfig, synthesis: SynthesisConfig, report: Report
-) -> None:
-    """Say of which classes mosaics would lack images, or have few; of those that they are to show."""
-    crop = (synthesis.crop_height, synthesis.crop_width)
-    sized = [item for image in images for item in zip(image.windows, image.sizes, strict=True)]
-    small = Counter(
-        classes.names[window.labels.index(1)]
-        for window, size in sized
-        if sum(window.labels) == 1 and too_small(*size, crop)
-    )
-    part = f"half of a crop of {crop[0]}x{crop[1]} px (synthesis.crop_height, synthesis.crop_width)"
-    for name in drawn_classes(classes.names, synthesis.class_sampling):
-        count = report.single_tissue[name] - small[name]
-        if not count:
-            why = f", but for {small[name]} smaller than {part}" if small[name] else ""
-            report.problems.append(f"no image shows {name!r} alone{why}: no mosaic could show it")
-            continue
-        if small[name]:
-            report.warnings.append(f"{small[name]} images that show {name!r} alone are smaller than {part}: left out")
-        if count < config.min_single_tissue:
-            report.warnings.append(
-                f"{count} images show {name!r} alone; below {config.min_single_tissue} they repeat a lot"
-            )
+    return ReadImage(image, title, width, height, (whole,), (size,), pixel_hash(crop.pixels), load)
 
 
 def _check_split(
@@ -427,15 +320,15 @@ def _read_pair(
 def _write(
     report: Report,
     out: str,
-    read: list[_Read],
+    read: list[ReadImage],
     truths: dict[str, list[_Truth]],
     classes: TissueClasses,
     config: DataConfig,
 ) -> None:
-    for number, combination in enumerate(list(report.combinations)[:_SHEETS]):
-        windows = [(i, w) for i in read for w in i.windows if _combination(w, classes) == combination]
+    for number, shown in enumerate(list(report.combinations)[:_SHEETS]):
+        windows = [(i, w) for i in read for w in i.windows if combination(w, classes) == shown]
         panels = [[_window_panel(image, window)] for image, window in _spread(windows)]
-        plain = re.sub(r"[^\w+-]+", "_", combination)[:80]
+        plain = re.sub(r"[^\w+-]+", "_", shown)[:80]
         report.pictures.append(storage.join(out, f"training-{number:02d}-{plain}.png"))
         storage.write_bytes(report.pictures[-1], encode_png(sheet(panels, classes, columns=4)))
     for split, found in truths.items():
@@ -453,15 +346,11 @@ def _write(
     storage.write_bytes(storage.join(out, "report.txt"), readable(report.to_text()).encode())
 
 
-def _window_panel(image: _Read, window: Window) -> Panel:
+def _window_panel(image: ReadImage, window: Window) -> Panel:
     pixels = image.load()
     crop = pixels[window.y : window.y + window.height, window.x : window.x + window.width]
     place = f" {window.x},{window.y}" if window.row else ""
     return shrunk(Panel(image.title + place, crop.copy()))  # not to keep the whole image
-
-
-def _combination(window: Window, classes: TissueClasses) -> str:
-    return "+".join(name for name, flag in zip(classes.names, window.labels, strict=True) if flag) or "none"
 
 
 def _spread(items: list[Item]) -> list[Item]:

@@ -9,8 +9,8 @@ from pistoseg import storage
 from pistoseg.classes import folded
 from pistoseg.config import Config
 from pistoseg.errors import PistoSegError, RefusedError, UnavailableError
-from pistoseg.patches.check import count_windows
 from pistoseg.patches.crops import CutNote, annotated_windows, network_mpp, note_lines
+from pistoseg.patches.judging import count_windows
 from pistoseg.patches.manifest import write_manifest
 from pistoseg.patches.report import Report
 from pistoseg.patches.source import Rejection, SlideSource

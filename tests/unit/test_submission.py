@@ -19,6 +19,7 @@ from pistoseg import submission
 from pistoseg.cli import build_parser, main
 from pistoseg.config import load_config
 from pistoseg.errors import PistoSegError
+from pistoseg.job_package import package
 from pistoseg.printing import browse_lines
 
 HEAD = "http://head:8265"
@@ -27,7 +28,7 @@ DATA = ["--data", "s3://bucket/data", "--workspace", "s3://bucket/runs"]
 
 def packaged(folder, *arguments, address=HEAD):
     given = [*arguments, "--submit", address]
-    return submission.package(given, build_parser().parse_args(given), folder, submission.is_this_machine(address))
+    return package(given, build_parser().parse_args(given), folder, submission.is_this_machine(address))
 
 
 def test_the_package_and_the_resolved_settings_travel(tmp_path):
