@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -10,35 +9,27 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_weight
-from torch.overrides import TorchFunctionMode
 
 WIDTH = 3
 """Of the widest kernels of whose weights oneDNN has a gradient for depthwise convolutions, px."""
 
 
-class FastDepthwiseGradients(TorchFunctionMode):
-    """A block in which depthwise convolutions of modules on CPUs get fast gradients.
+def convolve(images: Tensor, *others: Any) -> Tensor:
+    """A depthwise convolution, with all arguments of `torch.conv2d`, in the precision that autocast asks for.
 
     For two kinds of gradients oneDNN takes its kernels for groups of channels (torch 2.14.1, AVX512 and AMX): those by
     the weights of kernels that are wider than 3 px, which take 8 to 12 times as long as the output in fp32 and 37 to 50
     times in bf16, and in bf16 those by the images of strided convolutions, which take 33 to 50 times as long.
     EfficientNets have both: with PyTorch's, a step of UNet++ on efficientnet-b0 in bf16 takes 1.2 times as long.
     """
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is not torch.conv2d or kwargs or not _is_depthwise(*args):
-            return func(*args, **kwargs)
-        images, *others = args
-        if torch.is_autocast_enabled("cpu"):
-            images = images.to(torch.get_autocast_dtype("cpu"))
-        with torch.autocast("cpu", enabled=False):
-            return _Depthwise.apply(images, *others)
+    if torch.is_autocast_enabled("cpu"):
+        images = images.to(torch.get_autocast_dtype("cpu"))
+    with torch.autocast("cpu", enabled=False):
+        convolved: Tensor = _Depthwise.apply(images, *others)
+    return convolved
 
 
-def _is_depthwise(images: Tensor, weight: Tensor, *others: Any) -> bool:
+def is_depthwise(images: Tensor, weight: Tensor, *others: Any) -> bool:
     """Whether each channel has one kernel, in a call as modules make it: with all arguments, and pairs of numbers."""
     if len(others) != 5 or images.device.type != "cpu" or images.dim() != 4:
         return False

@@ -7,7 +7,7 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 
-from pistoseg.models.depthwise import FastDepthwiseGradients
+from pistoseg.models.gradients import FastGradients
 
 
 @contextmanager
@@ -20,6 +20,6 @@ def autocast(device: torch.device, bf16: bool) -> Iterator[None]:
     """
     with (
         torch.autocast(device.type, torch.bfloat16, enabled=bf16),
-        FastDepthwiseGradients() if device.type == "cpu" else nullcontext(),
+        FastGradients() if device.type == "cpu" else nullcontext(),
     ):
         yield

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pistoseg.models.depthwise import FastDepthwiseGradients
+from pistoseg.models.gradients import FastGradients
 
 CONVOLUTIONS = [
     {"kernel_size": 3, "padding": 1},
@@ -48,7 +48,7 @@ def results(convolution, given, mixed=False):
 def test_gradients_are_those_of_pytorch(options):
     convolution, given = module(**options), images()
     expected = results(convolution, given)
-    with FastDepthwiseGradients():
+    with FastGradients():
         found = results(convolution, given)
     assert len(found) == len(expected)
     for ours, theirs in zip(found, expected, strict=True):
@@ -59,7 +59,7 @@ def test_gradients_are_those_of_pytorch(options):
 def test_in_bf16_they_are_as_close_to_fp32_as_those_of_pytorch(options):
     convolution, given = module(**options), images()
     exact, theirs = results(convolution, given), results(convolution, given, mixed=True)
-    with FastDepthwiseGradients():
+    with FastGradients():
         ours = results(convolution, given, mixed=True)
     assert [found.dtype for found in ours] == [found.dtype for found in theirs]
     assert torch.equal(ours[0], theirs[0])
@@ -69,7 +69,7 @@ def test_in_bf16_they_are_as_close_to_fp32_as_those_of_pytorch(options):
 
 def test_memory_format_stays():
     given = images()
-    with FastDepthwiseGradients():
+    with FastGradients():
         output = module(kernel_size=5, stride=2)(given)
     output.sum().backward()
     assert output.is_contiguous(memory_format=torch.channels_last)
@@ -78,7 +78,7 @@ def test_memory_format_stays():
 
 def test_what_is_frozen_gets_no_gradient():
     convolution, given = module(kernel_size=5), images()
-    with FastDepthwiseGradients():
+    with FastGradients():
         convolution.requires_grad_(False)(given).sum().backward()
         assert convolution.weight.grad is None
         assert given.grad is not None
@@ -100,7 +100,7 @@ def test_what_is_frozen_gets_no_gradient():
     ids=["dense", "groups", "more outputs", "grey", "same", "one image", "keywords"],
 )
 def test_other_convolutions_are_left_to_pytorch(call):
-    with FastDepthwiseGradients():
+    with FastGradients():
         output = call()
     assert torch.isfinite(output).all()
     assert "_DepthwiseBackward" not in type(output.grad_fn).__name__
