@@ -55,7 +55,7 @@ class _Scaled(torch.autograd.Function):
         c = F.linear(hidden, weight2, bias2).sigmoid()
         s = F.linear(maps.view(n, -1, channels), w.to(maps.dtype), b.to(maps.dtype)).sigmoid()
         ctx.save_for_backward(maps, means, hidden, c, s, weight1, weight2, w)
-        return maps * torch.bmm(*_outer(s, torch.ones_like(c), c)).view_as(maps)
+        return torch.bmm(*_outer(s, torch.ones_like(c), c)).view_as(maps).mul_(maps)
 
     @staticmethod
     @once_differentiable
@@ -71,7 +71,7 @@ class _Scaled(torch.autograd.Function):
         worth = s.to(w.dtype)
         ds = (product.view(n, -1, channels) @ maps.new_ones(channels, 1)) * worth * (1 - worth)
         dw = _sum(maps, ds.to(maps.dtype).view(n, height, width)).sum(0, keepdim=True)
-        dmaps = gradient * torch.bmm(*_outer(s, torch.ones_like(c), c)).view_as(maps)
+        dmaps = torch.bmm(*_outer(s, torch.ones_like(c), c)).view_as(maps).mul_(gradient)
         dmaps.view(n, -1, channels).baddbmm_(*_outer(ds.to(maps.dtype), w.expand_as(c), dmeans / (height * width)))
         return dmaps, dhidden.T @ means, dhidden.sum(0), dc.T @ hidden, dc.sum(0), dw, ds.sum().view(1)
 
