@@ -219,4 +219,8 @@ class RefinerConfig(LabelledCropConfig):
 class RefinedMaskConfig(TilingConfig):
     """Refined pseudo-masks of the real training images."""
 
-    constrain: bool = Field(True, description="Only classes that the image-level label names may appear.")
+    constrain: bool = Field(
+        True,
+        description="Only classes that the labels name at a pixel may appear there. Off: those that they name anywhere "
+        "in the network's windows over it, so that nothing changes in images with one label.",
+    )
