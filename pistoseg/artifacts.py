@@ -22,6 +22,8 @@ from pistoseg.redaction import redacted
 MANIFEST = "manifest.json"
 CHECKPOINTS = "ray_train"
 """Folder in an artifact, of a training that is not finished."""
+SETTLE_S = 1.0
+"""How long a manifest that can't be read may still be in the making."""
 
 
 def fingerprint(stage: str, version: int, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
@@ -70,16 +72,23 @@ class Workspace:
         return storage.join(self.root, stage, key)
 
     def find(self, stage: str, key: str) -> Artifact | None:
-        """The artifact if it is committed."""
+        """The artifact if it is committed.
+
+        Raises:
+            PistoSegError: its manifest is damaged.
+        """
         uri = self.folder(stage, key)
+        file = storage.join(uri, MANIFEST)
         try:
-            manifest = json.loads(storage.read_bytes(storage.join(uri, MANIFEST)))
+            try:
+                manifest = json.loads(storage.read_bytes(file))
+            except json.JSONDecodeError:  # another run may just be writing it: not every file system shows files whole
+                time.sleep(SETTLE_S)
+                manifest = json.loads(storage.read_bytes(file))
         except (FileNotFoundError, NotADirectoryError):
             return None
         except json.JSONDecodeError as error:
-            raise PistoSegError(
-                f"is damaged: {error}", file=storage.join(uri, MANIFEST), remedy="delete that folder and run again"
-            ) from None
+            raise PistoSegError(f"is damaged: {error}", file=file, remedy="delete that folder and run again") from None
         return Artifact(stage, key, uri, manifest)
 
     def commit(

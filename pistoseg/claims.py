@@ -137,7 +137,12 @@ def _acquire(folder: str, ready: Callable[[], bool], say: Callable[[str], None])
         if body is None or watch.is_over(generation, body):
             claim = Claim(folder, generation + 1)
             if claim.create():
-                if not ready():
+                try:
+                    done = ready()
+                except BaseException:  # nobody else knows of this claim, whose thread would keep it alive
+                    claim.release(done=False)
+                    raise
+                if not done:
                     return claim
                 claim.release(done=True)  # it was finished between the two looks
                 return None

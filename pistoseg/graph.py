@@ -30,6 +30,8 @@ class StageContext:
         run: its MLflow run.
         train_callbacks: `ray.train.UserCallback`s of its training, if it trains.
         afterwards: called once the artifact is finished, to remove what only an unfinished one needs.
+        check: raises when another run has taken the folder over. A stage calls it before it writes what need not come
+            out the same in both runs; by then the other one may have finished the artifact.
     """
 
     config: Config
@@ -39,6 +41,7 @@ class StageContext:
     run: StageRun
     train_callbacks: tuple[Any, ...] = ()
     afterwards: list[Callable[[], None]] = field(default_factory=list)
+    check: Callable[[], None] = lambda: None
 
     def path(self, *parts: str) -> str:
         """URI of a file in the artifact."""

@@ -151,7 +151,8 @@ def _compute(
         storage.remove_parts(folder)
         with tracker.stage(stage.name, key, settings, inputs) as run:
             started = time.monotonic()
-            context = StageContext(config, folder, inputs, progress, run, hooks.train_callbacks(step))
+            callbacks = hooks.train_callbacks(step)
+            context = StageContext(config, folder, inputs, progress, run, callbacks, check=claim.check)
             hooks.begun(step)
             summary = stage.run(context)
             claim.check()

@@ -192,8 +192,8 @@ class RefinerConfig(LabelledCropConfig):
     attention_channels: int = Field(192, ge=8, le=2048, description="C': channels of queries and keys (eq. 2).")
     normalize: Literal["columns", "rows"] = Field(
         "columns",
-        description="Softmax of eq. 3: columns: each projected value is a weighted mean over the cells, as in the "
-        "authors' code; rows: over the column index.",
+        description="What sums to 1 in the attention matrix (eq. 3): columns: each projected value is a weighted mean "
+        "over the cells, as in the authors' code; rows: each cell gives away as much as it has.",
     )
     feature_norm: bool = Field(
         True, description="Normalise each cell's features before queries and keys; not in the paper."
@@ -219,4 +219,8 @@ class RefinerConfig(LabelledCropConfig):
 class RefinedMaskConfig(TilingConfig):
     """Refined pseudo-masks of the real training images."""
 
-    constrain: bool = Field(True, description="Only classes that the image-level label names may appear.")
+    constrain: bool = Field(
+        True,
+        description="Only classes that the labels name at a pixel may appear there. Off: those that they name anywhere "
+        "in the network's windows over it, so that nothing changes in images with one label.",
+    )

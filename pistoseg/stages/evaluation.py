@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,7 @@ def run(context: StageContext) -> dict[str, Any]:
         seed=context.config.seed,
         missing=missing,
         progress=context.progress,
+        check=context.check,
     )
     if said := other_protocol(context.inputs["model"].path("bundle"), context.config.evaluation):
         context.progress.say(said)
@@ -140,6 +142,7 @@ def evaluate(
     seed: int,
     missing: list[str],
     progress: Progress,
+    check: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Score a model bundle on the images of a `validation` artifact.
 
@@ -154,6 +157,7 @@ def evaluate(
         seed: of the bootstrap.
         missing: images that the ground truth names but that are not there.
         progress: told the number of finished images.
+        check: called before the report is written; raises when the folder has become another run's.
     Returns:
         What `metrics.json` holds.
     """
@@ -184,6 +188,7 @@ def evaluate(
     }
     if missing:
         progress.say(f"warning: incomplete: the ground truth names {len(missing)} images that are not there")
+    check()
     storage.write_bytes(storage.join(folder, "metrics.json"), json.dumps(report, indent=2).encode())
     storage.write_bytes(
         storage.join(folder, "per_image.csv"), _per_image(table["name"].to_pylist(), matrices, classes.names)

@@ -3,8 +3,8 @@
 Columns: `image` id, `name`, `height`, `width` (network px), `grid_height`, `grid_width`, and for each kind of mask
 `scores` (float16 of shape (L, grid_height, grid_width), C order), `confidence` (uint8 of shape (grid_height,
 grid_width): the winning class's share of the scores, 255 = all, 0 where no label allows any class) and `png`, the mask:
-class ids; background; 255 where no label allows any class. The refined masks are of several kinds; their columns carry
-it: `png_cnn`.
+class ids; background; 255 where no label allows any class, or no class has a score. The refined masks are of several
+kinds; their columns carry it: `png_cnn`.
 """
 
 from __future__ import annotations
@@ -159,16 +159,19 @@ def pixel_mask(
     Args:
         scores: (L, h, w) float32 on a grid; brought to full size bilinearly.
         size: (H, W) of the image.
-        allowed: (L, H, W) bool, or None for no constraint; a pixel without any allowed class becomes `IGNORE_ID`.
+        allowed: (L, H, W) bool, or None for no constraint. A pixel without any allowed class becomes `IGNORE_ID`;
+            without a constraint, one where every score is 0, as those of refined masks are with no window near.
     Returns:
         (H, W) uint8 class ids.
     """
     full = np.stack([cv2.resize(plane, size[::-1], interpolation=cv2.INTER_LINEAR) for plane in scores])
     if allowed is None:
-        return full.argmax(0).astype(np.uint8)
-    full[~allowed] = -np.inf
+        known = full.any(0)
+    else:
+        full[~allowed] = -np.inf
+        known = allowed.any(0)
     mask = full.argmax(0).astype(np.uint8)
-    mask[~allowed.any(0)] = IGNORE_ID
+    mask[~known] = IGNORE_ID
     return mask
 
 

@@ -142,6 +142,7 @@ def train_stage(
         callbacks=context.train_callbacks,
         **cluster.training_resources(config.compute),
     )
+    context.check()
     for row in trained.history:  # the epochs before a crash, too
         context.run.metrics(row, step=int(row["epoch"]))
     network.load_state_dict(trained.state)

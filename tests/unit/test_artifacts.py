@@ -1,8 +1,10 @@
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 
+from pistoseg import artifacts
 from pistoseg.artifacts import Workspace, fingerprint
 from pistoseg.config import load_config
 from pistoseg.errors import PistoSegError
@@ -62,7 +64,8 @@ def test_a_folder_without_a_manifest_is_no_artifact(tmp_path):
     assert workspace.find("patches", "0123456789abcdef") is None
 
 
-def test_a_damaged_manifest_is_named_with_the_way_out(tmp_path):
+def test_a_damaged_manifest_is_named_with_the_way_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(artifacts, "SETTLE_S", 0.0)
     workspace = Workspace(str(tmp_path))
     made = commit(workspace)
     manifest = tmp_path / "patches" / made.fingerprint / "manifest.json"
@@ -70,6 +73,16 @@ def test_a_damaged_manifest_is_named_with_the_way_out(tmp_path):
     with pytest.raises(PistoSegError, match=r"is damaged.*delete that folder and run again") as caught:
         workspace.find("patches", made.fingerprint)
     assert caught.value.file == str(manifest)
+
+
+def test_a_manifest_that_is_just_being_written_is_not_damaged(tmp_path, monkeypatch):
+    workspace = Workspace(str(tmp_path))
+    made = commit(workspace)
+    manifest = tmp_path / "patches" / made.fingerprint / "manifest.json"
+    whole = manifest.read_bytes()
+    manifest.write_bytes(whole[:40])
+    monkeypatch.setattr(artifacts, "time", SimpleNamespace(sleep=lambda seconds: manifest.write_bytes(whole)))
+    assert workspace.find("patches", made.fingerprint) == made
 
 
 def test_the_manifest_says_what_it_was_made_from(tmp_path):

@@ -86,6 +86,23 @@ def test_one_that_fails_is_followed_at_once_by_the_next(folder, monkeypatch):
     assert files(folder) == []
 
 
+@pytest.mark.parametrize("error", [OSError("the storage is away"), KeyboardInterrupt()])
+def test_one_that_fails_at_its_last_look_is_followed_at_once_by_the_next(folder, monkeypatch, error):
+    monkeypatch.setattr(claims, "STALE_S", 1000.0)
+    looks = iter([False])
+
+    def ready():
+        for found in looks:
+            return found
+        raise error
+
+    with pytest.raises(type(error)), claimed(folder, ready):
+        pytest.fail("the folder is not to be written")
+    with claimed(folder, say=pytest.fail) as claim:
+        assert claim.generation == 2
+    assert files(folder) == []
+
+
 def test_a_claim_without_a_sign_of_life_is_taken_over_and_the_wait_is_said(folder):
     foreign(folder, started="2026-01-01T00:00:00Z")
     said = []

@@ -123,10 +123,14 @@ def test_checkpoints_that_a_kill_left_in_a_finished_training_are_removed_by_the_
     assert [storage.name(item) for item in storage.list_dir(found.uri)] == ["manifest.json", "model"]
 
 
-def test_a_run_that_was_taken_over_commits_nothing(config, tmp_path, monkeypatch):
+@pytest.mark.parametrize("asks", [False, True])
+def test_a_run_that_was_taken_over_commits_nothing_and_its_stage_can_ask(asks, config, tmp_path, monkeypatch):
     def run(stage, context):
         folder = tmp_path / "w" / "patches" / context.folder.rsplit("/", 1)[1] / claims.FOLDER
         (folder / "000002.json").write_text("{}")  # another run thought that this one was dead
+        if asks:
+            context.check()
+            pytest.fail("it would write over the other's results")
         return {"images": 1}
 
     monkeypatch.setattr(Stage, "run", run)

@@ -4,6 +4,7 @@ import io
 import json
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,12 +15,15 @@ from rich.console import Console
 from pistoseg import storage
 from pistoseg.classes import TissueClass, TissueClasses
 from pistoseg.cli import main
-from pistoseg.config import EvaluationConfig
+from pistoseg.config import EvaluationConfig, load_config
 from pistoseg.errors import PistoSegError
+from pistoseg.graph import StageContext
 from pistoseg.models import bundle, segmentation
 from pistoseg.progress import Progress
 from pistoseg.stages import cluster
-from pistoseg.stages.evaluation import WORK, evaluate_folder, other_protocol
+from pistoseg.stages.evaluation import WORK, evaluate_folder, other_protocol, run
+from pistoseg.stages.validation import collect
+from pistoseg.tracking import StageRun
 
 CLASSES = TissueClasses((TissueClass("tumor", (0, 64, 128)), TissueClass("stroma", (64, 128, 0))), 2)
 RESULTS = ["metrics.json", "per_image.csv", "predictions.png"]
@@ -110,6 +114,27 @@ def test_masks_without_any_class_are_warned_of_and_leave_a_report_that_is_json(
 
     report = json.loads((out / "metrics.json").read_text(), parse_constant=refuse)
     assert (report["miou"] is None, report["confidence_interval_95"]["miou"] == [None, None]) == (warned, warned)
+
+
+def test_a_run_that_was_taken_over_leaves_the_report_of_the_other_one_alone(model, own_files, tmp_path):
+    def check():
+        raise PistoSegError("another run took this over")
+
+    classes = "classes.classes=[{name: tumor, color: [0, 64, 128]}, {name: stroma, color: [64, 128, 0]}]"
+    scoring = "evaluation={protocol: single-scale, patch_size: 64, bootstrap: 0}"
+    config = load_config("demo", overrides=["data.uri=/data", classes, "classes.background_id=2", scoring])
+    out, images, progress = tmp_path / "out", str(tmp_path / "validation"), Progress(Console(file=io.StringIO()))
+    collect(data_set(tmp_path / "data"), images, CLASSES, max_pixels=10**6, actors=1, progress=progress)
+    inputs = {
+        "model": SimpleNamespace(path=lambda name: model),
+        "validation": SimpleNamespace(uri=images, summary={"images": 2, "missing_images": []}),
+    }
+    results = [out / name for name in RESULTS]
+    for file in results:
+        file.write_bytes(b"the other run's")
+    with pytest.raises(PistoSegError, match="another run took this over"):
+        run(StageContext(config, str(out), inputs, progress, StageRun(), check=check))
+    assert [file.read_bytes() for file in results] == [b"the other run's"] * 3
 
 
 def test_a_report_names_its_model_without_a_secret(model, own_files, tmp_path, monkeypatch):

@@ -100,6 +100,17 @@ def test_a_row_holds_scores_confidence_and_mask_of_every_kind():
     assert kept[:, 0, 0] == pytest.approx([0.9, 0.1, 0.0], abs=1e-3)
 
 
+def test_without_a_constraint_any_class_with_a_score_may_appear_and_pixels_without_one_are_ignored():
+    scores = np.zeros((3, 2, 2), np.float32)
+    scores[:, :, 0] = np.array([0.1, 0.3, 0.6], np.float32)[:, None]  # no window is near the right half
+    for constrain, best in ((True, 1), (False, 2)):
+        writer = masks.MaskWriter(patches(), CLASSES, DataConfig(), constrain)
+        row = writer.row(0, np.full((8, 8, 3), 100, np.uint8), {"": scores}, logits=False)
+        mask = decode_ids(row["png"])
+        assert (mask[:, :2] == best).all()
+        assert (mask[:, 6:] == (0 if constrain else IGNORE_ID)).all()
+
+
 def test_bright_pixels_become_background_in_every_kind():
     image = np.full((8, 8, 3), 100, np.uint8)
     image[:, :4] = 250

@@ -55,11 +55,15 @@ def train_in(tmp_path, monkeypatch):
         (tmp_path / "ray_train").mkdir(exist_ok=True)
         return Trained(network.state_dict(), 0, history)
 
-    def run():
+    def run(**named):
         config = load_config("demo", overrides=["data.uri=/data"])
         file = io.StringIO()
-        context = StageContext(config, str(tmp_path), {}, Progress(Console(file=file)), StageRun())
-        train_stage(context, network, SimpleNamespace(count=4), None, config.precise, lambda lineage, metrics: None)
+        context = StageContext(config, str(tmp_path), {}, Progress(Console(file=file)), StageRun(), **named)
+
+        def save(lineage, metrics):
+            (tmp_path / "model.json").write_text("{}")
+
+        train_stage(context, network, SimpleNamespace(count=4), None, config.precise, save)
         return file.getvalue(), context
 
     monkeypatch.setattr(trained, "train", train)
@@ -74,6 +78,19 @@ def test_checkpoints_stay_until_the_artifact_is_finished(tmp_path, train_in):
     for tidy in context.afterwards:
         tidy()
     assert not (tmp_path / "ray_train").exists()
+
+
+def test_a_training_that_was_taken_over_leaves_the_results_of_the_other_run_alone(tmp_path, train_in):
+    def check():
+        raise PistoSegError("another run took this over")
+
+    train_in()
+    results = [tmp_path / "model.json", tmp_path / "epochs.json"]
+    for result in results:
+        result.write_text("the other run's")
+    with pytest.raises(PistoSegError, match="another run took this over"):
+        train_in(check=check)
+    assert [result.read_text() for result in results] == ["the other run's"] * 2
 
 
 def models(encoder, weights):
