@@ -39,9 +39,24 @@ def read_record(out: str, slide_id: str, name: str = RECORD) -> dict[str, Any] |
     Raises:
         PistoSegError: it cannot be read, so that nobody knows whether the slide is done.
     """
-    uri = storage.join(slide_folder(out, slide_id), name)
+    record = _read_json(storage.join(slide_folder(out, slide_id), name))
+    return record if isinstance(record, dict) and record.get("format") == FORMAT else None
+
+
+def read_areas(out: str, slide_id: str) -> dict[str, Any] | None:
+    """What areas.json says; None where it is not there or damaged, so that the slide is done again.
+
+    Raises:
+        PistoSegError: it cannot be read, so that nobody knows whether it is damaged.
+    """
+    areas = _read_json(storage.join(slide_folder(out, slide_id), "areas.json"))
+    return areas if isinstance(areas, dict) else None
+
+
+def _read_json(uri: str) -> Any:
+    """What a file says; None where there is none, or it is no JSON."""
     try:
-        record = json.loads(storage.read_bytes(uri))
+        return json.loads(storage.read_bytes(uri))
     except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
         return None
     except OSError as error:
@@ -51,7 +66,6 @@ def read_record(out: str, slide_id: str, name: str = RECORD) -> dict[str, Any] |
             file=uri,
             remedy="check its rights and the disk; the same command goes on then",
         ) from error
-    return record if isinstance(record, dict) and record.get("format") == FORMAT else None
 
 
 def is_current(record: Mapping[str, Any] | None, made_from: Mapping[str, Any]) -> bool:
