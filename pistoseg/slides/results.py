@@ -125,9 +125,9 @@ def settings_fingerprint(settings: Mapping[str, Any]) -> str:
 def published(target: str) -> Iterator[tuple[Path, Path]]:
     """A local folder to fill, which becomes `target` when the block ends, and another one for scratch files.
 
-    Where the block raises, nothing of it stays and what was at `target` is as before. A local folder is renamed; in
-    object storage slide.json goes first from the old files and comes last of the new ones, so that whoever finds it
-    finds all of them.
+    Where the block raises, nothing of it stays and what was at `target` is as before. A local folder is renamed. Object
+    storage can't rename: there slide.json goes first from the old files and comes last of the new ones, so that whoever
+    finds it finds all of them. An upload that is broken off leaves no complete results, neither old nor new ones.
 
     Args:
         target: URI of the folder.
