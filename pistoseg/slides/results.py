@@ -171,7 +171,8 @@ def write_failure(out: str, slide_id: str, record: Mapping[str, Any]) -> None:
 
 
 def _as_json(record: Mapping[str, Any]) -> bytes:
-    return (json.dumps({"format": FORMAT, **redacted(record)}, indent=2, ensure_ascii=False) + "\n").encode()
+    text = json.dumps({"format": FORMAT, **redacted(record)}, indent=2, ensure_ascii=False) + "\n"
+    return text.encode(errors="backslashreplace")  # of names that are not UTF-8, as JSON escapes them
 
 
 def _upload(folder: Path, target: str) -> None:

@@ -23,6 +23,7 @@ from pistoseg.actors import exit_in_time
 from pistoseg.errors import PistoSegError, RefusedError, UnavailableError, below, explained
 from pistoseg.memory import keep_freed_memory
 from pistoseg.models import bundle
+from pistoseg.patches.source import readable
 from pistoseg.redaction import redact
 from pistoseg.slides import results
 from pistoseg.slides.grid import TilePlan
@@ -243,7 +244,7 @@ def write_failure(
     known, first = explained(error), next(below(error))  # Ray's own text of an error is a traceback
     record = start_record(entry, made_from, task.attempts, clock.started) | {
         "status": "failed",
-        "reason": redact(str(known or f"{type(first).__name__}: {first}")),  # for the summary too
+        "reason": readable(redact(str(known or f"{type(first).__name__}: {first}"))),  # for the summary too
         "traceback": "".join(traceback.format_exception(error)),
         "seconds": clock.total(),
         "model": network.model,

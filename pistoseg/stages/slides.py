@@ -20,6 +20,7 @@ from pistoseg.config import ComputeConfig
 from pistoseg.errors import PistoSegError, UnavailableError
 from pistoseg.models import bundle
 from pistoseg.outputs.summary import SlideRow, sheet_of_overviews, write_summary
+from pistoseg.patches.source import readable
 from pistoseg.progress import Progress
 from pistoseg.redaction import redact
 from pistoseg.slides import results
@@ -128,9 +129,9 @@ def plan(run: SlideRun) -> Plan:
             areas = results.read_areas(run.out, entry.slide_id) if whole else None
             if areas is None:  # somebody deleted or damaged a part
                 record = results.read_record(run.out, entry.slide_id, results.FAILURE)
-        elif record is not None and record.get("status") == "completed":
             else:
                 record = {**record, "areas": areas}
+        elif record is not None and record.get("status") == "completed":
             results.refuse_another(run.out, entry.slide_id, entry.uri, made_from)
             record = results.read_record(run.out, entry.slide_id, results.FAILURE) or record
         return record, made_from
@@ -309,7 +310,7 @@ def _entry_of(record: Mapping[str, Any]) -> SlideEntry:
 def _row(entry: SlideEntry, record: Mapping[str, Any], status: Any) -> SlideRow:
     known = ("reason", "attempts", "started", "seconds", "mpp", "mpp_source", "width", "height", "tiles", "areas")
     values = {key: record[key] for key in known if key in record}
-    return SlideRow(entry.slide_id, redact(entry.uri), status, **values)
+    return SlideRow(entry.slide_id, readable(redact(entry.uri)), status, **values)
 
 
 def _track(out: str, rows: Sequence[SlideRow], record: Mapping[str, Any], tracked: StageRun) -> None:
