@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from pistoseg import storage
 from pistoseg.errors import PistoSegError, UnavailableError
+from pistoseg.patches.source import require_utf8
 from pistoseg.slides.files import VENDORS, extension, missing
 from pistoseg.slides.resolution import resolve_mpp
 
@@ -141,10 +142,11 @@ def open_slide(path: str | Path, mpp: float | None = None, name: str | None = No
         mpp: micrometres per level-0 px where the user knows better than the file.
         name: what errors call it, e.g. the URI that a cached file came from; its path by default.
     Raises:
-        PistoSegError: missing, empty, damaged, of an unknown kind, too large to be read piece by piece, or without a
-            resolution.
+        PistoSegError: missing, empty, damaged, of an unknown kind, too large to be read piece by piece, without a
+            resolution, or of a name that is not UTF-8.
     """
     file, name = str(path), name or str(path)
+    require_utf8(file)  # OpenSlide takes no other name, nor does a summary
     magic = _magic(file, name)
     from pistoseg.slides.vendor import OpenSlideReader, describe, detect_vendor
 

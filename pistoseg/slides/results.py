@@ -39,9 +39,24 @@ def read_record(out: str, slide_id: str, name: str = RECORD) -> dict[str, Any] |
     Raises:
         PistoSegError: it cannot be read, so that nobody knows whether the slide is done.
     """
-    uri = storage.join(slide_folder(out, slide_id), name)
+    record = _read_json(storage.join(slide_folder(out, slide_id), name))
+    return record if isinstance(record, dict) and record.get("format") == FORMAT else None
+
+
+def read_areas(out: str, slide_id: str) -> dict[str, Any] | None:
+    """What areas.json says; None where it is not there or damaged, so that the slide is done again.
+
+    Raises:
+        PistoSegError: it cannot be read, so that nobody knows whether it is damaged.
+    """
+    areas = _read_json(storage.join(slide_folder(out, slide_id), "areas.json"))
+    return areas if isinstance(areas, dict) else None
+
+
+def _read_json(uri: str) -> Any:
+    """What a file says; None where there is none, or it is no JSON."""
     try:
-        record = json.loads(storage.read_bytes(uri))
+        return json.loads(storage.read_bytes(uri))
     except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
         return None
     except OSError as error:
@@ -51,7 +66,6 @@ def read_record(out: str, slide_id: str, name: str = RECORD) -> dict[str, Any] |
             file=uri,
             remedy="check its rights and the disk; the same command goes on then",
         ) from error
-    return record if isinstance(record, dict) and record.get("format") == FORMAT else None
 
 
 def is_current(record: Mapping[str, Any] | None, made_from: Mapping[str, Any]) -> bool:
@@ -111,9 +125,9 @@ def settings_fingerprint(settings: Mapping[str, Any]) -> str:
 def published(target: str) -> Iterator[tuple[Path, Path]]:
     """A local folder to fill, which becomes `target` when the block ends, and another one for scratch files.
 
-    Where the block raises, nothing of it stays and what was at `target` is as before. A local folder is renamed; in
-    object storage slide.json goes first from the old files and comes last of the new ones, so that whoever finds it
-    finds all of them.
+    Where the block raises, nothing of it stays and what was at `target` is as before. A local folder is renamed. Object
+    storage can't rename: there slide.json goes first from the old files and comes last of the new ones, so that whoever
+    finds it finds all of them. An upload that is broken off leaves no complete results, neither old nor new ones.
 
     Args:
         target: URI of the folder.
@@ -157,7 +171,8 @@ def write_failure(out: str, slide_id: str, record: Mapping[str, Any]) -> None:
 
 
 def _as_json(record: Mapping[str, Any]) -> bytes:
-    return (json.dumps({"format": FORMAT, **redacted(record)}, indent=2, ensure_ascii=False) + "\n").encode()
+    text = json.dumps({"format": FORMAT, **redacted(record)}, indent=2, ensure_ascii=False) + "\n"
+    return text.encode(errors="backslashreplace")  # of names that are not UTF-8, as JSON escapes them
 
 
 def _upload(folder: Path, target: str) -> None:

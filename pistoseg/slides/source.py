@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from pistoseg import storage
 from pistoseg.errors import PistoSegError
+from pistoseg.patches.source import require_utf8
 from pistoseg.redaction import redact
 from pistoseg.slides import files
 from pistoseg.slides.ids import safe_id
@@ -55,9 +56,10 @@ def list_slides(source: str, owners: Owners | None = None) -> list[SlideEntry]:
     Returns:
         At least one entry, in the order of the manifest or of the paths.
     Raises:
-        PistoSegError: nothing there, no slide in it, or a manifest with errors.
+        PistoSegError: nothing there, no slide in it, a name that is not UTF-8, or a manifest with errors.
     """
     uri = storage.absolute(source)
+    require_utf8(uri)  # below it such names are a slide's own problem
     is_folder = storage.is_dir(uri)
     if not is_folder and storage.exists(uri):
         if uri.lower().endswith((".csv", ".parquet")):
@@ -164,7 +166,7 @@ def _with_ids(entries: list[SlideEntry], places: list[str], owners: Owners | Non
             if owner.get(name) == redact(entry.uri) and name.casefold() not in taken:
                 taken.add(name.casefold())
             else:
-                name = f"{name}-{hashlib.sha256(place.encode()).hexdigest()[:8]}"
+                name = f"{name}-{hashlib.sha256(place.encode(errors='surrogatepass')).hexdigest()[:8]}"
         filled.append(replace(entry, slide_id=name))
     assert len({entry.slide_id.casefold() for entry in filled}) == len(filled), "ids differ as places do"
     return filled

@@ -14,7 +14,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from pistoseg.errors import PistoSegError
+from pistoseg.errors import PistoSegError, UnavailableError
 from pistoseg.stages.slide_worker import SlideTask
 
 ASK_S = 1.0
@@ -166,7 +166,7 @@ class SlidePool:
             if self._deaths[task] < MAX_DEATHS:
                 self._suspects.append(task)
                 return
-            result = PistoSegError(
+            result = UnavailableError(  # mostly for want of memory: it says nothing of the slide
                 f"the worker process died {MAX_DEATHS} times at it",
                 file=task.entry.uri,
                 remedy="give the workers more memory, or a smaller --batch-size",

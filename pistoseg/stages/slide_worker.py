@@ -20,9 +20,10 @@ import ray
 
 from pistoseg import storage
 from pistoseg.actors import exit_in_time
-from pistoseg.errors import PistoSegError, UnavailableError, explained
+from pistoseg.errors import PistoSegError, RefusedError, UnavailableError, below, explained
 from pistoseg.memory import keep_freed_memory
 from pistoseg.models import bundle
+from pistoseg.patches.source import readable
 from pistoseg.redaction import redact
 from pistoseg.slides import results
 from pistoseg.slides.grid import TilePlan
@@ -221,8 +222,9 @@ def write_failure(
 ) -> dict[str, Any]:
     """Write slide.json of a slide that could not be segmented, in place of what an earlier run made of it.
 
-    Complete results stay where the fault is not the slide's: a disk that is full, a storage that is away. The failure
-    is written beside them, and `--only-failed` finds it.
+    Complete results stay unless the error says that the slide is what is wrong, and not a disk or memory that is full,
+    a storage that is away or refuses it, or nobody knows what. The failure is written beside them, and `--only-failed`
+    finds it.
 
     Args:
         network: of the run.
@@ -239,18 +241,18 @@ def write_failure(
         made_from = network.made_from(entry)
     except Exception:  # it is not even there
         made_from = {}
-    known = explained(error)
+    known, first = explained(error), next(below(error))  # Ray's own text of an error is a traceback
     record = start_record(entry, made_from, task.attempts, clock.started) | {
         "status": "failed",
-        "reason": redact(str(known or f"{type(error).__name__}: {error}")),  # for the summary too
+        "reason": readable(redact(str(known or f"{type(first).__name__}: {first}"))),  # for the summary too
         "traceback": "".join(traceback.format_exception(error)),
         "seconds": clock.total(),
         "model": network.model,
         "settings": network.decisive,
     }
     try:
-        keeps = isinstance(known, UnavailableError) or not made_from  # what is there says more than this try
-        before = results.read_record(out, entry.slide_id) if keeps else None
+        replaces = made_from and known is not None and _is_about(known, entry)  # else this try says less
+        before = None if replaces else results.read_record(out, entry.slide_id)
         if before is not None and before.get("status") == "completed":
             results.write_failure(out, entry.slide_id, record)
         else:
@@ -259,6 +261,11 @@ def write_failure(
     except Exception as second:  # of the output: the summary at least says it
         record["reason"] += redact(f" (and slide.json can't be written: {second})")
     return record
+
+
+def _is_about(error: PistoSegError, entry: SlideEntry) -> bool:
+    """Whether an error names a slide as what is wrong."""
+    return error.file == redact(entry.uri) and not isinstance(error, UnavailableError | RefusedError)
 
 
 def give_way() -> None:

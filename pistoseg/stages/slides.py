@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from pistoseg.config import ComputeConfig
 from pistoseg.errors import PistoSegError, UnavailableError
 from pistoseg.models import bundle
 from pistoseg.outputs.summary import SlideRow, sheet_of_overviews, write_summary
+from pistoseg.patches.source import readable
 from pistoseg.progress import Progress
 from pistoseg.redaction import redact
 from pistoseg.slides import results
@@ -75,7 +75,7 @@ class Plan:
     Args:
         network: the model, on this machine.
         todo: slides to segment, and which try of each it is; those of the fewest tries come first.
-        done: slides that are up to date, and what slide.json says.
+        done: slides that are up to date, and what slide.json says, with `areas`.
         left: slides that this run leaves alone: over the limit, or not failed.
     """
 
@@ -124,10 +124,13 @@ def plan(run: SlideRun) -> Plan:
             raise
         except PistoSegError:  # segmenting it says what is wrong with it
             made_from = {}
-        if results.is_current(record, made_from):
+        if record is not None and results.is_current(record, made_from):
             whole = results.is_whole(run.out, entry.slide_id, probabilities=run.settings.probabilities)
-            if not whole:  # somebody deleted a part
+            areas = results.read_areas(run.out, entry.slide_id) if whole else None
+            if areas is None:  # somebody deleted or damaged a part
                 record = results.read_record(run.out, entry.slide_id, results.FAILURE)
+            else:
+                record = {**record, "areas": areas}
         elif record is not None and record.get("status") == "completed":
             results.refuse_another(run.out, entry.slide_id, entry.uri, made_from)
             record = results.read_record(run.out, entry.slide_id, results.FAILURE) or record
@@ -199,7 +202,7 @@ def segment(
         PistoSegError: another run has taken the folder over.
     """
     began = time.monotonic()
-    rows = [_row(entry, record, "skipped") for entry, record in _with_areas(run.out, found.done)]
+    rows = [_row(entry, record, "skipped") for entry, record in found.done]
     if found.todo:
         compute = ComputeConfig.model_validate({"device": run.device, "wait_for_nodes": run.wait_for_nodes})
         with cluster.connected(compute), progress.stage(f"Segmenting {len(found.todo)} slides"):
@@ -208,7 +211,7 @@ def segment(
             with closing(_records(run, found, compute, progress)) as records:
                 for record in records:
                     if claim is not None:
-                        with suppress(UnavailableError):  # for whoever wants to take it over, too
+                        with suppress(OSError, UnavailableError):  # for whoever wants to take it over, too
                             claim.check()
                     _say(record, progress)
                     rows.append(_row(_entry_of(record), record, record["status"]))
@@ -300,18 +303,6 @@ def _tasks(todo: Sequence[tuple[SlideEntry, int]], actors: int, share: bool) -> 
     return [SlideTask(entry, attempts, part, parts) for entry, attempts in todo for part in range(parts)]
 
 
-def _with_areas(
-    out: str, done: Sequence[tuple[SlideEntry, dict[str, Any]]]
-) -> Iterator[tuple[SlideEntry, dict[str, Any]]]:
-    def read(item: tuple[SlideEntry, dict[str, Any]]) -> tuple[SlideEntry, dict[str, Any]]:
-        entry, record = item
-        areas = json.loads(storage.read_bytes(storage.join(results.slide_folder(out, entry.slide_id), "areas.json")))
-        return entry, {**record, "areas": areas}
-
-    with ThreadPoolExecutor(LISTING_THREADS) as pool:
-        yield from pool.map(read, done)
-
-
 def _entry_of(record: Mapping[str, Any]) -> SlideEntry:
     return SlideEntry(record["slide_id"], record["slide"])
 
@@ -319,7 +310,7 @@ def _entry_of(record: Mapping[str, Any]) -> SlideEntry:
 def _row(entry: SlideEntry, record: Mapping[str, Any], status: Any) -> SlideRow:
     known = ("reason", "attempts", "started", "seconds", "mpp", "mpp_source", "width", "height", "tiles", "areas")
     values = {key: record[key] for key in known if key in record}
-    return SlideRow(entry.slide_id, redact(entry.uri), status, **values)
+    return SlideRow(entry.slide_id, readable(redact(entry.uri)), status, **values)
 
 
 def _track(out: str, rows: Sequence[SlideRow], record: Mapping[str, Any], tracked: StageRun) -> None:
@@ -344,7 +335,7 @@ def _track(out: str, rows: Sequence[SlideRow], record: Mapping[str, Any], tracke
         pictures = []
         for number, slide_id in enumerate(shown):
             picture = Path(folder) / f"{number}.png"
-            with suppress(FileNotFoundError):  # deleted meanwhile
+            with suppress(OSError, PistoSegError):  # deleted meanwhile, or can't be read
                 overview = storage.join(results.slide_folder(out, slide_id), "overview.png")
                 picture.write_bytes(storage.read_bytes(overview))
                 pictures.append(picture)

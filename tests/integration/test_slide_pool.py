@@ -11,7 +11,7 @@ import pytest
 import ray
 from processes import wait_for
 
-from pistoseg.errors import PistoSegError, explained
+from pistoseg.errors import PistoSegError, UnavailableError, explained
 from pistoseg.slides.source import SlideEntry
 from pistoseg.stages import slide_pool
 from pistoseg.stages.slide_pool import SlidePool
@@ -82,6 +82,7 @@ def test_only_the_slide_that_kills_its_worker_is_given_up(tmp_path):
     assert lost["once"] == 1
     killed = found.pop("kills")
     assert str(killed).startswith("kills.svs: the worker process died 2 times at it.")
+    assert isinstance(killed, UnavailableError)  # which leaves earlier results
     assert isinstance(killed.__cause__, ray.exceptions.RayActorError)
     assert set(found) == {"a", "slow", "b", "once", "c"}
     assert all(isinstance(result, int) for result in found.values())

@@ -10,20 +10,23 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import pyarrow.parquet as pq
 import pytest
+import ray
 import torch
 from slide_files import texture, write_tiff
 
 from pistoseg import storage
 from pistoseg.classes import TissueClasses
-from pistoseg.errors import PistoSegError
+from pistoseg.errors import PistoSegError, RefusedError, UnavailableError
 from pistoseg.models import bundle, segmentation
+from pistoseg.outputs.summary import write_summary
 from pistoseg.slides import results
 from pistoseg.slides.cache import SlideCache
 from pistoseg.slides.network import SlideNetwork, SlideSettings
 from pistoseg.slides.source import SlideEntry
 from pistoseg.slides.stitching import MaskFile
-from pistoseg.stages import slide_worker
+from pistoseg.stages import slide_worker, slides
 from pistoseg.stages.slide_worker import SlideTask, SlideWorker, write_failure
 
 
@@ -174,21 +177,66 @@ def test_the_reason_of_a_failed_slide_holds_no_secret_in_the_summary_either(fail
     assert failed(RuntimeError("x"))[0]["reason"] == "RuntimeError: x (and slide.json can't be written: *** is unknown)"
 
 
-def test_a_full_disk_leaves_an_earlier_result_and_a_bad_slide_does_not(failed, tmp_path):
+def of_a_share(error):
+    """An error as Ray gives it of a task."""
+    text = "\x1b[36mray::SlideWorker.segment()\x1b[39m (pid=7)\n  File ..."
+    return ray.exceptions.RayTaskError("segment", text, error).as_instanceof_cause()
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "no space is left on the disk"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "a GPU is out of memory"),
+        (RefusedError("AWS refuses access", file="SLIDE"), "AWS refuses access"),
+        (UnavailableError("the worker process died 2 times at it", file="SLIDE"), "the worker process died 2 times"),
+        (of_a_share(OSError(errno.EIO, "Input/output error")), "OSError: [Errno 5] Input/output error"),
+        (ValueError("a defect"), "ValueError: a defect"),
+    ],
+)
+def test_what_is_not_said_to_be_the_slides_fault_leaves_an_earlier_result_and_a_bad_slide_does_not(
+    failed, tmp_path, error, reason
+):
     folder = tmp_path / "out" / "slides" / "a"
-    full = OSError(errno.ENOSPC, "No space left on device")
     (tmp_path / "a.tif").touch()
-    record, written = failed(full)
+    if isinstance(error, PistoSegError):
+        error = type(error)(error.reason, file=str(tmp_path / "a.tif"))
+    record, written = failed(error)
     assert record["status"] == written["status"] == "failed"  # there was nothing
     with results.published(str(folder)) as (target, _):
         (target / "mask.tif").write_bytes(b"")
         results.write_record(target, {"status": "completed"})
-    record, written = failed(full)
+    record, written = failed(error)
     assert (record["status"], written["status"]) == ("failed", "completed")
-    assert "no space is left" in record["reason"]
+    assert reason in record["reason"]
+    assert json.loads((folder / "failure.json").read_text())["reason"] == record["reason"]
     assert (folder / "mask.tif").exists()
-    assert failed(ValueError("corrupt"))[1]["status"] == "failed"
+    damaged = PistoSegError("is damaged", file=str(tmp_path / "a.tif"))
+    assert failed(of_a_share(damaged))[1]["status"] == "failed"
     assert not (folder / "mask.tif").exists()
+
+
+def test_the_reason_of_a_share_that_failed_is_the_error_and_not_rays_traceback(failed):
+    assert failed(of_a_share(RuntimeError("no kernel")))[0]["reason"] == "RuntimeError: no kernel"
+
+
+def test_a_slide_whose_name_is_not_utf8_fails_and_the_summary_has_it(start, tmp_path):
+    write_tiff(tmp_path / "b.tif", texture(100, 100), mpp=(1.0, 1.0))
+    slide = tmp_path / os.fsdecode(b"M\xfcller.tif")
+    slide.write_bytes((tmp_path / "b.tif").read_bytes())
+    gone = tmp_path / os.fsdecode(b"G\xfcnther.tif")
+    worker, out = start(), str(tmp_path / "out")
+    rows = []
+    for slide_id, path in (("M_ller", slide), ("G_nther", gone)):
+        entry = SlideEntry(slide_id, str(path))
+        record = worker.segment(SlideTask(entry))
+        assert results.read_record(out, slide_id)["slide"] == str(path)  # as a later run finds it
+        rows.append(slides._row(entry, record, record["status"]))
+    write_summary(out, rows, worker.network.classes, {})
+    table = {row["slide_id"]: row for row in pq.read_table(tmp_path / "out" / "summary.parquet").to_pylist()}
+    assert table["M_ller"]["slide"] == f"{tmp_path}/M\\xfcller.tif"
+    assert table["M_ller"]["reason"].startswith(f"{tmp_path}/M\\xfcller.tif: name: is not UTF-8. Remedy: rename it")
+    assert table["G_nther"]["reason"].startswith(f"{tmp_path}/G\\xfcnther.tif: does not exist")
 
 
 def test_a_share_of_a_slide_works_in_a_folder_that_is_removed_when_its_process_is_killed(start, tmp_path, monkeypatch):

@@ -102,6 +102,18 @@ def test_ids_are_safe_as_folder_names(tmp_path: Path) -> None:
             pass
 
 
+def test_names_that_are_not_utf8_are_slides_of_their_own_and_no_source(tmp_path: Path) -> None:
+    latin = os.fsdecode(b"M\xfcller")
+    for name in (f"{latin}/a.svs", "b/a.svs", f"{latin}.svs"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    ids = found(tmp_path)
+    assert sorted(slide_id[:2] for slide_id in ids) == ["M_", "a-", "a-"]
+    assert ids["M_ller"] == str(tmp_path / f"{latin}.svs")
+    with pytest.raises(PistoSegError, match=r"M\\xfcller: name: is not UTF-8"):
+        list_slides(str(tmp_path / latin))
+
+
 def test_results_below_the_source_are_no_slides(tmp_path: Path, bucket: str) -> None:
     names = [f"maps/slides/a/{name}" for name in ("mask.tif", "overview.png", "areas.json", "slide.json")]
     root = fill(tmp_path, "a.svs", "mask.tif", "deep/overview.png", *names)

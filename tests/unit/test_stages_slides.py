@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from contextlib import nullcontext
 from dataclasses import replace
@@ -61,7 +62,7 @@ def run(tmp_path: Path, network: Network) -> slides.SlideRun:
     record = {"format": results.FORMAT, "status": "completed", "slide": slide, "made_from": MADE_FROM}
     storage.write_bytes("memory://bucket/out/slides/a/slide.json", json.dumps(record).encode())
     for name in FILES:
-        storage.write_bytes(f"memory://bucket/out/slides/a/{name}", b"")
+        storage.write_bytes(f"memory://bucket/out/slides/a/{name}", b"{}" if name == "areas.json" else b"")
     return slides.SlideRun("model", str(tmp_path / "a.svs"), "memory://bucket/out", SlideSettings())
 
 
@@ -119,6 +120,14 @@ def test_a_slide_that_lacks_one_of_its_results_is_done_again(
     results.write_failure(run.out, "a", {"status": "failed", "made_from": MADE_FROM, "attempts": 1})
     again = slides.plan(replace(run, only_failed=True))
     assert [(entry.slide_id, attempt) for entry, attempt in again.todo] == [("a", 2)]
+
+
+@pytest.mark.parametrize("text", [b"", b'{"tissue_mm2": 1', b"\0\0", b"[]"])
+def test_a_slide_whose_areas_are_damaged_is_done_again(run: slides.SlideRun, text: bytes) -> None:
+    ((_, record),) = slides.plan(run).done
+    assert record["areas"] == {}
+    storage.write_bytes(f"{run.out}/slides/a/areas.json", text)
+    assert [(entry.slide_id, attempt) for entry, attempt in slides.plan(run).todo] == [("a", 1)]
 
 
 def test_a_limit_gets_past_slides_that_keep_failing(run: slides.SlideRun, tmp_path: Path) -> None:
@@ -189,10 +198,15 @@ def test_a_dicom_series_that_has_grown_is_the_same_slide(
 
 
 @pytest.mark.parametrize(
-    ("error", "ends"), [(UnavailableError("does not answer"), False), (PistoSegError("was taken over"), True)]
+    ("error", "ends"),
+    [
+        (UnavailableError("does not answer"), False),
+        (OSError(errno.ESTALE, "Stale file handle"), False),
+        (PistoSegError("was taken over"), True),
+    ],
 )
 def test_a_claim_that_is_lost_ends_a_batch_and_a_storage_that_is_away_for_it_does_not(
-    run: slides.SlideRun, network: Network, monkeypatch: pytest.MonkeyPatch, error: PistoSegError, ends: bool
+    run: slides.SlideRun, network: Network, monkeypatch: pytest.MonkeyPatch, error: Exception, ends: bool
 ) -> None:
     def check() -> None:
         raise error
@@ -213,8 +227,9 @@ def test_a_claim_that_is_lost_ends_a_batch_and_a_storage_that_is_away_for_it_doe
         assert len(slides.segment(run, plan, Progress(), StageRun(), claim)["rows"]) == 2
 
 
-def test_a_picture_that_is_gone_is_left_out_of_what_mlflow_gets(tmp_path: Path) -> None:
-    rows = [SlideRow(name, f"{name}.svs", "skipped", areas={}) for name in "ab"]
+def test_a_picture_that_is_gone_or_not_given_is_left_out_of_what_mlflow_gets(tmp_path: Path) -> None:
+    rows = [SlideRow(name, f"{name}.svs", "skipped", areas={}) for name in "abc"]
+    (tmp_path / "slides" / "c" / "overview.png").mkdir(parents=True)  # which can't be read
     record = {"slides": {}, "slides_per_hour": None, "cohort": {"tissue_mm2": 0.0, "classes": {}}}
     for name in ("summary.md", "summary.csv", "run.json"):
         storage.write_bytes(str(tmp_path / name), b"")
