@@ -329,6 +329,13 @@ def test_a_job_whose_driver_was_lost_says_how_to_go_on(cluster, capsys):
     assert "Job supervisor actor died; submit the same command again" in capsys.readouterr().err
 
 
+def test_a_job_whose_driver_was_killed_says_so_and_ends_as_in_a_shell(cluster, capsys):
+    cluster(-9)
+    assert main(["train", "--preset", "demo", *DATA, "--submit", HEAD]) == 137
+    assert "the job ended: SIGKILL ended its process" in (said := capsys.readouterr().err)
+    assert "submit the same command again" in said
+
+
 def objects(text):
     return [json.loads(line) for line in text.splitlines()]
 
