@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from pistoseg.errors import suggestion
+
+if TYPE_CHECKING:
+    from pistoseg.config import Config
 
 FEW = 3
 """Choices that are seen at a glance."""
@@ -71,6 +75,23 @@ def config_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="e.g. synthesis.alpha=0.3"
     )
+
+
+def resolved_config(options: argparse.Namespace) -> Config:
+    """The config that arguments make; `--data` and `--workers` go before what else sets them.
+
+    Raises:
+        PistoSegError: listing every problem of the config.
+    """
+    from pistoseg.config import load_config
+
+    overrides = list(options.overrides)
+    if isinstance(getattr(options, "data", None), str):
+        # YAML does not know JSON's pairs of surrogates.
+        overrides.append(f"data.uri={json.dumps(options.data, ensure_ascii=False)}")
+    if getattr(options, "workers", None):
+        overrides.append(f"compute.workers={options.workers}")
+    return load_config(options.preset, options.profile, options.config, overrides)
 
 
 def run_options(parser: argparse.ArgumentParser) -> None:

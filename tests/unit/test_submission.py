@@ -49,6 +49,15 @@ def test_the_package_and_the_resolved_settings_travel(tmp_path):
     assert yaml.safe_load(shown.stdout)["seed"] == 7
 
 
+def test_data_of_the_command_line_goes_before_what_the_settings_name(tmp_path):
+    config = tmp_path / "my.yaml"
+    config.write_text("preset: demo\ndata: {uri: cohort}\n")
+    (tmp_path / "job").mkdir()
+    command = packaged(tmp_path / "job", "train", "--config", str(config), *DATA)
+    assert command == ["train", *DATA, "--config", "job.yaml"]
+    assert load_config(file=str(tmp_path / "job" / "job.yaml")).data.uri == "s3://bucket/data"
+
+
 def test_settings_in_object_storage_are_read_by_the_job(tmp_path):
     command = packaged(tmp_path, "train", "--config", "s3://bucket/config.yaml", "--set", "seed=4", *DATA)
     assert command == ["train", "--config", "s3://bucket/config.yaml", "--set", "seed=4", *DATA]
