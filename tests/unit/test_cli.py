@@ -391,6 +391,22 @@ def test_the_workspace_of_the_demo_may_have_any_name(monkeypatch, tmp_path, name
     assert seen == drawn == [str(tmp_path / name / "cohort")]
 
 
+def test_the_demo_draws_nothing_before_its_settings_are_known_to_be_right_and_hold(monkeypatch, capsys):
+    monkeypatch.setattr("pistoseg.object_store._forwarded", {})
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://another:1")
+    monkeypatch.setattr("pistoseg.storage.exists", lambda uri: False)
+    drawn = []
+    monkeypatch.setattr(
+        "pistoseg.phantom.write_cohort", lambda cohort, **_: drawn.append((cohort, os.environ["AWS_ENDPOINT_URL_S3"]))
+    )
+    monkeypatch.setattr("pistoseg.commands.train", lambda config, workspace: None)
+    command = ["demo", "--workspace", "s3://bucket/runs", "--set", "storage.endpoint=http://minio:9000"]
+    assert "synthesis.alpha" in failed([*command, "--set", "synthesis.alpha=3"], capsys)
+    assert drawn == []
+    assert main(command) == 0
+    assert drawn == [("s3://bucket/runs/cohort", "http://minio:9000")]
+
+
 def test_a_defect_keeps_its_traceback(monkeypatch):
     def defect(*_):
         raise RuntimeError("a bug")
