@@ -6,7 +6,7 @@ images as well, with image-level labels read off their masks: windows in the fil
 are scored on, so that those scores are worth nothing here: only the scores of the stages' masks are.
 
     python -m benchmarks.known_masks wsss4luad-mini OUT --preset wsss4luad
-    pistoseg train --preset wsss4luad --profile cpu --data OUT --workspace W
+    pistoseg train --preset wsss4luad --profile cpu --config benchmarks/known_masks.yaml --data OUT --workspace W
     pistoseg evaluate --stage all --data OUT/masks --workspace W
 """
 

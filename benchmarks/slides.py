@@ -185,6 +185,7 @@ def _tiatoolbox(network: SlideNetwork, model: str, path: Path, folder: Path, rep
         "tile": network.predictor.tile,
         "stride": network.predictor.stride,
         "batch_size": network.predictor.batch_size,
+        "device": str(network.predictor.device),
         "threads": torch.get_num_threads(),
         "repeats": 2,
     }
@@ -207,6 +208,7 @@ def _tiatoolbox(network: SlideNetwork, model: str, path: Path, folder: Path, rep
     report.add("segment_slide_s", seconds)
     report.add("segment_slide_tiles", ours[0]["tiles"])
     report.add("tiatoolbox_tiles", found[0]["tiles"])
+    report.note(f"TIAToolbox on {found[0]['device']}, fp32")
     fastest = min(statistics.mean(item["seconds"]) for item in found.values())
     report.add("segment_slide_times_tiatoolbox", fastest / seconds)
 

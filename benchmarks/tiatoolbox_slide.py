@@ -6,8 +6,9 @@ project is imported here. `benchmarks.slides` runs this file where the variable 
     python -m venv toolbox && toolbox/bin/pip install tiatoolbox segmentation-models-pytorch
     TIATOOLBOX_PYTHON=toolbox/bin/python python -m benchmarks.slides --data DATA
 
-Takes one argument, JSON with `bundle`, `slide`, `tile`, `stride`, `batch_size`, `threads`, `workers` and `repeats`, and
-prints as its last line JSON with `tiles` and the `seconds` of each repeat.
+Takes one argument, JSON with `bundle`, `slide`, `tile`, `stride`, `batch_size`, `device`, `threads`, `workers` and
+`repeats`, and prints as its last line JSON with `tiles`, the `device` that the network was on and the `seconds` of each
+repeat.
 """
 
 from __future__ import annotations
@@ -68,7 +69,11 @@ def main() -> None:
     asked = json.loads(sys.argv[1])
     torch.set_num_threads(asked["threads"])
     engine = SemanticSegmentor(
-        Network(Path(asked["bundle"])), batch_size=asked["batch_size"], num_workers=asked["workers"], verbose=False
+        Network(Path(asked["bundle"])),
+        batch_size=asked["batch_size"],
+        num_workers=asked["workers"],
+        device=asked["device"],
+        verbose=False,
     )
     whole = [{"units": "baseline", "resolution": 1.0}]
     config = IOSegmentorConfig(
@@ -93,7 +98,8 @@ def main() -> None:
             )
             seconds.append(time.perf_counter() - began)
     assert engine.dataloader is not None
-    print(json.dumps({"tiles": len(engine.dataloader.dataset), "seconds": seconds}))
+    device = str(next(engine.model.parameters()).device)
+    print(json.dumps({"tiles": len(engine.dataloader.dataset), "device": device, "seconds": seconds}))
 
 
 if __name__ == "__main__":

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import re
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from pistoseg.errors import suggestion
+
+if TYPE_CHECKING:
+    from pistoseg.config import Config
 
 FEW = 3
 """Choices that are seen at a glance."""
@@ -73,6 +78,23 @@ def config_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def resolved_config(options: argparse.Namespace) -> Config:
+    """The config that arguments make; `--data` and `--workers` go before what else sets them.
+
+    Raises:
+        PistoSegError: listing every problem of the config.
+    """
+    from pistoseg.config import load_config
+
+    overrides = list(options.overrides)
+    if isinstance(getattr(options, "data", None), str):
+        # YAML does not know JSON's pairs of surrogates.
+        overrides.append(f"data.uri={json.dumps(options.data, ensure_ascii=False)}")
+    if getattr(options, "workers", None):
+        overrides.append(f"compute.workers={options.workers}")
+    return load_config(options.preset, options.profile, options.config, overrides)
+
+
 def run_options(parser: argparse.ArgumentParser) -> None:
     """Add those of verbs that run stages on a data set."""
     parser.add_argument("--data", metavar="DATA", help="folder or URI of the data set, or a manifest of slides")
@@ -131,7 +153,7 @@ def segment_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="only say what would be done, tiles and time")
     parser.add_argument(
         "--cache-gb",
-        type=float,
+        type=above_zero,
         metavar="GB",
         help="each node's cache of slides (default: half of the free disk, or of the node's PISTOSEG_DISK_GB)",
     )
@@ -148,4 +170,12 @@ def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def above_zero(text: str) -> float:
+    """A finite number above 0."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError("must be a number above 0")
     return value

@@ -18,6 +18,7 @@ from pistoseg.arguments import (
     log_options,
     positive,
     refuse,
+    resolved_config,
     run_options,
     segment_options,
 )
@@ -200,15 +201,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _config(options: argparse.Namespace) -> Config:
-    from pistoseg.config import load_config
     from pistoseg.object_store import use
 
-    overrides = list(options.overrides)
-    if isinstance(getattr(options, "data", None), str):
-        overrides.append(f"data.uri={_quoted(options.data)}")
-    if getattr(options, "workers", None):
-        overrides.append(f"compute.workers={options.workers}")
-    config = load_config(options.preset, options.profile, options.config, overrides)
+    config = resolved_config(options)
     use(config.storage)
     return config
 
@@ -227,12 +222,6 @@ def _say_preset(options: argparse.Namespace) -> None:
         from pistoseg.progress import Progress
 
         Progress().say(f"neither --preset nor --config is given: the preset is {DEFAULT_PRESET}")
-
-
-def _quoted(text: str) -> str:
-    import json
-
-    return json.dumps(text, ensure_ascii=False)  # YAML does not know JSON's pairs of surrogates
 
 
 def _train(options: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from pistoseg import storage
+from pistoseg import object_store, storage
 from pistoseg.artifacts import Artifact, Workspace
 from pistoseg.claims import claimed
 from pistoseg.config import (
@@ -282,10 +282,12 @@ def demo(workspace: str, overrides: list[str]) -> None:
     from pistoseg.phantom import write_cohort
 
     cohort = storage.join(storage.absolute(workspace), "cohort")
+    config = load_config("demo", overrides=[*overrides, f"data.uri={json.dumps(cohort, ensure_ascii=False)}"])
+    object_store.use(config.storage)
     if not storage.exists(storage.join(cohort, "phantom.json")):
         print(f"drawing a synthetic cohort (no patient's tissue): {cohort}", flush=True)
         write_cohort(cohort, seed=0, slides=1)
-    train(load_config("demo", overrides=[*overrides, f"data.uri={json.dumps(cohort, ensure_ascii=False)}"]), workspace)
+    train(config, workspace)
     print("all images of this demo are synthetic; its scores say nothing about real tissue")
 
 

@@ -10,7 +10,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -182,7 +182,8 @@ def _workspace(workspace: str) -> Iterator[Finding]:
     """Write, read, create conditionally, list and delete, and how fast."""
     root = storage.absolute(workspace)
     try:
-        yield from _try_workspace(root)
+        with _leaving_no_folders(root):
+            yield from _try_workspace(root)
     except OSError as error:
         raise explained(error, root) or PistoSegError(
             f"can't be written or read ({error.strerror or first_line(error)})",
@@ -195,8 +196,6 @@ def _try_workspace(root: str) -> Iterator[Finding]:
     folder = storage.join(root, f".doctor-{uuid.uuid4().hex[:8]}")
     probe = storage.join(folder, "x [1].bin")
     data = os.urandom(SPEED_BYTES)
-    here = storage.local_path(root)
-    made = [parent for parent in (here, *here.parents) if not parent.exists()] if here else []
     try:
         began = time.monotonic()
         storage.write_bytes(probe, data)
@@ -221,6 +220,16 @@ def _try_workspace(root: str) -> Iterator[Finding]:
             )
     finally:
         storage.remove_tree(folder)
+
+
+@contextmanager
+def _leaving_no_folders(root: str) -> Iterator[None]:
+    """Remove the folders that the block makes for a workspace, and leave those that were there."""
+    here = storage.local_path(root)
+    made = [parent for parent in (here, *here.parents) if not parent.exists()] if here else []
+    try:
+        yield
+    finally:
         for parent in made:
             with suppress(OSError):  # a run has begun in it since
                 parent.rmdir()
@@ -356,7 +365,8 @@ def _ray(config: Config, workspace: str) -> Iterator[Finding]:
         yield from _nodes(nodes)
         names = tuple(stage.name for stage in needed(config, TARGETS))
         read = {"data.uri": config.data.uri, "data.validation": config.data.validation}
-        placement.check_shared(workspace, read)
+        with _leaving_no_folders(storage.absolute(workspace)):
+            placement.check_shared(workspace, read)
         placement.check(config.model_copy(update={"compute": _impatient(config)}), names, lambda text: None)
         yield Finding("placement", "ok", "all stages find room")
 

@@ -14,6 +14,7 @@ import yaml
 
 import pistoseg
 from pistoseg import storage
+from pistoseg.arguments import resolved_config
 from pistoseg.errors import PistoSegError
 from pistoseg.redaction import has_secret
 
@@ -46,16 +47,19 @@ def package(arguments: list[str], options: argparse.Namespace, folder: Path, her
             remedy="give the URI without them, and the cluster's nodes the AWS_* variables, a profile or a role",
         )
     shutil.copytree(Path(pistoseg.__file__).parent, folder / "pistoseg", ignore=shutil.ignore_patterns("__pycache__"))
-    if hasattr(options, "config") and (options.config is None or storage.is_local(options.config)):
-        values = _portable(_resolved(options), here)
-        _require_no_secret(values)
-        text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-        (folder / SETTINGS).write_text(text, encoding="utf-8")
+    travel = hasattr(options, "config") and (options.config is None or storage.is_local(options.config))
+    if travel:
         command = [*_without(command, SETTINGS_OPTIONS), "--config", SETTINGS]
     for flag in _needed(options, here):
         if not given(command, flag):
             command += [flag, getattr(options, flag.strip("-"))]
-    return [*_reachable(command, here, folder)]
+    command = [*_reachable(command, here, folder)]  # first: what is wrong with --data is wrong with data.uri, too
+    if travel:
+        values = _portable(resolved_config(options), here)
+        _require_no_secret(values)
+        text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+        (folder / SETTINGS).write_text(text, encoding="utf-8")
+    return command
 
 
 def _needed(options: argparse.Namespace, here: bool) -> Iterator[str]:
@@ -66,12 +70,6 @@ def _needed(options: argparse.Namespace, here: bool) -> Iterator[str]:
         yield "--workspace"
     if getattr(options, "preview", None):
         yield "--out"
-
-
-def _resolved(options: argparse.Namespace) -> Config:
-    from pistoseg.config import load_config
-
-    return load_config(options.preset, options.profile, options.config, options.overrides)
 
 
 def _portable(config: Config, here: bool) -> dict[str, Any]:

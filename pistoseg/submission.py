@@ -11,6 +11,7 @@ import asyncio
 import logging
 import os
 import shlex
+import signal
 import socket
 import sys
 import tempfile
@@ -215,14 +216,20 @@ def _follow(client: JobSubmissionClient, job: str) -> int:
         if info.status.is_terminal():
             break
         time.sleep(POLL_S)
-    if info.driver_exit_code is not None:
-        return int(info.driver_exit_code)
+    code = info.driver_exit_code
+    if code is not None and code >= 0:
+        return int(code)
     if info.status == JobStatus.SUCCEEDED:
         return 0
-    reason = redact(" ".join((info.message or str(info.status)).split())[:500])
+    if code is None:
+        reason, code = redact(" ".join((info.message or str(info.status)).split())[:500]), 1
+    else:
+        why = " (memory was short?)" if -code == signal.SIGKILL else ""
+        reason = f"{signal.Signals(-code).name} ended its process{why}"
+        code = 128 - code  # as shells count
     text = f"pistoseg: the job ended: {reason}; submit the same command again to go on"
     _say("job_ended", text, level="error", job=job)
-    return 1
+    return int(code)
 
 
 class _Log:

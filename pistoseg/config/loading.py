@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from functools import reduce
 from importlib import resources
@@ -17,6 +18,7 @@ from pistoseg.config.sections import ClassConfig, ClassesConfig, StorageConfig, 
 from pistoseg.errors import PistoSegError, suggestion
 
 Model = TypeVar("Model", bound=BaseModel)
+_log = logging.getLogger("pistoseg.config")
 _HELP = "`pistoseg config show` prints every key with its meaning"
 
 
@@ -71,10 +73,31 @@ def load_config(
             )
         if profile:
             values = _merge(values, profiles[profile])
-    values = _merge(values, own)
-    for item in overrides:
-        values = _merge(values, parse_override(item))
-    return validate(values, source=file or (f"preset {preset}" if preset else "config"))
+    given = [own, *map(parse_override, overrides)]
+    config = validate(reduce(_merge, given, values), source=file or (f"preset {preset}" if preset else "config"))
+    if preset:
+        _warn_of_pixel_size(config, preset, values, reduce(_merge, given))
+    return config
+
+
+def _warn_of_pixel_size(config: Config, preset: str, values: dict[str, Any], given: dict[str, Any]) -> None:
+    """Say that images with other classes than a preset's are taken to have its pixel size.
+
+    Args:
+        config: as it was resolved.
+        preset: its name.
+        values: of the preset.
+        given: what the user set.
+    """
+    others = config.classes != ClassesConfig.model_validate(values["classes"])
+    if others and config.scale.source_mpp and "source_mpp" not in given.get("scale", {}):
+        _log.warning(
+            "warning: images, unlike slides, are taken to have the %g um/px of preset %s, but its classes are not "
+            "yours: set scale.source_mpp to the pixel size of your images or, where nobody knows it, it and scale.mpp "
+            "to null",
+            config.scale.source_mpp,
+            preset,
+        )
 
 
 class _Services(BaseModel):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from pistoseg.arguments import positive
+from pistoseg.arguments import above_zero, positive
 
 
 def search_options(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +18,7 @@ def search_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="trials in all (default: 32, without --hours); run again to go on",
     )
-    parser.add_argument("--hours", type=_hours, metavar="H", help="time for the trials, over all runs")
+    parser.add_argument("--hours", type=above_zero, metavar="H", help="time for the trials, over all runs")
     parser.add_argument("--algorithm", choices=("tpe", "random", "grid"), default="tpe", help="default: %(default)s")
     parser.add_argument(
         "--objective",
@@ -50,13 +50,6 @@ def _seeds(text: str) -> int:
     value = int(text)
     if value < 0 or value == 1:  # of one there is no interval
         raise argparse.ArgumentTypeError("must be 0, or 2 and more")
-    return value
-
-
-def _hours(text: str) -> float:
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError("must be more than 0")
     return value
 
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from pistoseg.errors import UnavailableError
 from pistoseg.liveness import machine
 
 _LOCK = ".lock"
@@ -26,8 +27,7 @@ def scratch_folder() -> Iterator[Path]:
     """A new local folder. It is removed when the block ends; where the process is killed, by whoever makes the next."""
     # Machines that share their temporary folder may not see each other's locks.
     here = hashlib.sha256(machine().encode()).hexdigest()[:8]
-    above = Path(tempfile.gettempdir()) / f"pistoseg-scratch-{os.getuid()}-{here}"
-    above.mkdir(mode=0o700, exist_ok=True)
+    above = private_folder(f"pistoseg-scratch-{os.getuid()}-{here}")
     folder = above / uuid.uuid4().hex
     with ExitStack() as stack:
         with _locked(above):
@@ -36,6 +36,22 @@ def scratch_folder() -> Iterator[Path]:
             stack.enter_context(_locked(folder))
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         yield folder
+
+
+def private_folder(name: str) -> Path:
+    """The folder of a name among the temporary ones, made where it is missing, for this user's eyes only.
+
+    Raises:
+        UnavailableError: it is another user's, who could read patients' slides in it, or put others there.
+    """
+    folder = Path(tempfile.gettempdir()) / name
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    if folder.lstat().st_uid != os.getuid():
+        remedy = "set TMPDIR to a folder of your own, on every node, or have this one removed"
+        raise UnavailableError("belongs to another user", file=str(folder), remedy=remedy)
+    folder.chmod(0o700)  # one of an earlier version was open to all
+    return folder
 
 
 def _remove_orphans(above: Path) -> None:

@@ -14,6 +14,7 @@ from pistoseg import storage
 from pistoseg.errors import UnavailableError
 from pistoseg.slides.cache import SlideCache, bytes_in
 from pistoseg.slides.reader import open_slide
+from pistoseg.slides.scratch import private_folder
 from pistoseg.slides.view import SlideView
 
 DISK_GB = "PISTOSEG_DISK_GB"
@@ -52,11 +53,10 @@ def node_cache(uri: str, gigabytes: float | None = None) -> SlideCache:
         gigabytes: of all slides in it; None: half of what the disk has left beside them, or of `DISK_GB` where that
             is less.
     Raises:
-        UnavailableError: `DISK_GB` is not a number above 0.
+        UnavailableError: `DISK_GB` is not a number above 0, or the cache's folder is another user's.
     """
-    folder = Path(tempfile.gettempdir()) / f"pistoseg-slides-{os.getuid()}"
-    if not storage.is_local(uri):
-        folder.mkdir(parents=True, exist_ok=True)
+    name = f"pistoseg-slides-{os.getuid()}"
+    folder = Path(tempfile.gettempdir()) / name if storage.is_local(uri) else private_folder(name)
     if gigabytes is not None:
         return SlideCache(folder, int(gigabytes * 1e9))
     free = shutil.disk_usage(tempfile.gettempdir()).free + bytes_in(folder)  # or the limit would fall as it fills

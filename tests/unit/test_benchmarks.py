@@ -58,10 +58,15 @@ def test_a_benchmark_runs_at_a_tiny_size(module, options):
 
 def test_slides_are_measured_and_compared_with_tiatoolbox_where_a_python_has_it(options, tmp_path, monkeypatch):
     python = tmp_path / "python"
-    python.write_text('#!/bin/sh\necho \'{"tiles": 9, "seconds": [2.0, 4.0]}\'\n')
+    answer = '{"tiles": 9, "device": "cuda:0", "seconds": [2.0, 4.0]}'
+    python.write_text(f"#!/bin/sh\necho \"$2\" > {tmp_path}/asked\necho '{answer}'\n")
     python.chmod(0o755)
     monkeypatch.setenv(slides.TOOLBOX, str(python))
-    figures = measured(slides, options)
+    report = slides.benchmark(options)
+    figures = report.figures
+    assert f"on {json.loads((tmp_path / 'asked').read_text())['device']}, " in " ".join(report.notes)
+    assert "TIAToolbox on cuda:0, fp32" in report.notes
+    assert all(np.isfinite(value) for value in figures.values())
     assert figures["tiatoolbox_0_workers_s"] == 3.0
     assert figures["segment_slide_times_tiatoolbox"] == pytest.approx(3.0 / figures["segment_slide_s"], rel=0.01)
 

@@ -291,6 +291,10 @@ def test_wrong_arguments_end_with_2(arguments, capsys):
         (["models", "lst"], "pistoseg models [-h]", "; did you mean list?\n"),
         (["ablate", "tabel1"], "pistoseg ablate [-h]", "; did you mean table1?\n"),
         (["search", "--space", "x", "--confirm-seeds", "1"], "pistoseg search [-h]", "must be 0, or 2 and more\n"),
+        (["search", "--space", "x", "--hours", "inf"], "pistoseg search [-h]", "--hours: must be a number above 0\n"),
+        (["segment", "--cache-gb", "inf"], "pistoseg segment [-h]", "--cache-gb: must be a number above 0\n"),
+        (["segment", "--cache-gb", "nan"], "pistoseg segment [-h]", "--cache-gb: must be a number above 0\n"),
+        (["segment", "--cache-gb=-1"], "pistoseg segment [-h]", "--cache-gb: must be a number above 0\n"),
         (["train", "x"], "pistoseg train [-h]", "unrecognized arguments: x\n"),
         (["train", "--zzz"], "pistoseg train [-h]", "unrecognized arguments: --zzz\n"),
     ],
@@ -389,6 +393,22 @@ def test_the_workspace_of_the_demo_may_have_any_name(monkeypatch, tmp_path, name
     monkeypatch.setattr("pistoseg.commands.train", lambda config, workspace: seen.append(config.data.uri))
     assert main(["demo", "--workspace", str(tmp_path / name)]) == 0
     assert seen == drawn == [str(tmp_path / name / "cohort")]
+
+
+def test_the_demo_draws_nothing_before_its_settings_are_known_to_be_right_and_hold(monkeypatch, capsys):
+    monkeypatch.setattr("pistoseg.object_store._forwarded", {})
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://another:1")
+    monkeypatch.setattr("pistoseg.storage.exists", lambda uri: False)
+    drawn = []
+    monkeypatch.setattr(
+        "pistoseg.phantom.write_cohort", lambda cohort, **_: drawn.append((cohort, os.environ["AWS_ENDPOINT_URL_S3"]))
+    )
+    monkeypatch.setattr("pistoseg.commands.train", lambda config, workspace: None)
+    command = ["demo", "--workspace", "s3://bucket/runs", "--set", "storage.endpoint=http://minio:9000"]
+    assert "synthesis.alpha" in failed([*command, "--set", "synthesis.alpha=3"], capsys)
+    assert drawn == []
+    assert main(command) == 0
+    assert drawn == [("s3://bucket/runs/cohort", "http://minio:9000")]
 
 
 def test_a_defect_keeps_its_traceback(monkeypatch):

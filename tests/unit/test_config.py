@@ -237,6 +237,26 @@ def test_classes_may_be_a_file_of_their_own(tmp_path):
     assert classes.background_id == 2
 
 
+def test_images_of_ones_own_at_the_pixel_size_of_a_preset_are_warned_of(tmp_path, caplog):
+    classes, file = tmp_path / "classes.yaml", tmp_path / "mine.yaml"
+    classes.write_text("classes: [{name: a, color: [1, 2, 3]}, {name: b, color: [4, 5, 6]}]\n")
+    file.write_text(f"preset: glas\nprofile: cpu\nclasses: {classes}\nscale: {{mpp: 0.5}}\n")
+    own = f"classes={classes}"
+    load_config("glas", overrides=[own])
+    load_config(file=str(file))
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
+    for message in caplog.messages:
+        assert "0.62 um/px of preset glas" in message
+        assert "set scale.source_mpp" in message
+    caplog.clear()
+    load_config("glas")
+    load_config("glas", overrides=[own, "scale.source_mpp=0.62"])
+    load_config("glas", overrides=[own, "scale.mpp=null", "scale.source_mpp=null"])
+    load_config(file=str(file), overrides=["scale.source_mpp=0.25"])
+    load_config("wsss4luad", overrides=[own])  # which has no pixel size
+    assert caplog.messages == []
+
+
 @pytest.mark.parametrize(
     ("content", "problems"),
     [

@@ -231,6 +231,22 @@ def test_a_node_of_another_version_fails_also_while_its_gpus_are_in_use(monkeypa
     assert (found.status, "has torch 2.0.1" in found.detail) == ("failed", True)
 
 
+def test_a_workspace_whose_nodes_were_asked_is_left_as_it_was(monkeypatch, tmp_path):
+    def check_shared(workspace, read):
+        storage.write_bytes(f"{workspace}/probe", b"")
+        (tmp_path / "a" / "new" / "probe").unlink()
+        raise PistoSegError("node b does not see it")
+
+    monkeypatch.setattr("ray.nodes", list)
+    monkeypatch.setattr(doctor, "_nodes", lambda nodes: iter(()))
+    for name, value in (("connected", contextlib.nullcontext()), ("cluster_cpus", 4), ("cluster_gpus", 0)):
+        monkeypatch.setattr(f"pistoseg.stages.cluster.{name}", lambda *_, value=value: value)
+    monkeypatch.setattr("pistoseg.stages.placement.check_shared", check_shared)
+    with pytest.raises(PistoSegError, match="does not see it"):
+        list(doctor._ray(load_config("demo"), str(tmp_path / "a" / "new")))
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(("status", "code"), [("ok", 0), ("warning", 0), ("failed", 1)])
 def test_the_exit_code_says_whether_something_would_fail(monkeypatch, capsys, status, code):
     finding = Finding("x [1]", status, "is so", "mend [it]")

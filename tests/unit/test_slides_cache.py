@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from pistoseg import storage
-from pistoseg.errors import PistoSegError
+from pistoseg.errors import PistoSegError, UnavailableError
 from pistoseg.slides.cache import SlideCache
 from pistoseg.stages.slide_images import node_cache
 
@@ -183,6 +184,25 @@ def test_a_node_that_may_have_less_than_the_free_disk_caches_half_of_that(
         monkeypatch.setenv("PISTOSEG_DISK_GB", wrong)
         with pytest.raises(PistoSegError, match=f"PISTOSEG_DISK_GB: '{wrong}' is not a number above 0"):
             node_cache(bucket)
+
+
+def test_the_slides_of_a_node_are_for_their_user_alone(
+    tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    me, uri = os.getuid(), f"{bucket}/a.svs"
+    folder = tmp_path / f"pistoseg-slides-{me}"
+    folder.mkdir(mode=0o755)  # as an earlier version made it
+    for _ in range(2):
+        with node_cache(uri).get(uri):
+            assert folder.stat().st_mode & 0o777 == 0o700
+        shutil.rmtree(folder)
+    monkeypatch.setattr("os.getuid", lambda: me + 1)
+    (tmp_path / f"pistoseg-slides-{me + 1}").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UnavailableError, match=rf"-slides-{me + 1}: belongs to another user. Remedy: set TMPDIR"):
+        node_cache(uri)
+    assert not (tmp_path / "elsewhere").exists()
+    node_cache(str(tmp_path / "a.svs"))  # which is where it is
 
 
 def test_slides_of_several_files_come_whole(tmp_path: Path, bucket: str) -> None:

@@ -49,6 +49,15 @@ def test_the_package_and_the_resolved_settings_travel(tmp_path):
     assert yaml.safe_load(shown.stdout)["seed"] == 7
 
 
+def test_data_of_the_command_line_goes_before_what_the_settings_name(tmp_path):
+    config = tmp_path / "my.yaml"
+    config.write_text("preset: demo\ndata: {uri: cohort}\n")
+    (tmp_path / "job").mkdir()
+    command = packaged(tmp_path / "job", "train", "--config", str(config), *DATA)
+    assert command == ["train", *DATA, "--config", "job.yaml"]
+    assert load_config(file=str(tmp_path / "job" / "job.yaml")).data.uri == "s3://bucket/data"
+
+
 def test_settings_in_object_storage_are_read_by_the_job(tmp_path):
     command = packaged(tmp_path, "train", "--config", "s3://bucket/config.yaml", "--set", "seed=4", *DATA)
     assert command == ["train", "--config", "s3://bucket/config.yaml", "--set", "seed=4", *DATA]
@@ -327,6 +336,13 @@ def test_a_job_whose_driver_was_lost_says_how_to_go_on(cluster, capsys):
     cluster("lost")
     assert main(["train", "--preset", "demo", *DATA, "--submit", HEAD]) == 1
     assert "Job supervisor actor died; submit the same command again" in capsys.readouterr().err
+
+
+def test_a_job_whose_driver_was_killed_says_so_and_ends_as_in_a_shell(cluster, capsys):
+    cluster(-9)
+    assert main(["train", "--preset", "demo", *DATA, "--submit", HEAD]) == 137
+    assert "the job ended: SIGKILL ended its process" in (said := capsys.readouterr().err)
+    assert "submit the same command again" in said
 
 
 def objects(text):
