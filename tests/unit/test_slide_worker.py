@@ -14,7 +14,7 @@ import pytest
 import torch
 from slide_files import texture, write_tiff
 
-from pistoseg import storage
+from pistoseg import commands, storage
 from pistoseg.classes import TissueClasses
 from pistoseg.errors import PistoSegError
 from pistoseg.models import bundle, segmentation
@@ -25,6 +25,7 @@ from pistoseg.slides.source import SlideEntry
 from pistoseg.slides.stitching import MaskFile
 from pistoseg.stages import slide_worker
 from pistoseg.stages.slide_worker import SlideTask, SlideWorker, write_failure
+from pistoseg.stages.slides import SlideRun
 
 
 @pytest.fixture
@@ -89,6 +90,18 @@ def test_a_pixel_size_that_no_microscope_has_is_refused_before_any_slide(model, 
     assert (caught.value.file, caught.value.field) == (None, "mpp")
     with pytest.raises(PistoSegError, match="does not say the pixel size"):
         SlideNetwork(bundle.load(model, "cpu"), SlideSettings())
+
+
+def test_a_model_that_works_at_another_pixel_size_than_it_was_trained_at_is_remarked_on(tmp_path, capsys):
+    classes = TissueClasses.from_json({"classes": [{"name": "tumor", "color": [255, 0, 0]}]})
+    network = segmentation.build("fpn", "tu-mobilenetv3_small_050", 1, None)
+    uri, slide = str(tmp_path / "bundle"), str(write_tiff(tmp_path / "a.tif", texture(100, 100), mpp=(1.0, 1.0)))
+    bundle.save(uri, network, classes=classes, patch_size=64, scale={"mpp": 2.0})
+    told = "segmented at 1 um per px, and the model was trained at 2"
+    for mpp, warned in ((1.0, True), (2.0, False), (None, False)):
+        commands._plan(SlideRun(uri, slide, str(tmp_path / "out"), SlideSettings(mpp=mpp)))
+        assert (f"warning: slides are {told}: --mpp is" in capsys.readouterr().err) == warned
+    assert bundle.load(uri, "cpu").segment_slide(slide, tmp_path / "out", mpp=1.0).record["reason"] == told
 
 
 @pytest.mark.parametrize(
