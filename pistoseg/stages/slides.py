@@ -270,7 +270,7 @@ def _records(run: SlideRun, found: Plan, compute: ComputeConfig, progress: Progr
         scheduling_strategy="SPREAD",  # each node has its own disk, and its own way to the bucket
         **resources,
     )
-    pool = SlidePool(lambda: actor.remote(*arguments), actors, together, tasks)
+    pool = SlidePool(lambda: actor.remote(*arguments), actors, together, tasks, progress.say)
     so_far = SlideProgress(len(found.todo), progress.update)
     shares: dict[str, list[Share]] = {}
     failed: set[str] = set()  # of shared slides
