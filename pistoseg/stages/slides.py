@@ -264,7 +264,9 @@ def _records(run: SlideRun, found: Plan, compute: ComputeConfig, progress: Progr
     tasks = _tasks(found.todo, actors, share=not run.settings.probabilities)
     actors = min(actors, len(tasks))
     together = 2 if len(tasks) > actors else 1  # the next slide is fetched while the network is at one
-    arguments = (run.model, run.settings, run.out, run.device, threads, readers, run.cache_gb)
+    # As a training's: a network that has a GPU set aside for it must not run beside it where torch does not see it.
+    device = "cuda" if "num_gpus" in resources else run.device
+    arguments = (run.model, run.settings, run.out, device, threads, readers, run.cache_gb)
     actor = ray.remote(concurrency_groups={ASKED: 1})(SlideWorker).options(
         max_concurrency=together,
         scheduling_strategy="SPREAD",  # each node has its own disk, and its own way to the bucket

@@ -83,6 +83,13 @@ def test_one_thread_runs_all_that_the_network_does_whichever_asks_for_it(start, 
     assert threading.get_ident() not in ran
 
 
+def test_a_gpu_that_ray_counts_and_torch_does_not_see_is_refused(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    worker = SlideWorker(model, SlideSettings(mpp=1.0), str(tmp_path / "out"), "cuda", 1, 1, None)
+    with pytest.raises(PistoSegError, match=r"--device: Ray counts GPUs on .*, torch sees none.*--device cpu"):
+        worker.load()
+
+
 @pytest.mark.parametrize("mpp", [250.0, -1.0, float("nan"), 0.0, 1e-9])
 def test_a_pixel_size_that_no_microscope_has_is_refused_before_any_slide(model, mpp):
     with pytest.raises(PistoSegError, match=r"mpp: .* is no pixel size.*give --mpp.*0\.01 to 100") as caught:

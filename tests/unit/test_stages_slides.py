@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -274,6 +275,28 @@ def test_nodes_look_for_a_slide_and_a_mask_of_every_folder_and_not_for_the_sourc
     }
     many = look(*(SlideEntry(str(number), f"/{number}/a.svs") for number in range(1000)))
     assert (len(many), many["slide 0"], many["slide 990"]) == (100, "/0/a.svs", "/990/a.svs")
+
+
+@pytest.mark.parametrize(("gpus", "asked", "given"), [(2, "auto", "cuda"), (0, "auto", "auto"), (2, "cpu", "cpu")])
+def test_a_network_with_a_gpu_set_aside_for_it_has_to_use_it(
+    run: slides.SlideRun, network: Network, monkeypatch: pytest.MonkeyPatch, gpus: int, asked: str, given: str
+) -> None:
+    started: list[tuple[object, ...]] = []
+
+    def pool(start: Callable[[], None], *_: object) -> SimpleNamespace:
+        start()
+        return SimpleNamespace(results=lambda _: iter(()))
+
+    actor = SimpleNamespace(remote=lambda *arguments: started.append(arguments))
+    remote = SimpleNamespace(options=lambda **_: actor)
+    monkeypatch.setattr(slides.ray, "remote", lambda **_: lambda _: remote)
+    monkeypatch.setattr(slides.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 4.0}}])
+    monkeypatch.setattr(slides.cluster, "cluster_gpus", lambda: gpus)
+    monkeypatch.setattr(slides, "SlidePool", pool)
+    compute = ComputeConfig.model_validate({"device": asked})
+    plan = slides.Plan(network, [(SlideEntry("b", "b.svs"), 1)], [], 0)
+    assert list(slides._records(replace(run, device=asked), plan, compute, Progress())) == []
+    assert [arguments[3] for arguments in started] == [given]
 
 
 def test_slides_that_failed_for_the_same_reason_are_one_line_at_the_end(
