@@ -136,7 +136,13 @@ def segment_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-size", type=positive, metavar="N", help="tiles in a forward pass (default: the bundle's)"
     )
-    parser.add_argument("--mpp", type=float, metavar="UM", help="um per network px, where the bundle does not say it")
+    parser.add_argument(
+        "--mpp",
+        type=float,
+        metavar="UM",
+        help="um per px of the model's training images, where the bundle does not say it; a slide's own is the "
+        "manifest's column mpp",
+    )
     parser.add_argument("--probabilities", action="store_true", help="also write probabilities.zarr of every slide")
     parser.add_argument(
         "--workers", type=positive, metavar="N", help="networks at a time (default: one a GPU, or one a node)"

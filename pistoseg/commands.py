@@ -193,6 +193,9 @@ def _plan(run: SlideRun) -> Plan:
 
     found = stage.plan(run)
     print(f"{len(found.todo)} slides to do, {len(found.done)} up to date, {found.left} left alone", flush=True)
+    if found.network.remark:
+        remedy = "--mpp is the model's pixel size; that of slides goes into a manifest's column mpp"
+        Progress().say(f"warning: slides are {found.network.remark}: {remedy}")
     return found
 
 

@@ -138,7 +138,7 @@ def write_slide(
     record = {
         **start_record(slide.entry, made_from, attempts, clock.started),
         "status": "completed",
-        "reason": _remark(slide, areas, network.mpp),
+        "reason": _remark(slide, areas, network),
         "seconds": clock.total(),
         "seconds_of": clock.laps,
         "mpp": slide.reader.mpp_x,
@@ -209,13 +209,13 @@ class Clock:
         return round(time.monotonic() - self._began, 2)
 
 
-def _remark(slide: Prepared, areas: Mapping[str, Any], mpp: float) -> str:
-    remarks = []
+def _remark(slide: Prepared, areas: Mapping[str, Any], network: SlideNetwork) -> str:
+    remarks = [network.remark] if network.remark else []
     if not areas["tissue_um2"]:
         remarks.append(NO_TISSUE)
     if slide.reader.mpp_source == "objective-power":
         remarks.append(f"its pixel size, {slide.reader.mpp_x:g} um, is a guess from the objective's power")
     coarsest = max(slide.reader.mpp_x, slide.reader.mpp_y)
-    if coarsest > COARSE * mpp:
-        remarks.append(f"its pixels, {coarsest:g} um, are larger than the model's, {mpp:g} um")
+    if coarsest > COARSE * network.mpp:
+        remarks.append(f"its pixels, {coarsest:g} um, are larger than the model's, {network.mpp:g} um")
     return "; ".join(remarks)

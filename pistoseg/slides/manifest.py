@@ -68,10 +68,10 @@ def _row(uri: str, number: int, values: Row) -> ManifestRow:
         raise _wrong(uri, number, "slide_id", *problem)
     return ManifestRow(
         number,
-        text["slide"].replace("\\", "/") if "://" not in text["slide"] else text["slide"],
+        _path(text["slide"]),
         slide_id or None,
         _mpp(uri, number, text["mpp"]),
-        text["tissue_mask"] or None,
+        _path(text["tissue_mask"]) or None,
     )
 
 
@@ -79,6 +79,11 @@ def _text(value: Any) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     return str(value).strip()
+
+
+def _path(text: str) -> str:
+    """A path or URI; paths may be written as on Windows."""
+    return text if "://" in text else text.replace("\\", "/")
 
 
 def _mpp(uri: str, number: int, text: str) -> float | None:

@@ -46,7 +46,7 @@ class SlideSettings:
     """How slides are segmented; None: as the bundle says.
 
     Args:
-        mpp: micrometres per network px.
+        mpp: micrometres per network px, which are those of the model's training images; a slide's own is its entry's.
         stride: step between tiles, network px; None: the bundle's, at most half a tile.
         symmetries: averaged: 1, 2 or 8.
         batch_size: tiles in a forward pass; symmetric copies count.
@@ -93,6 +93,9 @@ class SlideNetwork:
         readers: threads that read ahead of the network.
         mapper: where the network runs; None: in the thread that asks for it.
         writer: where the results of a slide are made; None: in the thread that asks for them.
+    Attributes:
+        remark: what is to be said of every slide of a model that works at another pixel size than it was trained at;
+            empty where it does not.
     Raises:
         PistoSegError: the pixel size of the model is unknown or none of a microscope, or a setting is out of range.
     """
@@ -109,7 +112,8 @@ class SlideNetwork:
         self.settings, self.classes = settings, segmenter.classes
         self.mapper, self.writer = mapper, writer
         self.model = {"uri": segmenter.uri, "fingerprint": segmenter.fingerprint}
-        mpp = segmenter.info["scale"]["mpp"] if settings.mpp is None else settings.mpp
+        trained = segmenter.info["scale"]["mpp"]
+        mpp = trained if settings.mpp is None else settings.mpp
         if mpp is None:
             raise PistoSegError(
                 "the model does not say the pixel size that it was trained at",
@@ -120,6 +124,8 @@ class SlideNetwork:
         remedy = f"give --mpp, the micrometres per pixel of the model's training images, {MIN_MPP:g} to {MAX_MPP:g}"
         check_mpp(mpp, segmenter.uri if settings.mpp is None else None, remedy)
         self.mpp = float(mpp)
+        other = trained is not None and trained != mpp
+        self.remark = f"segmented at {mpp:g} um per px, and the model was trained at {trained:g}" if other else ""
         self.predictor = _predictor(segmenter, settings)
         self.stitcher = Stitcher(self.predictor, len(self.classes), self.classes.background_id, readers)
 

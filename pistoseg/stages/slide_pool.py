@@ -14,7 +14,8 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from pistoseg.errors import PistoSegError, UnavailableError
+from pistoseg.errors import PistoSegError, UnavailableError, below, explained
+from pistoseg.redaction import first_line
 from pistoseg.stages.slide_worker import SlideTask
 
 ASK_S = 1.0
@@ -22,29 +23,38 @@ ASK_S = 1.0
 MAX_DEATHS = 2
 """A task at which that many workers died is given up."""
 MAX_FAILED_STARTS = 3
-"""A run ends when that many workers in a row died before they had loaded the model."""
+"""A worker is given up when it and its replacements failed to load the model that many times in a row."""
 
 
 class SlidePool:
     """Actors that take a task when they have room for one.
 
     A worker that dies is replaced. What it was at is begun again when all else is done, by a worker that has nothing
-    else to do, so that a slide that kills its worker takes no other one with it a second time.
+    else to do, so that a slide that kills its worker takes no other one with it a second time. Where no replacement
+    can load the model, as on a bad node, the others go on.
 
     Args:
         start: starts an actor like `SlideWorker`; called again for each that died.
         size: actors.
         together: tasks that one of them is given at a time.
         tasks: to do, in this order.
+        say: told of workers that are given up.
     """
 
-    def __init__(self, start: Callable[[], Any], size: int, together: int, tasks: Iterable[SlideTask]) -> None:
-        self._start, self._together = start, together
+    def __init__(
+        self,
+        start: Callable[[], Any],
+        size: int,
+        together: int,
+        tasks: Iterable[SlideTask],
+        say: Callable[[str], None],
+    ) -> None:
+        self._start, self._together, self._say = start, together, say
         self._todo, self._suspects = deque(tasks), deque[SlideTask]()
         self._deaths: Counter[SlideTask] = Counter()
-        self._failed_starts = 0
+        self._has_loaded = False  # any worker, the model
         self._loads: dict[Any, list[SlideTask]] = {}  # loaded workers, and what each is at
-        self._starting: dict[ray.ObjectRef, Any] = {}
+        self._starting: dict[ray.ObjectRef, tuple[Any, int]] = {}  # and how many failed in its place before
         self._running: dict[ray.ObjectRef, tuple[Any, SlideTask]] = {}
         self._asked: dict[ray.ObjectRef, Any] = {}
         self._asked_at = 0.0
@@ -72,7 +82,7 @@ class SlidePool:
             Tasks as they end, each with what its worker returned; or raised, or an error that says that workers died.
 
         Raises:
-            PistoSegError: the workers can't load the model.
+            PistoSegError: no worker can load the model, at first or any more.
         """
         try:
             for _ in range(self._size):
@@ -85,12 +95,12 @@ class SlidePool:
                     yield from self._take(reference, tell)
                 self._ask()
         finally:
-            for worker in (*self._loads, *self._starting.values()):
+            for worker in (*self._loads, *(starting for starting, _ in self._starting.values())):
                 ray.kill(worker)
 
-    def _add_worker(self) -> None:
+    def _add_worker(self, failed: int = 0) -> None:
         worker = self._start()
-        self._starting[worker.load.remote()] = worker
+        self._starting[worker.load.remote()] = worker, failed
 
     def _hand_out(self) -> None:
         """Give tasks to workers: a first one to each, and a second one where enough are left for those without."""
@@ -118,24 +128,35 @@ class SlidePool:
             yield from self._take_result(reference, tell)
 
     def _take_start(self, reference: ray.ObjectRef) -> None:
-        worker = self._starting.pop(reference)
+        worker, failed = self._starting.pop(reference)
         try:
             ray.get(reference)
-        except RayTaskError:
-            raise
         except RayError as error:
-            if isinstance(error, RayActorError) and error.actor_init_failed:
-                raise
-            self._failed_starts += 1
-            if self._failed_starts == MAX_FAILED_STARTS:
-                raise PistoSegError(
-                    f"{MAX_FAILED_STARTS} worker processes in a row died as they loaded the model",
-                    remedy="give the workers more memory, or take fewer --workers",
-                ) from error
-            self._add_worker()
+            ray.kill(worker)
+            self._take_failed_start(error, failed)
         else:
-            self._failed_starts = 0
+            self._has_loaded = True
             self._loads[worker] = []
+
+    def _take_failed_start(self, error: RayError, failed: int) -> None:
+        """Try again in a worker's place, in which so many have failed before, or give it up while there are others."""
+        actor_error = error if isinstance(error, RayActorError) else None
+        died = not isinstance(error, RayTaskError) and not (actor_error and actor_error.actor_init_failed)
+        if not died and not self._has_loaded:
+            raise error
+        failed += not (actor_error and actor_error.preempted)
+        if failed < MAX_FAILED_STARTS:
+            self._add_worker(failed)
+        elif self._loads or self._starting:
+            problem = first_line(explained(error) or next(below(error)))
+            self._say(f"warning: a worker is given up, the others go on: it could not load the model ({problem})")
+        elif died:
+            raise PistoSegError(
+                f"{MAX_FAILED_STARTS} worker processes in a row died as they loaded the model",
+                remedy="give the workers more memory, or take fewer --workers",
+            ) from error
+        else:
+            raise error
 
     def _take_progress(self, reference: ray.ObjectRef, tell: Callable[[SlideTask, int, int], None]) -> None:
         worker = self._asked.pop(reference)

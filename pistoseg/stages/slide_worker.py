@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import os
 import shutil
+import socket
 import sys
 import threading
 import traceback
@@ -80,7 +81,7 @@ class SlideWorker:
         model: URI of the bundle.
         settings: of all slides.
         out: URI of the output.
-        device: where the network runs.
+        device: where the network runs: `auto`, `cpu`, or `cuda` with a GPU of Ray's.
         threads: of the network on a CPU.
         readers: threads that read ahead.
         cache_gb: size of the node's cache of slides; None: as `node_cache` says.
@@ -112,6 +113,13 @@ class SlideWorker:
         """
         import torch
 
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise PistoSegError(
+                f"Ray counts GPUs on {socket.gethostname()}, torch sees none",
+                field="--device",
+                remedy="install a driver for torch's CUDA there (`pistoseg doctor` looks at every node), or give "
+                "--device cpu",
+            )
         self._memory.enter_context(keep_freed_memory())  # of one slide for the next; the stitcher gives it back
 
         def load() -> SlideNetwork:

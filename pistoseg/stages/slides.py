@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 import tempfile
 import time
 from collections.abc import Generator, Mapping, Sequence
@@ -9,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 import torch
@@ -36,7 +37,11 @@ from pistoseg.tracking import StageRun
 LISTING_THREADS = 16
 SAMPLE = 16
 """Slides that a dry run opens; the others are assumed to be like them."""
+FOLDERS = 100
+"""Local ones with slides in which nodes look for a file; the others are assumed to be like them."""
 SHEET = 24
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -159,8 +164,7 @@ def plan(run: SlideRun) -> Plan:
 def estimate(run: SlideRun, found: Plan) -> Estimate:
     """Tiles and time of a run, from some of its slides and the speed of a few tiles on this machine."""
     network, todo = found.network, [entry for entry, _ in found.todo]
-    count = min(SAMPLE, len(todo))
-    sample = [todo[number * len(todo) // count] for number in range(count)]
+    sample = _spread(todo, SAMPLE)
     tiles, unreadable = [], {}
     for entry in sample:
         try:
@@ -207,7 +211,7 @@ def segment(
         compute = ComputeConfig.model_validate({"device": run.device, "wait_for_nodes": run.wait_for_nodes})
         with cluster.connected(compute), progress.stage(f"Segmenting {len(found.todo)} slides"):
             placement.check_networks(compute, run.workers or 1, progress.say)
-            placement.check_shared(run.out, {"--model": run.model, "--slides": run.slides})
+            placement.check_shared(run.out, {"--model": run.model, **_on_disks(found.todo)})
             with closing(_records(run, found, compute, progress)) as records:
                 for record in records:
                     if claim is not None:
@@ -234,6 +238,22 @@ def segment(
     return record
 
 
+def _on_disks(todo: Sequence[tuple[SlideEntry, int]]) -> dict[str, str]:
+    """A slide or tissue mask of each local folder, by what it is: any node may have to open them."""
+    files: dict[str, tuple[str, str]] = {}
+    for entry, _ in todo:
+        for what, uri in (("slide", entry.uri), ("tissue mask of", entry.tissue_mask)):
+            if uri and storage.is_local(uri):
+                files.setdefault(posixpath.dirname(uri), (f"{what} {entry.slide_id}", uri))
+    return dict(_spread(list(files.values()), FOLDERS))
+
+
+def _spread(items: Sequence[Item], most: int) -> list[Item]:
+    """All of them, or so many at even distances."""
+    count = min(most, len(items))
+    return [items[number * len(items) // count] for number in range(count)]
+
+
 def _say(record: Mapping[str, Any], progress: Progress) -> None:
     what = f"{record.get('tiles', 0):,} tiles in {record['seconds']} s" if record["status"] == "completed" else "failed"
     text = f"slide {record['slide_id']}: {'; '.join(filter(None, (what, record['reason'])))}"
@@ -247,13 +267,15 @@ def _records(run: SlideRun, found: Plan, compute: ComputeConfig, progress: Progr
     tasks = _tasks(found.todo, actors, share=not run.settings.probabilities)
     actors = min(actors, len(tasks))
     together = 2 if len(tasks) > actors else 1  # the next slide is fetched while the network is at one
-    arguments = (run.model, run.settings, run.out, run.device, threads, readers, run.cache_gb)
+    # As a training's: a network that has a GPU set aside for it must not run beside it where torch does not see it.
+    device = "cuda" if "num_gpus" in resources else run.device
+    arguments = (run.model, run.settings, run.out, device, threads, readers, run.cache_gb)
     actor = ray.remote(concurrency_groups={ASKED: 1})(SlideWorker).options(
         max_concurrency=together,
         scheduling_strategy="SPREAD",  # each node has its own disk, and its own way to the bucket
         **resources,
     )
-    pool = SlidePool(lambda: actor.remote(*arguments), actors, together, tasks)
+    pool = SlidePool(lambda: actor.remote(*arguments), actors, together, tasks, progress.say)
     so_far = SlideProgress(len(found.todo), progress.update)
     shares: dict[str, list[Share]] = {}
     failed: set[str] = set()  # of shared slides
@@ -329,11 +351,9 @@ def _track(out: str, rows: Sequence[SlideRow], record: Mapping[str, Any], tracke
     shown = sorted(row.slide_id for row in rows if row.areas is not None)
     if not shown:
         return
-    if len(shown) > SHEET:
-        shown = [shown[number * len(shown) // SHEET] for number in range(SHEET)]
     with tempfile.TemporaryDirectory() as folder:
         pictures = []
-        for number, slide_id in enumerate(shown):
+        for number, slide_id in enumerate(_spread(shown, SHEET)):
             picture = Path(folder) / f"{number}.png"
             with suppress(OSError, PistoSegError):  # deleted meanwhile, or can't be read
                 overview = storage.join(results.slide_folder(out, slide_id), "overview.png")

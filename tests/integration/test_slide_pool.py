@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from contextlib import closing
+from contextlib import closing, suppress
 
 import pytest
 import ray
@@ -24,15 +24,22 @@ def worker_class():
     """A class that its processes get by value: they can't import this module."""
 
     class Worker:
-        """Does what a slide's name says."""
+        """Loads as it is told, and does what a slide's name says."""
 
-        def __init__(self, folder):
-            self.folder = folder
+        def __init__(self, folder, loads):
+            self.folder, self.loads = folder, loads
 
         def load(self):
-            if (self.folder / "no model").exists():
+            number = 0
+            while True:  # until this process has a number that no other one has
+                with suppress(FileExistsError):
+                    (self.folder / f"load {number}").touch(exist_ok=False)
+                    break
+                number += 1
+            how = self.loads[min(number, len(self.loads) - 1)]
+            if how == "fails":
                 raise PistoSegError("is no model", file="model.json")
-            if (self.folder / "dies at start").exists():
+            if how == "dies":
                 os._exit(1)
 
         def segment(self, task):
@@ -41,6 +48,8 @@ def worker_class():
             if name.startswith("slow"):
                 time.sleep(2.5)
             while name.startswith("both") and len(list(self.folder.glob("both*"))) < 2:
+                time.sleep(0.05)
+            while name == "waits" and not (self.folder / "told").exists():
                 time.sleep(0.05)
             if name == "kills" or (name == "once" and len(list(self.folder.glob("once.*"))) == 1):
                 time.sleep(0.5)  # until whoever is beside it has begun
@@ -64,10 +73,12 @@ def begun(folder):
     return found
 
 
-def pool_of(folder, names, size=1, together=2):
+def pool_of(folder, names, size=1, together=2, loads=("works",)):
+    """A pool whose workers load one after the other as `loads` says, whose last word holds for all that come later."""
     actor = ray.remote(concurrency_groups={ASKED: 1})(worker_class()).options(max_concurrency=together, num_cpus=0)
     tasks = [SlideTask(SlideEntry(name, f"{name}.svs")) for name in names]
-    return SlidePool(lambda: actor.remote(folder), size, together, tasks)
+    say = (folder / "told").write_text
+    return SlidePool(lambda: actor.remote(folder, loads), size, together, tasks, say)
 
 
 def run(pool, tell=lambda *_: None):
@@ -99,15 +110,42 @@ def test_what_a_task_raises_is_its_result_and_the_worker_goes_on(tmp_path):
 
 
 def test_a_model_that_can_not_be_loaded_ends_the_run(tmp_path):
-    (tmp_path / "no model").touch()
     with pytest.raises(PistoSegError, match=r"model\.json: is no model"):
-        run(pool_of(tmp_path, ["a"]))
+        run(pool_of(tmp_path, ["a"], loads=["fails"]))
+    assert len(list(tmp_path.glob("load *"))) == 1
 
 
 def test_workers_that_die_as_they_start_end_the_run(tmp_path):
-    (tmp_path / "dies at start").touch()
     with pytest.raises(PistoSegError, match="3 worker processes in a row died as they loaded"):
-        run(pool_of(tmp_path, ["a"]))
+        run(pool_of(tmp_path, ["a"], loads=["dies"]))
+
+
+def test_workers_that_die_together_as_with_their_node_are_no_row(tmp_path):
+    found = run(pool_of(tmp_path, ["a"], size=3, loads=["dies", "dies", "dies", "works"]))
+    assert isinstance(found["a"], int)
+
+
+def test_the_others_go_on_without_a_worker_whose_replacements_can_not_load(tmp_path):
+    found = run(pool_of(tmp_path, ["once", "waits"], size=2, together=1, loads=["works", "works", "fails"]))
+    assert found["once"] == found["waits"]
+    assert (tmp_path / "told").read_text() == (
+        "warning: a worker is given up, the others go on: it could not load the model (model.json: is no model)"
+    )
+    assert len(list(tmp_path.glob("load *"))) == 5
+
+
+def test_a_run_ends_when_no_worker_is_left_that_can_load(tmp_path):
+    with pytest.raises(PistoSegError, match=r"model\.json: is no model"):
+        run(pool_of(tmp_path, ["once"], loads=["works", "fails"]))
+    assert len(list(tmp_path.glob("load *"))) == 4
+
+
+def test_a_worker_whose_node_is_taken_away_while_it_loads_has_not_failed(tmp_path, monkeypatch):
+    pool, failed = pool_of(tmp_path, ["a"]), []
+    monkeypatch.setattr(pool, "_add_worker", failed.append)
+    for preempted in (True, False):
+        pool._take_failed_start(ray.exceptions.RayActorError(preempted=preempted), 1)
+    assert failed == [1, 2]
 
 
 def test_a_worker_takes_no_second_slide_that_another_one_could_begin(tmp_path):

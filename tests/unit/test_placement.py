@@ -382,5 +382,5 @@ def test_object_storage_and_single_nodes_are_not_asked(disks, tmp_path):
     answers = disks(a=os.path.exists)
     placement.check_shared(str(tmp_path), {})
     answers.disks["b"] = os.path.exists
-    placement.check_shared("s3://bucket/runs", {"data.uri": "s3://bucket/data", "--slides": str(tmp_path / "*.svs")})
+    placement.check_shared("s3://bucket/runs", {"data.uri": "s3://bucket/data", "--model": str(tmp_path / "none")})
     assert answers.asked == []

@@ -16,7 +16,7 @@ import ray
 import torch
 from slide_files import texture, write_tiff
 
-from pistoseg import storage
+from pistoseg import commands, storage
 from pistoseg.classes import TissueClasses
 from pistoseg.errors import PistoSegError, RefusedError, UnavailableError
 from pistoseg.models import bundle, segmentation
@@ -28,6 +28,7 @@ from pistoseg.slides.source import SlideEntry
 from pistoseg.slides.stitching import MaskFile
 from pistoseg.stages import slide_worker, slides
 from pistoseg.stages.slide_worker import SlideTask, SlideWorker, write_failure
+from pistoseg.stages.slides import SlideRun
 
 
 @pytest.fixture
@@ -85,6 +86,13 @@ def test_one_thread_runs_all_that_the_network_does_whichever_asks_for_it(start, 
     assert threading.get_ident() not in ran
 
 
+def test_a_gpu_that_ray_counts_and_torch_does_not_see_is_refused(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    worker = SlideWorker(model, SlideSettings(mpp=1.0), str(tmp_path / "out"), "cuda", 1, 1, None)
+    with pytest.raises(PistoSegError, match=r"--device: Ray counts GPUs on .*, torch sees none.*--device cpu"):
+        worker.load()
+
+
 @pytest.mark.parametrize("mpp", [250.0, -1.0, float("nan"), 0.0, 1e-9])
 def test_a_pixel_size_that_no_microscope_has_is_refused_before_any_slide(model, mpp):
     with pytest.raises(PistoSegError, match=r"mpp: .* is no pixel size.*give --mpp.*0\.01 to 100") as caught:
@@ -92,6 +100,18 @@ def test_a_pixel_size_that_no_microscope_has_is_refused_before_any_slide(model, 
     assert (caught.value.file, caught.value.field) == (None, "mpp")
     with pytest.raises(PistoSegError, match="does not say the pixel size"):
         SlideNetwork(bundle.load(model, "cpu"), SlideSettings())
+
+
+def test_a_model_that_works_at_another_pixel_size_than_it_was_trained_at_is_remarked_on(tmp_path, capsys):
+    classes = TissueClasses.from_json({"classes": [{"name": "tumor", "color": [255, 0, 0]}]})
+    network = segmentation.build("fpn", "tu-mobilenetv3_small_050", 1, None)
+    uri, slide = str(tmp_path / "bundle"), str(write_tiff(tmp_path / "a.tif", texture(100, 100), mpp=(1.0, 1.0)))
+    bundle.save(uri, network, classes=classes, patch_size=64, scale={"mpp": 2.0})
+    told = "segmented at 1 um per px, and the model was trained at 2"
+    for mpp, warned in ((1.0, True), (2.0, False), (None, False)):
+        commands._plan(SlideRun(uri, slide, str(tmp_path / "out"), SlideSettings(mpp=mpp)))
+        assert (f"warning: slides are {told}: --mpp is" in capsys.readouterr().err) == warned
+    assert bundle.load(uri, "cpu").segment_slide(slide, tmp_path / "out", mpp=1.0).record["reason"] == told
 
 
 @pytest.mark.parametrize(

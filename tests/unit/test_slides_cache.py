@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -115,6 +116,25 @@ def test_a_waiting_fetch_goes_on_when_there_is_room(tmp_path: Path, bucket: str)
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(use, "abcd")) == [b"a", b"b", b"c", b"d"]
     assert bytes_in(tmp_path) <= 15 * KB
+
+
+def test_a_slide_that_is_wanted_early_waits_for_the_hours_that_the_one_before_it_takes(
+    tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, hours = SlideCache(tmp_path, 15 * KB), []
+    with ExitStack() as before:
+        before.enter_context(cache.get(f"{bucket}/a.svs"))
+
+        def sleep(_: float) -> None:
+            hours.append(1)
+            if len(hours) == 10:
+                before.close()
+
+        clock = SimpleNamespace(sleep=sleep, monotonic=lambda: 3600.0 * len(hours))
+        monkeypatch.setattr("pistoseg.slides.cache.time", clock)
+        with cache.get(f"{bucket}/b.svs") as path:
+            assert path.exists()
+    assert len(hours) == 10
 
 
 def test_a_failed_fetch_leaves_nothing(tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:

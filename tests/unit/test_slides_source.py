@@ -158,6 +158,14 @@ def test_a_manifest_gives_ids_resolutions_and_masks(tmp_path: Path) -> None:
     assert {b.slide_id[:2], c.slide_id[:2]} == {"b-"}
 
 
+def test_paths_of_a_manifest_may_be_written_as_on_windows(tmp_path: Path) -> None:
+    fill(tmp_path, "deep/a.svs")
+    (tmp_path / "m.csv").write_text("slide,tissue_mask\ndeep\\a.svs,masks\\a.png\n")
+    assert list_slides(str(tmp_path / "m.csv")) == [
+        SlideEntry("a", str(tmp_path / "deep/a.svs"), None, str(tmp_path / "masks/a.png"))
+    ]
+
+
 def test_a_parquet_manifest_on_object_storage(bucket: str) -> None:
     table = pa.table({"slide": ["../a.svs", "b.svs"], "mpp": [0.25, None], "extra": [[1], [2]], "slide_id": [7, 8]})
     parquet.write(table, f"{bucket}/lists/m.parquet")

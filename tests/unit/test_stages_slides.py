@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -258,6 +259,59 @@ def test_nodes_for_the_workers_are_waited_for_before_the_pool_is_planned(
     run = replace(run, device="cuda", workers=workers, wait_for_nodes=900)
     with pytest.raises(PistoSegError, match="waited in vain"):
         slides.segment(run, plan, Progress(), StageRun())
+
+
+def test_nodes_look_for_a_slide_and_a_mask_of_every_folder_and_not_for_the_source(
+    run: slides.SlideRun, network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, str] = {}
+
+    def check(written: str, read: dict[str, str]) -> None:
+        asked.update(read)
+        raise PistoSegError("asked")
+
+    def look(*entries: SlideEntry) -> dict[str, str]:
+        asked.clear()
+        plan = slides.Plan(network, [(entry, 1) for entry in entries], [], 0)
+        with pytest.raises(PistoSegError, match="asked"):
+            slides.segment(replace(run, slides="/lists/cohort.csv"), plan, Progress(), StageRun())
+        assert asked.pop("--model") == "model"
+        return asked
+
+    monkeypatch.setattr(slides.cluster, "connected", lambda _: nullcontext())
+    monkeypatch.setattr(slides.placement, "check_networks", lambda *_: None)
+    monkeypatch.setattr(slides.placement, "check_shared", check)
+    assert look(SlideEntry("a", "s3://bucket/a.svs"), SlideEntry("b", "s3://bucket/b.svs")) == {}
+    masked = SlideEntry("b", "/x/b.svs", tissue_mask="/m/b.png")
+    assert look(SlideEntry("a", "/x/a.svs"), masked, SlideEntry("c", "/y/c.svs")) == {
+        "slide a": "/x/a.svs",
+        "tissue mask of b": "/m/b.png",
+        "slide c": "/y/c.svs",
+    }
+    many = look(*(SlideEntry(str(number), f"/{number}/a.svs") for number in range(1000)))
+    assert (len(many), many["slide 0"], many["slide 990"]) == (100, "/0/a.svs", "/990/a.svs")
+
+
+@pytest.mark.parametrize(("gpus", "asked", "given"), [(2, "auto", "cuda"), (0, "auto", "auto"), (2, "cpu", "cpu")])
+def test_a_network_with_a_gpu_set_aside_for_it_has_to_use_it(
+    run: slides.SlideRun, network: Network, monkeypatch: pytest.MonkeyPatch, gpus: int, asked: str, given: str
+) -> None:
+    started: list[tuple[object, ...]] = []
+
+    def pool(start: Callable[[], None], *_: object) -> SimpleNamespace:
+        start()
+        return SimpleNamespace(results=lambda _: iter(()))
+
+    actor = SimpleNamespace(remote=lambda *arguments: started.append(arguments))
+    remote = SimpleNamespace(options=lambda **_: actor)
+    monkeypatch.setattr(slides.ray, "remote", lambda **_: lambda _: remote)
+    monkeypatch.setattr(slides.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 4.0}}])
+    monkeypatch.setattr(slides.cluster, "cluster_gpus", lambda: gpus)
+    monkeypatch.setattr(slides, "SlidePool", pool)
+    compute = ComputeConfig.model_validate({"device": asked})
+    plan = slides.Plan(network, [(SlideEntry("b", "b.svs"), 1)], [], 0)
+    assert list(slides._records(replace(run, device=asked), plan, compute, Progress())) == []
+    assert [arguments[3] for arguments in started] == [given]
 
 
 def test_slides_that_failed_for_the_same_reason_are_one_line_at_the_end(
