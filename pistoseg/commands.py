@@ -94,20 +94,24 @@ def evaluate(
 
     `model` and `workspace` are as in `segment`. Images of more than `max_pixels` are refused; None: the default of
     `data.max_pixels`.
+
+    Raises:
+        PistoSegError: the model, classes or images are wrong, or not all nodes of the cluster see the folders.
     """
     from pistoseg.models.bundle import evaluation_config
-    from pistoseg.stages import cluster
+    from pistoseg.stages import cluster, placement
     from pistoseg.stages.evaluation import evaluate_folder
     from pistoseg.tracking.registry import bundle_uri
 
     model = bundle_uri(model, TrackingConfig(), Workspace(storage.absolute(workspace)))
-    out, progress = storage.absolute(out), Progress()
+    data, out, progress = storage.absolute(data), storage.absolute(out), Progress()
     config = EvaluationConfig.model_validate({"protocol": protocol}) if protocol else evaluation_config(model)
     tissue = load_classes(classes) if classes else None
     with cluster.connected(ComputeConfig.model_validate({"device": device})):
+        placement.check_shared(out, {"--data": data, "--model": model})
         report = evaluate_folder(
             model,
-            storage.absolute(data),
+            data,
             out,
             config,
             classes=tissue,

@@ -20,7 +20,7 @@ from pistoseg.config import EvaluationConfig
 from pistoseg.errors import PistoSegError
 from pistoseg.models import bundle, segmentation
 from pistoseg.progress import Progress
-from pistoseg.stages import cluster, evaluation
+from pistoseg.stages import cluster, evaluation, placement
 from pistoseg.stages.evaluation import WORK, evaluate_folder, other_protocol
 
 CLASSES = TissueClasses((TissueClass("tumor", (0, 64, 128)), TissueClass("stroma", (64, 128, 0))), 2)
@@ -192,6 +192,20 @@ def test_scores_of_a_part_of_the_images_make_no_report(model, own_files, tmp_pat
     with pytest.raises(PistoSegError, match="holds the scores of 1 images, and 2 are to be scored"):
         evaluate(model, data, out)
     assert not (out / "metrics.json").exists()
+
+
+def test_folders_that_not_all_nodes_see_are_refused_before_anything_is_read(model, own_files, tmp_path, monkeypatch):
+    out, data, asked = str(tmp_path / "scores"), data_set(tmp_path / "data"), []
+
+    def refuse(written, read):
+        asked.append((written, read))
+        raise PistoSegError("node b does not see it", file=written)
+
+    monkeypatch.setattr(cluster, "connected", lambda config: nullcontext())
+    monkeypatch.setattr(placement, "check_shared", refuse)
+    assert main(["evaluate", "--model", model, "--data", data, "--out", out]) == 2
+    assert asked == [(out, {"--data": data, "--model": model})]
+    assert not Path(out).exists()
 
 
 def test_a_bundle_that_predicts_otherwise_than_it_is_scored_is_said_so_and_left_alone(model):
