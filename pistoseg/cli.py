@@ -118,7 +118,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--out", metavar="DIR", help="folder or URI of the report; needed with --model")
     evaluate.add_argument(
-        "--protocol", choices=("single-scale", "wsss4luad", "bcss-wsss"), help="default: the bundle's"
+        "--protocol",
+        choices=("single-scale", "wsss4luad", "bcss-wsss"),
+        help="default: the bundle's; another one comes with its own stride, scales and symmetries, the window stays",
     )
     evaluate.add_argument("--classes", metavar="FILE", help="YAML with the classes of the masks; default: the bundle's")
     evaluate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")

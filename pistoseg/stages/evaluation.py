@@ -62,14 +62,14 @@ def run(context: StageContext) -> dict[str, Any]:
 
 
 def other_protocol(model: str, config: EvaluationConfig) -> str | None:
-    """What to say where a bundle predicts otherwise than a run scores it: the run has reused an earlier one's training.
+    """What to say where a bundle predicts otherwise than it is scored: by `--protocol`, or by a run that reuses it.
 
     Args:
         model: URI of the bundle, which is not changed: it may be registered, and slides be segmented with it.
-        config: of the run.
+        config: by which it is scored.
     """
     own, ours = bundle.read_info(model).get("evaluation", {}), json.loads(json.dumps(config.resolved()))
-    other = [f"{key} {own.get(key)}, here {value}" for key, value in ours.items() if own.get(key) != value]
+    other = [f"{key} {own[key]}, here {value}" for key, value in ours.items() if own.get(key, value) != value]
     if not other:
         return None
     return f"{model}: predicts by the evaluation section of the run that trained it ({'; '.join(other)})"

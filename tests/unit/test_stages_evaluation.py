@@ -208,6 +208,15 @@ def test_folders_that_not_all_nodes_see_are_refused_before_anything_is_read(mode
     assert not Path(out).exists()
 
 
+def test_a_protocol_that_is_not_the_bundles_is_said(model, own_files, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cluster, "connected", lambda config: nullcontext())
+    command = ["evaluate", "--model", model, "--data", data_set(tmp_path / "data"), "--out", str(tmp_path / "out")]
+    assert main([*command, "--device", "cpu", "--protocol", "bcss-wsss"]) == 0
+    said = capsys.readouterr().err
+    assert "predicts by the evaluation section of the run that trained it (" in said
+    assert "window gaussian, here mean" in said
+
+
 def test_a_bundle_that_predicts_otherwise_than_it_is_scored_is_said_so_and_left_alone(model):
     config = EvaluationConfig.model_validate(
         {"protocol": "single-scale", "patch_size": 64, "stride": 64, "symmetries": 1}
