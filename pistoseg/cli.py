@@ -18,6 +18,7 @@ from pistoseg.arguments import (
     log_options,
     positive,
     refuse,
+    refuse_idle,
     run_options,
     segment_options,
 )
@@ -93,7 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
     config_options(synthesize)
     run_options(synthesize)
     synthesize.add_argument("--preview", type=positive, metavar="N", help="only draw a sheet of N mosaics")
-    synthesize.add_argument("--out", default="mosaics.png", help="the sheet's file (default: %(default)s)")
+    synthesize.add_argument("--out", default="mosaics.png", help="the file of --preview (default: %(default)s)")
 
     evaluate = add_verb(verbs, "evaluate", _evaluate, "score a model, or the masks of a stage, against true masks")
     what = evaluate.add_mutually_exclusive_group(required=True)
@@ -247,6 +248,8 @@ def _train(options: argparse.Namespace) -> int:
 def _synthesize(options: argparse.Namespace) -> int:
     from pistoseg.commands import synthesize
 
+    if not options.preview:
+        refuse_idle(options, "without --preview", "out")
     synthesize(_run_config(options), options.workspace, options.preview, options.out)
     return 0
 
@@ -255,6 +258,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     from pistoseg.commands import evaluate, evaluate_masks
 
     if options.stage:
+        refuse_idle(options, "with --stage", "protocol", "classes", "device")
         evaluate_masks(options.workspace, options.stage, options.data, options.out, max_pixels=options.max_pixels)
         return 0
     if not options.out:
