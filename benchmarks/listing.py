@@ -34,5 +34,5 @@ def measure(name, call):
 
 if __name__ == "__main__":
     object_store.filesystem = Bucket
-    measure("hash of a data set", lambda: digest._digest("s3://bucket/folder"))
+    measure("hash of a data set", lambda: digest.files_digest("s3://bucket/folder"))
     measure("list of its URIs", lambda: storage.list_files("s3://bucket/folder"))

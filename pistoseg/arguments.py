@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from pistoseg.errors import suggestion
+from pistoseg.errors import PistoSegError, suggestion
 
 if TYPE_CHECKING:
     from pistoseg.config import Config
@@ -34,6 +34,17 @@ def refuse(unknown: list[str], parser: argparse.ArgumentParser) -> NoReturn:
     options = re.findall(r"--[\w-]+", parser.format_usage())
     meant = suggestion(unknown[0].partition("=")[0], options) if unknown[0].startswith("-") else ""
     parser.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
+
+
+def refuse_idle(options: argparse.Namespace, why: str, *names: str) -> None:
+    """Refuse options that do nothing beside the others, `why` says which; those at their defaults are not seen.
+
+    Raises:
+        PistoSegError: naming the first.
+    """
+    for name in names:
+        if getattr(options, name) != options.parser.get_default(name):
+            raise PistoSegError(f"does nothing {why}", field=f"--{name}", remedy="leave it out")
 
 
 def add_verb(verbs: Any, name: str, run: Callable[[argparse.Namespace], int], summary: str) -> argparse.ArgumentParser:

@@ -18,6 +18,7 @@ from pistoseg.arguments import (
     log_options,
     positive,
     refuse,
+    refuse_idle,
     resolved_config,
     run_options,
     segment_options,
@@ -94,7 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
     config_options(synthesize)
     run_options(synthesize)
     synthesize.add_argument("--preview", type=positive, metavar="N", help="only draw a sheet of N mosaics")
-    synthesize.add_argument("--out", default="mosaics.png", help="the sheet's file (default: %(default)s)")
+    synthesize.add_argument("--out", default="mosaics.png", help="the file of --preview (default: %(default)s)")
 
     evaluate = add_verb(verbs, "evaluate", _evaluate, "score a model, or the masks of a stage, against true masks")
     what = evaluate.add_mutually_exclusive_group(required=True)
@@ -119,7 +120,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--out", metavar="DIR", help="folder or URI of the report; needed with --model")
     evaluate.add_argument(
-        "--protocol", choices=("single-scale", "wsss4luad", "bcss-wsss"), help="default: the bundle's"
+        "--protocol",
+        choices=("single-scale", "wsss4luad", "bcss-wsss"),
+        help="default: the bundle's; another one comes with its own stride, scales and symmetries, the window stays",
     )
     evaluate.add_argument("--classes", metavar="FILE", help="YAML with the classes of the masks; default: the bundle's")
     evaluate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -234,6 +237,8 @@ def _train(options: argparse.Namespace) -> int:
 def _synthesize(options: argparse.Namespace) -> int:
     from pistoseg.commands import synthesize
 
+    if not options.preview:
+        refuse_idle(options, "without --preview", "out")
     synthesize(_run_config(options), options.workspace, options.preview, options.out)
     return 0
 
@@ -242,6 +247,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     from pistoseg.commands import evaluate, evaluate_masks
 
     if options.stage:
+        refuse_idle(options, "with --stage", "protocol", "classes", "device")
         evaluate_masks(options.workspace, options.stage, options.data, options.out, max_pixels=options.max_pixels)
         return 0
     if not options.out:

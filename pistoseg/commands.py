@@ -15,7 +15,6 @@ from pistoseg.config import (
     ComputeConfig,
     Config,
     DataConfig,
-    EvaluationConfig,
     TrackingConfig,
     load_classes,
     load_config,
@@ -92,22 +91,29 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score a model on the images of a folder; classes and protocol come from its bundle unless given.
 
-    `model` and `workspace` are as in `segment`. Images of more than `max_pixels` are refused; None: the default of
+    `model` and `workspace` are as in `segment`. Of a `protocol` that is not the bundle's, window (`patch_size`) and
+    `batch_size` are still the bundle's. Images of more than `max_pixels` are refused; None: the default of
     `data.max_pixels`.
+
+    Raises:
+        PistoSegError: the model, classes or images are wrong, or not all nodes of the cluster see the folders.
     """
     from pistoseg.models.bundle import evaluation_config
-    from pistoseg.stages import cluster
-    from pistoseg.stages.evaluation import evaluate_folder
+    from pistoseg.stages import cluster, placement
+    from pistoseg.stages.evaluation import evaluate_folder, other_protocol
     from pistoseg.tracking.registry import bundle_uri
 
     model = bundle_uri(model, TrackingConfig(), Workspace(storage.absolute(workspace)))
-    out, progress = storage.absolute(out), Progress()
-    config = EvaluationConfig.model_validate({"protocol": protocol}) if protocol else evaluation_config(model)
+    data, out, progress = storage.absolute(data), storage.absolute(out), Progress()
+    config = evaluation_config(model, protocol)
+    if protocol and (said := other_protocol(model, config)):
+        progress.say(said)
     tissue = load_classes(classes) if classes else None
     with cluster.connected(ComputeConfig.model_validate({"device": device})):
+        placement.check_shared(out, {"--data": data, "--model": model})
         report = evaluate_folder(
             model,
-            storage.absolute(data),
+            data,
             out,
             config,
             classes=tissue,

@@ -106,17 +106,29 @@ def read_info(uri: str) -> dict[str, Any]:
     return info
 
 
-def evaluation_config(uri: str) -> EvaluationConfig:
+def evaluation_config(uri: str, protocol: str | None = None) -> EvaluationConfig:
     """The evaluation section of the run that trained a bundle; the defaults where the bundle does not say it.
 
+    Args:
+        uri: of the bundle.
+        protocol: to score it by; None: the section's own. Stride, scales and symmetries of the section are of its own
+            protocol, so another one comes with those that it defines; the other keys are the section's in any case.
     Raises:
-        PistoSegError: where it is of another version of PistoSeg; the bundle's own predictions need it not.
+        PistoSegError: where the section is of another version of PistoSeg, and no protocol is given, beside which the
+            defaults will do; the bundle's own predictions need it not.
     """
     info = read_info(uri)
     try:
-        return EvaluationConfig.model_validate(info.get("evaluation", {}).get("config", {}))
+        config = EvaluationConfig.model_validate(info.get("evaluation", {}).get("config", {}))
     except ValidationError as error:
-        raise files.damaged(uri, info, error, "give --protocol") from error
+        if protocol is None:
+            raise files.damaged(uri, info, error, "give --protocol") from error
+        config = EvaluationConfig()
+    if protocol in (None, config.protocol):
+        return config
+    return EvaluationConfig.model_validate(
+        config.model_dump(exclude={"stride", "scales", "symmetries"}) | {"protocol": protocol}
+    )
 
 
 class _Protocol(BaseModel):

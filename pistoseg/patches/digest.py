@@ -79,7 +79,7 @@ def training_digest(config: Config, etag: Callable[[str], str]) -> str:
         return _slides_digest(uri, config, etag)
     tables: dict[str, str] = {}
     others = splits_beside(uri)
-    own = _digest(uri, tables, others)
+    own = files_digest(uri, tables, others)
     outside = _table_digest(uri, tables, others, config, etag)
     return _hash([own, outside]) if outside else own
 
@@ -87,11 +87,13 @@ def training_digest(config: Config, etag: Callable[[str], str]) -> str:
 def validation_digest(config: Config) -> str:
     """Hash of the validation files' names, sizes and versions; empty where there are none."""
     folder = validation_folder(config)
-    return _digest(folder) if folder else ""
+    return files_digest(folder) if folder else ""
 
 
-def _digest(uri: str, tables: dict[str, str] | None = None, left_out: Container[str] = ()) -> str:
-    """What `_hash` makes of the list of the files, without a list: a data set may have a million.
+def files_digest(uri: str, tables: dict[str, str] | None = None, left_out: Container[str] = ()) -> str:
+    """Hash of the names, sizes and versions of the files below a folder.
+
+    It is what `_hash` makes of their list, without a list: a data set may have a million.
 
     Args:
         uri: of their folder.

@@ -12,13 +12,16 @@ import pyarrow as pa
 import pyarrow.csv
 
 from pistoseg import metrics, parquet, storage
+from pistoseg.artifacts import fingerprint
+from pistoseg.claims import claimed
 from pistoseg.classes import TissueClasses
 from pistoseg.config import ComputeConfig, EvaluationConfig
 from pistoseg.errors import PistoSegError
-from pistoseg.graph import StageContext
+from pistoseg.graph import BY_NAME, StageContext
 from pistoseg.models import bundle
 from pistoseg.outputs.pictures import Panel, sheet, shrunk
 from pistoseg.patches.decode import decode_ids, encode_mask, encode_png
+from pistoseg.patches.digest import files_digest
 from pistoseg.patches.layouts import scan_evaluation
 from pistoseg.patches.masked import MaskedImages
 from pistoseg.progress import Progress
@@ -29,7 +32,7 @@ from pistoseg.stages.validation import collect
 SHARD_IMAGES = 16
 PICTURES = 16
 WORK = ".evaluation"
-"""Folder of a report for what is only needed until it is written."""
+"""Folder of a report for what is only needed until it is written, in a folder by what that depends on."""
 SCHEMA = pa.schema([("name", pa.string()), ("matrix", pa.list_(pa.int64())), ("prediction", pa.binary())])
 
 
@@ -61,14 +64,14 @@ def run(context: StageContext) -> dict[str, Any]:
 
 
 def other_protocol(model: str, config: EvaluationConfig) -> str | None:
-    """What to say where a bundle predicts otherwise than a run scores it: the run has reused an earlier one's training.
+    """What to say where a bundle predicts otherwise than it is scored: by `--protocol`, or by a run that reuses it.
 
     Args:
         model: URI of the bundle, which is not changed: it may be registered, and slides be segmented with it.
-        config: of the run.
+        config: by which it is scored.
     """
     own, ours = bundle.read_info(model).get("evaluation", {}), json.loads(json.dumps(config.resolved()))
-    other = [f"{key} {own.get(key)}, here {value}" for key, value in ours.items() if own.get(key) != value]
+    other = [f"{key} {own[key]}, here {value}" for key, value in ours.items() if own.get(key, value) != value]
     if not other:
         return None
     return f"{model}: predicts by the evaluation section of the run that trained it ({'; '.join(other)})"
@@ -87,6 +90,9 @@ def evaluate_folder(
 ) -> dict[str, Any]:
     """Score a model bundle on a folder with img/ and mask/; the report goes to `out`.
 
+    Of two runs into one folder the second waits. A run that was interrupted is gone on with, unless it was of another
+    model, other images or other settings.
+
     Args:
         model: URI of a bundle.
         data: URI of the folder.
@@ -98,6 +104,8 @@ def evaluate_folder(
         progress: told what is read and scored.
     Returns:
         What `metrics.json` holds.
+    Raises:
+        PistoSegError: the classes or images are wrong.
     """
     of_model = TissueClasses.from_json(bundle.read_info(model))
     classes = classes or of_model
@@ -108,13 +116,17 @@ def evaluate_folder(
             remedy="name the model's classes, in its order",
         )
     scan_evaluation(data)
-    work = storage.join(out, WORK)
-    storage.remove_tree(work)  # of a run that was killed: another model or other images, perhaps
-    try:
+    with claimed(out, say=progress.say):
+        key = _work_key(model, data, config, classes, device, max_pixels)
+        work = storage.join(out, WORK, key)
+        for other in storage.list_dir(storage.join(out, WORK)):
+            if storage.name(other) != key:
+                storage.remove_tree(other)
+        storage.remove_parts(work)
         with progress.stage("Reading images and masks"):
             summary = collect(data, work, classes, max_pixels=max_pixels, actors=1, progress=progress)
         with progress.stage("Scoring"):
-            return evaluate(
+            report = evaluate(
                 model,
                 work,
                 out,
@@ -126,8 +138,19 @@ def evaluate_folder(
                 missing=summary["missing_images"],
                 progress=progress,
             )
-    finally:
-        storage.remove_tree(work)
+        storage.remove_tree(storage.join(out, WORK))
+    return report
+
+
+def _work_key(
+    model: str, data: str, config: EvaluationConfig, classes: TissueClasses, device: str, max_pixels: int
+) -> str:
+    """Hash of everything that unfinished work of `evaluate_folder` depends on; the intervals are made at its end."""
+    read = {"classes": classes.to_json(), "max_pixels": max_pixels}
+    images = fingerprint("validation", BY_NAME["validation"].version, read, {"files": files_digest(data)})
+    settings = config.model_dump(mode="json", exclude={"bootstrap"}) | {"device": device}
+    inputs = {"model": bundle.fingerprint(model), "validation": images}
+    return fingerprint("evaluation", BY_NAME["evaluation"].version, settings, inputs)
 
 
 def evaluate(
@@ -160,6 +183,8 @@ def evaluate(
         check: called before the report is written; raises when the folder has become another run's.
     Returns:
         What `metrics.json` holds.
+    Raises:
+        PistoSegError: the parts are not of these images.
     """
     count = len(MaskedImages.open(images))
     positions = list(range(count))
@@ -178,6 +203,12 @@ def evaluate(
         progress=progress,
     )
     table = parquet.read(parts)
+    if len(table) != count:
+        raise PistoSegError(
+            f"holds the scores of {len(table)} images, and {count} are to be scored",
+            file=parts,
+            remedy="something else changed it meanwhile: delete it, and run the same command again",
+        )
     matrices = np.array(table["matrix"].to_pylist(), np.int64).reshape(-1, len(classes), len(classes))
     report = _report(matrices, classes.names, config, seed) | {
         "protocol": config.protocol,

@@ -177,6 +177,19 @@ def test_streamed_mosaics_can_not_be_written(no_ray, capsys, tmp_path):
     assert "--preview 16" in message
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["synthesize", "--data", "d", "--out", "sheet.png"], "--out: does nothing without --preview"),
+        (["evaluate", "--stage", "all", "--data", "d", "--protocol", "bcss-wsss"], "--protocol: does nothing with"),
+        (["evaluate", "--stage", "all", "--data", "d", "--classes", "c.yaml"], "--classes: does nothing with --stage"),
+        (["evaluate", "--stage", "all", "--data", "d", "--device", "cpu"], "--device: does nothing with --stage"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(no_ray, capsys, arguments, says):
+    assert says in failed(arguments, capsys)
+
+
 def test_a_model_that_is_none(no_ray, capsys, tmp_path):
     arguments = ["evaluate", "--model", str(tmp_path), "--data", str(tmp_path), "--out", str(tmp_path / "out")]
     assert f"{tmp_path}: is no model bundle" in failed(arguments, capsys)

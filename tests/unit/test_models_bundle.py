@@ -146,6 +146,17 @@ def test_a_bundle_of_a_newer_version_is_loaded_but_scored_only_where_its_setting
         bundle.evaluation_config(newer)
     assert bundle.evaluation_config(changed("known", config={"patch_size": 64})).patch_size == 64
     assert bundle.evaluation_config(changed("silent")) == EvaluationConfig()
+    assert bundle.evaluation_config(newer, "bcss-wsss") == EvaluationConfig.model_validate({"protocol": "bcss-wsss"})
+
+
+def test_another_protocol_has_the_window_of_the_bundle_and_its_own_stride_scales_and_symmetries(folder, tmp_path):
+    section = {"patch_size": 544, "stride": 408, "scales": [1.0, 2.0], "symmetries": 1, "batch_size": 2, "bootstrap": 9}
+    uri = str(copy(folder, tmp_path / "b", evaluation={"config": section}))
+    own, other = bundle.evaluation_config(uri), bundle.evaluation_config(uri, "wsss4luad")
+    assert bundle.evaluation_config(uri, "single-scale") == own
+    assert (own.stride, own.scales, own.symmetries) == (408, (1.0, 2.0), 1)
+    kept = {"protocol": "wsss4luad", "patch_size": 544, "batch_size": 2, "bootstrap": 9}
+    assert other == EvaluationConfig.model_validate(kept)
 
 
 def test_what_is_no_bundle_is_an_error_that_names_it(folder, tmp_path):

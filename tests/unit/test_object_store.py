@@ -61,7 +61,7 @@ def test_keys_are_hashed_with_one_page_in_memory(monkeypatch):
     bucket = Bucket(60_000)
     monkeypatch.setattr(object_store, "filesystem", lambda: bucket)
     tracemalloc.start()
-    found = digest._digest("s3://bucket/folder")
+    found = digest.files_digest("s3://bucket/folder")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert bucket.requests == 60
@@ -77,8 +77,8 @@ def test_the_hash_of_a_listing_is_that_of_its_list(tmp_path):
     for name in ("b [1].png", "a.png", "sub/c.png"):
         storage.write_bytes(str(tmp_path / name), name.encode())
     expected = hashlib.sha256(json.dumps(storage.list_details(str(tmp_path))).encode()).hexdigest()[:16]
-    assert digest._digest(str(tmp_path)) == expected
-    assert digest._digest(str(tmp_path / "sub2")) == hashlib.sha256(b"[]").hexdigest()[:16]
+    assert digest.files_digest(str(tmp_path)) == expected
+    assert digest.files_digest(str(tmp_path / "sub2")) == hashlib.sha256(b"[]").hexdigest()[:16]
 
 
 def test_all_pages_are_listed(monkeypatch):

@@ -11,7 +11,7 @@ from pistoseg import object_store, parquet, storage
 from pistoseg.classes import TissueClass, TissueClasses
 from pistoseg.config import DataConfig
 from pistoseg.errors import PistoSegError, UnavailableError
-from pistoseg.patches.digest import _digest, training_digest, validation_digest, validation_folder
+from pistoseg.patches.digest import files_digest, training_digest, validation_digest, validation_folder
 from pistoseg.patches.layouts import (
     find_split,
     find_training,
@@ -115,7 +115,7 @@ def test_the_digest_of_training_images_does_not_follow_a_split_beside_them(tmp_p
     put(tmp_path, "a[10].png")
     alone = training_digest(config_of(tmp_path), etag)
     put_split(tmp_path, "validation")
-    assert training_digest(config_of(tmp_path), etag) == alone == _digest(str(tmp_path), None, {"validation"})
+    assert training_digest(config_of(tmp_path), etag) == alone == files_digest(str(tmp_path), None, {"validation"})
     put(tmp_path, "more/b[10].png")
     assert training_digest(config_of(tmp_path), etag) != alone
 
@@ -592,7 +592,7 @@ def test_the_digest_follows_images_elsewhere_that_a_table_within_the_folder_name
         return training_digest(config_of(folder), etag)
 
     table(folder, ["sub/a.png,1,0", f"{inside},0,1"], header)
-    assert digest() == _digest(str(folder)), "as without a table: all of it lies in the folder"
+    assert digest() == files_digest(str(folder)), "as without a table: all of it lies in the folder"
     for written in (outside, "../images/b.png"):
         table(folder, ["sub/a.png,1,0", f"{written},0,1"], header)
         first = digest()
@@ -630,9 +630,9 @@ def test_the_digest_asks_the_storage_once_for_an_image_elsewhere_and_leaves_out_
         "nothing://images/a.png",
         "../a\0.png",
     )
-    assert digest(*useless) == _digest(str(folder))
+    assert digest(*useless) == files_digest(str(folder))
     put(tmp_path, "images/gone.png")
-    assert digest(*useless) != _digest(str(folder))
+    assert digest(*useless) != files_digest(str(folder))
 
 
 def test_images_without_any_label_say_what_was_looked_for(tmp_path):

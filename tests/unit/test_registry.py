@@ -269,7 +269,7 @@ def test_a_name_that_is_taken_for_a_folder_is_said_how_to_write(name, verb, tmp_
 def test_a_registered_model_can_be_evaluated_by_its_name(workspace, monkeypatch, tmp_path):
     seen = []
 
-    def read(uri):
+    def read(uri, protocol):
         seen.append(uri)
         raise PistoSegError("is none")
 

@@ -2,7 +2,9 @@
 
 import io
 import json
-from contextlib import nullcontext
+import os
+import shutil
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +14,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from pistoseg import storage
+from pistoseg import claims, storage
 from pistoseg.classes import TissueClass, TissueClasses
 from pistoseg.cli import main
 from pistoseg.config import EvaluationConfig, load_config
@@ -20,7 +22,7 @@ from pistoseg.errors import PistoSegError
 from pistoseg.graph import StageContext
 from pistoseg.models import bundle, segmentation
 from pistoseg.progress import Progress
-from pistoseg.stages import cluster
+from pistoseg.stages import cluster, evaluation, placement
 from pistoseg.stages.evaluation import WORK, evaluate_folder, other_protocol, run
 from pistoseg.stages.validation import collect
 from pistoseg.tracking import StageRun
@@ -52,7 +54,9 @@ def own_files(tmp_path, monkeypatch):
 
     def here(worker, arguments, shards, folder, **_):
         for number, shard in enumerate(shards):
-            worker(**arguments)(number, shard, storage.join(folder, cluster.part_name(number)))
+            part = storage.join(folder, cluster.part_name(number))
+            if not storage.exists(part):
+                worker(**arguments)(number, shard, part)
 
     monkeypatch.setattr(cluster, "run_shards", here)
     monkeypatch.setattr(cluster, "run_networks", here)
@@ -71,8 +75,8 @@ def data_set(root, value=1):
     return str(root)
 
 
-def evaluate(model, data, out, bootstrap=0, said=None, max_pixels=10**6):
-    config = EvaluationConfig.model_validate({"patch_size": 64, "bootstrap": bootstrap})
+def evaluate(model, data, out, said=None, max_pixels=10**6, **settings):
+    config = EvaluationConfig.model_validate({"patch_size": 64, "bootstrap": 0} | settings)
     progress = Progress(Console(file=said))
     return evaluate_folder(
         model, data, str(out), config, classes=None, device="cpu", max_pixels=max_pixels, progress=progress
@@ -81,7 +85,7 @@ def evaluate(model, data, out, bootstrap=0, said=None, max_pixels=10**6):
 
 def test_a_report_goes_beside_the_users_files_and_leaves_no_other_folder(model, own_files, tmp_path):
     out, data = tmp_path / "out", data_set(tmp_path / "data")
-    leftover = out / WORK / "images" / "part-00000.parquet"
+    leftover = out / WORK / "another" / "images" / "part-00000.parquet"
     leftover.parent.mkdir(parents=True)
     leftover.write_bytes(b"of a run that was killed")
     report = evaluate(model, data, out)
@@ -156,7 +160,86 @@ def test_an_evaluation_that_fails_deletes_nothing_and_keeps_the_earlier_report(m
     with pytest.raises(PistoSegError, match="data"):
         evaluate(model, data, out)
     assert [file.read_bytes() for file in own_files + earlier] == [b"the user's"] * 3 + [b"the earlier report"] * 3
-    assert not (out / WORK).exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "again"),
+    [("nothing", [1]), ("intervals", [1]), ("model", [0, 1]), ("masks", [0, 1]), ("protocol", [0, 1])],
+)
+def test_an_interrupted_scoring_goes_on_unless_it_is_another(model, own_files, tmp_path, monkeypatch, change, again):
+    out, data = tmp_path / "out", data_set(tmp_path / "data")
+    score, scored, interrupts = evaluation._Score.__call__, [], [KeyboardInterrupt]
+
+    def interrupted(self, number, shard, part):
+        if number == 1 and interrupts:
+            raise interrupts.pop()
+        scored.append(number)
+        score(self, number, shard, part)
+
+    monkeypatch.setattr(evaluation, "SHARD_IMAGES", 1)
+    monkeypatch.setattr(evaluation._Score, "__call__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, data, out, symmetries=1)
+    assert scored == [0]
+    changes = {"protocol": {"protocol": "bcss-wsss"}, "intervals": {"bootstrap": 10}}
+    settings = {"symmetries": 1} | changes.get(change, {})
+    if change == "model":
+        model = shutil.copytree(model, tmp_path / "other")
+        (model / "model.json").write_text((model / "model.json").read_text() + "\n")
+    if change == "masks":
+        Image.fromarray(np.zeros((32, 32), np.uint8)).save(tmp_path / "data" / "mask" / "one.png")
+    scored.clear()
+    report = evaluate(str(model), data, out, **settings)
+    assert scored == again
+    assert report == evaluate(str(model), data, tmp_path / "anew", **settings)
+    assert not list(out.glob(".*"))
+
+
+def test_of_two_runs_into_one_folder_the_second_waits(model, own_files, tmp_path, monkeypatch):
+    out, data, said = tmp_path / "out", data_set(tmp_path / "data"), io.StringIO()
+    with ExitStack() as first:
+        first.enter_context(claims.claimed(str(out)))
+        monkeypatch.setattr(claims.time, "sleep", lambda seconds: first.close())
+        evaluate(model, data, out, said=said)
+    assert f"waiting: process {os.getpid()} on" in said.getvalue()
+    assert (out / "metrics.json").exists()
+    assert not list(out.glob(".*"))
+
+
+def test_scores_of_a_part_of_the_images_make_no_report(model, own_files, tmp_path, monkeypatch):
+    out, data, run = tmp_path / "out", data_set(tmp_path / "data"), cluster.run_networks
+
+    def deleted(worker, arguments, shards, folder, **_):
+        run(worker, arguments, shards[:1], folder)
+
+    monkeypatch.setattr(evaluation, "SHARD_IMAGES", 1)
+    monkeypatch.setattr(cluster, "run_networks", deleted)
+    with pytest.raises(PistoSegError, match="holds the scores of 1 images, and 2 are to be scored"):
+        evaluate(model, data, out)
+    assert not (out / "metrics.json").exists()
+
+
+def test_folders_that_not_all_nodes_see_are_refused_before_anything_is_read(model, own_files, tmp_path, monkeypatch):
+    out, data, asked = str(tmp_path / "scores"), data_set(tmp_path / "data"), []
+
+    def refuse(written, read):
+        asked.append((written, read))
+        raise PistoSegError("node b does not see it", file=written)
+
+    monkeypatch.setattr(cluster, "connected", lambda config: nullcontext())
+    monkeypatch.setattr(placement, "check_shared", refuse)
+    assert main(["evaluate", "--model", model, "--data", data, "--out", out]) == 2
+    assert asked == [(out, {"--data": data, "--model": model})]
+    assert not Path(out).exists()
+
+
+def test_a_protocol_that_is_not_the_bundles_is_said(model, own_files, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cluster, "connected", lambda config: nullcontext())
+    command = ["evaluate", "--model", model, "--data", data_set(tmp_path / "data"), "--out", str(tmp_path / "out")]
+    assert main([*command, "--device", "cpu", "--protocol", "bcss-wsss"]) == 0
+    said = capsys.readouterr().err
+    assert "predicts by the evaluation section of the run that trained it (" in said
+    assert "window gaussian, here mean" in said
 
 
 def test_a_bundle_that_predicts_otherwise_than_it_is_scored_is_said_so_and_left_alone(model):
