@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -48,7 +48,12 @@ def _is_mean(maps: Tensor, size: Any) -> bool:
 def _is_doubling(
     maps: Tensor, size: Any = None, scale_factor: Any = None, mode: str = "nearest", **others: Any
 ) -> bool:
-    return size is None and scale_factor == 2 and mode == "nearest" and not any(others.values()) and _is_batch(maps)
+    if not _is_batch(maps) or mode != "nearest" or any(others.values()):
+        return False
+    if size is None:
+        return bool(scale_factor == 2)
+    height, width = maps.shape[2:]
+    return scale_factor is None and isinstance(size, Sequence) and tuple(size) == (2 * height, 2 * width)
 
 
 class _Mean(torch.autograd.Function):
