@@ -68,7 +68,7 @@ def _maps(context: StageContext, patches: PatchSet) -> list[pa.Table]:
 
 def masks(context: StageContext) -> dict[str, Any]:
     """Write `masks/` of the kinds `pseudo`, `cam` and `cnn` (see `stages.masks`; scores are 0 to 1) and its picture."""
-    maps = _maps(context, PatchSet.open(context.inputs["patches"].uri))
+    maps = _maps(context, PatchSet.open(context.inputs["patches"].uri, pixels=False))
     arguments = {"maps": ray.put(maps), "model": context.inputs["model"].path("model")}
     mask_files.over_images(context, _Refine, arguments, context.path(mask_files.FOLDER))
     return mask_files.finish(context, mask_files.KINDS)
