@@ -65,7 +65,7 @@ def _features(context: StageContext, count: int) -> np.ndarray:
     )
     table = parquet.read(context.path(FEATURES))
     order = np.argsort(table["window"].to_numpy())
-    features: np.ndarray = np.array(table["features"].to_pylist(), np.float32)[order]
+    features: np.ndarray = table["features"].combine_chunks().flatten().to_numpy().reshape(len(order), -1)[order]
     return features
 
 
