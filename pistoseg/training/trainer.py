@@ -147,7 +147,10 @@ def train(
             with _interruptible():
                 result = trainer.fit()
         except ray.train.TrainingFailedError as error:
-            raise explained(error, folder) or error from None
+            known = explained(error, folder)
+            if known is None:
+                raise error from None
+            raise known from error  # which says whether processes were lost, for a search's trial
     ray.kill(progress)
     if storage.exists(failure):
         reason = json.loads(storage.read_bytes(failure))
