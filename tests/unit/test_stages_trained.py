@@ -14,12 +14,12 @@ from torch import nn
 from pistoseg.config import load_config
 from pistoseg.errors import PistoSegError
 from pistoseg.graph import BY_NAME, StageContext
-from pistoseg.models import bundle, segmentation
+from pistoseg.models import bundle, encoders, segmentation
 from pistoseg.models.segmentation import Normalization
 from pistoseg.progress import Progress
 from pistoseg.stages import segmentation as stage
 from pistoseg.stages import trained
-from pistoseg.stages.trained import POOLED, check_batches, first_weights, train_stage
+from pistoseg.stages.trained import POOLED, check_batches, check_buildable, first_weights, train_stage
 from pistoseg.tracking import StageRun
 from pistoseg.training.trainer import (
     SNAPSHOT,
@@ -86,8 +86,9 @@ def models(encoder, weights):
 def test_a_precise_model_that_starts_from_the_preliminary_one_gets_its_images_normalised_as_that_did(
     tmp_path, monkeypatch
 ):
-    overrides = [*models("mobilenet_v2", ("null", "null")), "precise.initial=preliminary"]
+    overrides = [*models("mobilenet_v2", ("null", "imagenet")), "precise.initial=preliminary"]
     config = load_config("demo", overrides=overrides)
+    monkeypatch.setattr(encoders, "_hub", lambda encoder: pytest.fail("weights that are replaced were fetched"))
     classes = config.classes.tissue()
     first = segmentation.build("unet", "mobilenet_v2", len(classes), None, None)
     first.normalization = Normalization((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
@@ -101,6 +102,13 @@ def test_a_precise_model_that_starts_from_the_preliminary_one_gets_its_images_no
     stage._run(SimpleNamespace(config=config, inputs=inputs), config.precise, None)
     assert started[0].normalization == first.normalization
     assert torch.equal(next(started[0].parameters()), next(first.parameters()))
+
+
+def test_only_weights_that_a_network_is_built_with_have_to_be_there():
+    overrides = models("mobilenet_v2", ("null", "/none.pth"))
+    check_buildable(load_config("demo", overrides=[*overrides, "precise.initial=preliminary"]), ["precise"])
+    with pytest.raises(PistoSegError, match=r"/none\.pth: precise\.weights: is not there"):
+        check_buildable(load_config("demo", overrides=[*overrides, "precise.initial=imagenet"]), ["precise"])
 
 
 @pytest.mark.parametrize(
