@@ -130,10 +130,8 @@ def train_stage(
         text = ", ".join(f"{key} {value:.3f}" for key, value in shown.items())
         context.progress.event("epoch", f"epoch {row['epoch'] + 1:.0f}: {text}", epoch=int(row["epoch"]) + 1, **shown)
 
-    if remove_unreadable_checkpoints(context.folder):
-        context.progress.say(
-            f"warning: {context.folder}: the list of the checkpoints was cut off; the training begins anew"
-        )
+    if removed := remove_unreadable_checkpoints(context.folder):
+        context.progress.say(f"warning: {context.folder}: {removed}")
     trained = train(
         network,
         source,
