@@ -19,7 +19,7 @@ from pistoseg.models import bundle
 from pistoseg.outputs.pictures import Panel, sheet, shrunk
 from pistoseg.patches.decode import decode_ids, encode_mask, encode_png
 from pistoseg.patches.layouts import scan_evaluation
-from pistoseg.patches.masked import MaskedImages
+from pistoseg.patches.masked import FOLDER, MaskedImages
 from pistoseg.progress import Progress
 from pistoseg.redaction import redact
 from pistoseg.stages import cluster
@@ -157,9 +157,9 @@ def evaluate(
     Returns:
         What `metrics.json` holds.
     """
-    count = len(MaskedImages.open(images))
-    positions = list(range(count))
-    shards = [positions[start : start + SHARD_IMAGES] for start in range(0, count, SHARD_IMAGES)]
+    names = parquet.read(storage.join(images, FOLDER), columns=["name"])["name"].to_pylist()
+    positions = list(range(len(names)))
+    shards = [positions[start : start + SHARD_IMAGES] for start in range(0, len(names), SHARD_IMAGES)]
     cluster.run_networks(
         _Score,
         {
@@ -172,6 +172,7 @@ def evaluate(
         parts,
         config=ComputeConfig.model_validate({"device": device}),
         progress=progress,
+        names=lambda shard: [names[position] for position in shard],
     )
     table = parquet.read(parts)
     matrices = np.array(table["matrix"].to_pylist(), np.int64).reshape(-1, len(classes), len(classes))

@@ -131,6 +131,7 @@ def _run(
         resources={"num_cpus": 1},
         progress=context.progress,
         weight=weight,
+        names=lambda shard: [source["name"] for source in shard],
     )
 
 
