@@ -20,10 +20,12 @@ from pistoseg import object_store, storage
 from pistoseg.actors import TRIES, exit_in_time
 from pistoseg.config import ComputeConfig
 from pistoseg.errors import PistoSegError, UnavailableError, explained
-from pistoseg.memory import keep_freed_memory
+from pistoseg.memory import give_back, keep_freed_memory
 from pistoseg.progress import Progress
 
 ANSWER_S = 10.0
+IDLE_S = 10.0
+"""How long a process keeps what it built for a stage without a shard of it."""
 PER_ACTOR = 2
 """Shards that an actor is given at a time; one waits."""
 SHOWN = 5
@@ -441,14 +443,29 @@ class _ShardWorker:
 
 _at_hand: tuple[str, _ShardWorker] | None = None
 """What this process built for the stage whose shard it did last."""
+_idle: threading.Timer | None = None
 
 
 def _shard(row: dict[str, Any], run: str, *setup: Any) -> dict[str, Any]:
+    global _at_hand, _idle
+    if _idle is not None:
+        _idle.cancel()
+    kept = _at_hand
+    if kept is None or kept[0] != run:
+        kept = _at_hand = None  # its memory, before the next one needs some
+        kept = _at_hand = run, _ShardWorker(*setup)
+    result = kept[1](row)
+    _idle = threading.Timer(IDLE_S, _put_away)
+    _idle.daemon = True
+    _idle.start()
+    return result
+
+
+def _put_away() -> None:
+    """Let go of a network, images and maps once their stage has ended: the process stays, beside later trainings."""
     global _at_hand
-    if _at_hand is None or _at_hand[0] != run:
-        _at_hand = None  # its memory, before the next one needs some
-        _at_hand = run, _ShardWorker(*setup)
-    return _at_hand[1](row)
+    _at_hand = None
+    give_back()
 
 
 def _problem_of(action: Callable[[], None]) -> tuple[str, bool]:
