@@ -9,6 +9,9 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+TRIES = 4
+"""How often Ray Data begins a piece of work whose process, or node, dies; of itself it would go on for ever, and say
+nothing. A node that is taken away with notice counts as no try."""
 EXIT_S = 30
 """How long the exit of a process may take."""
 

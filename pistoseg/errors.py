@@ -8,6 +8,10 @@ from collections.abc import Iterable, Iterator
 from pistoseg.redaction import redact
 
 INTERRUPTED = "interrupted; run the same command again to go on"
+_GOES_ON = "the same command goes on where this one stopped"
+_LESS_MEMORY = (
+    "set a smaller batch_size or patch_size of this stage or fewer compute.workers, or give the node more memory"
+)
 
 
 class PistoSegError(ValueError):
@@ -76,8 +80,8 @@ def explained(error: BaseException | None, file: str | None = None) -> PistoSegE
         file: what was written, for an error of the disk or of a GPU that does not name it.
 
     Returns:
-        That error, or the one that says that a disk or a GPU's memory is full; None where there is none of these, and
-        the traceback matters.
+        That error, or the one that says that a disk or memory is full or that processes died; None where there is none
+        of these, and the traceback matters.
     """
     for found in below(error):
         if isinstance(found, PistoSegError):
@@ -87,22 +91,31 @@ def explained(error: BaseException | None, file: str | None = None) -> PistoSegE
             return UnavailableError(
                 "no space is left on the disk",
                 file=file or getattr(found, "filename", None),
-                remedy="make room, or set TMPDIR to a larger disk (`pistoseg doctor` shows those of all nodes); the "
-                "same command goes on where this one stopped",
+                remedy="make room, or set TMPDIR to a larger disk (`pistoseg doctor` shows those of all nodes); "
+                f"{_GOES_ON}",
             )
-        if _out_of_gpu_memory(found):
+        if _is(found, "torch", "OutOfMemoryError"):
             return PistoSegError(
                 "a GPU is out of memory",
                 file=file,
                 remedy="set a smaller batch_size or patch_size of this stage, or its precision=bf16; for slides, a "
                 "smaller --batch-size; nvidia-smi shows what else is on the GPU",
             )
+        if _is(found, "ray.exceptions", "OutOfMemoryError"):
+            return PistoSegError("a node is out of memory", file=file, remedy=f"{_LESS_MEMORY}; {_GOES_ON}")
+        died = _is(found, "ray.exceptions", "WorkerCrashedError", "RayActorError", "NodeDiedError")
+        if died and not getattr(found, "actor_init_failed", False):  # which is an error of Python's in a constructor
+            return PistoSegError(
+                "a worker process died, or its node",
+                file=file,
+                remedy=f"if it was killed for memory, which that node's `dmesg` says, {_LESS_MEMORY}; {_GOES_ON}",
+            )
     return None
 
 
-def _out_of_gpu_memory(error: BaseException) -> bool:
-    """Whether it is PyTorch's; Ray has one of the same name for a node's memory, and this module imports neither."""
-    return any((kind.__module__, kind.__name__) == ("torch", "OutOfMemoryError") for kind in type(error).__mro__)
+def _is(error: BaseException, module: str, *names: str) -> bool:
+    """Whether it is of a class of a module that this one does not import: PyTorch and Ray share a name."""
+    return any(kind.__module__ == module and kind.__name__ in names for kind in type(error).__mro__)
 
 
 def below(error: BaseException | None) -> Iterator[BaseException]:
@@ -113,6 +126,7 @@ def below(error: BaseException | None) -> Iterator[BaseException]:
     # First, as Ray's error of a task is one of the same class, whose text is the traceback.
     yield from below(cause if isinstance(cause, BaseException) else None)
     yield error
+    yield from below(getattr(error, "health_check_failure", None))
     for other in (*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None)):
         yield from below(other)
     yield from below(error.__cause__)

@@ -172,9 +172,16 @@ class PatchSet:
         self._ends = np.searchsorted(ids, images, "right")
 
     @classmethod
-    def open(cls, uri: str) -> PatchSet:
-        """Read an artifact's folder; `PistoSegError` when no image was good enough to be in it."""
-        images, windows = (parquet.read(storage.join(uri, table)) for table in ("images", "windows"))
+    def open(cls, uri: str, *, pixels: bool = True) -> PatchSet:
+        """Read an artifact's folder; `PistoSegError` when no image was good enough to be in it.
+
+        Args:
+            uri: of the folder.
+            pixels: whether images are wanted, too: encoded, they are nearly all of it.
+        """
+        columns = None if pixels else [name for name in IMAGES_SCHEMA.names if name != "png"]
+        images = parquet.read(storage.join(uri, "images"), columns=columns)
+        windows = parquet.read(storage.join(uri, "windows"))
         if not images.num_rows:
             raise PistoSegError(
                 "every training image was rejected",

@@ -23,7 +23,7 @@ from pistoseg.outputs.pictures import Panel, sheet, shrunk
 from pistoseg.patches.decode import encode_png
 from pistoseg.patches.store import PatchSet
 from pistoseg.stages import masks
-from pistoseg.stages.trained import first_weights, train_stage
+from pistoseg.stages.trained import encoder_weights, first_weights, train_stage
 from pistoseg.training.labelled import LabelledCrops, labelled_source
 from pistoseg.training.stream import SampleSource
 from pistoseg.training.tasks import ClassificationTask
@@ -60,7 +60,11 @@ def run(context: StageContext) -> dict[str, Any]:
     patches = PatchSet.open(context.inputs["patches"].uri)
     with first_weights(context.config.seed):
         network = classifier.build(
-            settings.encoder, patches.labels.shape[1], settings.weights, settings.output_stride, settings.dropout
+            settings.encoder,
+            patches.labels.shape[1],
+            encoder_weights(settings),
+            settings.output_stride,
+            settings.dropout,
         )
     if "initial" in context.inputs:
         start_from_preliminary(network, context)

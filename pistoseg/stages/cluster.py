@@ -9,6 +9,7 @@ import signal
 import socket
 import threading
 import uuid
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -16,13 +17,19 @@ from typing import Any
 import ray
 
 from pistoseg import object_store, storage
-from pistoseg.actors import exit_in_time
+from pistoseg.actors import TRIES, exit_in_time
 from pistoseg.config import ComputeConfig
 from pistoseg.errors import PistoSegError, UnavailableError, explained
-from pistoseg.memory import keep_freed_memory
+from pistoseg.memory import give_back, keep_freed_memory
 from pistoseg.progress import Progress
 
 ANSWER_S = 10.0
+IDLE_S = 10.0
+"""How long a process keeps what it built for a stage without a shard of it."""
+PER_ACTOR = 2
+"""Shards that an actor is given at a time; one waits."""
+SHOWN = 5
+"""Names of images in an error."""
 CGROUP = "/sys/fs/cgroup"
 MOST_STARTING = 16
 """Worker processes that a local Ray starts at a time."""
@@ -36,6 +43,9 @@ _FOR_RAY = {
     "MALLOC_ARENA_MAX": "1",
     # Ray Train looks every 2 s whether a training has ended.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # What Ray ends because a node is short of memory it would begin again for ever; the pauses between these tries grow
+    # to a minute, in which others may end that took the memory.
+    "RAY_task_oom_retries": "8",
 }
 """Environment of this process, unless it says otherwise."""
 _FOR_LOCAL_RAY = {
@@ -115,8 +125,11 @@ def _started(config: ComputeConfig) -> Iterator[None]:
         _restore(on_term)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    for name in ("ray", "ray.data", "ray.train"):
+    for name in ("ray", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors are raised, too
+    # `TRIES` has no other way into Ray Data. Ray 2.64 is to have none at all, and to be refused until it is looked at.
+    warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated", DeprecationWarning)
     try:
         yield
     finally:
@@ -284,6 +297,7 @@ def run_shards(
     resources: dict[str, float],
     progress: Progress,
     weight: Callable[[Any], int] = len,
+    names: Callable[[Any], list[str]] | None = None,
     threads: int | None = None,
 ) -> None:
     """Process shards in parallel; each leaves `part-<number>.parquet` in a folder, which marks it as done.
@@ -300,43 +314,73 @@ def run_shards(
         resources: of each actor, as Ray names them.
         progress: told the weight of the finished shards.
         weight: images (or mosaics) in a shard.
+        names: of the images in a shard, for an error that ended its process.
         threads: PyTorch's, for a worker that holds a network; None: it holds none.
     Raises:
         UnavailableError: the first that a worker raised, at once.
+        PistoSegError: at once, when a shard's process has died in every one of `TRIES`.
         PistoSegError: what else the workers raised, all together, after the other shards are done.
     """
-    finished = {storage.name(item) for item in storage.list_dir(folder)}
-    total = sum(map(weight, shards))
-    rows = [
-        {"number": number, "shard": json.dumps(shard)}
-        for number, shard in enumerate(shards)
-        if part_name(number) not in finished
-    ]
-    done = sum(weight(shard) for number, shard in enumerate(shards) if part_name(number) in finished)
+    todo, total = _unfinished(shards, folder), sum(map(weight, shards))
+    done = total - sum(map(weight, todo.values()))
     progress.update(done, total)
-    if not rows:
+    if not todo:
         return
-    items, size = ray.data.from_items(rows, override_num_blocks=len(rows)), min(actors, len(rows))
-    setup = (worker, arguments, folder, threads)
-    if resources.get("num_gpus"):
-        pool = ray.data.ActorPoolStrategy(size=size)
-        results = items.map(_ShardWorker, fn_constructor_args=setup, compute=pool, **resources)
-    else:
-        tasks = ray.data.TaskPoolStrategy(size)
-        results = items.map(_shard, fn_args=(uuid.uuid4().hex, *setup), compute=tasks, **resources)
+    setup, size = (worker, arguments, folder, threads), min(actors, len(todo))
     problems: dict[str, None] = {}  # in the order of their coming, each once
-    for row in arriving_rows(results):
-        if row["away"]:  # the other shards would end the same way
-            raise UnavailableError(**json.loads(row["problem"]))
-        if row["problem"]:
-            problems[row["problem"]] = None
-        done += weight(shards[int(row["number"])])
-        progress.update(done, total)
+    try:
+        for row in arriving_rows(_results(todo, setup, size, resources)):
+            if row["away"]:  # the other shards would end the same way
+                raise UnavailableError(**json.loads(row["problem"]))
+            if row["problem"]:
+                problems[row["problem"]] = None
+            done += weight(todo.pop(int(row["number"])))
+            progress.update(done, total)
+    except ray.exceptions.RayError as error:
+        known = explained(error, folder)
+        if known is None:
+            raise
+        if names is not None and not isinstance(known, UnavailableError):
+            # Shards are begun in their order, so that those that were in work are the first ones without a part.
+            begun = [shard for number, shard in _unfinished(shards, folder).items() if number in todo]
+            at_once = size * PER_ACTOR if resources.get("num_gpus") else size
+            known = _at(known, [name for shard in begun[:at_once] for name in names(shard)])
+        raise known from error
     errors = [PistoSegError(**json.loads(problem)) for problem in problems]
     if len(errors) > 1:
         raise PistoSegError("\n".join([f"{len(errors)} problems:", *map(str, errors)]).rstrip("."))
     if errors:
         raise errors[0]
+
+
+def _unfinished(shards: list[Any], folder: str) -> dict[int, Any]:
+    """Shards that have no part yet, by number."""
+    finished = {storage.name(item) for item in storage.list_dir(folder)}
+    return {number: shard for number, shard in enumerate(shards) if part_name(number) not in finished}
+
+
+def _results(todo: dict[int, Any], setup: tuple[Any, ...], size: int, resources: dict[str, float]) -> ray.data.Dataset:
+    """What becomes of shards: `number`, and the `problem` that ended it and whether something is `away`."""
+    rows = [{"number": number, "shard": json.dumps(shard)} for number, shard in todo.items()]
+    items = ray.data.from_items(rows, override_num_blocks=len(rows))
+    if not resources.get("num_gpus"):
+        run, tasks = uuid.uuid4().hex, ray.data.TaskPoolStrategy(size)
+        return items.map(_shard, fn_args=(run, *setup), compute=tasks, max_retries=TRIES - 1, **resources)
+    return items.map(
+        _ShardWorker,
+        fn_constructor_args=setup,
+        compute=ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=PER_ACTOR),
+        max_restarts=TRIES - 1,
+        max_task_retries=TRIES - 1,
+        **resources,
+    )
+
+
+def _at(error: PistoSegError, names: list[str]) -> PistoSegError:
+    """An error that says which images were in work."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    reason = f"{error.reason}, at work on {', '.join(names[:SHOWN])}{more}"
+    return PistoSegError(reason, file=error.file, remedy=error.remedy)
 
 
 def run_networks(
@@ -347,6 +391,7 @@ def run_networks(
     *,
     config: ComputeConfig,
     progress: Progress,
+    names: Callable[[Any], list[str]] | None = None,
 ) -> None:
     """`run_shards` with a network in every worker, which gets a GPU, or the threads of a node."""
     actors, resources = network_pool(config)
@@ -358,6 +403,7 @@ def run_networks(
         actors=actors,
         resources=resources,
         progress=progress,
+        names=names,
         threads=node_threads(),
     )
 
@@ -397,14 +443,29 @@ class _ShardWorker:
 
 _at_hand: tuple[str, _ShardWorker] | None = None
 """What this process built for the stage whose shard it did last."""
+_idle: threading.Timer | None = None
 
 
 def _shard(row: dict[str, Any], run: str, *setup: Any) -> dict[str, Any]:
+    global _at_hand, _idle
+    if _idle is not None:
+        _idle.cancel()
+    kept = _at_hand
+    if kept is None or kept[0] != run:
+        kept = _at_hand = None  # its memory, before the next one needs some
+        kept = _at_hand = run, _ShardWorker(*setup)
+    result = kept[1](row)
+    _idle = threading.Timer(IDLE_S, _put_away)
+    _idle.daemon = True
+    _idle.start()
+    return result
+
+
+def _put_away() -> None:
+    """Let go of a network, images and maps once their stage has ended: the process stays, beside later trainings."""
     global _at_hand
-    if _at_hand is None or _at_hand[0] != run:
-        _at_hand = None  # its memory, before the next one needs some
-        _at_hand = run, _ShardWorker(*setup)
-    return _at_hand[1](row)
+    _at_hand = None
+    give_back()
 
 
 def _problem_of(action: Callable[[], None]) -> tuple[str, bool]:

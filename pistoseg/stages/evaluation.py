@@ -23,7 +23,7 @@ from pistoseg.outputs.pictures import Panel, sheet, shrunk
 from pistoseg.patches.decode import decode_ids, encode_mask, encode_png
 from pistoseg.patches.digest import files_digest
 from pistoseg.patches.layouts import scan_evaluation
-from pistoseg.patches.masked import MaskedImages
+from pistoseg.patches.masked import FOLDER, MaskedImages
 from pistoseg.progress import Progress
 from pistoseg.redaction import redact
 from pistoseg.stages import cluster
@@ -186,9 +186,9 @@ def evaluate(
     Raises:
         PistoSegError: the parts are not of these images.
     """
-    count = len(MaskedImages.open(images))
-    positions = list(range(count))
-    shards = [positions[start : start + SHARD_IMAGES] for start in range(0, count, SHARD_IMAGES)]
+    names = parquet.read(storage.join(images, FOLDER), columns=["name"])["name"].to_pylist()
+    positions = list(range(len(names)))
+    shards = [positions[start : start + SHARD_IMAGES] for start in range(0, len(names), SHARD_IMAGES)]
     cluster.run_networks(
         _Score,
         {
@@ -201,6 +201,7 @@ def evaluate(
         parts,
         config=ComputeConfig.model_validate({"device": device}),
         progress=progress,
+        names=lambda shard: [names[position] for position in shard],
     )
     table = parquet.read(parts)
     if len(table) != count:

@@ -44,7 +44,8 @@ def run(context: StageContext) -> dict[str, Any]:
             "0 holds no image out to score labels on", field="data.label_holdout", remedy="set it to 0.1"
         )
     folder = held_out_folder(context.inputs["patches"].uri)
-    positions = list(range(len(PatchSet.open(folder))))
+    images = PatchSet.open(folder, pixels=False).table["name"].to_pylist()
+    positions = list(range(len(images)))
     cluster.run_networks(
         _Score,
         {"config": config, "model": context.inputs["model"].path("bundle"), "images": folder},
@@ -52,6 +53,7 @@ def run(context: StageContext) -> dict[str, Any]:
         context.path("windows"),
         config=config.compute,
         progress=context.progress,
+        names=lambda shard: [images[position] for position in shard],
     )
     table = parquet.read(context.path("windows"))
     names = config.classes.tissue().names

@@ -57,13 +57,16 @@ def over_images(context: StageContext, worker: type, arguments: dict[str, Any], 
         folder: where the parts go.
     """
     patches = context.inputs["patches"].uri
+    images = PatchSet.open(patches, pixels=False).table
+    names = images["name"].to_pylist()
     cluster.run_networks(
         worker,
         {"config": context.config, "patches": patches} | arguments,
-        image_shards(PatchSet.open(patches).table),
+        image_shards(images),
         folder,
         config=context.config.compute,
         progress=context.progress,
+        names=lambda shard: [names[position] for position in shard],
     )
 
 

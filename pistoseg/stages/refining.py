@@ -18,7 +18,7 @@ from pistoseg.models.refiner import RefineModel
 from pistoseg.patches.store import PatchSet
 from pistoseg.stages import masks as mask_files
 from pistoseg.stages.classification import crop_settings, start_from_preliminary
-from pistoseg.stages.trained import first_weights, train_stage
+from pistoseg.stages.trained import encoder_weights, first_weights, train_stage
 from pistoseg.training.labelled import LabelledCrops, labelled_source
 from pistoseg.training.stream import SampleSource
 from pistoseg.training.tasks import RefiningTask
@@ -33,7 +33,7 @@ def run(context: StageContext) -> dict[str, Any]:
         network = refiner.build(
             settings.encoder,
             n_classes,
-            settings.weights,
+            encoder_weights(settings),
             settings.output_stride,
             settings.attention_channels,
             settings.normalize,
@@ -68,7 +68,7 @@ def _maps(context: StageContext, patches: PatchSet) -> list[pa.Table]:
 
 def masks(context: StageContext) -> dict[str, Any]:
     """Write `masks/` of the kinds `pseudo`, `cam` and `cnn` (see `stages.masks`; scores are 0 to 1) and its picture."""
-    maps = _maps(context, PatchSet.open(context.inputs["patches"].uri))
+    maps = _maps(context, PatchSet.open(context.inputs["patches"].uri, pixels=False))
     arguments = {"maps": ray.put(maps), "model": context.inputs["model"].path("model")}
     mask_files.over_images(context, _Refine, arguments, context.path(mask_files.FOLDER))
     return mask_files.finish(context, mask_files.KINDS)

@@ -16,7 +16,7 @@ from pistoseg.patches.store import PatchSet
 from pistoseg.stages import masks
 from pistoseg.stages.patches import held_out_folder
 from pistoseg.stages.synthesis import mosaics
-from pistoseg.stages.trained import first_weights, train_stage
+from pistoseg.stages.trained import encoder_weights, first_weights, train_stage
 from pistoseg.training.labelled_images import LabelledImages
 from pistoseg.training.samples import MaskedCrops, StoredMosaics, crop_rows, fresh_mosaics, rare_class_weights
 from pistoseg.training.stream import SampleSource
@@ -41,7 +41,11 @@ def _run(context: StageContext, training: SegmentationConfig, source: SampleSour
     classes = config.classes.tissue()
     with first_weights(config.seed):
         network = segmentation.build(
-            training.architecture, training.encoder, len(classes), training.weights, training.decoder_attention
+            training.architecture,
+            training.encoder,
+            len(classes),
+            encoder_weights(training),
+            training.decoder_attention,
         )
     if "initial" in context.inputs:
         initial = bundle.load(context.inputs["initial"].path("bundle"), "cpu").model

@@ -16,7 +16,7 @@ from pistoseg.models.classifier import pool_regions
 from pistoseg.patches.store import PatchSet
 from pistoseg.stages import cluster, masks
 from pistoseg.stages.classification import crop_settings, train_on_labels
-from pistoseg.stages.trained import first_weights
+from pistoseg.stages.trained import encoder_weights, first_weights
 from pistoseg.training.labelled import LabelledCrops, labelled_source
 
 FEATURES = "features"
@@ -38,7 +38,7 @@ def run(context: StageContext) -> dict[str, Any]:
         network = classifier.build(
             config.classifier.encoder,
             patches.labels.shape[1],
-            config.classifier.weights,  # what they keep fixed stays fixed; the values come from the classifier
+            encoder_weights(config.classifier),  # what they keep fixed stays fixed; the values come from the classifier
             config.classifier.output_stride,
             config.classifier.dropout,
             subcategories=settings.subcategories,
@@ -65,7 +65,7 @@ def _features(context: StageContext, count: int) -> np.ndarray:
     )
     table = parquet.read(context.path(FEATURES))
     order = np.argsort(table["window"].to_numpy())
-    features: np.ndarray = np.array(table["features"].to_pylist(), np.float32)[order]
+    features: np.ndarray = table["features"].combine_chunks().flatten().to_numpy().reshape(len(order), -1)[order]
     return features
 
 

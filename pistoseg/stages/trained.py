@@ -36,6 +36,11 @@ def first_weights(seed: int) -> Iterator[None]:
         yield
 
 
+def encoder_weights(settings: Any) -> str | None:
+    """The weights that a section's network is built with; None where those of the preliminary model replace them."""
+    return None if getattr(settings, "initial", None) == "preliminary" else settings.weights
+
+
 def check_buildable(config: Config, stages: Sequence[str]) -> None:
     """Refuse networks that can't be built, and files of weights that are not there: no weights are read or fetched.
 
@@ -47,7 +52,7 @@ def check_buildable(config: Config, stages: Sequence[str]) -> None:
     """
     for name, settings in _trainings(config, stages):
         try:
-            encoders.require_file(settings.weights)
+            encoders.require_file(encoder_weights(settings))
             _build(settings, len(config.classes.tissue()))
         except PistoSegError as error:
             field = f"{name}.{error.field}" if error.field else name
@@ -125,10 +130,8 @@ def train_stage(
         text = ", ".join(f"{key} {value:.3f}" for key, value in shown.items())
         context.progress.event("epoch", f"epoch {row['epoch'] + 1:.0f}: {text}", epoch=int(row["epoch"]) + 1, **shown)
 
-    if remove_unreadable_checkpoints(context.folder):
-        context.progress.say(
-            f"warning: {context.folder}: the list of the checkpoints was cut off; the training begins anew"
-        )
+    if removed := remove_unreadable_checkpoints(context.folder):
+        context.progress.say(f"warning: {context.folder}: {removed}")
     trained = train(
         network,
         source,

@@ -83,6 +83,7 @@ def collect(
         actors=actors,
         resources={"num_cpus": 1},
         progress=progress,
+        names=lambda shard: [pair["name"] for pair in shard],
     )
     missing = {"missing_images": listing.missing_images, "missing_masks": listing.missing_masks}
     for kind, names in missing.items():

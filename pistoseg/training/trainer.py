@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import signal
 import threading
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +150,10 @@ def train(
             with _interruptible():
                 result = trainer.fit()
         except ray.train.TrainingFailedError as error:
-            raise explained(error, folder) or error from None
+            known = explained(error, folder)
+            if known is None:
+                raise error from None
+            raise known from error  # which says whether processes were lost, for a search's trial
     ray.kill(progress)
     if storage.exists(failure):
         reason = json.loads(storage.read_bytes(failure))
@@ -184,22 +190,52 @@ def remove_checkpoints(folder: str) -> None:
     storage.remove_tree(storage.join(folder, CHECKPOINTS))
 
 
-def remove_unreadable_checkpoints(folder: str) -> bool:
-    """Delete the checkpoints of an interrupted training whose list of them was cut off; whether there were any.
+def remove_unreadable_checkpoints(folder: str) -> str:
+    """Delete the checkpoints of an interrupted training that were cut off; what was done, empty where nothing was.
 
-    Ray Train writes that list in place: a full disk or a loss of power leaves half of it or nothing, and Ray Train then
-    refuses to start in this folder, for ever.
+    Ray Train writes them, and the list of them, without waiting for the disk: a full one or a loss of power leaves half
+    of them or nothing. It then refuses to start in this folder, for ever, or the training does.
     """
-    snapshot = storage.join(folder, CHECKPOINTS, SNAPSHOT)
+    run = storage.join(folder, CHECKPOINTS)
+    snapshot = storage.join(run, SNAPSHOT)
     if not storage.exists(snapshot):
-        return False
+        return ""
     content = storage.read_bytes(snapshot)  # not below: errors of a storage that is away are ValueErrors, too
     try:
-        json.loads(content)
+        state = json.loads(content)
     except ValueError:
         remove_checkpoints(folder)
-        return True
-    return False
+        return "the list of the checkpoints was cut off; the training begins anew"
+    names = [result["checkpoint_dir_name"] for result in state["checkpoint_results"]]
+    whole = [_is_whole(storage.join(run, name, CHECKPOINT)) for name in names]
+    if all(whole):
+        return ""
+    if not any(whole):
+        remove_checkpoints(folder)
+        return "the checkpoints were cut off; the training begins anew"
+    for column in ("checkpoint_results", "checkpoint_report_indices"):
+        state[column] = list(compress(state[column], whole))
+    reports = state["checkpoint_report_indices"]
+    state["latest_checkpoint_result"] = state["checkpoint_results"][reports.index(max(reports))]
+    storage.write_bytes(snapshot, json.dumps(state).encode())
+    for name, is_whole in zip(names, whole, strict=True):
+        if not is_whole:
+            storage.remove_tree(storage.join(run, name))
+    epoch = state["latest_checkpoint_result"]["metrics"]["epoch"] + 1
+    return f"a checkpoint was cut off; the training goes on behind epoch {epoch}"
+
+
+def _is_whole(uri: str) -> bool:
+    """Whether a checkpoint is there and as it was written: it is a zip archive, which has sums of its content."""
+    try:
+        content = storage.read_bytes(uri)
+    except FileNotFoundError:
+        return False
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            return archive.testzip() is None
+    except zipfile.BadZipFile:
+        return False
 
 
 def _load(checkpoint: ray.train.Checkpoint) -> dict[str, Any]:

@@ -1,19 +1,29 @@
 """A worker that dies and a disk that is full, in the middle of a run; the dearer faults are in tests/faults."""
 
 import json
+import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
+import ray
 from processes import Killer
 
 from pistoseg import parquet
+from pistoseg.actors import TRIES
 from pistoseg.artifacts import Workspace
 from pistoseg.config import load_config
+from pistoseg.errors import PistoSegError
 from pistoseg.pipeline import run_pipeline
+from pistoseg.progress import Progress
+from pistoseg.stages.cluster import part_name, run_shards
+
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers can't import a test module
 
 COUNT = 6000
 
@@ -46,6 +56,39 @@ def test_a_synthesis_whose_worker_is_killed_makes_the_same_mosaics(local_ray, co
     assert killer.killed, "the worker was to be killed in the middle"
     assert mosaics(broken).equals(mosaics(whole))
     assert mosaics(broken)["index"].to_pylist() == list(range(COUNT))
+
+
+class Dies:
+    """Ends its process at the shard of one image, as the kernel does where memory is short; the others are done."""
+
+    def __init__(self, log):
+        self.log = Path(log)
+
+    def __call__(self, number, shard, part):
+        if shard == ["large.png"]:
+            with self.log.open("a") as file:
+                file.write("died\n")
+            os.kill(os.getpid(), signal.SIGKILL)
+        parquet.write(pa.table({"number": [number]}), part)
+
+
+def test_an_image_at_which_every_worker_dies_ends_the_stage_and_is_named(local_ray, tmp_path):
+    parts, log = tmp_path / "parts", tmp_path / "log"
+    with pytest.raises(PistoSegError, match=r"a worker process died, or its node, at work on large\.png\.") as caught:
+        run_shards(
+            Dies,
+            {"log": str(log)},
+            [["small.png"], ["large.png"], ["last.png"]],
+            str(parts),
+            actors=1,
+            resources={"num_cpus": 1},
+            progress=Progress(),
+            names=lambda shard: shard,
+        )
+    assert "memory" in caught.value.remedy
+    assert caught.value.file == str(parts)
+    assert log.read_text().count("died") == TRIES
+    assert [part.name for part in parts.iterdir()] == [part_name(0)]
 
 
 @pytest.mark.processes

@@ -1,7 +1,10 @@
 """Mosaics depend on (seed, epoch, index) alone: not on the number of actors, nor on being stored or streamed."""
 
+import os
+import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +13,7 @@ from conftest import TINY
 from processes import STUCK_S
 
 from pistoseg import parquet, storage
-from pistoseg.actors import start_here
+from pistoseg.actors import TRIES, start_here
 from pistoseg.artifacts import Workspace
 from pistoseg.config import load_config
 from pistoseg.patches.decode import decode_ids, decode_png
@@ -126,6 +129,25 @@ def test_a_source_names_the_columns_of_its_stream():
     for shift, name in enumerate(columns[:3]):
         assert (batch[name].flatten(1) == (values + shift)[:, None]).all()
     assert (batch["maps"].flatten(1).float() == (values / 8)[:, None]).all()
+
+
+class Dying:
+    """Ends its process at the first sample."""
+
+    def __init__(self, log):
+        self.log = Path(log)
+
+    def sample(self, epoch, index):
+        with self.log.open("a") as file:
+            file.write("died\n")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_samples_at_which_every_process_dies_end_the_stream(tmp_path):
+    source = SampleSource(Dying, ray.put(str(tmp_path / "log")), 1, (8, 8))
+    with pytest.raises(ray.exceptions.RayActorError):
+        list(sample_dataset(source, first_epoch=0, epochs=1, per_epoch=1, actors=1).iter_rows())
+    assert (tmp_path / "log").read_text().count("died") == TRIES
 
 
 def test_batches_larger_than_what_is_made_ahead_of_need_arrive(monkeypatch):

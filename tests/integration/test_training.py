@@ -18,6 +18,7 @@ from pistoseg.config import AugmentationConfig, ComputeConfig, TrainingConfig
 from pistoseg.errors import PistoSegError
 from pistoseg.models import segmentation
 from pistoseg.models.segmentation import Normalization
+from pistoseg.search.trial import is_lost
 from pistoseg.stages.trained import first_weights
 from pistoseg.training.stream import SampleSource
 from pistoseg.training.tasks import SegmentationTask
@@ -90,7 +91,16 @@ class Unscored(SegmentationTask):
         return np.zeros((2, 2), np.int64)
 
 
-def run(folder, workers=1, spoil=(-1, -1), die_at=(-1, -1), network_of=ALL_USED, task=SegmentationTask, **changes):
+def run(
+    folder,
+    workers=1,
+    spoil=(-1, -1),
+    die_at=(-1, -1),
+    network_of=ALL_USED,
+    task=SegmentationTask,
+    max_failures=1,
+    **changes,
+):
     with first_weights(0):
         network = segmentation.build(n_classes=2, weights=None, **network_of)
     folder.mkdir(exist_ok=True)
@@ -102,7 +112,7 @@ def run(folder, workers=1, spoil=(-1, -1), die_at=(-1, -1), network_of=ALL_USED,
         SampleSource(Addresses, ray.put(None), 24, (32, 32)),
         task(CLASSES, "bce", None),
         TrainingConfig(**settings | changes),
-        ComputeConfig(train_workers=workers, max_failures=1 if die_at[0] >= 0 else 0),
+        ComputeConfig(train_workers=workers, max_failures=max_failures if die_at[0] >= 0 else 0),
         folder=str(folder),
         seed=0,
         actors=1,
@@ -157,6 +167,13 @@ def test_a_loss_that_is_no_number_ends_with_its_place_and_its_batch(tmp_path):
     assert batch["image"][:, 0, 0, :2].tolist() == [[1, index] for index in range(8, 16)]
     assert batch["mask"].shape == (8, 32, 32)
     assert [row["epoch"] for row in _last_history(str(tmp_path))] == [0]  # the next run goes on from here
+
+
+def test_a_worker_that_is_not_started_again_ends_its_training_with_a_remedy_and_counts_as_lost(tmp_path):
+    with pytest.raises(PistoSegError, match=r"a worker process died, or its node\. Remedy: .* memory") as caught:
+        run(tmp_path, die_at=(0, 3), max_failures=0)
+    assert caught.value.file == str(tmp_path)
+    assert is_lost(caught.value)  # a search begins such a trial again
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import ray
 import torch
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from pistoseg import object_store, storage
 from pistoseg.config import ComputeConfig, load_config
@@ -72,8 +73,30 @@ def test_a_gpu_that_is_out_of_memory_is_a_setting_that_does_not_fit_not_an_outag
     assert explain(task).startswith("a GPU is out of memory")
 
 
-def test_a_node_whose_memory_is_full_is_no_gpu():
-    assert explained(ray.exceptions.OutOfMemoryError("the node runs low on memory")) is None
+OF_MEMORY = ray.exceptions.OutOfMemoryError("Task was killed due to the node running low on memory")
+DIED = "a worker process died, or its node. Remedy: if it was killed for memory"
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (OF_MEMORY, "a node is out of memory. Remedy: set a smaller batch_size"),
+        (ray.exceptions.WorkerCrashedError(), DIED),
+        (ray.exceptions.ActorDiedError(), DIED),
+        (ray.exceptions.NodeDiedError("is gone"), DIED),
+    ],
+)
+def test_processes_that_died_are_told_without_the_traceback_of_ray(error, says):
+    of_worker = WorkerHealthCheckFailedError("A worker health check failed.", error)
+    for wrapped in (error, of_worker, WrappedError(worker_failures={0: of_worker})):
+        found = explained(wrapped, "/runs/precise/1")
+        assert type(found) is PistoSegError
+        assert str(found).startswith(f"/runs/precise/1: {says}")
+
+
+def test_an_actor_whose_constructor_raised_keeps_its_traceback():
+    raised = ray.exceptions.RayTaskError("__init__", "Traceback ...", KeyError("a bug"))
+    assert explained(ray.exceptions.ActorDiedError(raised)) is None
 
 
 def test_the_file_that_the_system_names_is_told():
@@ -151,13 +174,16 @@ def test_a_trial_that_a_full_disk_ends_is_no_failed_trial(monkeypatch):
 
 
 def test_a_trial_that_loses_its_workers_is_left_to_be_started_again(monkeypatch):
+    lost = WorkerHealthCheckFailedError("A worker health check failed.", ray.exceptions.RayActorError())
+    lost = WrappedError(worker_failures={0: lost})
+
     def fail(*_):
-        raise WrappedError(worker_failures={0: ray.exceptions.RayActorError()})
+        raise explained(lost) from lost
 
     reports = []
     monkeypatch.setattr("pistoseg.search.trial.tune.report", reports.append)
     monkeypatch.setattr("pistoseg.search.trial._run", fail)
-    with pytest.raises(WrappedError):
+    with pytest.raises(PistoSegError, match="died"):
         run_trial({"overrides": "{}", "number": 0}, SimpleNamespace())
     assert reports == []
 

@@ -31,6 +31,15 @@ def patch_set(root, images, windows):
     return PatchSet.open(root)
 
 
+def test_images_whose_pixels_nobody_wants_are_not_read(tmp_path):
+    image, windows, _ = read(put(tmp_path, "x.png"), Window.whole((1, 0, 0)))
+    whole = patch_set(str(tmp_path), [image], windows)
+    found = PatchSet.open(str(tmp_path), pixels=False)
+    assert found.table.column_names == [name for name in IMAGES_SCHEMA.names if name != "png"]
+    assert found.table["sha256"].equals(whole.table["sha256"])
+    assert np.array_equal(found.allowed(0), whole.allowed(0))
+
+
 def packed(ids, bits):
     """Rows of (H, W) values below 2**bits as bytes, the first pixel in the highest bits; W * bits fills bytes."""
     return np.packbits(np.unpackbits(ids[..., None], axis=2)[..., -bits:].reshape(len(ids), -1), axis=1)

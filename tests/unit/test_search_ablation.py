@@ -295,7 +295,8 @@ def test_rows_whose_networks_cannot_be_trained_are_reported_together_before_the_
 ):
     (synthesized, pseudo, full) = TABLES["table1"].rows
     table = Table("own", "Own", (synthesized, full, Row("again", full.overrides)))
-    missing = config.model_copy(update={"refiner": config.refiner.model_copy(update={"weights": "/nowhere/b.pth"})})
+    refiner = config.refiner.model_copy(update={"weights": "/nowhere/b.pth", "initial": "imagenet"})
+    missing = config.model_copy(update={"refiner": refiner})
     workspace = Workspace(str(tmp_path / "w"))
     with pytest.raises(PistoSegError, match=r"'PistoSeg', 'again': /nowhere/b\.pth: refiner\.weights") as caught:
         ablation.run(table, missing, workspace, seeds=2)

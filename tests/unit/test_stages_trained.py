@@ -1,26 +1,32 @@
 """What the stages that train have in common."""
 
+import errno
 import io
+import json
 import signal
 import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import ray
 import torch
 from rich.console import Console
 from torch import nn
 
+from pistoseg import storage
 from pistoseg.config import load_config
-from pistoseg.errors import PistoSegError
+from pistoseg.errors import PistoSegError, UnavailableError
 from pistoseg.graph import BY_NAME, StageContext
-from pistoseg.models import bundle, segmentation
+from pistoseg.models import bundle, encoders, segmentation
 from pistoseg.models.segmentation import Normalization
 from pistoseg.progress import Progress
 from pistoseg.stages import segmentation as stage
 from pistoseg.stages import trained
-from pistoseg.stages.trained import POOLED, check_batches, first_weights, train_stage
+from pistoseg.stages.trained import POOLED, check_batches, check_buildable, first_weights, train_stage
 from pistoseg.tracking import StageRun
+from pistoseg.training.loop import CHECKPOINT
 from pistoseg.training.trainer import (
     SNAPSHOT,
     Trained,
@@ -103,8 +109,9 @@ def models(encoder, weights):
 def test_a_precise_model_that_starts_from_the_preliminary_one_gets_its_images_normalised_as_that_did(
     tmp_path, monkeypatch
 ):
-    overrides = [*models("mobilenet_v2", ("null", "null")), "precise.initial=preliminary"]
+    overrides = [*models("mobilenet_v2", ("null", "imagenet")), "precise.initial=preliminary"]
     config = load_config("demo", overrides=overrides)
+    monkeypatch.setattr(encoders, "_hub", lambda encoder: pytest.fail("weights that are replaced were fetched"))
     classes = config.classes.tissue()
     first = segmentation.build("unet", "mobilenet_v2", len(classes), None, None)
     first.normalization = Normalization((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
@@ -118,6 +125,13 @@ def test_a_precise_model_that_starts_from_the_preliminary_one_gets_its_images_no
     stage._run(SimpleNamespace(config=config, inputs=inputs), config.precise, None)
     assert started[0].normalization == first.normalization
     assert torch.equal(next(started[0].parameters()), next(first.parameters()))
+
+
+def test_only_weights_that_a_network_is_built_with_have_to_be_there():
+    overrides = models("mobilenet_v2", ("null", "/none.pth"))
+    check_buildable(load_config("demo", overrides=[*overrides, "precise.initial=preliminary"]), ["precise"])
+    with pytest.raises(PistoSegError, match=r"/none\.pth: precise\.weights: is not there"):
+        check_buildable(load_config("demo", overrides=[*overrides, "precise.initial=imagenet"]), ["precise"])
 
 
 @pytest.mark.parametrize(
@@ -150,12 +164,80 @@ def test_a_training_whose_list_of_checkpoints_was_cut_off_begins_anew_and_says_s
     assert not (tmp_path / "ray_train" / SNAPSHOT).exists()
 
 
-def test_a_whole_list_of_checkpoints_is_left_alone(tmp_path):
-    (tmp_path / "ray_train").mkdir()
-    (tmp_path / "ray_train" / SNAPSHOT).write_text("{}")
-    assert not remove_unreadable_checkpoints(str(tmp_path))
-    assert (tmp_path / "ray_train" / SNAPSHOT).exists()
-    assert not remove_unreadable_checkpoints(str(tmp_path / "none"))
+@pytest.fixture
+def checkpoints(tmp_path):
+    """The files of two checkpoints, of epochs 1 and 2, in the list of an interrupted training, the better one last."""
+    files, results = [], []
+    for epoch in (1, 0):
+        files.insert(0, tmp_path / "ray_train" / f"checkpoint_{epoch}" / CHECKPOINT)
+        files[0].parent.mkdir(parents=True)
+        history = [{"epoch": number} for number in range(epoch + 1)]
+        torch.save({"network": torch.rand(20_000), "history": json.dumps(history)}, files[0])
+        results.append({"version": 0, "checkpoint_dir_name": f"checkpoint_{epoch}", "metrics": {"epoch": epoch}})
+    empty = ("pending_training_results", "pending_validation_specs", "validated_checkpoint_dir_names")
+    empty += ("timed_out_validation_checkpoint_dir_names", "failed_validation_checkpoint_dir_names")
+    state = {"ray_version": ray.__version__, "checkpoint_results": results, "checkpoint_report_indices": [1, 0]}
+    state |= {"latest_checkpoint_result": results[0], "current_report_index": 2} | {name: [] for name in empty}
+    (tmp_path / "ray_train" / SNAPSHOT).write_text(json.dumps(state))
+    return files
+
+
+def cut_off(file):
+    file.write_bytes(file.read_bytes()[:5000])
+
+
+def lose_a_page(file):
+    content = file.read_bytes()
+    file.write_bytes(content[:40960] + bytes(4096) + content[45056:])
+
+
+def epochs(folder):
+    return [row["epoch"] for row in _last_history(str(folder))]
+
+
+def test_whole_checkpoints_are_left_alone(tmp_path, checkpoints):
+    assert remove_unreadable_checkpoints(str(tmp_path)) == ""
+    assert epochs(tmp_path) == [0, 1]
+    assert remove_unreadable_checkpoints(str(tmp_path / "none")) == ""
+
+
+@pytest.mark.parametrize("damage", [cut_off, lose_a_page, Path.unlink])
+def test_a_training_whose_last_checkpoint_was_cut_off_goes_on_behind_the_one_before(damage, tmp_path, checkpoints):
+    damage(checkpoints[1])
+    assert (
+        remove_unreadable_checkpoints(str(tmp_path)) == "a checkpoint was cut off; the training goes on behind epoch 1"
+    )
+    assert epochs(tmp_path) == [0]
+    assert not checkpoints[1].parent.exists()
+    assert remove_unreadable_checkpoints(str(tmp_path)) == ""
+
+
+def test_a_training_whose_best_checkpoint_was_cut_off_goes_on_behind_the_last_one(tmp_path, checkpoints):
+    cut_off(checkpoints[0])
+    assert remove_unreadable_checkpoints(str(tmp_path)).endswith("goes on behind epoch 2")
+    assert epochs(tmp_path) == [0, 1]
+
+
+def test_a_training_without_a_whole_checkpoint_begins_anew_and_says_so(tmp_path, train_in, checkpoints):
+    for file in checkpoints:
+        cut_off(file)
+    said, _ = train_in()
+    assert "the checkpoints were cut off; the training begins anew" in said.replace("\n", " ")
+
+
+@pytest.mark.parametrize("error", [UnavailableError("does not answer"), OSError(errno.EIO, "Input/output error")])
+def test_checkpoints_that_cannot_be_read_now_are_not_taken_for_damaged(error, tmp_path, checkpoints, monkeypatch):
+    read = storage.read_bytes
+
+    def read_list(uri):
+        if uri.endswith(CHECKPOINT):
+            raise error
+        return read(uri)
+
+    monkeypatch.setattr(storage, "read_bytes", read_list)
+    with pytest.raises(type(error), match=r"answer|Input"):
+        remove_unreadable_checkpoints(str(tmp_path))
+    assert all(file.exists() for file in checkpoints)
 
 
 def batches(**settings):

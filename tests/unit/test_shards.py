@@ -1,0 +1,49 @@
+"""A process at which Ray's tasks keep what they built for a stage, from shard to shard."""
+
+import json
+
+import pytest
+from processes import wait_for
+
+from pistoseg.stages import cluster
+
+
+class Network:
+    """A worker that counts its shards."""
+
+    built = 0
+
+    def __init__(self):
+        Network.built += 1
+
+    def __call__(self, number, shard, part):
+        pass
+
+
+@pytest.fixture
+def shard(monkeypatch, tmp_path):
+    """Does a shard of a stage in this process."""
+    monkeypatch.setattr(cluster, "_at_hand", None)
+    monkeypatch.setattr(Network, "built", 0)
+
+    def do(stage):
+        row = cluster._shard({"number": 0, "shard": json.dumps([0])}, stage, Network, {}, str(tmp_path), None)
+        assert row == {"number": 0, "problem": "", "away": False}
+
+    yield do
+    cluster._idle.cancel()
+
+
+def test_a_network_is_kept_from_shard_to_shard_of_a_stage(shard):
+    for stage in ("first", "first", "second"):
+        shard(stage)
+    assert Network.built == 2
+    assert cluster._at_hand[0] == "second"
+
+
+def test_a_network_goes_when_its_stage_has_ended_and_comes_back_for_a_late_shard(shard, monkeypatch):
+    monkeypatch.setattr(cluster, "IDLE_S", 0)
+    shard("first")
+    wait_for(lambda: cluster._at_hand is None)
+    shard("first")
+    assert Network.built == 2
