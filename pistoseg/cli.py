@@ -71,6 +71,7 @@ def _run(given: list[str], options: argparse.Namespace) -> int:
 def _submit(given: list[str], options: argparse.Namespace) -> int:
     from pistoseg.submission import submit
 
+    _refuse_idle(options)
     if hasattr(options, "preset"):
         _say_preset(options)  # the job gets the resolved settings
     return submit(given, options)
@@ -227,6 +228,13 @@ def _say_preset(options: argparse.Namespace) -> None:
         Progress().say(f"neither --preset nor --config is given: the preset is {DEFAULT_PRESET}")
 
 
+def _refuse_idle(options: argparse.Namespace) -> None:
+    if options.verb == "synthesize" and not options.preview:
+        refuse_idle(options, "without --preview", "out")
+    if options.verb == "evaluate" and options.stage:
+        refuse_idle(options, "with --stage", "protocol", "classes", "device")
+
+
 def _train(options: argparse.Namespace) -> int:
     from pistoseg.commands import train
 
@@ -237,8 +245,7 @@ def _train(options: argparse.Namespace) -> int:
 def _synthesize(options: argparse.Namespace) -> int:
     from pistoseg.commands import synthesize
 
-    if not options.preview:
-        refuse_idle(options, "without --preview", "out")
+    _refuse_idle(options)
     synthesize(_run_config(options), options.workspace, options.preview, options.out)
     return 0
 
@@ -246,8 +253,8 @@ def _synthesize(options: argparse.Namespace) -> int:
 def _evaluate(options: argparse.Namespace) -> int:
     from pistoseg.commands import evaluate, evaluate_masks
 
+    _refuse_idle(options)
     if options.stage:
-        refuse_idle(options, "with --stage", "protocol", "classes", "device")
         evaluate_masks(options.workspace, options.stage, options.data, options.out, max_pixels=options.max_pixels)
         return 0
     if not options.out:

@@ -107,7 +107,7 @@ def read_info(uri: str) -> dict[str, Any]:
 
 
 def evaluation_config(uri: str, protocol: str | None = None) -> EvaluationConfig:
-    """The evaluation section of the run that trained a bundle; the defaults where the bundle does not say it.
+    """The evaluation section of the run that trained a bundle; its window and the defaults where it does not say it.
 
     Args:
         uri: of the bundle.
@@ -115,20 +115,33 @@ def evaluation_config(uri: str, protocol: str | None = None) -> EvaluationConfig
             protocol, so another one comes with those that it defines; the other keys are the section's in any case.
     Raises:
         PistoSegError: where the section is of another version of PistoSeg, and no protocol is given, beside which the
-            defaults will do; the bundle's own predictions need it not.
+            window will do; the bundle's own predictions need it not.
     """
     info = read_info(uri)
+    said = protocol_of(info)
+    window = {"patch_size": said["tile"]} | {key: said[key] for key in ("batch_size",) if key in said}
     try:
-        config = EvaluationConfig.model_validate(info.get("evaluation", {}).get("config", {}))
+        config = EvaluationConfig.model_validate(info.get("evaluation", {}).get("config", window))
     except ValidationError as error:
         if protocol is None:
             raise files.damaged(uri, info, error, "give --protocol") from error
-        config = EvaluationConfig()
+        config = EvaluationConfig.model_validate(window)
     if protocol in (None, config.protocol):
         return config
     return EvaluationConfig.model_validate(
         config.model_dump(exclude={"stride", "scales", "symmetries"}) | {"protocol": protocol}
     )
+
+
+def protocol_of(info: Mapping[str, Any]) -> dict[str, Any]:
+    """What a bundle predicts by, as arguments of `Predictor`: what it says, else the defaults for its patch size.
+
+    Args:
+        info: what `model.json` says.
+    """
+    side, said = info["patch_size"], info.get("evaluation", {})
+    defaults = {"tile": side, "stride": side // 2, "scales": [1.0], "symmetries": 1, "window": "gaussian"}
+    return defaults | {key: said[key] for key in _PROTOCOL if said.get(key) is not None}
 
 
 class _Protocol(BaseModel):
@@ -211,11 +224,7 @@ class Segmenter:
 
         All predictors compute with the weights that the model has when the first one is made.
         """
-        patch_size = self.info["patch_size"]
-        evaluation = self.info.get("evaluation", {})
-        protocol = {key: evaluation[key] for key in _PROTOCOL if evaluation.get(key) is not None}
-        defaults = {"tile": patch_size, "stride": patch_size // 2, "device": self.device}
-        merged = defaults | protocol | settings
+        merged = {"device": self.device} | protocol_of(self.info) | settings
         if "tile" in settings and "stride" not in settings:
             merged["stride"] = max(1, settings["tile"] // 2)
         return Predictor(self._folded, self.model.normalization, **merged)

@@ -177,6 +177,7 @@ def scan_evaluation(uri: str) -> EvaluationListing:
         [EvaluationPair(name, images[name], masks.get(name), backgrounds.get(name)) for name in sorted(images)],
         missing_images=sorted(masks.keys() - images.keys()),
         missing_masks=sorted(images.keys() - masks.keys()),
+        folder=uri,
     )
 
 

@@ -217,11 +217,13 @@ class EvaluationListing:
         pairs: every image, in the order of their names; without a mask where there is none.
         missing_images: names of masks whose image is not there: the ground truth is then incomplete.
         missing_masks: names of images without a mask.
+        folder: URI of what has the folders of the images and masks.
     """
 
     pairs: list[EvaluationPair]
     missing_images: list[str] = field(default_factory=list)
     missing_masks: list[str] = field(default_factory=list)
+    folder: str = ""
 
     @property
     def scored(self) -> list[EvaluationPair]:

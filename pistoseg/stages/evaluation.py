@@ -16,7 +16,7 @@ from pistoseg.artifacts import fingerprint
 from pistoseg.claims import claimed
 from pistoseg.classes import TissueClasses
 from pistoseg.config import ComputeConfig, EvaluationConfig
-from pistoseg.errors import PistoSegError
+from pistoseg.errors import PistoSegError, UnavailableError
 from pistoseg.graph import BY_NAME, StageContext
 from pistoseg.models import bundle
 from pistoseg.outputs.pictures import Panel, sheet, shrunk
@@ -70,8 +70,8 @@ def other_protocol(model: str, config: EvaluationConfig) -> str | None:
         model: URI of the bundle, which is not changed: it may be registered, and slides be segmented with it.
         config: by which it is scored.
     """
-    own, ours = bundle.read_info(model).get("evaluation", {}), json.loads(json.dumps(config.resolved()))
-    other = [f"{key} {own[key]}, here {value}" for key, value in ours.items() if own.get(key, value) != value]
+    own, ours = bundle.protocol_of(bundle.read_info(model)), json.loads(json.dumps(config.resolved()))
+    other = [f"{key} {own[key]}, here {value}" for key, value in ours.items() if own[key] != value]
     if not other:
         return None
     return f"{model}: predicts by the evaluation section of the run that trained it ({'; '.join(other)})"
@@ -105,7 +105,7 @@ def evaluate_folder(
     Returns:
         What `metrics.json` holds.
     Raises:
-        PistoSegError: the classes or images are wrong.
+        PistoSegError: the classes or images are wrong, or another run has taken the folder over.
     """
     of_model = TissueClasses.from_json(bundle.read_info(model))
     classes = classes or of_model
@@ -115,16 +115,23 @@ def evaluate_folder(
             field="--classes",
             remedy="name the model's classes, in its order",
         )
-    scan_evaluation(data)
-    with claimed(out, say=progress.say):
-        key = _work_key(model, data, config, classes, device, max_pixels)
+    scored = scan_evaluation(data).folder
+    with claimed(out, say=progress.say) as claim:
+        assert claim is not None, "no report is ready before it is asked for"
+        key = _work_key(model, scored, config, classes, device, max_pixels)
         work = storage.join(out, WORK, key)
         for other in storage.list_dir(storage.join(out, WORK)):
             if storage.name(other) != key:
                 storage.remove_tree(other)
         storage.remove_parts(work)
-        with progress.stage("Reading images and masks"):
-            summary = collect(data, work, classes, max_pixels=max_pixels, actors=1, progress=progress)
+        try:
+            with progress.stage("Reading images and masks"):
+                summary = collect(data, work, classes, max_pixels=max_pixels, actors=1, progress=progress)
+        except UnavailableError:
+            raise
+        except PistoSegError:  # of files that are wrong: once they are mended, this is another run's work
+            storage.remove_tree(storage.join(out, WORK))
+            raise
         with progress.stage("Scoring"):
             report = evaluate(
                 model,
@@ -137,7 +144,9 @@ def evaluate_folder(
                 seed=0,
                 missing=summary["missing_images"],
                 progress=progress,
+                check=claim.check,
             )
+        claim.check()
         storage.remove_tree(storage.join(out, WORK))
     return report
 
@@ -204,9 +213,9 @@ def evaluate(
         names=lambda shard: [names[position] for position in shard],
     )
     table = parquet.read(parts)
-    if len(table) != count:
+    if len(table) != len(names):
         raise PistoSegError(
-            f"holds the scores of {len(table)} images, and {count} are to be scored",
+            f"holds the scores of {len(table)} images, and {len(names)} are to be scored",
             file=parts,
             remedy="something else changed it meanwhile: delete it, and run the same command again",
         )

@@ -188,6 +188,7 @@ def test_streamed_mosaics_can_not_be_written(no_ray, capsys, tmp_path):
 )
 def test_options_that_would_do_nothing_are_refused(no_ray, capsys, arguments, says):
     assert says in failed(arguments, capsys)
+    assert says in failed([*arguments, "--submit", "http://head:8265"], capsys)
 
 
 def test_a_model_that_is_none(no_ray, capsys, tmp_path):

@@ -145,8 +145,11 @@ def test_a_bundle_of_a_newer_version_is_loaded_but_scored_only_where_its_setting
     ):
         bundle.evaluation_config(newer)
     assert bundle.evaluation_config(changed("known", config={"patch_size": 64})).patch_size == 64
-    assert bundle.evaluation_config(changed("silent")) == EvaluationConfig()
-    assert bundle.evaluation_config(newer, "bcss-wsss") == EvaluationConfig.model_validate({"protocol": "bcss-wsss"})
+    silent = bundle.evaluation_config(changed("silent"))
+    assert silent == EvaluationConfig.model_validate({"patch_size": bundle.read_info(newer)["patch_size"]})
+    window = {"patch_size": 64, "batch_size": 3, "protocol": "bcss-wsss"}
+    newer = changed("window", tile=64, batch_size=3, config={"new_key": 1})
+    assert bundle.evaluation_config(newer, "bcss-wsss") == EvaluationConfig.model_validate(window)
 
 
 def test_another_protocol_has_the_window_of_the_bundle_and_its_own_stride_scales_and_symmetries(folder, tmp_path):

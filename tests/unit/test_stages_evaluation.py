@@ -127,7 +127,8 @@ def test_a_run_that_was_taken_over_leaves_the_report_of_the_other_one_alone(mode
     classes = "classes.classes=[{name: tumor, color: [0, 64, 128]}, {name: stroma, color: [64, 128, 0]}]"
     scoring = "evaluation={protocol: single-scale, patch_size: 64, bootstrap: 0}"
     config = load_config("demo", overrides=["data.uri=/data", classes, "classes.background_id=2", scoring])
-    out, images, progress = tmp_path / "out", str(tmp_path / "validation"), Progress(Console(file=io.StringIO()))
+    out, images, progress = tmp_path / "report", str(tmp_path / "validation"), Progress(Console(file=io.StringIO()))
+    out.mkdir()
     collect(data_set(tmp_path / "data"), images, CLASSES, max_pixels=10**6, actors=1, progress=progress)
     inputs = {
         "model": SimpleNamespace(path=lambda name: model),
@@ -160,14 +161,35 @@ def test_an_evaluation_that_fails_deletes_nothing_and_keeps_the_earlier_report(m
     with pytest.raises(PistoSegError, match="data"):
         evaluate(model, data, out)
     assert [file.read_bytes() for file in own_files + earlier] == [b"the user's"] * 3 + [b"the earlier report"] * 3
+    assert not (out / WORK).exists()
+
+
+def test_a_scoring_that_was_taken_over_leaves_report_and_work_of_the_other_one_alone(
+    model, own_files, tmp_path, monkeypatch
+):
+    out, other = tmp_path / "out", tmp_path / "out" / WORK / "another" / "x"
+    score = evaluation._Score.__call__
+
+    def taken_over(self, number, shard, part):
+        score(self, number, shard, part)
+        other.parent.mkdir(parents=True)
+        other.write_bytes(b"the other run's")
+        monkeypatch.setattr(claims.Claim, "_holds", lambda claim: False)
+
+    monkeypatch.setattr(evaluation._Score, "__call__", taken_over)
+    with pytest.raises(PistoSegError, match="another run took this over"):
+        evaluate(model, data_set(tmp_path / "data"), out)
+    assert other.exists()
+    assert not any((out / name).exists() for name in RESULTS)
 
 
 @pytest.mark.parametrize(
     ("change", "again"),
-    [("nothing", [1]), ("intervals", [1]), ("model", [0, 1]), ("masks", [0, 1]), ("protocol", [0, 1])],
+    [("nothing", [1]), ("intervals", [1]), ("beside", [1]), ("model", [0, 1]), ("masks", [0, 1]), ("protocol", [0, 1])],
 )
 def test_an_interrupted_scoring_goes_on_unless_it_is_another(model, own_files, tmp_path, monkeypatch, change, again):
-    out, data = tmp_path / "out", data_set(tmp_path / "data")
+    data_set(tmp_path / "data" / "val")
+    out, data = tmp_path / "out", str(tmp_path / "data")
     score, scored, interrupts = evaluation._Score.__call__, [], [KeyboardInterrupt]
 
     def interrupted(self, number, shard, part):
@@ -187,7 +209,10 @@ def test_an_interrupted_scoring_goes_on_unless_it_is_another(model, own_files, t
         model = shutil.copytree(model, tmp_path / "other")
         (model / "model.json").write_text((model / "model.json").read_text() + "\n")
     if change == "masks":
-        Image.fromarray(np.zeros((32, 32), np.uint8)).save(tmp_path / "data" / "mask" / "one.png")
+        Image.fromarray(np.zeros((32, 32), np.uint8)).save(tmp_path / "data" / "val" / "mask" / "one.png")
+    if change == "beside":
+        (tmp_path / "data" / "training").mkdir()
+        (tmp_path / "data" / "training" / "new[1,0].png").write_bytes(b"")
     scored.clear()
     report = evaluate(str(model), data, out, **settings)
     assert scored == again
