@@ -12,6 +12,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 TRIES = 4
 """How often Ray Data begins a piece of work whose process, or node, dies; of itself it would go on for ever, and say
 nothing. A node that is taken away with notice counts as no try."""
+RESTARTS = 20
+"""How often in all Ray Data starts an actor whose process dies, whatever it was at: one that can't start must end."""
 EXIT_S = 30
 """How long the exit of a process may take."""
 

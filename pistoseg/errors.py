@@ -9,9 +9,7 @@ from pistoseg.redaction import redact
 
 INTERRUPTED = "interrupted; run the same command again to go on"
 _GOES_ON = "the same command goes on where this one stopped"
-_LESS_MEMORY = (
-    "set a smaller batch_size or patch_size of this stage or fewer compute.workers, or give the node more memory"
-)
+_LESS_MEMORY = "take smaller batches or patches or fewer workers, or give the node more memory"
 
 
 class PistoSegError(ValueError):
@@ -103,7 +101,7 @@ def explained(error: BaseException | None, file: str | None = None) -> PistoSegE
             )
         if _is(found, "ray.exceptions", "OutOfMemoryError"):
             return PistoSegError("a node is out of memory", file=file, remedy=f"{_LESS_MEMORY}; {_GOES_ON}")
-        died = _is(found, "ray.exceptions", "WorkerCrashedError", "RayActorError", "NodeDiedError")
+        died = _is(found, "ray.exceptions", "WorkerCrashedError", "RayActorError", "NodeDiedError", "ObjectLostError")
         if died and not getattr(found, "actor_init_failed", False):  # which is an error of Python's in a constructor
             return PistoSegError(
                 "a worker process died, or its node",

@@ -17,7 +17,7 @@ from typing import Any
 import ray
 
 from pistoseg import object_store, storage
-from pistoseg.actors import TRIES, exit_in_time
+from pistoseg.actors import RESTARTS, TRIES, exit_in_time
 from pistoseg.config import ComputeConfig
 from pistoseg.errors import PistoSegError, UnavailableError, explained
 from pistoseg.memory import give_back, keep_freed_memory
@@ -43,9 +43,6 @@ _FOR_RAY = {
     "MALLOC_ARENA_MAX": "1",
     # Ray Train looks every 2 s whether a training has ended.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    # What Ray ends because a node is short of memory it would begin again for ever; the pauses between these tries grow
-    # to a minute, in which others may end that took the memory.
-    "RAY_task_oom_retries": "8",
 }
 """Environment of this process, unless it says otherwise."""
 _FOR_LOCAL_RAY = {
@@ -370,7 +367,7 @@ def _results(todo: dict[int, Any], setup: tuple[Any, ...], size: int, resources:
         _ShardWorker,
         fn_constructor_args=setup,
         compute=ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=PER_ACTOR),
-        max_restarts=TRIES - 1,
+        max_restarts=RESTARTS,
         max_task_retries=TRIES - 1,
         **resources,
     )

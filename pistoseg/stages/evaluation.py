@@ -16,7 +16,7 @@ from pistoseg.artifacts import fingerprint
 from pistoseg.claims import claimed
 from pistoseg.classes import TissueClasses
 from pistoseg.config import ComputeConfig, EvaluationConfig
-from pistoseg.errors import PistoSegError, UnavailableError
+from pistoseg.errors import PistoSegError
 from pistoseg.graph import BY_NAME, StageContext
 from pistoseg.models import bundle
 from pistoseg.outputs.pictures import Panel, sheet, shrunk
@@ -124,14 +124,8 @@ def evaluate_folder(
             if storage.name(other) != key:
                 storage.remove_tree(other)
         storage.remove_parts(work)
-        try:
-            with progress.stage("Reading images and masks"):
-                summary = collect(data, work, classes, max_pixels=max_pixels, actors=1, progress=progress)
-        except UnavailableError:
-            raise
-        except PistoSegError:  # of files that are wrong: once they are mended, this is another run's work
-            storage.remove_tree(storage.join(out, WORK))
-            raise
+        with progress.stage("Reading images and masks"):
+            summary = collect(data, work, classes, max_pixels=max_pixels, actors=1, progress=progress)
         with progress.stage("Scoring"):
             report = evaluate(
                 model,

@@ -14,7 +14,7 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
-from pistoseg.actors import TRIES, exit_in_time
+from pistoseg.actors import RESTARTS, TRIES, exit_in_time
 
 Sample = tuple[NDArray[Any], ...]
 
@@ -103,7 +103,7 @@ def sample_dataset(
         batch_format="numpy",
         num_cpus=SAMPLE_CPUS,
         compute=ray.data.ActorPoolStrategy(size=actors),
-        max_restarts=TRIES - 1,
+        max_restarts=RESTARTS,
         max_task_retries=TRIES - 1,
     )
 

@@ -227,6 +227,8 @@ def remove_unreadable_checkpoints(folder: str) -> str:
 
 def _is_whole(uri: str) -> bool:
     """Whether a checkpoint is there and as it was written: it is a zip archive, which has sums of its content."""
+    if not storage.is_local(uri):  # an object is there as a whole or not at all, and far away
+        return storage.exists(uri)
     try:
         content = storage.read_bytes(uri)
     except FileNotFoundError:

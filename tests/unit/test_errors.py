@@ -80,7 +80,7 @@ DIED = "a worker process died, or its node. Remedy: if it was killed for memory"
 @pytest.mark.parametrize(
     ("error", "says"),
     [
-        (OF_MEMORY, "a node is out of memory. Remedy: set a smaller batch_size"),
+        (OF_MEMORY, "a node is out of memory. Remedy: take smaller batches"),
         (ray.exceptions.WorkerCrashedError(), DIED),
         (ray.exceptions.ActorDiedError(), DIED),
         (ray.exceptions.NodeDiedError("is gone"), DIED),

@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 """A process at which Ray's tasks keep what they built for a stage, from shard to shard."""
 
 import json
@@ -47,3 +51,11 @@ def test_a_network_goes_when_its_stage_has_ended_and_comes_back_for_a_late_shard
     wait_for(lambda: cluster._at_hand is None)
     shard("first")
     assert Network.built == 2
+
+
+def test_ray_is_told_before_it_is_imported_how_often_it_may_end_a_task_for_memory():
+    code = "import pistoseg, os, sys; assert 'ray' not in sys.modules; print(os.environ['RAY_task_oom_retries'])"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    for given, expected in (({}, "8"), ({"RAY_task_oom_retries": "3"}, "3")):
+        run = subprocess.run([sys.executable, "-c", code], env=environment | given, capture_output=True, text=True)
+        assert run.stdout.strip() == expected, run.stderr
