@@ -1,10 +1,9 @@
-import os
-import subprocess
-import sys
-
 """A process at which Ray's tasks keep what they built for a stage, from shard to shard."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from processes import wait_for
