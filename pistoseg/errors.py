@@ -55,10 +55,16 @@ class UnavailableError(PistoSegError):
 
 
 class RefusedError(PistoSegError):
-    """Object storage that keeps a file or folder from these credentials; others there may be given.
+    """A disk or object storage that keeps a file or folder from this user; others there may be given.
 
     Whoever lists bad inputs and goes on must not list this: rights can be given without any change to the file.
     """
+
+
+def out_of_memory(file: str) -> UnavailableError:
+    """The error about a file for which there was no memory, of which nobody knows whether it is a good one."""
+    remedy = "give the workers more memory, or take fewer of them; the same command goes on where this one stopped"
+    return UnavailableError("cannot be read: memory is full", file=file, remedy=remedy)
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:

@@ -10,10 +10,10 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pistoseg import __version__, parquet, storage
 from pistoseg.classes import TissueClasses
@@ -155,21 +155,21 @@ def cohort_areas(rows: Sequence[SlideRow], classes: TissueClasses) -> dict[str, 
     return {"slides": len(found), "tissue_mm2": round(tissue, 6), "classes": by_class}
 
 
-def sheet_of_overviews(paths: Sequence[Path], columns: int = 2) -> bytes:
+def sheet_of_overviews(overviews: Sequence[NDArray[np.uint8]], columns: int = 2) -> bytes:
     """The overviews of up to 24 slides below and beside each other, as a PNG.
 
     Args:
-        paths: PNGs of `overview.write_overview`; of more than 24, as many evenly spread ones are taken.
+        overviews: (H, W, 3) RGB, pictures of `overview.write_overview`; of more than 24, as many evenly spread ones
+            are taken.
         columns: beside each other.
     """
     from PIL import Image
 
-    if len(paths) > SHEET_SLIDES:
-        paths = [paths[number * len(paths) // SHEET_SLIDES] for number in range(SHEET_SLIDES)]
+    if len(overviews) > SHEET_SLIDES:
+        overviews = [overviews[number * len(overviews) // SHEET_SLIDES] for number in range(SHEET_SLIDES)]
     pictures = []
-    for path in paths:
-        with Image.open(path) as file:
-            picture = file.convert("RGB")
+    for overview in overviews:
+        picture = Image.fromarray(overview)
         picture.thumbnail((SHEET_WIDTH, SHEET_WIDTH), Image.Resampling.LANCZOS)
         pictures.append(picture)
     lines = [pictures[start : start + columns] for start in range(0, len(pictures), columns)]

@@ -19,7 +19,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 from pistoseg import storage
 from pistoseg.classes import IGNORE_ID, TissueClasses
-from pistoseg.errors import PistoSegError, RefusedError, UnavailableError
+from pistoseg.errors import PistoSegError, RefusedError, UnavailableError, out_of_memory
 
 _SAVE_AS = "save it as an 8-bit RGB PNG, JPEG or TIFF"
 _ALPHA_MODES = {"LA", "La", "PA", "RGBA", "RGBa"}
@@ -232,6 +232,8 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _unreadable(name: str, error: Exception) -> PistoSegError:
+    if isinstance(error, MemoryError):
+        return out_of_memory(name)
     detail = str(error).strip().rstrip(".") or type(error).__name__
     return PistoSegError(
         f"is truncated, damaged or of an unknown kind ({detail})",

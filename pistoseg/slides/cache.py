@@ -22,7 +22,7 @@ from pistoseg.errors import PistoSegError, UnavailableError, explained
 from pistoseg.slides.files import etag, slide_files
 
 _POLL_S = 0.2
-_DAY_S = 86400.0
+HOUR_S = 3600.0
 _SIZE = ".size"
 _RAISE = "raise the limit of the cache (--cache-gb of `segment`; else half of the free disk, or of PISTOSEG_DISK_GB)"
 
@@ -33,11 +33,10 @@ class SlideCache:
     Args:
         folder: on a local disk; several processes may share it.
         limit_bytes: of all slides in it; the one that was used longest ago goes first, one in use never.
-        wait_s: how long to wait for slides in use to be released when there is no room. The next slide of a worker
-            is wanted as soon as its network is at one, which may take many hours on CPUs.
+        wait_s: how long to wait for slides in use to be released when there is no room.
     """
 
-    def __init__(self, folder: str | Path, limit_bytes: int, wait_s: float = _DAY_S) -> None:
+    def __init__(self, folder: str | Path, limit_bytes: int, wait_s: float = HOUR_S) -> None:
         self._folder, self._limit, self._wait_s = Path(folder), limit_bytes, wait_s
         self._locks = self._folder / ".locks"
 

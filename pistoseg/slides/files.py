@@ -7,7 +7,7 @@ import posixpath
 from functools import lru_cache
 
 from pistoseg import storage
-from pistoseg.errors import PistoSegError, UnavailableError
+from pistoseg.errors import PistoSegError, RefusedError, UnavailableError, out_of_memory
 
 PICTURES = (".png", ".jpg", ".jpeg")
 TIFFS = (".tif", ".tiff", ".btf", ".qptiff")
@@ -73,6 +73,7 @@ def etag(uri: str) -> str:
     It is the ETag (or what the storage has instead) with the size, or size and modification time of a local file.
 
     Raises:
+        RefusedError: the disk or the storage does not say what is there.
         PistoSegError: the slide does not exist or is a folder.
     """
     size, version = _stat(uri)
@@ -90,8 +91,9 @@ def _stat(uri: str) -> tuple[int, str]:
     except FileNotFoundError as error:
         raise missing(uri) from error
     except OSError as error:
+        kind = PistoSegError if storage.is_no_file(error) else RefusedError
         reason = error.strerror or str(error) or type(error).__name__
-        raise PistoSegError(
+        raise kind(
             f"cannot be read ({reason})", file=uri, remedy="check the path, its rights and the credentials"
         ) from error
     if info.get("type") == "directory":
@@ -107,6 +109,17 @@ def _stat(uri: str) -> tuple[int, str]:
 def missing(uri: str) -> PistoSegError:
     """The error about a slide that is not there."""
     return PistoSegError("does not exist", file=uri, remedy="check the path")
+
+
+def unreadable(name: str, error: OSError | MemoryError) -> PistoSegError:
+    """The error about a slide on this machine that can't be read; an `UnavailableError` where that is not its fault."""
+    if isinstance(error, MemoryError):
+        return out_of_memory(name)
+    if isinstance(error, FileNotFoundError):
+        return missing(name)
+    kind = PistoSegError if storage.is_no_file(error) else UnavailableError
+    remedy = "check its path, its rights and the disk"
+    return kind(f"cannot be read ({error.strerror or error})", file=name, remedy=remedy)
 
 
 def _companions(uri: str) -> list[tuple[str, str, int, str]]:

@@ -17,10 +17,9 @@ from typing import NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from pistoseg import storage
-from pistoseg.errors import PistoSegError, UnavailableError
+from pistoseg.errors import PistoSegError
 from pistoseg.patches.source import require_utf8
-from pistoseg.slides.files import VENDORS, extension, missing
+from pistoseg.slides.files import VENDORS, extension, unreadable
 from pistoseg.slides.resolution import resolve_mpp
 
 CONVERT = "convert it with `vips tiffsave IN OUT.tif --tile --pyramid --compression jpeg`"
@@ -142,12 +141,13 @@ def open_slide(path: str | Path, mpp: float | None = None, name: str | None = No
         mpp: micrometres per level-0 px where the user knows better than the file.
         name: what errors call it, e.g. the URI that a cached file came from; its path by default.
     Raises:
+        UnavailableError: the disk, its rights or full memory keep it from being read.
         PistoSegError: missing, empty, damaged, of an unknown kind, too large to be read piece by piece, without a
             resolution, or of a name that is not UTF-8.
     """
     file, name = str(path), name or str(path)
-    require_utf8(file)  # OpenSlide takes no other name, nor does a summary
-    magic = _magic(file, name)
+    require_utf8(file)  # a summary takes no other name
+    magic = read_magic(file, name)
     from pistoseg.slides.vendor import OpenSlideReader, describe, detect_vendor
 
     vendor = detect_vendor(file)
@@ -194,19 +194,20 @@ def _unknown(file: str, name: str, magic: bytes) -> PistoSegError:
     )
 
 
-def _magic(file: str, name: str) -> bytes:
+def read_magic(file: str, name: str) -> bytes:
+    """The first bytes of a file, by which its format is known; errors call it `name`.
+
+    Raises:
+        UnavailableError: the disk or its rights keep it from being read.
+        PistoSegError: it is missing, empty or a folder.
+    """
     try:
         with open(file, "rb") as stream:
             magic = stream.read(16)
-    except FileNotFoundError as error:
-        raise missing(name) from error
     except IsADirectoryError as error:
         raise PistoSegError("is a folder, not a slide", file=name, remedy="name a file in it") from error
     except OSError as error:
-        kind = PistoSegError if storage.is_no_file(error) else UnavailableError
-        raise kind(
-            f"cannot be read ({error.strerror or error})", file=name, remedy="check its path, its rights and the disk"
-        ) from error
+        raise unreadable(name, error) from error
     if not magic:
         raise PistoSegError("is empty (0 bytes)", file=name, remedy=COPY_AGAIN)
     return magic

@@ -79,6 +79,19 @@ def is_whole(out: str, slide_id: str, *, probabilities: bool) -> bool:
     return wanted <= {storage.name(item) for item in storage.list_dir(slide_folder(out, slide_id))}
 
 
+def is_complete(out: str, slide_id: str) -> bool:
+    """Whether there are complete results of a slide, whatever they were made from.
+
+    Raises:
+        PistoSegError: they cannot be read, so that nobody knows.
+    """
+    record = read_record(out, slide_id)
+    if record is None or record.get("status") != "completed":
+        return False
+    probabilities = record["settings"]["probabilities"]
+    return is_whole(out, slide_id, probabilities=probabilities) and read_areas(out, slide_id) is not None
+
+
 def not_results(uris: Sequence[str]) -> list[str]:
     """Files without the masks and overviews of segmented slides, which end like slides."""
     folders = {posixpath.dirname(uri) for uri in uris if storage.name(uri) in _BESIDE_THEM}

@@ -47,11 +47,20 @@ def private_folder(name: str) -> Path:
     folder = Path(tempfile.gettempdir()) / name
     with suppress(FileExistsError):
         folder.mkdir(mode=0o700)
-    if folder.lstat().st_uid != os.getuid():
+    state = folder.lstat()
+    if state.st_uid != os.getuid() and state.st_uid != _owner_of_new_ones():
         remedy = "set TMPDIR to a folder of your own, on every node, or have this one removed"
         raise UnavailableError("belongs to another user", file=str(folder), remedy=remedy)
-    folder.chmod(0o700)  # one of an earlier version was open to all
+    if state.st_mode & 0o077:  # one of an earlier version was open to all
+        with suppress(OSError):  # of a mount that has rights of its own
+            folder.chmod(0o700)
     return folder
+
+
+def _owner_of_new_ones() -> int:
+    """Whose new temporary folders are: some mounts (SMB, exFAT, NFS for root) give all that we make to one user."""
+    with tempfile.TemporaryDirectory() as folder:
+        return os.stat(folder).st_uid
 
 
 def _remove_orphans(above: Path) -> None:

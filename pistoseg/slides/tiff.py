@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from xml.etree import ElementTree
@@ -14,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pistoseg.errors import PistoSegError
+from pistoseg.slides.files import unreadable
 from pistoseg.slides.reader import CONVERT, COPY_AGAIN, MAX_UNTILED_PIXELS, SlideReader
 
 _CACHE_BYTES = 2**27
@@ -25,6 +28,7 @@ _PLAIN = (1, 5, 7, 33005)
 """Compressions in which Aperio's pixels are RGB once they are decoded: none, LZW, JPEG and JPEG 2000 of RGB."""
 _YCBCR_2000 = 33003
 """Aperio's JPEG 2000 of YCbCr, whatever the photometric tag says."""
+_DIRECTORY = "is truncated or damaged: its TIFF directory cannot be read"
 _REMEDY = f"save it as 8-bit RGB: {CONVERT}"
 
 
@@ -32,6 +36,7 @@ def count_levels(path: str, name: str) -> int:
     """Levels of the largest image in a TIFF; errors call it `name`.
 
     Raises:
+        UnavailableError: the disk or full memory keep it from being read.
         PistoSegError: it is damaged.
     """
     tiff = _opened(path, name)
@@ -93,19 +98,17 @@ class TiffReader(SlideReader):
         self._tiff = _opened(path, name)
         self._file = -1
         try:
-            series = _main_series(self._tiff, name)
-            self._planes = [_planes_of(level, name) for level in _usable(series.levels)]
-            sizes = [(p[0].page.imagewidth, p[0].page.imagelength) for p in self._planes]
-            if properties is None:
-                properties = _properties(self._tiff, self._planes[0][0].page)
-            super().__init__(name, sizes, properties, mpp)
-            self._file = os.open(path, os.O_RDONLY)
+            with _reading(name, _DIRECTORY):
+                series = _main_series(self._tiff, name)
+                self._planes = [_planes_of(level, name) for level in _usable(series.levels)]
+                sizes = [(p[0].page.imagewidth, p[0].page.imagelength) for p in self._planes]
+                if properties is None:
+                    properties = _properties(self._tiff, self._planes[0][0].page)
+                super().__init__(name, sizes, properties, mpp)
+                self._file = os.open(path, os.O_RDONLY)
         except PistoSegError:
             self.close()
             raise
-        except Exception as error:  # tags of damaged directories have any type and value
-            self.close()
-            raise _damaged(name, error) from error
         self._lock = threading.Lock()
         self._cache: OrderedDict[tuple[int, int, int], NDArray[np.uint8]] = OrderedDict()
         self._cached = 0
@@ -166,41 +169,42 @@ class TiffReader(SlideReader):
             raise PistoSegError(f"has no {place}", file=self.name, remedy=COPY_AGAIN) from error
         if not length:  # a sparse file: nothing was scanned here
             return np.full((*plane.tile, plane.samples), 255, np.uint8)
-        data = os.pread(self._file, length, offset)
+        with _reading(self.name, f"{place} cannot be read"):
+            data = os.pread(self._file, length, offset)
         if len(data) < length:
             raise PistoSegError(f"is truncated: {place} lies beyond its end", file=self.name, remedy=COPY_AGAIN)
         options = {"jpegtables": page.jpegtables, "jpegheader": page.keyframe.jpegheader} if _is_jpeg(page) else {}
-        try:
+        with _reading(self.name, f"{place} cannot be decoded"):
             decoded = page.keyframe.decode(data, index, _fullsize=page.keyframe.is_tiled, **options)[0]
             return np.asarray(decoded[0], np.uint8)
-        except Exception as error:  # codecs raise anything on damaged bytes
-            raise PistoSegError(
-                f"{place} cannot be decoded ({_detail(error)})", file=self.name, remedy=COPY_AGAIN
-            ) from error
 
 
 def _opened(path: str, name: str) -> Any:
     import tifffile
 
-    try:
+    with _reading(name, _DIRECTORY):
         return tifffile.TiffFile(path)
-    except Exception as error:  # tifffile raises anything on damaged directories
-        raise _damaged(name, error) from error
 
 
-def _damaged(name: str, error: Exception) -> PistoSegError:
-    return PistoSegError(
-        f"is truncated or damaged: its TIFF directory cannot be read ({_detail(error)})", file=name, remedy=COPY_AGAIN
-    )
+@contextmanager
+def _reading(name: str, damage: str) -> Iterator[None]:
+    """Tell what the disk and memory do not give from damage: tifffile and codecs raise anything on damaged bytes."""
+    try:
+        yield
+    except PistoSegError:
+        raise
+    except Exception as error:
+        of_the_disk = isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)  # of offsets below 0
+        if of_the_disk or isinstance(error, MemoryError):
+            raise unreadable(name, error) from error
+        raise PistoSegError(f"{damage} ({_detail(error)})", file=name, remedy=COPY_AGAIN) from error
 
 
 def _main_series(tiff: Any, name: str) -> Any:
     """The image of most pixels: scanners add labels and macro pictures."""
-    try:
+    with _reading(name, _DIRECTORY):  # there may be no series at all
         series = [item for item in tiff.series if item.levels and item.keyframe is not None]
         return max(series, key=lambda item: item.keyframe.imagewidth * item.keyframe.imagelength)
-    except Exception as error:  # also no series at all
-        raise _damaged(name, error) from error
 
 
 def _usable(levels: list[Any]) -> Iterator[Any]:

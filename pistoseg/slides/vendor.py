@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pistoseg.errors import PistoSegError
-from pistoseg.slides.reader import CONVERT, COPY_AGAIN, SlideReader
+from pistoseg.slides.reader import CONVERT, COPY_AGAIN, SlideReader, read_magic
 
 _BLOCK = 512
 _DRIFT = 0.01
@@ -35,7 +35,7 @@ class OpenSlideReader(SlideReader):
     """A slide that OpenSlide has open; its handle may be used by several threads."""
 
     def __init__(self, path: str, mpp: float | None, name: str) -> None:
-        self._slide = _opened(path, name)
+        self._path, self._slide = path, _opened(path, name)
         try:
             super().__init__(name, list(self._slide.level_dimensions), dict(self._slide.properties), mpp)
         except PistoSegError:
@@ -73,6 +73,7 @@ class OpenSlideReader(SlideReader):
         try:
             pixels = np.asarray(self._slide.read_region(corner, level, (width, height)))
         except _openslide().OpenSlideError as error:
+            read_magic(self._path, self.name)  # OpenSlide does not tell what the disk says from damage
             raise PistoSegError(
                 f"cannot be read at level {level}, x {x}, y {y} px ({error})", file=self.name, remedy=COPY_AGAIN
             ) from error
@@ -88,7 +89,8 @@ def _opened(path: str, name: str) -> Any:
     openslide = _openslide()
     try:
         return openslide.OpenSlide(path)
-    except (openslide.OpenSlideError, OSError) as error:
+    except openslide.OpenSlideError as error:
+        read_magic(path, name)  # OpenSlide does not tell what the disk says from damage
         raise PistoSegError(
             f"OpenSlide cannot open it ({error})", file=name, remedy=f"{COPY_AGAIN}, or {CONVERT}"
         ) from error

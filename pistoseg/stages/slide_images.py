@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pistoseg import storage
 from pistoseg.errors import UnavailableError
-from pistoseg.slides.cache import SlideCache, bytes_in
+from pistoseg.slides.cache import HOUR_S, SlideCache, bytes_in
 from pistoseg.slides.reader import open_slide
 from pistoseg.slides.scratch import private_folder
 from pistoseg.slides.view import SlideView
@@ -45,22 +45,23 @@ class SlideOpener:
             yield SlideView(reader, self.mpp)
 
 
-def node_cache(uri: str, gigabytes: float | None = None) -> SlideCache:
+def node_cache(uri: str, gigabytes: float | None = None, wait_s: float = HOUR_S) -> SlideCache:
     """The cache that all processes of a user share on this machine.
 
     Args:
         uri: of a slide that it is for; a local one needs no folder.
         gigabytes: of all slides in it; None: half of what the disk has left beside them, or of `DISK_GB` where that
             is less.
+        wait_s: for room, as of `SlideCache`.
     Raises:
         UnavailableError: `DISK_GB` is not a number above 0, or the cache's folder is another user's.
     """
     name = f"pistoseg-slides-{os.getuid()}"
     folder = Path(tempfile.gettempdir()) / name if storage.is_local(uri) else private_folder(name)
     if gigabytes is not None:
-        return SlideCache(folder, int(gigabytes * 1e9))
+        return SlideCache(folder, int(gigabytes * 1e9), wait_s)
     free = shutil.disk_usage(tempfile.gettempdir()).free + bytes_in(folder)  # or the limit would fall as it fills
-    return SlideCache(folder, int(min(free, _allowed_bytes())) // 2)
+    return SlideCache(folder, int(min(free, _allowed_bytes())) // 2, wait_s)
 
 
 def _allowed_bytes() -> float:

@@ -30,8 +30,8 @@ class SlidePool:
     """Actors that take a task when they have room for one.
 
     A worker that dies is replaced. What it was at is begun again when all else is done, by a worker that has nothing
-    else to do, so that a slide that kills its worker takes no other one with it a second time. Where no replacement
-    can load the model, as on a bad node, the others go on.
+    else to do, so that a slide that kills its worker takes no other one with it a second time. Where neither
+    a worker nor its replacements can load the model, as on a bad node, the others go on.
 
     Args:
         start: starts an actor like `SlideWorker`; called again for each that died.
@@ -55,6 +55,7 @@ class SlidePool:
         self._has_loaded = False  # any worker, the model
         self._loads: dict[Any, list[SlideTask]] = {}  # loaded workers, and what each is at
         self._starting: dict[ray.ObjectRef, tuple[Any, int]] = {}  # and how many failed in its place before
+        self._undecided: list[tuple[RayError, int]] = []  # failed before any has loaded, and how many there before
         self._running: dict[ray.ObjectRef, tuple[Any, SlideTask]] = {}
         self._asked: dict[ray.ObjectRef, Any] = {}
         self._asked_at = 0.0
@@ -137,16 +138,22 @@ class SlidePool:
         else:
             self._has_loaded = True
             self._loads[worker] = []
+            while self._undecided:
+                self._take_failed_start(*self._undecided.pop())
 
     def _take_failed_start(self, error: RayError, failed: int) -> None:
-        """Try again in a worker's place, in which so many have failed before, or give it up while there are others."""
+        """Try again in a worker's place, in which so many have failed before, or give it up while there are others.
+
+        Until one has loaded the model, nobody knows whether the model is bad or a node: those still starting decide.
+        """
         actor_error = error if isinstance(error, RayActorError) else None
         died = not isinstance(error, RayTaskError) and not (actor_error and actor_error.actor_init_failed)
-        if not died and not self._has_loaded:
-            raise error
-        failed += not (actor_error and actor_error.preempted)
-        if failed < MAX_FAILED_STARTS:
-            self._add_worker(failed)
+        counted = failed + (not (actor_error and actor_error.preempted))
+        may_try = counted < MAX_FAILED_STARTS and (died or self._has_loaded)
+        if may_try:
+            self._add_worker(counted)
+        elif self._starting and not self._has_loaded:
+            self._undecided.append((error, failed))
         elif self._loads or self._starting:
             problem = first_line(explained(error) or next(below(error)))
             self._say(f"warning: a worker is given up, the others go on: it could not load the model ({problem})")

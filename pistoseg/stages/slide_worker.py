@@ -27,6 +27,7 @@ from pistoseg.models import bundle
 from pistoseg.patches.source import readable
 from pistoseg.redaction import redact
 from pistoseg.slides import results
+from pistoseg.slides.cache import SlideCache
 from pistoseg.slides.grid import TilePlan
 from pistoseg.slides.job import Clock, segment_slide, start_record, write_slide
 from pistoseg.slides.network import SlideNetwork, SlideSettings
@@ -35,6 +36,8 @@ from pistoseg.slides.source import SlideEntry
 from pistoseg.slides.stitching import MaskFile, Work
 from pistoseg.stages.slide_images import node_cache
 
+DAY_S = 86400.0
+"""How long a worker waits for room: its next slide is wanted as soon as its network is at one, for hours on CPUs."""
 ASKED = "asked"
 """Ray's name for the threads that answer while slides are in work."""
 NICER, NICEST = 10, 19
@@ -155,6 +158,9 @@ class SlideWorker:
         """Of the tasks in work: tiles of the whole slide, and how many of them this one has done."""
         return dict(self._at)
 
+    def _cache(self, entry: SlideEntry) -> SlideCache:
+        return node_cache(entry.uri, self.cache_gb, DAY_S)
+
     def _plan(self, task: SlideTask, tiles: int) -> None:
         self._at[task] = tiles, 0
 
@@ -169,7 +175,7 @@ class SlideWorker:
                 self.network,
                 entry,
                 self.out,
-                cache=node_cache(entry.uri, self.cache_gb),
+                cache=self._cache(entry),
                 attempts=task.attempts,
                 on_plan=partial(self._plan, task),
                 on_tiles=partial(self._count, task),
@@ -182,7 +188,7 @@ class SlideWorker:
         """Map some bands of a slide."""
         entry = task.entry
         made_from = self.network.made_from(entry)
-        with self.network.prepared(entry, node_cache(entry.uri, self.cache_gb)) as slide:
+        with self.network.prepared(entry, self._cache(entry)) as slide:
             self._plan(task, slide.plan.n_tiles)
             bands = share_of_bands(slide.plan, task.part, task.parts)
             if not bands:
@@ -206,7 +212,7 @@ class SlideWorker:
             )
         with (
             results.published(folder) as (target, scratch),
-            self.network.prepared(entry, node_cache(entry.uri, self.cache_gb)) as slide,
+            self.network.prepared(entry, self._cache(entry)) as slide,
         ):
             clock.lap("prepare")
             for part in range(task.parts):
@@ -260,8 +266,7 @@ def write_failure(
     }
     try:
         replaces = made_from and known is not None and _is_about(known, entry)  # else this try says less
-        before = None if replaces else results.read_record(out, entry.slide_id)
-        if before is not None and before.get("status") == "completed":
+        if not replaces and results.is_complete(out, entry.slide_id):
             results.write_failure(out, entry.slide_id, record)
         else:
             with results.published(results.slide_folder(out, entry.slide_id)) as (folder, _):

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import posixpath
-import tempfile
 import time
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
@@ -21,6 +19,7 @@ from pistoseg.config import ComputeConfig
 from pistoseg.errors import PistoSegError, UnavailableError
 from pistoseg.models import bundle
 from pistoseg.outputs.summary import SlideRow, sheet_of_overviews, write_summary
+from pistoseg.patches.decode import read_rgb
 from pistoseg.patches.source import readable
 from pistoseg.progress import Progress
 from pistoseg.redaction import redact
@@ -239,12 +238,13 @@ def segment(
 
 
 def _on_disks(todo: Sequence[tuple[SlideEntry, int]]) -> dict[str, str]:
-    """A slide or tissue mask of each local folder, by what it is: any node may have to open them."""
+    """A slide or tissue mask that is there of each local folder, by what it is: any node may have to open them."""
     files: dict[str, tuple[str, str]] = {}
     for entry, _ in todo:
         for what, uri in (("slide", entry.uri), ("tissue mask of", entry.tissue_mask)):
-            if uri and storage.is_local(uri):
-                files.setdefault(posixpath.dirname(uri), (f"{what} {entry.slide_id}", uri))
+            folder = posixpath.dirname(uri or "")
+            if uri and storage.is_local(uri) and folder not in files and storage.exists(uri):
+                files[folder] = f"{what} {entry.slide_id}", uri
     return dict(_spread(list(files.values()), FOLDERS))
 
 
@@ -349,15 +349,9 @@ def _track(out: str, rows: Sequence[SlideRow], record: Mapping[str, Any], tracke
     for name in ("summary.md", "summary.csv", "run.json"):
         tracked.file(name, storage.read_bytes(storage.join(out, name)))
     shown = sorted(row.slide_id for row in rows if row.areas is not None)
-    if not shown:
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        pictures = []
-        for number, slide_id in enumerate(_spread(shown, SHEET)):
-            picture = Path(folder) / f"{number}.png"
-            with suppress(OSError, PistoSegError):  # deleted meanwhile, or can't be read
-                overview = storage.join(results.slide_folder(out, slide_id), "overview.png")
-                picture.write_bytes(storage.read_bytes(overview))
-                pictures.append(picture)
-        if pictures:
-            tracked.file("overviews.png", sheet_of_overviews(pictures))
+    pictures = []
+    for slide_id in _spread(shown, SHEET):
+        with suppress(PistoSegError):  # deleted meanwhile, damaged, or can't be read
+            pictures.append(read_rgb(storage.join(results.slide_folder(out, slide_id), "overview.png")))
+    if pictures:
+        tracked.file("overviews.png", sheet_of_overviews(pictures))

@@ -32,11 +32,14 @@ def worker_class():
         def load(self):
             number = 0
             while True:  # until this process has a number that no other one has
-                with suppress(FileExistsError):
-                    (self.folder / f"load {number}").touch(exist_ok=False)
+                with suppress(FileExistsError), (self.folder / f"load {number}").open("x") as file:
+                    file.write(str(os.getpid()))
                     break
                 number += 1
             how = self.loads[min(number, len(self.loads) - 1)]
+            first = self.folder / "load 0"
+            while how == "later" and (not first.stat().st_size or os.path.exists(f"/proc/{first.read_text()}")):
+                time.sleep(0.05)
             if how == "fails":
                 raise PistoSegError("is no model", file="model.json")
             if how == "dies":
@@ -113,6 +116,19 @@ def test_a_model_that_can_not_be_loaded_ends_the_run(tmp_path):
     with pytest.raises(PistoSegError, match=r"model\.json: is no model"):
         run(pool_of(tmp_path, ["a"], loads=["fails"]))
     assert len(list(tmp_path.glob("load *"))) == 1
+
+
+def test_a_node_whose_worker_fails_before_others_have_loaded_does_not_end_the_run(tmp_path):
+    found = run(pool_of(tmp_path, ["waits"], size=2, loads=["fails", "later", "fails"]))
+    assert isinstance(found["waits"], int)
+    assert "a worker is given up, the others go on" in (tmp_path / "told").read_text()
+
+
+@pytest.mark.parametrize("how", ["fails", "dies"])
+def test_where_no_worker_can_load_none_is_said_to_be_given_up_for_others(tmp_path, how):
+    with pytest.raises(PistoSegError, match="is no model" if how == "fails" else "3 worker processes in a row died"):
+        run(pool_of(tmp_path, ["a"], size=3, loads=[how]))
+    assert not (tmp_path / "told").exists()
 
 
 def test_workers_that_die_as_they_start_end_the_run(tmp_path):

@@ -143,12 +143,11 @@ def test_a_sheet_colours_no_more_of_a_large_image_than_it_shows(monkeypatch):
     np.testing.assert_array_equal(large[145:240], small[145:240])
 
 
-def test_overviews_share_a_sheet(tmp_path):
+def test_overviews_share_a_sheet():
     colors = [(i * 8, 0, 0) for i in range(30)]
-    for number, color in enumerate(colors):
-        Image.new("RGB", (1000, 500), color).save(tmp_path / f"{number}.png")
-    with Image.open(io.BytesIO(sheet_of_overviews([tmp_path / f"{number}.png" for number in range(30)]))) as sheet:
+    overviews = [np.full((500, 1000, 3), color, np.uint8) for color in colors]
+    with Image.open(io.BytesIO(sheet_of_overviews(overviews))) as sheet:
         assert sheet.size == (1280, 12 * 320)
         assert len(sheet.getcolors(10000)) == 24
-    with Image.open(io.BytesIO(sheet_of_overviews([tmp_path / "3.png"]))) as sheet:
+    with Image.open(io.BytesIO(sheet_of_overviews(overviews[3:4]))) as sheet:
         assert sheet.getpixel((5, 5)) == colors[3]

@@ -27,6 +27,7 @@ from pistoseg.slides.network import SlideNetwork, SlideSettings
 from pistoseg.slides.source import SlideEntry
 from pistoseg.slides.stitching import MaskFile
 from pistoseg.stages import slide_worker, slides
+from pistoseg.stages.slide_images import node_cache
 from pistoseg.stages.slide_worker import SlideTask, SlideWorker, write_failure
 from pistoseg.stages.slides import SlideRun
 
@@ -162,10 +163,17 @@ def test_python_replaces_no_results_of_another_slide_either(model, tmp_path):
     segmenter.segment_slide(tmp_path / "y" / "a.tif", tmp_path / "out", slide_id="b", mpp=1.0)
 
 
+def complete(folder, probabilities=False):
+    """The folder, with complete results in it."""
+    with results.published(str(folder)) as (target, _):
+        for name in ("mask.tif", "overview.png", "regions.geojson", "areas.json"):
+            (target / name).write_text("{}")
+        results.write_record(target, {"status": "completed", "settings": {"probabilities": probabilities}})
+    return folder
+
+
 def test_results_stay_where_a_slide_that_is_not_there_would_replace_them(failed, tmp_path):
-    folder = tmp_path / "out" / "slides" / "a"
-    folder.mkdir(parents=True)
-    (folder / "slide.json").write_text(json.dumps({"format": results.FORMAT, "status": "completed"}))
+    folder = complete(tmp_path / "out" / "slides" / "a")
     told, written = failed(PistoSegError("does not exist"))
     assert told["status"] == "failed"
     assert written["status"] == "completed"
@@ -223,9 +231,7 @@ def test_what_is_not_said_to_be_the_slides_fault_leaves_an_earlier_result_and_a_
         error = type(error)(error.reason, file=str(tmp_path / "a.tif"))
     record, written = failed(error)
     assert record["status"] == written["status"] == "failed"  # there was nothing
-    with results.published(str(folder)) as (target, _):
-        (target / "mask.tif").write_bytes(b"")
-        results.write_record(target, {"status": "completed"})
+    complete(folder)
     record, written = failed(error)
     assert (record["status"], written["status"]) == ("failed", "completed")
     assert reason in record["reason"]
@@ -234,6 +240,44 @@ def test_what_is_not_said_to_be_the_slides_fault_leaves_an_earlier_result_and_a_
     damaged = PistoSegError("is damaged", file=str(tmp_path / "a.tif"))
     assert failed(of_a_share(damaged))[1]["status"] == "failed"
     assert not (folder / "mask.tif").exists()
+
+
+@pytest.mark.parametrize("lacks", ["areas.json", "mask.tif", "whole areas.json", "probabilities.zarr"])
+def test_results_that_are_not_whole_are_not_left_as_completed(failed, tmp_path, lacks):
+    folder = complete(tmp_path / "out" / "slides" / "a", probabilities=lacks == "probabilities.zarr")
+    (folder / lacks).unlink(missing_ok=True)
+    if lacks == "whole areas.json":
+        (folder / "areas.json").write_text('{"tissue')
+    assert failed(OSError(errno.EIO, "Input/output error"))[1]["status"] == "failed"
+    assert os.listdir(folder) == ["slide.json"]
+
+
+@pytest.mark.parametrize("fault", ["none", "files", "memory"])
+def test_a_fault_of_the_machine_while_a_slide_is_opened_leaves_an_earlier_result(start, tmp_path, monkeypatch, fault):
+    slide = write_tiff(tmp_path / "a.tif", texture(100, 100), mpp=(1.0, 1.0))
+    worker, folder = start(), complete(tmp_path / "out" / "slides" / "a")
+
+    def refuse(*_):
+        raise MemoryError if fault == "memory" else OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(slide))
+
+    if fault == "none":
+        slide.write_bytes(slide.read_bytes()[:20])
+    else:
+        monkeypatch.setattr("tifffile.TiffFile", refuse)
+    says = {"none": "truncated or damaged", "files": "(Too many open files)", "memory": "memory is full"}[fault]
+    record = worker.segment(SlideTask(SlideEntry("a", str(slide))))
+    assert record["status"] == "failed"
+    assert record["reason"].startswith(f"{slide}: ")
+    assert says in record["reason"]
+    assert (folder / "mask.tif").exists() == (fault != "none")
+
+
+def test_a_worker_waits_longer_for_room_than_those_with_nothing_to_do_meanwhile(start, tmp_path, monkeypatch):
+    waits = []
+    monkeypatch.setattr(SlideCache, "__init__", lambda self, folder, limit, wait_s: waits.append(wait_s))
+    start()._cache(SlideEntry("a", str(tmp_path / "a.tif")))
+    node_cache(str(tmp_path / "a.tif"))
+    assert waits[0] > waits[1]
 
 
 def test_the_reason_of_a_share_that_failed_is_the_error_and_not_rays_traceback(failed):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import shutil
@@ -20,6 +21,7 @@ from pistoseg import storage
 from pistoseg.errors import PistoSegError, UnavailableError
 from pistoseg.slides.cache import SlideCache
 from pistoseg.stages.slide_images import node_cache
+from pistoseg.stages.slide_worker import DAY_S
 
 KB = 1000
 
@@ -121,7 +123,7 @@ def test_a_waiting_fetch_goes_on_when_there_is_room(tmp_path: Path, bucket: str)
 def test_a_slide_that_is_wanted_early_waits_for_the_hours_that_the_one_before_it_takes(
     tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache, hours = SlideCache(tmp_path, 15 * KB), []
+    cache, hours = SlideCache(tmp_path, 15 * KB, DAY_S), []
     with ExitStack() as before:
         before.enter_context(cache.get(f"{bucket}/a.svs"))
 
@@ -218,11 +220,29 @@ def test_the_slides_of_a_node_are_for_their_user_alone(
             assert folder.stat().st_mode & 0o777 == 0o700
         shutil.rmtree(folder)
     monkeypatch.setattr("os.getuid", lambda: me + 1)
+    monkeypatch.setattr("pistoseg.slides.scratch._owner_of_new_ones", lambda: me + 1)
     (tmp_path / f"pistoseg-slides-{me + 1}").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(UnavailableError, match=rf"-slides-{me + 1}: belongs to another user. Remedy: set TMPDIR"):
         node_cache(uri)
     assert not (tmp_path / "elsewhere").exists()
     node_cache(str(tmp_path / "a.svs"))  # which is where it is
+
+
+def test_a_mount_that_gives_all_files_to_one_user_and_keeps_its_rights_holds_slides(
+    tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def chmod(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    me = os.getuid()
+    monkeypatch.setattr("os.getuid", lambda: me + 1)  # all that is made here is me's
+    monkeypatch.setattr(os, "chmod", chmod)
+    (tmp_path / f"pistoseg-slides-{me + 1}").mkdir(mode=0o755)
+    for _ in range(2):
+        with node_cache(f"{bucket}/a.svs").get(f"{bucket}/a.svs") as path:
+            assert path.is_relative_to(tmp_path / f"pistoseg-slides-{me + 1}")
+    assert len(os.listdir(tmp_path)) == 1
 
 
 def test_slides_of_several_files_come_whole(tmp_path: Path, bucket: str) -> None:

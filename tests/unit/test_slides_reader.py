@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +15,7 @@ import tifffile
 from PIL import Image
 from slide_files import halved, texture, write_ome, write_scn, write_svs, write_tiff
 
-from pistoseg.errors import PistoSegError
+from pistoseg.errors import PistoSegError, UnavailableError
 from pistoseg.slides import reader as reader_module
 from pistoseg.slides.reader import SlideReader, open_slide
 from pistoseg.slides.tiff import TiffReader
@@ -251,6 +253,45 @@ def test_a_damaged_or_missing_tile_is_an_error_when_it_is_read(
     (tmp_path / "short.tif").write_bytes(data[:offset])
     with pytest.raises(PistoSegError, match=r"short.tif: .*(is truncated|OpenSlide cannot open it \(.*Short read)"):
         read(tmp_path / "short.tif")
+
+
+@pytest.mark.parametrize(
+    ("open_it", "fault"),
+    [(open_slide, errno.EMFILE), (open_slide, None), (openslide_reader, errno.ESTALE)],
+)
+def test_what_the_disk_or_memory_does_not_give_is_not_taken_for_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, open_it: Callable[[Path], SlideReader], fault: int | None
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(fault, os.strerror(fault)) if fault else MemoryError
+
+    def unread(*_: object) -> None:
+        raise openslide.OpenSlideError("Cannot read raw tile")
+
+    path = write_tiff(tmp_path / "a.tif", IMAGE)
+    says = rf"a\.tif: cannot be read.*{os.strerror(fault) if fault else 'memory is full'}"
+    with open_it(path) as slide, monkeypatch.context() as patch:
+        if open_it is openslide_reader:
+            patch.setattr(openslide.OpenSlide, "read_region", unread)
+            patch.setattr(openslide, "OpenSlide", unread)
+            patch.setattr(reader_module, "open", refuse, raising=False)
+        else:
+            patch.setattr(os, "pread", refuse)
+        with pytest.raises(UnavailableError, match=says):
+            slide.read_region(0, 0, 50, 50)
+        patch.setattr(tifffile, "TiffFile", refuse)
+        with pytest.raises(UnavailableError, match=says):
+            open_it(path)
+
+
+def test_a_tile_without_memory_for_it_is_not_taken_for_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    with TiffReader(str(write_tiff(tmp_path / "a.tif", IMAGE)), None, "s3://b/a.tif") as slide:
+        monkeypatch.setattr(slide._planes[0][0].page.keyframe, "decode", refuse)
+        with pytest.raises(UnavailableError, match=r"s3://b/a\.tif: cannot be read: memory is full.*more memory"):
+            slide.read_region(0, 0, 50, 50)
 
 
 def test_other_pixels_than_8_bit_rgb_are_refused(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from s3fs.errors import translate_boto_error
 
 from pistoseg import parquet, storage
-from pistoseg.errors import PistoSegError, UnavailableError
+from pistoseg.errors import PistoSegError, RefusedError, UnavailableError
 from pistoseg.slides.files import etag, slide_files
 from pistoseg.slides.results import published
 from pistoseg.slides.source import SlideEntry, list_slides
@@ -252,6 +252,19 @@ def test_a_slide_whose_folder_can_not_be_listed_is_no_outage_for_the_others(
     with pytest.raises(PistoSegError, match="can't be listed") as caught:
         etag(str(tmp_path / "a.mrxs"))
     assert not isinstance(caught.value, UnavailableError)
+
+
+@pytest.mark.parametrize(("code", "kind"), [(errno.ESTALE, RefusedError), (errno.ELOOP, PistoSegError)])
+def test_a_slide_of_which_the_disk_says_nothing_is_neither_bad_nor_an_outage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, kind: type[PistoSegError]
+) -> None:
+    def info(_: str) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(storage, "info", info)
+    with pytest.raises(PistoSegError, match=r"a\.svs: cannot be read") as caught:
+        etag(str(tmp_path / "a.svs"))
+    assert type(caught.value) is kind
 
 
 def test_many_dicom_series_in_one_folder_are_told_apart_by_a_few_reads_of_each_file(

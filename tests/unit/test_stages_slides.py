@@ -228,9 +228,10 @@ def test_a_claim_that_is_lost_ends_a_batch_and_a_storage_that_is_away_for_it_doe
         assert len(slides.segment(run, plan, Progress(), StageRun(), claim)["rows"]) == 2
 
 
-def test_a_picture_that_is_gone_or_not_given_is_left_out_of_what_mlflow_gets(tmp_path: Path) -> None:
-    rows = [SlideRow(name, f"{name}.svs", "skipped", areas={}) for name in "abc"]
+def test_a_picture_that_is_gone_damaged_or_not_given_is_left_out_of_what_mlflow_gets(tmp_path: Path) -> None:
+    rows = [SlideRow(name, f"{name}.svs", "skipped", areas={}) for name in "abcd"]
     (tmp_path / "slides" / "c" / "overview.png").mkdir(parents=True)  # which can't be read
+    storage.write_bytes(str(tmp_path / "slides" / "d" / "overview.png"), b"\x89PNG\r\n\x1a\n, and no more")
     record = {"slides": {}, "slides_per_hour": None, "cohort": {"tissue_mm2": 0.0, "classes": {}}}
     for name in ("summary.md", "summary.csv", "run.json"):
         storage.write_bytes(str(tmp_path / name), b"")
@@ -282,8 +283,10 @@ def test_nodes_look_for_a_slide_and_a_mask_of_every_folder_and_not_for_the_sourc
     monkeypatch.setattr(slides.placement, "check_networks", lambda *_: None)
     monkeypatch.setattr(slides.placement, "check_shared", check)
     assert look(SlideEntry("a", "s3://bucket/a.svs"), SlideEntry("b", "s3://bucket/b.svs")) == {}
+    monkeypatch.setattr(storage, "exists", lambda uri: "gone" not in uri)
     masked = SlideEntry("b", "/x/b.svs", tissue_mask="/m/b.png")
-    assert look(SlideEntry("a", "/x/a.svs"), masked, SlideEntry("c", "/y/c.svs")) == {
+    missing = SlideEntry("d", "/x/gone.svs", tissue_mask="/m/gone.png"), SlideEntry("e", "/z/gone.svs")
+    assert look(*missing, SlideEntry("a", "/x/a.svs"), masked, SlideEntry("c", "/y/c.svs")) == {
         "slide a": "/x/a.svs",
         "tissue mask of b": "/m/b.png",
         "slide c": "/y/c.svs",
