@@ -193,9 +193,10 @@ def _reading(name: str, damage: str) -> Iterator[None]:
         yield
     except PistoSegError:
         raise
+    except MemoryError as error:
+        raise unreadable(name, error) from error
     except Exception as error:
-        of_the_disk = isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)  # of offsets below 0
-        if of_the_disk or isinstance(error, MemoryError):
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # EINVAL: of offsets below 0
             raise unreadable(name, error) from error
         raise PistoSegError(f"{damage} ({_detail(error)})", file=name, remedy=COPY_AGAIN) from error
 
