@@ -194,8 +194,8 @@ def _reading(name: str, damage: str) -> Iterator[None]:
     except PistoSegError:
         raise
     except Exception as error:
-        of_the_disk = isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)  # of offsets below 0
-        if of_the_disk or isinstance(error, MemoryError):
+        # Offsets that make no sense are invalid arguments.
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)):
             raise unreadable(name, error) from error
         raise PistoSegError(f"{damage} ({_detail(error)})", file=name, remedy=COPY_AGAIN) from error
 
