@@ -193,10 +193,9 @@ def _reading(name: str, damage: str) -> Iterator[None]:
         yield
     except PistoSegError:
         raise
-    except MemoryError as error:
-        raise unreadable(name, error) from error
     except Exception as error:
-        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # EINVAL: of offsets below 0
+        # Offsets that make no sense are invalid arguments.
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)):
             raise unreadable(name, error) from error
         raise PistoSegError(f"{damage} ({_detail(error)})", file=name, remedy=COPY_AGAIN) from error
 
