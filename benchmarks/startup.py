@@ -91,10 +91,10 @@ def _stage() -> None:
     from rich.console import Console
 
     from pistoseg.progress import Progress
-    from pistoseg.stages import cluster
+    from pistoseg.stages import sharding
 
     with tempfile.TemporaryDirectory() as folder:
-        cluster.run_shards(
+        sharding.run_shards(
             Nothing,
             {},
             [[0], [1]],

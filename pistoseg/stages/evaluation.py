@@ -26,7 +26,7 @@ from pistoseg.patches.layouts import scan_evaluation
 from pistoseg.patches.masked import FOLDER, MaskedImages
 from pistoseg.progress import Progress
 from pistoseg.redaction import redact
-from pistoseg.stages import cluster
+from pistoseg.stages import sharding
 from pistoseg.stages.validation import collect
 
 SHARD_IMAGES = 16
@@ -192,7 +192,7 @@ def evaluate(
     names = parquet.read(storage.join(images, FOLDER), columns=["name"])["name"].to_pylist()
     positions = list(range(len(names)))
     shards = [positions[start : start + SHARD_IMAGES] for start in range(0, len(names), SHARD_IMAGES)]
-    cluster.run_networks(
+    sharding.run_networks(
         _Score,
         {
             "model": model,

@@ -15,7 +15,7 @@ from pistoseg.errors import PistoSegError
 from pistoseg.graph import StageContext
 from pistoseg.models import bundle
 from pistoseg.patches.store import PatchSet
-from pistoseg.stages import cluster
+from pistoseg.stages import sharding
 from pistoseg.stages.patches import held_out_folder
 from pistoseg.training.labelled_images import LabelledImages, window_areas
 
@@ -46,7 +46,7 @@ def run(context: StageContext) -> dict[str, Any]:
     folder = held_out_folder(context.inputs["patches"].uri)
     images = PatchSet.open(folder, pixels=False).table["name"].to_pylist()
     positions = list(range(len(images)))
-    cluster.run_networks(
+    sharding.run_networks(
         _Score,
         {"config": config, "model": context.inputs["model"].path("bundle"), "images": folder},
         [positions[start : start + SHARD_IMAGES] for start in range(0, len(positions), SHARD_IMAGES)],

@@ -26,7 +26,7 @@ from pistoseg.outputs.pictures import Panel, sheet, shrunk
 from pistoseg.patches.background import background_mask
 from pistoseg.patches.decode import decode_ids, encode_mask, encode_png
 from pistoseg.patches.store import PatchSet
-from pistoseg.stages import cluster
+from pistoseg.stages import sharding
 
 FOLDER = "masks"
 SHARD_PIXELS = 16 << 20
@@ -48,7 +48,7 @@ def schema(kinds: Sequence[str] = ("",)) -> pa.Schema:
 
 
 def over_images(context: StageContext, worker: type, arguments: dict[str, Any], folder: str) -> None:
-    """Run a network over all training images; see `cluster.run_networks`.
+    """Run a network over all training images; see `sharding.run_networks`.
 
     Args:
         context: of the stage.
@@ -59,7 +59,7 @@ def over_images(context: StageContext, worker: type, arguments: dict[str, Any], 
     patches = context.inputs["patches"].uri
     images = PatchSet.open(patches, pixels=False).table
     names = images["name"].to_pylist()
-    cluster.run_networks(
+    sharding.run_networks(
         worker,
         {"config": context.config, "patches": patches} | arguments,
         image_shards(images),

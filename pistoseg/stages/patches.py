@@ -30,7 +30,7 @@ from pistoseg.patches.source import (
     too_many_bad,
 )
 from pistoseg.patches.store import IMAGES_SCHEMA, REJECTED_SCHEMA, WINDOWS_SCHEMA, PatchSet, ingest
-from pistoseg.stages import cluster
+from pistoseg.stages import cluster, sharding
 from pistoseg.stages.slide_images import SlideOpener
 
 SHARD_IMAGES = 128
@@ -122,7 +122,7 @@ def _n_windows(shard: list[dict[str, Any]]) -> int:
 def _run(
     worker: type, arguments: dict[str, Any], shards: list[Any], weight: Callable[[Any], int], context: StageContext
 ) -> None:
-    cluster.run_shards(
+    sharding.run_shards(
         worker,
         arguments,
         shards,

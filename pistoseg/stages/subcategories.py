@@ -14,7 +14,7 @@ from pistoseg.graph import StageContext
 from pistoseg.models import classifier, subcategories
 from pistoseg.models.classifier import pool_regions
 from pistoseg.patches.store import PatchSet
-from pistoseg.stages import cluster, masks
+from pistoseg.stages import masks, sharding
 from pistoseg.stages.classification import crop_settings, train_on_labels
 from pistoseg.stages.trained import encoder_weights, first_weights
 from pistoseg.training.labelled import LabelledCrops, labelled_source
@@ -51,7 +51,7 @@ def run(context: StageContext) -> dict[str, Any]:
 
 def _features(context: StageContext, count: int) -> np.ndarray:
     """The classifier's last feature map, pooled over every labelled window: (windows, C) float32."""
-    cluster.run_networks(
+    sharding.run_networks(
         _Features,
         {
             "config": context.config,

@@ -17,7 +17,7 @@ from pistoseg.outputs.pictures import Panel, colored, sheet
 from pistoseg.patches.background import background_mask
 from pistoseg.patches.decode import encode_mask, encode_png
 from pistoseg.patches.store import PatchSet
-from pistoseg.stages import cluster
+from pistoseg.stages import cluster, sharding
 from pistoseg.synthesis import TissueBank
 from pistoseg.training.samples import fresh_mosaics, mosaic_source
 
@@ -91,7 +91,7 @@ def preview(samples: list[tuple[np.ndarray, np.ndarray]], classes: TissueClasses
 def _store(source: dict[str, Any], config: Config, context: StageContext) -> None:
     starts = range(0, config.synthesis.count, PART_MOSAICS)
     shards = [[start, min(start + PART_MOSAICS, config.synthesis.count)] for start in starts]
-    cluster.run_shards(
+    sharding.run_shards(
         _Make,
         {"source": ray.put(source), "classes": config.classes.tissue()},
         shards,

@@ -17,7 +17,7 @@ from pistoseg.patches.digest import unscored_folder, validation_folder
 from pistoseg.patches.layouts import scan_evaluation
 from pistoseg.patches.masked import FOLDER
 from pistoseg.progress import Progress
-from pistoseg.stages import cluster
+from pistoseg.stages import cluster, sharding
 
 SHARD_IMAGES = 64
 SCHEMA = pa.schema(
@@ -75,7 +75,7 @@ def collect(
     if not pairs:
         raise PistoSegError("has no image with a mask", file=folder, remedy="give img/ and mask/ files the same names")
     shards = [pairs[start : start + SHARD_IMAGES] for start in range(0, len(pairs), SHARD_IMAGES)]
-    cluster.run_shards(
+    sharding.run_shards(
         _Read,
         {"classes": classes, "max_pixels": max_pixels},
         shards,

@@ -21,7 +21,7 @@ from pistoseg.config import load_config
 from pistoseg.errors import PistoSegError
 from pistoseg.pipeline import run_pipeline
 from pistoseg.progress import Progress
-from pistoseg.stages.cluster import part_name, run_shards
+from pistoseg.stages.sharding import part_name, run_shards
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers can't import a test module
 

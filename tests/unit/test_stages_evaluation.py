@@ -22,7 +22,7 @@ from pistoseg.errors import PistoSegError
 from pistoseg.graph import StageContext
 from pistoseg.models import bundle, segmentation
 from pistoseg.progress import Progress
-from pistoseg.stages import cluster, evaluation, placement
+from pistoseg.stages import cluster, evaluation, placement, sharding
 from pistoseg.stages.evaluation import WORK, evaluate_folder, other_protocol, run
 from pistoseg.stages.validation import collect
 from pistoseg.tracking import StageRun
@@ -54,12 +54,12 @@ def own_files(tmp_path, monkeypatch):
 
     def here(worker, arguments, shards, folder, **_):
         for number, shard in enumerate(shards):
-            part = storage.join(folder, cluster.part_name(number))
+            part = storage.join(folder, sharding.part_name(number))
             if not storage.exists(part):
                 worker(**arguments)(number, shard, part)
 
-    monkeypatch.setattr(cluster, "run_shards", here)
-    monkeypatch.setattr(cluster, "run_networks", here)
+    monkeypatch.setattr(sharding, "run_shards", here)
+    monkeypatch.setattr(sharding, "run_networks", here)
     files = [tmp_path / "out" / name for name in ("images/a.png", "parts/part-00000.parquet", "img/b.png")]
     for file in files:
         file.parent.mkdir(parents=True)
@@ -231,13 +231,13 @@ def test_of_two_runs_into_one_folder_the_second_waits(model, own_files, tmp_path
 
 
 def test_scores_of_a_part_of_the_images_make_no_report(model, own_files, tmp_path, monkeypatch):
-    out, data, run = tmp_path / "out", data_set(tmp_path / "data"), cluster.run_networks
+    out, data, run = tmp_path / "out", data_set(tmp_path / "data"), sharding.run_networks
 
     def deleted(worker, arguments, shards, folder, **_):
         run(worker, arguments, shards[:1], folder)
 
     monkeypatch.setattr(evaluation, "SHARD_IMAGES", 1)
-    monkeypatch.setattr(cluster, "run_networks", deleted)
+    monkeypatch.setattr(sharding, "run_networks", deleted)
     with pytest.raises(PistoSegError, match="holds the scores of 1 images, and 2 are to be scored"):
         evaluate(model, data, out)
     assert not (out / "metrics.json").exists()

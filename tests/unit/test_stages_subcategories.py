@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 
 from pistoseg import parquet, storage
-from pistoseg.stages import cluster, subcategories
+from pistoseg.stages import sharding, subcategories
 
 
 def test_features_come_in_the_order_of_their_windows_from_however_many_parts(tmp_path, monkeypatch):
@@ -13,10 +13,10 @@ def test_features_come_in_the_order_of_their_windows_from_however_many_parts(tmp
     def run_networks(worker, arguments, shards, folder, **_):
         for number, windows in enumerate(([4, 0], [3, 1, 2])):
             rows = [{"window": window, "features": expected[window]} for window in windows]
-            part = storage.join(folder, cluster.part_name(number))
+            part = storage.join(folder, sharding.part_name(number))
             parquet.write(pa.Table.from_pylist(rows, subcategories.SCHEMA), part)
 
-    monkeypatch.setattr(cluster, "run_networks", run_networks)
+    monkeypatch.setattr(sharding, "run_networks", run_networks)
     artifact = SimpleNamespace(uri="", path=lambda name: name)
     context = SimpleNamespace(
         config=SimpleNamespace(compute=None),

@@ -8,7 +8,7 @@ import sys
 import pytest
 from processes import wait_for
 
-from pistoseg.stages import cluster
+from pistoseg.stages import sharding
 
 
 class Network:
@@ -26,28 +26,28 @@ class Network:
 @pytest.fixture
 def shard(monkeypatch, tmp_path):
     """Does a shard of a stage in this process."""
-    monkeypatch.setattr(cluster, "_at_hand", None)
+    monkeypatch.setattr(sharding, "_at_hand", None)
     monkeypatch.setattr(Network, "built", 0)
 
     def do(stage):
-        row = cluster._shard({"number": 0, "shard": json.dumps([0])}, stage, Network, {}, str(tmp_path), None)
+        row = sharding._shard({"number": 0, "shard": json.dumps([0])}, stage, Network, {}, str(tmp_path), None)
         assert row == {"number": 0, "problem": "", "away": False}
 
     yield do
-    cluster._idle.cancel()
+    sharding._idle.cancel()
 
 
 def test_a_network_is_kept_from_shard_to_shard_of_a_stage(shard):
     for stage in ("first", "first", "second"):
         shard(stage)
     assert Network.built == 2
-    assert cluster._at_hand[0] == "second"
+    assert sharding._at_hand[0] == "second"
 
 
 def test_a_network_goes_when_its_stage_has_ended_and_comes_back_for_a_late_shard(shard, monkeypatch):
-    monkeypatch.setattr(cluster, "IDLE_S", 0)
+    monkeypatch.setattr(sharding, "IDLE_S", 0)
     shard("first")
-    wait_for(lambda: cluster._at_hand is None)
+    wait_for(lambda: sharding._at_hand is None)
     shard("first")
     assert Network.built == 2
 
