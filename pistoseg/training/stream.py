@@ -24,6 +24,8 @@ PREFETCHED = 2
 """Batches that a worker has Ray Data fetch before it takes one."""
 BLOCK_BYTES = 8 << 20
 """Pixels of one block: large enough to be worth a task, small enough to be made ahead of need."""
+IN_ORDER = ray.data.ExecutionOptions(preserve_order=True)
+"""Without it Ray Data hands blocks out as they are finished, and batches as its threads are done with them."""
 
 
 class Samples(Protocol):
@@ -87,7 +89,7 @@ def sample_dataset(
     # A row is a range of samples. `from_items` makes its blocks here; `from_arrow` would start tasks that want a CPU
     # each, which wait for ever when a restarted training holds all of them already.
     rows = [{"start": start, "stop": min(start + per_block, epochs * per_epoch)} for start in starts]
-    return ray.data.from_items(rows, override_num_blocks=max(1, len(rows))).map_batches(
+    dataset = ray.data.from_items(rows, override_num_blocks=max(1, len(rows))).map_batches(
         _SampleActor,
         fn_constructor_kwargs={
             "build": source.build,
@@ -106,6 +108,8 @@ def sample_dataset(
         max_restarts=RESTARTS,
         max_task_retries=TRIES - 1,
     )
+    dataset.context.execution_options = IN_ORDER
+    return dataset
 
 
 class _SampleActor:

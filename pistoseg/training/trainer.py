@@ -27,7 +27,7 @@ from pistoseg.config import ComputeConfig, TrainingConfig
 from pistoseg.errors import PistoSegError, explained
 from pistoseg.training.loop import CHECKPOINT, FAILURE, TrainingJob, train_worker
 from pistoseg.training.progress import TrainingProgress
-from pistoseg.training.stream import SampleSource, sample_dataset
+from pistoseg.training.stream import IN_ORDER, SampleSource, sample_dataset
 from pistoseg.training.tasks import Task
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"
@@ -122,7 +122,7 @@ def train(
         # A stream that is not split needs no process to split it. It is then scheduled by a thread of the worker,
         # which hardly shows beside steps on a CPU, but would take Python's lock from the one that feeds a GPU.
         datasets_to_split=[] if compute.train_workers == 1 and not gpus else "all",
-        execution_options=ray.data.ExecutionOptions(preserve_order=True),
+        execution_options=IN_ORDER,  # in place of the stream's own
     )
     trainer = TorchTrainer(
         train_worker,

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -148,6 +149,20 @@ def test_samples_at_which_every_process_dies_end_the_stream(tmp_path):
     with pytest.raises(ray.exceptions.RayActorError):
         list(sample_dataset(source, first_epoch=0, epochs=1, per_epoch=1, actors=1).iter_rows())
     assert (tmp_path / "log").read_text().count("died") == TRIES
+
+
+def test_batches_arrive_in_order_when_a_later_one_is_ready_first(monkeypatch):
+    monkeypatch.setattr("pistoseg.training.stream.BLOCK_BYTES", 8 * 8 * 4 * 2)  # blocks of two samples
+
+    def slow_at_first(batch):
+        if batch["index"][0] == 0:
+            time.sleep(1)
+        return batch["index"].tolist()
+
+    source = SampleSource(Coded, ray.put({"base": 0}), 24, (8, 8), ("image", "regions", "labels", "maps"))
+    dataset = sample_dataset(source, first_epoch=0, epochs=1, per_epoch=24, actors=1)
+    batches = dataset.iter_torch_batches(batch_size=4, prefetch_batches=PREFETCHED, collate_fn=slow_at_first)
+    assert [index for batch in batches for index in batch] == list(range(24))
 
 
 def test_batches_larger_than_what_is_made_ahead_of_need_arrive(monkeypatch):
