@@ -129,7 +129,7 @@ def images(size: int) -> Callable[[], object]:
                 parquet.write(table, storage.join(folder, "images", name))
                 flags = pa.Table.from_pylist(windows, WINDOWS_SCHEMA)
                 parquet.write(flags, storage.join(folder, "windows", name))
-            patches = PatchSet.open(folder)
+            patches = PatchSet.open(folder, hold=True)
         labels = patches.image_labels()
         shards = image_shards(patches.table)
         order = EpochOrder(crop_rows(np.full(size, 64), 8, rare_class_weights(labels)), 0)

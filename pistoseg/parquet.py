@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from pistoseg import storage
@@ -20,16 +22,37 @@ _FORMAT: dict[str, Any] = {"compression": "zstd", "write_statistics": False}
 def read(uri: str, columns: list[str] | None = None) -> pa.Table:
     """A Parquet file, or all `.parquet` files of a folder in the order of their names, as one table."""
     import pyarrow as pa
+
+    return pa.concat_tables(read_parts(uri, columns).values())
+
+
+def read_parts(uri: str, columns: list[str] | None = None) -> dict[str, pa.Table]:
+    """The same file by file: tables by their URIs."""
     import pyarrow.parquet as pq
 
     files = [item for item in storage.list_files(uri) if item.endswith(".parquet")] if storage.is_dir(uri) else [uri]
     if not files:
         raise PistoSegError("has no Parquet files", file=uri)
-    tables = []
+    tables = {}
     for item in files:
         with storage.open_file(item) as file:
-            tables.append(pq.read_table(file, columns=columns))
-    return pa.concat_tables(tables)
+            tables[item] = pq.read_table(file, columns=columns)
+    return tables
+
+
+def values(uri: str, column: str, rows: Iterable[int]) -> Iterator[Any]:
+    """Values of one column of one file; of row groups only those that hold the rows are read, one after the other."""
+    import pyarrow.parquet as pq
+
+    with storage.open_file(uri) as file, pq.ParquetFile(file) as table:
+        sizes = [table.metadata.row_group(number).num_rows for number in range(table.num_row_groups)]
+        ends = list(accumulate(sizes))
+        held: dict[int, pa.ChunkedArray] = {}
+        for row in rows:
+            group = bisect_right(ends, row)
+            if group not in held:
+                held = {group: table.read_row_group(group, columns=[column])[column]}
+            yield held[group][row - ends[group]].as_py()  # counted from its end
 
 
 def write(table: pa.Table, uri: str, row_group_size: int = 256) -> None:

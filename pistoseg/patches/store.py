@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate, groupby
 from typing import Any
 
 import numpy as np
@@ -152,17 +154,26 @@ def scaled(window: Window, factor: tuple[float, float], size: tuple[int, int]) -
 
 
 class PatchSet:
-    """The images and windows of a `patches` artifact; encoded bytes are held, pixels are made on demand.
+    """The images and windows of a `patches` artifact.
+
+    Images are read when they are asked for, unless their encoded bytes are held.
 
     Attributes:
         table: the images, in the order of their ids.
         windows: the windows, image by image.
         labels: (windows, L) uint8 flags.
+
+    Args:
+        table: with the column `png`, or without.
+        windows: as above.
+        parts: without it, the files that it is in, by URI, and how many rows each has.
     """
 
-    def __init__(self, table: pa.Table, windows: pa.Table) -> None:
+    def __init__(self, table: pa.Table, windows: pa.Table, parts: Mapping[str, int] | None = None) -> None:
         self.table = table
         self.windows = windows
+        self._parts = list((parts or {}).items())
+        self._part_ends = list(accumulate(rows for _, rows in self._parts))
         flags = windows["labels"].combine_chunks()
         self.labels: NDArray[np.uint8] = np.asarray(flags.flatten()).reshape(len(flags), -1)
         self._boxes = np.stack([windows[name].to_numpy() for name in ("x", "y", "width", "height")], 1)
@@ -172,15 +183,17 @@ class PatchSet:
         self._ends = np.searchsorted(ids, images, "right")
 
     @classmethod
-    def open(cls, uri: str, *, pixels: bool = True) -> PatchSet:
+    def open(cls, uri: str, *, hold: bool = False) -> PatchSet:
         """Read an artifact's folder; `PistoSegError` when no image was good enough to be in it.
 
         Args:
             uri: of the folder.
-            pixels: whether images are wanted, too: encoded, they are nearly all of it.
+            hold: whether all images are read at once, for `table` to have their column `png`: encoded, they are nearly
+                all of the artifact.
         """
-        columns = None if pixels else [name for name in IMAGES_SCHEMA.names if name != "png"]
-        images = parquet.read(storage.join(uri, "images"), columns=columns)
+        columns = None if hold else [name for name in IMAGES_SCHEMA.names if name != "png"]
+        parts = parquet.read_parts(storage.join(uri, "images"), columns=columns)
+        images = pa.concat_tables(parts.values())
         windows = parquet.read(storage.join(uri, "windows"))
         if not images.num_rows:
             raise PistoSegError(
@@ -188,14 +201,28 @@ class PatchSet:
                 file=storage.join(uri, "rejected.parquet"),
                 remedy="`pistoseg data check` lists the reasons",
             )
-        return cls(images, windows)
+        return cls(images, windows, {file: part.num_rows for file, part in parts.items()})
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
 
     def image(self, position: int) -> NDArray[np.uint8]:
         """Image at a position in `table`: (H, W, 3) uint8 RGB."""
-        return decode.decode_png(self.table["png"][position].as_py())
+        return next(self.images([position]))
+
+    def images(self, positions: Iterable[int]) -> Iterator[NDArray[np.uint8]]:
+        """Several of them, one after the other; neighbours are read together."""
+        for png in self._encoded(positions):
+            yield decode.decode_png(png)
+
+    def _encoded(self, positions: Iterable[int]) -> Iterator[bytes]:
+        if "png" in self.table.column_names:
+            yield from (self.table["png"][position].as_py() for position in positions)
+            return
+        for number, group in groupby(positions, lambda position: bisect_right(self._part_ends, position)):
+            file, rows = self._parts[number]
+            start = self._part_ends[number] - rows
+            yield from parquet.values(file, "png", [position - start for position in group])
 
     def image_labels(self) -> NDArray[np.uint8]:
         """Which classes any window of an image names: (images, L) uint8 flags."""
@@ -219,12 +246,10 @@ class PatchSet:
     def single_tissue(self) -> Iterator[tuple[NDArray[np.uint8], int]]:
         """The pixels (h, w, 3) uint8 and class id of every single-tissue window."""
         single = self.labels.sum(axis=1) == 1
-        for position, (start, end) in enumerate(zip(self._starts, self._ends, strict=True)):
-            chosen = np.flatnonzero(single[start:end]) + start
-            if len(chosen):
-                image = self.image(position)
-                for window in chosen:
-                    x, y, width, height = self._boxes[window]
+        positions = np.flatnonzero(np.logical_or.reduceat(single, self._starts)).tolist()
+        for position, image in zip(positions, self.images(positions), strict=True):
+            for window, (x, y, width, height) in self.boxes(position):
+                if single[window]:
                     yield image[y : y + height, x : x + width], int(self.labels[window].argmax())
 
     def allowed(self, position: int) -> NDArray[np.bool_]:

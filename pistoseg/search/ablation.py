@@ -206,7 +206,7 @@ def equal_budget(job: Job, patches: Artifact) -> Job:
     from pistoseg.patches.store import PatchSet
     from pistoseg.training.samples import crop_rows, rare_class_weights
 
-    images = PatchSet.open(patches.uri, pixels=False)
+    images = PatchSet.open(patches.uri)
     areas = images.table["height"].to_numpy().astype("int64") * images.table["width"].to_numpy()
     weights = rare_class_weights(images.image_labels()) if precise.class_sampling == "rare" else None
     count = len(crop_rows(areas, precise.patch_size, weights))

@@ -45,7 +45,7 @@ class _Activate:
         self.writer = masks.MaskWriter(self.patches, config.classes.tissue(), config.data, constrain=True)
 
     def __call__(self, number: int, shard: list[int], part: str) -> None:
-        images = [self.patches.image(position) for position in shard]
+        images = list(self.patches.images(shard))
 
         def row(index: int, maps: NDArray[np.float32]) -> dict[str, Any]:
             position, image = shard[index], images[index]

@@ -57,7 +57,7 @@ def run(context: StageContext) -> dict[str, Any]:
     `contradictions.csv` and `contradictions.png` (the labels that it contradicts).
     """
     settings = context.config.classifier
-    patches = PatchSet.open(context.inputs["patches"].uri)
+    patches = PatchSet.open(context.inputs["patches"].uri, hold=True)
     with first_weights(context.config.seed):
         network = classifier.build(
             settings.encoder,
@@ -161,7 +161,7 @@ class _Judge:
         self.patches = PatchSet.open(patches)
 
     def __call__(self, number: int, shard: list[int], part: str) -> None:
-        images = [self.patches.image(position) for position in shard]
+        images = list(self.patches.images(shard))
 
         def windows(index: int, maps: NDArray[np.float32]) -> list[dict[str, Any]]:
             rows = []

@@ -44,7 +44,7 @@ def run(context: StageContext) -> dict[str, Any]:
             "0 holds no image out to score labels on", field="data.label_holdout", remedy="set it to 0.1"
         )
     folder = held_out_folder(context.inputs["patches"].uri)
-    images = PatchSet.open(folder, pixels=False).table["name"].to_pylist()
+    images = PatchSet.open(folder).table["name"].to_pylist()
     positions = list(range(len(images)))
     sharding.run_networks(
         _Score,
@@ -86,8 +86,7 @@ class _Score:
 
     def __call__(self, number: int, shard: list[int], part: str) -> None:
         rows = []
-        for position in shard:
-            image = self.patches.image(position)
+        for position, image in zip(shard, self.patches.images(shard), strict=True):
             given = self.predictor.probabilities(image)
             labels, areas = window_areas(
                 self.patches, position, given.argmax(0).astype(np.uint8), self.images.tissue(image)

@@ -57,7 +57,7 @@ def over_images(context: StageContext, worker: type, arguments: dict[str, Any], 
         folder: where the parts go.
     """
     patches = context.inputs["patches"].uri
-    images = PatchSet.open(patches, pixels=False).table
+    images = PatchSet.open(patches).table
     names = images["name"].to_pylist()
     sharding.run_networks(
         worker,
@@ -260,10 +260,10 @@ def _picture(patches: PatchSet, masks: pa.Table, classes: TissueClasses, kinds: 
     """Training images beside their masks, spread over the data set; only those with several tissues where there are."""
     mixed = np.flatnonzero(patches.image_labels().sum(1) > 1)
     chosen = mixed if len(mixed) else np.arange(len(patches))
+    places = np.linspace(0, len(chosen) - 1, min(PICTURES, len(chosen)))
+    positions = [int(chosen[round(place)]) for place in places]
     rows = []
-    for place in np.linspace(0, len(chosen) - 1, min(PICTURES, len(chosen))):
-        position = int(chosen[round(place)])
-        image = patches.image(position)
+    for position, image in zip(positions, patches.images(positions), strict=True):
         panels = [
             Panel(kind or "mask", image, decode_ids(masks[column("png", kind)][position].as_py())) for kind in kinds
         ]

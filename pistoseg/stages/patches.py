@@ -50,7 +50,7 @@ def run(context: StageContext) -> dict[str, Any]:
         for part in storage.list_dir(storage.join(folder, "rejected")):
             rejected += parquet.read(part).to_pylist()
     parquet.write(pa.Table.from_pylist(rejected, REJECTED_SCHEMA), context.path("rejected.parquet"))
-    patches = PatchSet.open(context.folder, pixels=False)
+    patches = PatchSet.open(context.folder)
     summary = _summary(patches, classes, listing, rejected)
     if config.data.label_holdout:
         summary |= _held_out_summary(context.folder, patches, classes)
@@ -104,7 +104,7 @@ def _held_out_summary(folder: str, patches: PatchSet, classes: TissueClasses) ->
         raise PistoSegError(
             "holds no image out: there are too few", field="data.label_holdout", remedy="raise it, or set it to 0"
         )
-    held = PatchSet.open(held_out_folder(folder), pixels=False)
+    held = PatchSet.open(held_out_folder(folder))
     lost = (held.labels.max(0) > patches.labels.max(0)).tolist()
     if any(lost):
         names = [name for name, gone in zip(classes.names, lost, strict=True) if gone]

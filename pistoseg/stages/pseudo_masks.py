@@ -39,7 +39,7 @@ class _Predict:
         self.writer = masks.MaskWriter(self.patches, config.classes.tissue(), config.data, settings.constrain)
 
     def __call__(self, number: int, shard: list[int], part: str) -> None:
-        images = [self.patches.image(position) for position in shard]
+        images = list(self.patches.images(shard))
 
         def row(index: int, logits: NDArray[np.float32]) -> dict[str, Any]:
             scores = masks.to_grid(logits, masks.grid_size(images[index], self.settings))

@@ -27,7 +27,7 @@ from pistoseg.training.tasks import RefiningTask
 def run(context: StageContext) -> dict[str, Any]:
     """Train the refining network on the training images, their pseudo-masks and CAMs; write `model/`, `epochs.json`."""
     config, settings = context.config, context.config.refiner
-    patches = PatchSet.open(context.inputs["patches"].uri)
+    patches = PatchSet.open(context.inputs["patches"].uri, hold=True)
     n_classes = patches.labels.shape[1]
     with first_weights(config.seed):
         network = refiner.build(
@@ -68,7 +68,7 @@ def _maps(context: StageContext, patches: PatchSet) -> list[pa.Table]:
 
 def masks(context: StageContext) -> dict[str, Any]:
     """Write `masks/` of the kinds `pseudo`, `cam` and `cnn` (see `stages.masks`; scores are 0 to 1) and its picture."""
-    maps = _maps(context, PatchSet.open(context.inputs["patches"].uri, pixels=False))
+    maps = _maps(context, PatchSet.open(context.inputs["patches"].uri))
     arguments = {"maps": ray.put(maps), "model": context.inputs["model"].path("model")}
     mask_files.over_images(context, _Refine, arguments, context.path(mask_files.FOLDER))
     return mask_files.finish(context, mask_files.KINDS)
@@ -94,7 +94,7 @@ class _Refine:
         self.writer = mask_files.MaskWriter(self.patches, config.classes.tissue(), config.data, settings.constrain)
 
     def __call__(self, number: int, shard: list[int], part: str) -> None:
-        images = [self.patches.image(position) for position in shard]
+        images = list(self.patches.images(shard))
         companions = [self._companions(position) for position in shard]
 
         def row(index: int, maps: NDArray[np.float32]) -> dict[str, Any]:

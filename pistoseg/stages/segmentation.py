@@ -111,7 +111,7 @@ def _masked_source(context: StageContext, training: PreciseConfig) -> SampleSour
     columns = [masks.column(name, kind) for name in ("png", "confidence")]
     artifact = context.inputs["masks"]
     table = parquet.read(artifact.path(masks.FOLDER), columns=["image", *sizes, *columns])
-    patches = PatchSet.open(context.inputs["patches"].uri)
+    patches = PatchSet.open(context.inputs["patches"].uri, hold=True)
     images = patches.table
     if images["image"].to_pylist() != table["image"].to_pylist():
         raise PistoSegError("masks and images do not belong together", file=artifact.uri, remedy="delete that folder")

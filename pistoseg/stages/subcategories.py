@@ -30,7 +30,7 @@ def run(context: StageContext) -> dict[str, Any]:
     One round of Chang et al. (CVPR 2020). Writes `features/` (per labelled window), `model/` and `epochs.json`.
     """
     config, settings = context.config, context.config.cams
-    patches = PatchSet.open(context.inputs["patches"].uri)
+    patches = PatchSet.open(context.inputs["patches"].uri, hold=True)
     features = _features(context, len(patches.labels))
     found = subcategories.cluster(features, patches.labels, settings.subcategories, config.seed)
     first = classifier.load(context.inputs["classifier"].path("model"), "cpu")
@@ -74,7 +74,7 @@ class _Features:
         self.network = classifier.load(model, masks.device_of(config))
         self.device = next(self.network.parameters()).device
         settings = crop_settings(config, config.classifier) | {"regions": 1}
-        self.crops = LabelledCrops(labelled_source(PatchSet.open(patches), **settings))
+        self.crops = LabelledCrops(labelled_source(PatchSet.open(patches, hold=True), **settings))
         self.batch_size = config.classifier.batch_size
 
     def __call__(self, number: int, shard: list[int], part: str) -> None:

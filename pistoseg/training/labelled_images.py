@@ -37,8 +37,8 @@ class LabelledImages:
         classes = patches.labels.shape[1]
         labels, areas = [np.zeros((0, classes), np.uint8)], [np.zeros((0, classes))]
         predictor = segmenter.predictor()  # the segmenter itself would bring the images to its pixel size once more
-        for position in chosen[rank::world].tolist():
-            image = patches.image(position)
+        positions = chosen[rank::world].tolist()
+        for position, image in zip(positions, patches.images(positions), strict=True):
             flags, shares = window_areas(patches, position, predictor.predict(image), self.tissue(image))
             labels.append(flags)
             areas.append(shares)

@@ -3,6 +3,7 @@ import struct
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from patch_files import CLASSES, encoded, png_file, put, tissue
 from PIL import Image
@@ -14,7 +15,7 @@ from pistoseg.errors import PistoSegError
 from pistoseg.patches.background import background_mask
 from pistoseg.patches.decode import decode_ids, decode_mask, decode_png, encode_mask, encode_png, pixel_hash
 from pistoseg.patches.source import SlideSource, SourceImage, Window, count_unread
-from pistoseg.patches.store import IMAGES_SCHEMA, WINDOWS_SCHEMA, PatchSet, ingest
+from pistoseg.patches.store import IMAGES_SCHEMA, WINDOWS_SCHEMA, PatchSet, image_row, ingest, window_row
 
 
 def source(uri, *windows, name="x.png"):
@@ -31,13 +32,46 @@ def patch_set(root, images, windows):
     return PatchSet.open(root)
 
 
-def test_images_whose_pixels_nobody_wants_are_not_read(tmp_path):
-    image, windows, _ = read(put(tmp_path, "x.png"), Window.whole((1, 0, 0)))
-    whole = patch_set(str(tmp_path), [image], windows)
-    found = PatchSet.open(str(tmp_path), pixels=False)
+def numbered(count):
+    """Rows of as many images and their windows; the first two classes take turns, every third image has both."""
+    images = [image_row(i, f"{i}.png", np.full((4, 5, 3), i, np.uint8), ScaleConfig()) for i in range(count)]
+    flags = [[1, 1, 0] if i % 3 == 2 else [int(i % 2 == 0), int(i % 2), 0] for i in range(count)]
+    return images, [window_row(10 + i, i, (1, 0, 4, 4), flags[i]) for i in range(count)]
+
+
+def test_images_are_those_that_were_held_and_only_the_wanted_ones_are_read(tmp_path):
+    images, windows = numbered(20)
+    for part, start in (("part-0", 0), ("part-1", 7), ("part-2", 7), ("part-3", 16)):  # part-1 is empty
+        rows = images[start : {"part-0": 7, "part-1": 7, "part-2": 16, "part-3": 20}[part]]
+        table = pa.Table.from_pylist(rows, IMAGES_SCHEMA)
+        parquet.write(table, str(tmp_path / "images" / f"{part}.parquet"), row_group_size=4)
+    parquet.write(pa.Table.from_pylist(windows, WINDOWS_SCHEMA), str(tmp_path / "windows" / "part-0.parquet"))
+    held, found = PatchSet.open(str(tmp_path), hold=True), PatchSet.open(str(tmp_path))
     assert found.table.column_names == [name for name in IMAGES_SCHEMA.names if name != "png"]
-    assert found.table["sha256"].equals(whole.table["sha256"])
-    assert np.array_equal(found.allowed(0), whole.allowed(0))
+    assert np.array_equal(found.allowed(0), held.allowed(0))
+    for wanted in (range(20), [19, 0, 7, 6, 6, 16], [11], []):
+        for position, one, other in zip(wanted, held.images(wanted), found.images(wanted), strict=True):
+            assert (one == position).all()
+            assert np.array_equal(one, other)
+    both = [list(item.single_tissue()) for item in (held, found)]
+    assert [(int(pixels[0, 0, 0]), tissue) for pixels, tissue in both[0]] == [
+        (i, i % 2) for i in range(20) if i % 3 != 2
+    ]
+    for (one, first), (other, second) in zip(*both, strict=True):
+        assert first == second
+        assert np.array_equal(one, other)
+
+    (tmp_path / "images" / "part-0.parquet").unlink()
+    damaged = tmp_path / "images" / "part-2.parquet"
+    pixels = pq.read_metadata(damaged).row_group(0).column(IMAGES_SCHEMA.get_field_index("png"))
+    with damaged.open("r+b") as file:
+        file.seek(pixels.data_page_offset)
+        file.write(bytes(100))
+    assert [image[0, 0, 0] for image in found.images([11, 15, 16])] == [11, 15, 16]
+    with pytest.raises(OSError, match="part-0"):
+        found.image(6)
+    with pytest.raises((OSError, pa.ArrowInvalid)):
+        found.image(7)
 
 
 def packed(ids, bits):
