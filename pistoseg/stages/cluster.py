@@ -16,7 +16,7 @@ import ray
 
 from pistoseg import object_store
 from pistoseg.config import ComputeConfig
-from pistoseg.errors import PistoSegError, explained
+from pistoseg.errors import PistoSegError, UnavailableError, explained
 
 ANSWER_S = 10.0
 CGROUP = "/sys/fs/cgroup"
@@ -235,6 +235,23 @@ def cluster_cpus() -> int:
 def cluster_gpus() -> int:
     """GPUs of the cluster."""
     return int(ray.cluster_resources().get("GPU", 0))
+
+
+def require_cuda() -> None:
+    """Refuse to go on in a process that Ray gave a GPU where torch sees none: a network would run on the CPU instead.
+
+    Raises:
+        UnavailableError: names the node.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UnavailableError(
+            f"Ray counts GPUs on {socket.gethostname()}, torch sees none",
+            field="device",
+            remedy="install a driver for torch's CUDA there (`pistoseg doctor` looks at every node), or use the "
+            "device cpu",
+        )
 
 
 def cpu_pool(config: ComputeConfig) -> int:

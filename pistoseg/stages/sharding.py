@@ -66,7 +66,8 @@ def run_shards(
     progress.update(done, total)
     if not todo:
         return
-    setup, size = (worker, arguments, folder, threads), min(actors, len(todo))
+    setup = (worker, arguments, folder, threads, bool(resources.get("num_gpus")))
+    size = min(actors, len(todo))
     problems: dict[str, None] = {}  # in the order of their coming, each once
     try:
         for row in arriving_rows(_results(todo, setup, size, resources)):
@@ -160,10 +161,12 @@ def arriving_rows(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
 
 
 class _ShardWorker:
-    def __init__(self, worker: type, arguments: dict[str, Any], folder: str, threads: int | None) -> None:
+    def __init__(
+        self, worker: type, arguments: dict[str, Any], folder: str, threads: int | None, has_gpu: bool
+    ) -> None:
         exit_in_time()
         self.worker: Any = None
-        self.folder, self.threads = folder, threads
+        self.folder, self.threads, self.has_gpu = folder, threads, has_gpu
         self.broken = _problem_of(lambda: self._build(worker, arguments))
 
     def _build(self, worker: type, arguments: dict[str, Any]) -> None:
@@ -171,6 +174,8 @@ class _ShardWorker:
             import torch
 
             torch.set_num_threads(self.threads)
+        if self.has_gpu:
+            cluster.require_cuda()
         self.worker = worker(**{key: _fetched(value) for key, value in arguments.items()})
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import os
 import shutil
-import socket
 import sys
 import threading
 import traceback
@@ -34,6 +33,7 @@ from pistoseg.slides.network import SlideNetwork, SlideSettings
 from pistoseg.slides.scratch import scratch_folder
 from pistoseg.slides.source import SlideEntry
 from pistoseg.slides.stitching import MaskFile, Work
+from pistoseg.stages import cluster
 from pistoseg.stages.slide_images import node_cache
 
 DAY_S = 86400.0
@@ -116,13 +116,8 @@ class SlideWorker:
         """
         import torch
 
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise PistoSegError(
-                f"Ray counts GPUs on {socket.gethostname()}, torch sees none",
-                field="--device",
-                remedy="install a driver for torch's CUDA there (`pistoseg doctor` looks at every node), or give "
-                "--device cpu",
-            )
+        if self.device == "cuda":
+            cluster.require_cuda()
         self._memory.enter_context(keep_freed_memory())  # of one slide for the next; the stitcher gives it back
 
         def load() -> SlideNetwork:

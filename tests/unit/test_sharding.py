@@ -30,7 +30,7 @@ def shard(monkeypatch, tmp_path):
     monkeypatch.setattr(Network, "built", 0)
 
     def do(stage):
-        row = sharding._shard({"number": 0, "shard": json.dumps([0])}, stage, Network, {}, str(tmp_path), None)
+        row = sharding._shard({"number": 0, "shard": json.dumps([0])}, stage, Network, {}, str(tmp_path), None, False)
         assert row == {"number": 0, "problem": "", "away": False}
 
     yield do
@@ -50,6 +50,14 @@ def test_a_network_goes_when_its_stage_has_ended_and_comes_back_for_a_late_shard
     wait_for(lambda: sharding._at_hand is None)
     shard("first")
     assert Network.built == 2
+
+
+def test_a_gpu_that_ray_counts_and_torch_does_not_see_ends_the_stage_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(sharding, "exit_in_time", lambda: None)
+    result = sharding._ShardWorker(Network, {}, str(tmp_path), 1, True)({"number": 0, "shard": json.dumps([0])})
+    assert result["away"]
+    assert "torch sees none" in json.loads(result["problem"])["reason"]
 
 
 def test_ray_is_told_before_it_is_imported_how_often_it_may_end_a_task_for_memory():

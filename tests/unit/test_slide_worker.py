@@ -90,7 +90,7 @@ def test_one_thread_runs_all_that_the_network_does_whichever_asks_for_it(start, 
 def test_a_gpu_that_ray_counts_and_torch_does_not_see_is_refused(model, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     worker = SlideWorker(model, SlideSettings(mpp=1.0), str(tmp_path / "out"), "cuda", 1, 1, None)
-    with pytest.raises(PistoSegError, match=r"--device: Ray counts GPUs on .*, torch sees none.*--device cpu"):
+    with pytest.raises(PistoSegError, match=r"device: Ray counts GPUs on .*, torch sees none.*the device cpu"):
         worker.load()
 
 
