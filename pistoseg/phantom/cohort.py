@@ -18,7 +18,7 @@ from pistoseg.phantom.geometry import BACKGROUND, DOMAIN, PHANTOM_CLASSES, REFER
 from pistoseg.phantom.noise import stream
 from pistoseg.phantom.slides import write_slide
 
-FORMAT = 2
+FORMAT = 3
 COMPLETE = "phantom.json"
 BEGUN = ".phantom.json"
 """Format and settings of a cohort that is being drawn."""
@@ -34,7 +34,8 @@ about real tissue. phantom.json holds the seed, the version and every setting.
 1.training/<case>-<x>-<y>-[t, s, l, n, a].png   image-level labels: tumor, stroma, lymphocytes, necrosis, alveoli
 training-masks/<same name>.png                  their masks, which no training sees: for `evaluate --stage`
 2.validation/{img,mask}/<case>-<x>-<y>.png      masks: class ids 0-4, background 5; other cases than training
-slides/<slide>.tiff, slides/masks/<slide>.tiff  pyramids, when slides were asked for
+slides/<slide>.tiff                             pyramids, when slides were asked for
+slide-masks/<same name>.tiff                    their masks
 """
 
 
@@ -219,7 +220,7 @@ def _shows(flags: list[int], want: tuple[bool, int]) -> bool:
 
 def _slide(out: str, seed: int, case: int, size: tuple[int, int], mpp: float) -> dict[str, Any]:
     name = f"slide-{case:04d}.tiff"
-    uri, mask_uri = storage.join(out, "slides", name), storage.join(out, "slides", "masks", name)
+    uri, mask_uri = storage.join(out, "slides", name), storage.join(out, "slide-masks", name)
     return write_slide(uri, mask_uri, seed=case_seed(seed, case), size=size, mpp=mpp)
 
 

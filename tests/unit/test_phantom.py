@@ -18,6 +18,7 @@ from pistoseg.errors import PistoSegError
 from pistoseg.phantom import PHANTOM_CLASSES, draw_image, draw_mask, write_cohort, write_slide
 from pistoseg.phantom.geometry import ALVEOLI, BACKGROUND, LYMPHOCYTES, STROMA, TUMOR
 from pistoseg.phantom.slides import SLIDE_DOMAIN
+from pistoseg.slides.source import list_slides
 
 SLIDE_SIZE = (1100, 1300)  # no multiple of a tile or of a drawn piece
 
@@ -157,6 +158,13 @@ def test_the_cohort_says_that_it_is_synthetic(cohort: tuple[Path, dict[str, Any]
     assert written["synthetic"] is True
     assert written["settings"]["seed"] == 3
     assert "Synthetic" in (out / "README.txt").read_text()
+
+
+def test_the_slides_of_a_cohort_lie_apart_from_their_masks(tmp_path: Path) -> None:
+    settings = {"training": 2, "validation": 0, "slides": 1, "patch_size": 64, "slide_size": (300, 260)}
+    (slide,) = write_cohort(str(tmp_path), **settings)["slides"]
+    assert [entry.slide_id for entry in list_slides(str(tmp_path / "slides"))] == [slide]
+    assert [path.name for path in (tmp_path / "slide-masks").iterdir()] == [f"{slide}.tiff"]
 
 
 def test_a_second_cohort_is_not_mixed_into_a_folder_but_the_same_one_is_drawn_again(tmp_path: Path) -> None:
