@@ -129,6 +129,9 @@ def _training(config: Config, section: str) -> dict[str, Any]:
     }
     if settings[section]["samples_per_epoch"] is None:
         settings["count"] = config.synthesis.count  # the length of an epoch on streamed mosaics
+    masks = "synthesis" if section == "preliminary" else _precise_inputs(config)["masks"]
+    if masks == "synthesis" and config.synthesis.mode == "stored":
+        settings["mosaics"] = "shuffled"  # they came in the order in which they are stored, in every epoch
     if scored_by_labels(config):
         settings["label_agreement"] = BY_NAME["label_scores"].version  # of the score by which the best epoch is kept
     if section == "precise" and _takes_other_normalization(config):

@@ -14,6 +14,7 @@ from pistoseg.errors import PistoSegError
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
 _FORMAT: dict[str, Any] = {"compression": "zstd", "write_statistics": False}
 """Statistics of a column of images are whole images, several to a row group, and nothing reads them."""
@@ -45,14 +46,29 @@ def values(uri: str, column: str, rows: Iterable[int]) -> Iterator[Any]:
     import pyarrow.parquet as pq
 
     with storage.open_file(uri) as file, pq.ParquetFile(file) as table:
-        sizes = [table.metadata.row_group(number).num_rows for number in range(table.num_row_groups)]
-        ends = list(accumulate(sizes))
+        ends = _ends(table)
         held: dict[int, pa.ChunkedArray] = {}
         for row in rows:
             group = bisect_right(ends, row)
             if group not in held:
                 held = {group: table.read_row_group(group, columns=[column])[column]}
             yield held[group][row - ends[group]].as_py()  # counted from its end
+
+
+def read_around(uri: str, row: int, columns: list[str]) -> tuple[int, pa.Table]:
+    """The row group of one file that a row is in, and the number of its first row."""
+    import pyarrow.parquet as pq
+
+    with storage.open_file(uri) as file, pq.ParquetFile(file) as table:
+        ends = _ends(table)
+        group = bisect_right(ends, row)
+        rows = table.read_row_group(group, columns=columns)
+    return ends[group] - rows.num_rows, rows
+
+
+def _ends(table: pq.ParquetFile) -> list[int]:
+    """Behind which row each row group ends."""
+    return list(accumulate(table.metadata.row_group(number).num_rows for number in range(table.num_row_groups)))
 
 
 def write(table: pa.Table, uri: str, row_group_size: int = 256) -> None:

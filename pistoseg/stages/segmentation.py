@@ -100,6 +100,7 @@ def _mosaic_source(context: StageContext, training: SegmentationConfig) -> Sampl
             "count": count,
             "part_size": artifact.summary["part_size"],
             "per_epoch": training.samples_per_epoch or count,
+            "seed": config.seed,
         }
         return SampleSource(StoredMosaics, ray.put(shared), count, size)
     return SampleSource(fresh_mosaics, ray.put(mosaics(config, context.inputs["patches"])), synthesis.count, size)

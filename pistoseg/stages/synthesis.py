@@ -19,7 +19,7 @@ from pistoseg.patches.decode import encode_mask, encode_png
 from pistoseg.patches.store import PatchSet
 from pistoseg.stages import cluster, sharding
 from pistoseg.synthesis import TissueBank
-from pistoseg.training.samples import fresh_mosaics, mosaic_source
+from pistoseg.training.samples import MOSAICS_TOGETHER, fresh_mosaics, mosaic_source
 
 PART_MOSAICS = 256
 PREVIEW = 16
@@ -115,7 +115,7 @@ class _Make:
         for index in range(*shard):
             image, mask = self.samples.sample(0, index)
             rows.append({"index": index, "image": encode_png(image), "mask": encode_mask(mask, self.classes)})
-        parquet.write(pa.Table.from_pylist(rows, SCHEMA), part)
+        parquet.write(pa.Table.from_pylist(rows, SCHEMA), part, row_group_size=MOSAICS_TOGETHER)
 
 
 def _shares(samples: list[tuple[np.ndarray, np.ndarray]], config: Config) -> dict[str, float]:

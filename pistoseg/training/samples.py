@@ -21,6 +21,8 @@ Sample = tuple[NDArray[np.uint8], NDArray[np.uint8]]
 
 CACHE_BYTES = 256 << 20
 """Decoded pixels that one actor keeps."""
+MOSAICS_TOGETHER = 32
+"""Of stored mosaics, those that lie in one row group and are read at once: about a block of the stream."""
 
 
 def fresh_mosaics(shared: dict[str, Any]) -> Synthesizer:
@@ -43,24 +45,39 @@ def mosaic_source(
 
 
 class StoredMosaics:
-    """The mosaics of a `synthesis` artifact, in their order, over and over.
+    """The mosaics of a `synthesis` artifact, over and over, each time in another order, drawn from (seed, time).
+
+    `MOSAICS_TOGETHER` neighbours stay together, in another order: they are read at once. As mosaics are drawn
+    independently, those together are no more alike than others.
 
     Args:
-        shared: `folder` with the Parquet parts, `count` of mosaics, `part_size` of a part, `per_epoch` samples.
+        shared: `folder` with the Parquet parts, `count` of mosaics, `part_size` of a part, `per_epoch` samples, `seed`
+            of the orders.
     """
 
     def __init__(self, shared: dict[str, Any]) -> None:
         self.parts = [item for item in storage.list_dir(shared["folder"]) if item.endswith(".parquet")]
         self.count, self.part_size, self.per_epoch = shared["count"], shared["part_size"], shared["per_epoch"]
-        self._table: tuple[int, pa.Table] = (-1, pa.table({}))
+        self.seed = shared["seed"]
+        self._order: tuple[int, NDArray[np.int64]] = (-1, np.arange(0))
+        self._held: tuple[int, int, pa.Table] = (-1, 0, pa.table({}))
 
     def sample(self, epoch: int, index: int) -> Sample:
         """Mosaic (H, W, 3) and mask (H, W), uint8."""
-        number, row = divmod((epoch * self.per_epoch + index) % self.count, self.part_size)
-        if self._table[0] != number:
-            self._table = (number, parquet.read(self.parts[number]))
-        table = self._table[1]
-        return decode_png(table["image"][row].as_py()), decode_ids(table["mask"][row].as_py())
+        turn, place = divmod(epoch * self.per_epoch + index, self.count)
+        if self._order[0] != turn:
+            self._order = turn, self._drawn(turn)
+        number, row = divmod(int(self._order[1][place]), self.part_size)
+        part, first, rows = self._held
+        if part != number or not first <= row < first + rows.num_rows:
+            first, rows = parquet.read_around(self.parts[number], row, ["image", "mask"])
+            self._held = number, first, rows
+        return decode_png(rows["image"][row - first].as_py()), decode_ids(rows["mask"][row - first].as_py())
+
+    def _drawn(self, turn: int) -> NDArray[np.int64]:
+        rng = np.random.default_rng([self.seed, turn])
+        starts = rng.permutation(np.arange(0, self.count, MOSAICS_TOGETHER))
+        return np.concatenate([start + rng.permutation(min(MOSAICS_TOGETHER, self.count - start)) for start in starts])
 
 
 class EpochOrder:

@@ -5,6 +5,7 @@ import pytest
 from pistoseg import parquet
 from pistoseg.classes import IGNORE_ID
 from pistoseg.patches.decode import encode_png
+from pistoseg.training import samples
 from pistoseg.training.samples import MaskedCrops, StoredMosaics, crop_rows, rare_class_weights
 
 SIZE = 16
@@ -123,7 +124,7 @@ def test_images_with_a_rare_class_weigh_the_square_root_of_its_rarity():
 
 @pytest.fixture
 def stored(tmp_path):
-    """Ten 4 px mosaics in parts of 4: the image shows the number, the mask its last digit."""
+    """Ten 4 px mosaics in parts of 4 and groups of 2: the image shows the number, the mask its rest of 3."""
     for part, start in enumerate(range(0, 10, 4)):
         numbers = range(start, min(start + 4, 10))
         table = pa.table(
@@ -133,28 +134,50 @@ def stored(tmp_path):
                 "mask": [encode_png(np.full((4, 4), number % 3, np.uint8)) for number in numbers],
             }
         )
-        parquet.write(table, str(tmp_path / f"part-{part:05d}.parquet"))
+        parquet.write(table, str(tmp_path / f"part-{part:05d}.parquet"), row_group_size=2)
     (tmp_path / "notes.txt").write_text("not a part")
-    return {"folder": str(tmp_path), "count": 10, "part_size": 4, "per_epoch": 6}
+    return {"folder": str(tmp_path), "count": 10, "part_size": 4, "per_epoch": 6, "seed": 5}
 
 
-def test_stored_mosaics_come_in_their_order_over_and_over(stored):
+def numbers_of(mosaics, places):
+    """Numbers of the mosaics at (epoch, index)."""
+    return [int(mosaics.sample(epoch, index)[0][0, 0, 0]) - 20 for epoch, index in places]
+
+
+@pytest.mark.parametrize("together", [2, 4, 32])
+def test_stored_mosaics_come_all_before_any_comes_again_in_another_order_each_time(stored, monkeypatch, together):
+    monkeypatch.setattr(samples, "MOSAICS_TOGETHER", together)
     mosaics = StoredMosaics(stored)
-    numbers = []
-    for epoch in range(4):
-        for index in range(6):
-            image, mask = mosaics.sample(epoch, index)
-            number = int(image[0, 0, 0]) - 20
-            assert image.shape == (4, 4, 3)
-            assert (mask == number % 3).all()
-            numbers.append(number)
-    assert numbers == [number % 10 for number in range(24)]
+    places = [(epoch, index) for epoch in range(5) for index in range(6)]
+    for place in places:
+        image, mask = mosaics.sample(*place)
+        assert image.shape == (4, 4, 3)
+        assert (mask == (int(image[0, 0, 0]) - 20) % 3).all()
+    numbers = numbers_of(mosaics, places)
+    turns = [tuple(numbers[start : start + 10]) for start in (0, 10, 20)]
+    assert all(sorted(turn) == list(range(10)) for turn in turns)
+    assert len({*turns, tuple(range(10))}) == 4
+    if together == 2:
+        assert all(turn[place] // 2 == turn[place + 1] // 2 for turn in turns for place in range(0, 10, 2))
+    others = [StoredMosaics(stored | {"seed": seed}) for seed in (5, 6)]
+    assert [numbers_of(other, places) == numbers for other in others] == [True, False]
 
 
 def test_stored_mosaics_can_be_asked_in_any_order(stored):
     mosaics = StoredMosaics(stored)
-    numbers = [int(mosaics.sample(0, index)[0][0, 0, 0]) - 20 for index in (9, 0, 5, 3, 4)]
-    assert numbers == [9, 0, 5, 3, 4]
+    places = [(epoch, index) for epoch in range(3) for index in range(6)]
+    expected = dict(zip(places, numbers_of(mosaics, places), strict=True))
+    for place in reversed(places):
+        assert numbers_of(mosaics, [place]) == [expected[place]]
+
+
+def test_of_stored_mosaics_no_more_is_read_than_lies_together(stored, monkeypatch):
+    monkeypatch.setattr(samples, "MOSAICS_TOGETHER", 2)
+    read = []
+    around = parquet.read_around
+    monkeypatch.setattr(parquet, "read_around", lambda *given: read.append(around(*given)) or read[-1])
+    numbers_of(StoredMosaics(stored), [(0, index) for index in range(6)] + [(1, index) for index in range(4)])
+    assert [rows.num_rows for _, rows in read] == [2] * 5
 
 
 def test_pixels_that_a_mask_is_unsure_of_are_ignored():
