@@ -121,16 +121,18 @@ def evaluation_config(uri: str, protocol: str | None = None) -> EvaluationConfig
     said = protocol_of(info)
     window = {"patch_size": said["tile"]} | {key: said[key] for key in ("batch_size",) if key in said}
     try:
-        config = EvaluationConfig.model_validate(info.get("evaluation", {}).get("config", window))
+        try:
+            config = EvaluationConfig.model_validate(info.get("evaluation", {}).get("config", window))
+        except ValidationError as error:
+            if protocol is None:
+                raise files.damaged(uri, info, error, "give --protocol") from error
+            config = EvaluationConfig.model_validate(window)
+        if protocol in (None, config.protocol):
+            return config
+        kept = config.model_dump(exclude={"stride", "scales", "symmetries"})
+        return EvaluationConfig.model_validate(kept | {"protocol": protocol})
     except ValidationError as error:
-        if protocol is None:
-            raise files.damaged(uri, info, error, "give --protocol") from error
-        config = EvaluationConfig.model_validate(window)
-    if protocol in (None, config.protocol):
-        return config
-    return EvaluationConfig.model_validate(
-        config.model_dump(exclude={"stride", "scales", "symmetries"}) | {"protocol": protocol}
-    )
+        raise files.damaged(uri, info, error) from error
 
 
 def protocol_of(info: Mapping[str, Any]) -> dict[str, Any]:

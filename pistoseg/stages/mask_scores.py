@@ -124,7 +124,7 @@ def _truths(images: list[str], truth: str, said: set[str]) -> dict[str, str]:
 def _compare(true: NDArray[np.uint8], mask: NDArray[np.uint8], n_classes: int) -> tuple[NDArray[np.int64], int, int]:
     """Confusion at the truth's pixel size; tissue pixels without a class in the mask, and all tissue pixels."""
     if mask.shape != true.shape:
-        mask = cv2.resize(mask, true.shape[::-1], interpolation=cv2.INTER_NEAREST)
+        mask = cv2.resize(mask, true.shape[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
     tissue = true < n_classes
     unknown = tissue & (mask >= n_classes)
     scored = np.where(unknown, n_classes, true)

@@ -3,8 +3,9 @@
 Columns: `image` id, `name`, `height`, `width` (network px), `grid_height`, `grid_width`, and for each kind of mask
 `scores` (float16 of shape (L, grid_height, grid_width), C order), `confidence` (uint8 of shape (grid_height,
 grid_width): the winning class's share of the scores, 255 = all, 0 where no label allows any class) and `png`, the mask:
-class ids; background; 255 where no label allows any class, or no class has a score. The refined masks are of several
-kinds; their columns carry it: `png_cnn`.
+class ids; background; 255 where no label allows any class, or, without a constraint, no class has a score. Where the
+labels allow several classes and none has a score, as outside of all CAMs, it is the first of them; the confidence, 1 by
+their number, tells. The refined masks are of several kinds; their columns carry it: `png_cnn`.
 """
 
 from __future__ import annotations
@@ -163,7 +164,8 @@ def pixel_mask(
         scores: (L, h, w) float32 on a grid; brought to full size bilinearly.
         size: (H, W) of the image.
         allowed: (L, H, W) bool, or None for no constraint. A pixel without any allowed class becomes `IGNORE_ID`;
-            without a constraint, one where every score is 0, as those of refined masks are with no window near.
+            without a constraint, one where every score is 0, as those of refined masks are with no window near. Of
+            equal scores, all 0 among them, the first allowed class wins: masks that are compared cover the same pixels.
     Returns:
         (H, W) uint8 class ids.
     """

@@ -134,6 +134,13 @@ def test_a_description_that_does_not_fit_is_an_error_that_says_so(folder, tmp_pa
         pistoseg.load(str(copy(folder, tmp_path / "b", **changes)))
 
 
+def test_a_bundle_whose_tile_no_evaluation_takes_says_so_beside_a_protocol_too(folder, tmp_path):
+    small = str(copy(folder, tmp_path / "small", patch_size=16, evaluation={}))
+    for protocol in (None, "wsss4luad"):
+        with pytest.raises(PistoSegError, match=r"model\.json: is damaged: patch_size: .*greater than or equal to 32"):
+            bundle.evaluation_config(small, protocol)
+
+
 def test_a_bundle_of_a_newer_version_is_loaded_but_scored_only_where_its_settings_are_known(folder, tmp_path):
     def changed(name, **evaluation):
         return str(copy(folder, tmp_path / name, pistoseg_version="99", evaluation=evaluation))
