@@ -5,6 +5,7 @@ import weakref
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from unicodedata import normalize
 
 import numpy as np
@@ -378,8 +379,15 @@ def test_shares_equal_those_counted_on_pixels_at_every_scale_and_stride(tmp_path
 # --- reading -----------------------------------------------------------------------------------------------------
 
 
+def ingested(source, opener, data=DATA, **scale):
+    """What a slide adds to the artifact: images, windows, rejected, notes."""
+    images = []
+    rows = ingest_slide(source, opener, CLASSES, data, ScaleConfig(**scale), images.append)
+    return SimpleNamespace(images=images, **vars(rows))
+
+
 def read(source, mpp, **scale):
-    return ingest_slide(source, SlideOpener(mpp), CLASSES, DATA, ScaleConfig(mpp=mpp, **scale))
+    return ingested(source, SlideOpener(mpp), mpp=mpp, **scale)
 
 
 def test_a_window_is_read_at_the_networks_pixel_size(tmp_path):
@@ -503,13 +511,36 @@ def test_a_damaged_place_costs_only_the_windows_on_it_and_the_slide_is_opened_ag
 
     windows = tuple(Window(10 * i, 0, 10, 10, (1, 0, 0), i + 2) for i in range(5))
     source = SlideSource("a.svs", "s3://b/a.svs", 0.25, windows)
-    rows = ingest_slide(source, opener, CLASSES, DATA, ScaleConfig(mpp=0.5))
+    rows = ingested(source, opener, mpp=0.5)
     assert [row["image"] for row in rows.images] == [0, 1, 3, 4]
     assert [decode_png(row["png"]).mean() for row in rows.images] == [0, 10, 30, 40]
     assert [(item.name, item.reason) for item in rows.rejected] == [
         ("row 4 (a.svs/20-0-10x10)", "a.svs tile 2 cannot be decoded")
     ]
     assert opened == [("s3://b/a.svs", 0.25)] * 2
+
+
+def test_images_of_a_slide_are_handed_on_as_they_are_read():
+    done = []
+
+    class View:
+        width = height = 100
+        scale_x = scale_y = 1.0
+
+        def __init__(self):
+            self.reader = self
+
+        def read(self, x, y, width, height):
+            done.append("read")
+            return np.zeros((height, width, 3), np.uint8)
+
+    @contextmanager
+    def opener(uri, mpp):
+        yield View()
+
+    source = SlideSource("a.svs", "a.svs", windows=tuple(Window(10 * i, 0, 10, 10, (1, 0, 0)) for i in range(3)))
+    ingest_slide(source, opener, CLASSES, DATA, ScaleConfig(mpp=0.5), lambda row: done.append(row["image"]))
+    assert done == ["read", 0, "read", 1, "read", 2]
 
 
 def test_annotations_begin_where_the_scanned_part_of_a_slide_does(tmp_path):
@@ -527,9 +558,9 @@ def test_annotations_begin_where_the_scanned_part_of_a_slide_does(tmp_path):
     def opener(uri, mpp):
         yield View()
 
-    uri = geojson(tmp_path, feature(shapely.box(0, 0, 40, 20), "tumor"), feature(shapely.box(0, 0, 9, 9), "Fold"))
+    uri = geojson(tmp_path, feature(shapely.box(0, 0, 40, 20), "tumor"), feature(shapely.box(0, 20, 9, 29), "Fold"))
     source = SlideSource("a.mrxs", "a.mrxs", annotations=uri)
-    rows = ingest_slide(source, opener, CLASSES, DataConfig(window=20), ScaleConfig(mpp=0.5))
+    rows = ingested(source, opener, DataConfig(window=20), mpp=0.5)
     assert [row["name"] for row in rows.images] == ["a.mrxs/40-60-20x20", "a.mrxs/60-60-20x20"]
     (note,) = rows.notes
     assert (note.windows, note.unknown) == (2, {"Fold": 1})
