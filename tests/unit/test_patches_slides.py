@@ -29,7 +29,7 @@ from pistoseg.patches.manifest import in_shards, is_manifest, scan_slides, write
 from pistoseg.patches.source import SlideSource, Window
 from pistoseg.patches.windows import cut_windows
 from pistoseg.slides.files import etag
-from pistoseg.slides.source import SlideEntry
+from pistoseg.slides.source import SlideEntry, list_slides
 from pistoseg.stages.slide_images import SlideOpener
 from pistoseg.stages.windows import _matched, write_windows
 
@@ -580,6 +580,36 @@ def test_a_slide_finds_its_annotations_however_its_accents_are_written(tmp_path)
     slide = str(tmp_path / f"{normalize('NFD', 'Präparat')}.svs")
     (source,), _ = _matched([SlideEntry("1", slide)], str(tmp_path / "qupath"))
     assert (source.uri, source.annotations) == (slide, annotations)
+
+
+@pytest.mark.parametrize("names", [("A/1.svs", "B/1.svs"), ("3.svs", "3.ndpi")])
+def test_a_geojson_named_like_two_slides_is_refused_with_both_and_their_ids(tmp_path, names):
+    for name in names:
+        put(tmp_path, f"slides/{name}")
+    file = put(tmp_path, f"qupath/A/{names[0].removeprefix('A/').removesuffix('.svs')}.geojson", b"{}")
+    entries = list_slides(str(tmp_path / "slides"))
+    with pytest.raises(PistoSegError, match="are both named like it") as caught:
+        _matched(entries, str(tmp_path / "qupath"))
+    assert caught.value.file == file
+    assert all(entry.uri in caught.value.reason for entry in entries)
+    assert all(f"{entry.slide_id}.geojson" in caught.value.remedy for entry in entries)
+    Path(file).rename(tmp_path / "qupath" / f"{entries[1].slide_id}.geojson")
+    (source,), warnings = _matched(entries, str(tmp_path / "qupath"))
+    assert source.uri == entries[1].uri
+    assert warnings == [f"1 slides have no annotations: {entries[0].slide_id}"]
+
+
+def test_annotations_named_like_a_slides_id_are_of_no_slide_with_such_a_file(tmp_path):
+    folder = put(tmp_path, "qupath/1.geojson", b"{}").removesuffix("/1.geojson")
+    entries = [SlideEntry("2", "/s/1.svs"), SlideEntry("1", "/s/x.svs"), SlideEntry("3", "/s/t/1.svs")]
+    pairs, _ = _matched(entries, folder)
+    assert [source.name for source in pairs] == ["1"]
+    put(tmp_path, "qupath/1.svs.geojson", b"{}")
+    pairs, _ = _matched(entries[:2], folder)
+    assert [(source.name, storage.name(source.annotations)) for source in pairs] == [
+        ("2", "1.svs.geojson"),
+        ("1", "1.geojson"),
+    ]
 
 
 # --- the data set ------------------------------------------------------------------------------------------------
