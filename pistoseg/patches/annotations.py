@@ -18,7 +18,8 @@ from pistoseg.patches.labels import class_named
 BACKGROUND = "background"
 """A polygon of this class is annotated, and shows no tissue."""
 _REGIONS = ("annotation", "tile")
-_POLYGON, _MULTIPOLYGON = 3, 6
+_NO_REGIONS = ("PathCellObject", "PathDetectionObject", "TMACoreObject", "PathRootObject")
+_POLYGON = 3
 _EXPORT = "export the annotations in QuPath with File > Export objects as GeoJSON"
 
 
@@ -68,7 +69,7 @@ def read_annotations(uri: str, classes: TissueClasses) -> Annotations:
         if not isinstance(properties, dict):
             raise PistoSegError("are no object", file=uri, field=f"properties of feature {number}", remedy=_EXPORT)
         parts = _polygons(feature.get("geometry"), uri, number)
-        if not parts or properties.get("objectType", _REGIONS[0]) not in _REGIONS:
+        if not parts or not _is_region(feature, properties):
             other += 1
             continue
         names = _names(properties.get("classification"), uri, number)
@@ -81,6 +82,12 @@ def read_annotations(uri: str, classes: TissueClasses) -> Annotations:
             polygons.setdefault(tissue, []).extend(parts)
     areas = {tissue: shapely.union_all(parts) for tissue, parts in sorted(polygons.items())}
     return Annotations(areas, unknown, unclassified, other)
+
+
+def _is_region(feature: dict[str, Any], properties: dict[str, Any]) -> bool:
+    """Whether an object is an annotation or a tile; QuPath before 0.4 wrote `object_type`, and 0.2 a type as the id."""
+    kind = properties.get("objectType") or properties.get("object_type")
+    return kind in _REGIONS if kind else feature.get("id") not in _NO_REGIONS
 
 
 def _features(uri: str) -> list[dict[str, Any]]:

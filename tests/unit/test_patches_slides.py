@@ -268,6 +268,29 @@ def test_every_shape_of_a_qupath_export_is_read(tmp_path):
     assert {tissue: area.area for tissue, area in read_annotations(alone, CLASSES).areas.items()} == {0: 50}
 
 
+def test_cells_are_left_out_however_the_version_of_qupath_names_them(tmp_path):
+    def written(name, box, *, legacy=None, **properties):
+        item = feature(shapely.box(*box), name, **properties)
+        del item["properties"]["objectType"]
+        return item | ({"id": legacy} if legacy else {})
+
+    uri = geojson(
+        tmp_path,
+        written("Tumor", (0, 0, 9, 9), object_type="annotation"),
+        written("Stroma", (1, 1, 2, 2), object_type="cell"),
+        written("Tumor", (10, 0, 20, 9), legacy="PathAnnotationObject"),
+        written("Tumor", (20, 0, 30, 9), legacy="PathTileObject"),
+        written("Stroma", (1, 1, 2, 2), legacy="PathCellObject"),
+        written("Stroma", (1, 1, 2, 2), legacy="PathDetectionObject"),
+        written("Stroma", (1, 1, 2, 2), legacy="TMACoreObject"),
+        written("Tumor", (30, 0, 40, 9), legacy="c2a4d7b0-8d0c-4a55-a2b0-5b0b6a7f1f10"),
+        feature(shapely.box(1, 1, 2, 2), "Stroma", objectType="detection") | {"id": "PathAnnotationObject"},
+    )
+    found = read_annotations(uri, CLASSES)
+    assert {tissue: area.area for tissue, area in found.areas.items()} == {0: 81 + 90 + 90 + 90}
+    assert found.other == 5
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
