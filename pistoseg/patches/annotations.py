@@ -113,7 +113,9 @@ def _polygons(geometry: Any, uri: str, number: int) -> list[Any]:
         raise PistoSegError(
             f"is broken ({str(error).strip()})", file=uri, field=f"geometry of feature {number}", remedy=_EXPORT
         ) from error
-    parts = shapely.get_parts(shapely.get_parts(shapely.make_valid(shape)))
+    if not shapely.is_valid(shape):  # "linework" makes holes of what is covered twice
+        shape = shapely.make_valid(shape, method="structure", keep_collapsed=False)
+    parts = shapely.get_parts(shapely.get_parts(shape))
     return [part for part in parts if shapely.get_type_id(part) == _POLYGON and not part.is_empty]
 
 

@@ -268,6 +268,19 @@ def test_every_shape_of_a_qupath_export_is_read(tmp_path):
     assert {tissue: area.area for tissue, area in read_annotations(alone, CLASSES).areas.items()} == {0: 50}
 
 
+def test_what_is_covered_twice_by_one_object_is_no_hole(tmp_path):
+    crossing = shapely.MultiPolygon([shapely.box(0, 0, 10, 10), shapely.box(5, 5, 15, 15)])
+    ring = shapely.Polygon(shapely.box(20, 0, 30, 10).exterior, [shapely.box(22, 2, 24, 4).exterior])
+    stroke = shapely.Polygon([(0, 0), (10, 0), (10, 10), (-2, 10), (-2, -2), (5, -2), (5, 5), (0, 5)])
+    uri = geojson(
+        tmp_path,
+        feature(shapely.MultiPolygon([*crossing.geoms, ring]), "Tumor"),
+        feature(stroke, "Stroma"),
+    )
+    areas = {tissue: area.area for tissue, area in read_annotations(uri, CLASSES).areas.items()}
+    assert areas == {0: 175 + 96, 1: 10 * 10 + 2 * 10 + 2 * 7}
+
+
 def test_cells_are_left_out_however_the_version_of_qupath_names_them(tmp_path):
     def written(name, box, *, legacy=None, **properties):
         item = feature(shapely.box(*box), name, **properties)
