@@ -129,8 +129,8 @@ def note_lines(notes: list[CutNote], classes: TissueClasses) -> list[str]:
         slides = [note.slide for note in notes if name in note.unknown]
         lines.append(
             f"{count} polygons are of {name!r}, which is no class of the config, in {len(slides)} slides, "
-            f"e.g. {slides[0]}: left out{suggestion(name, classes.names)}; name them {known} in QuPath, or add the "
-            "class to the config"
+            f"e.g. {slides[0]}: left out with what they lie on{suggestion(name, classes.names)}; name them {known} in "
+            "QuPath, add the class to the config, or take the class off those that only frame others"
         )
     if unclassified:
         lines.append(f"{unclassified} polygons have no class")

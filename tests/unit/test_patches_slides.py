@@ -304,6 +304,49 @@ def test_cells_are_left_out_however_the_version_of_qupath_names_them(tmp_path):
     assert found.other == 5
 
 
+def test_what_a_polygon_of_an_unknown_class_lies_on_counts_as_not_annotated(tmp_path):
+    uri = geojson(
+        tmp_path,
+        feature(shapely.box(0, 0, 300, 100), "Tumor"),
+        feature(shapely.box(120, 20, 180, 80), "Necrosis"),
+        feature(shapely.box(140, 40, 160, 60), "Stroma"),
+        feature(shapely.box(290, 90, 310, 110), "Ignore*"),
+        feature(shapely.box(20, 20, 80, 80)),
+        feature(shapely.box(0, 100, 100, 200), "Normal"),
+        feature(shapely.box(0, 100, 100, 300), "Fold"),
+    )
+    found = read_annotations(uri, CLASSES)
+    areas = {tissue: area.area for tissue, area in found.areas.items()}
+    assert areas == {0: 30_000 - 3_600 + 400 - 100, 1: 400, 2: 10_000}
+    cut = cut_windows(found, 300, 300, (1, 1), 3, DataConfig(window=100))
+    assert labels_by_place(cut, 100) == {(0, 0): (1, 0, 0), (2, 0): (1, 0, 0), (0, 1): (0, 0, 1)}
+    assert cut.partly == 1
+
+
+def test_annotations_stay_that_lie_inside_of_an_outline_of_an_unknown_class(tmp_path):
+    uri = geojson(
+        tmp_path,
+        feature(shapely.box(0, 0, 200, 200), "Region*"),
+        feature(shapely.box(10, 10, 60, 60), "Tumor"),
+        feature(shapely.box(20, 20, 30, 30), "Fold"),
+        feature(shapely.box(60, 10, 90, 60), "Stroma"),
+        feature(shapely.box(100, 100, 110, 110), "Fold"),
+        feature(shapely.box(300, 300, 310, 310), "Normal"),
+        feature(shapely.box(290, 290, 320, 320), "Fold"),
+        feature(shapely.box(400, 400, 410, 410), "Normal"),
+        feature(shapely.box(400, 400, 405, 420), "Fold"),
+    )
+    areas = {tissue: area.area for tissue, area in read_annotations(uri, CLASSES).areas.items()}
+    assert areas == {0: 2_500 - 100, 1: 1_500, 2: 100 + 50}
+
+
+def test_a_class_has_no_area_where_polygons_of_unknown_classes_lie_on_all_of_it(tmp_path):
+    halves = feature(shapely.box(-1, 0, 9, 5), "Fold"), feature(shapely.box(-1, 5, 9, 10), "Fold")
+    uri = geojson(tmp_path, feature(shapely.box(0, 0, 9, 9), "Tumor"), *halves)
+    found = read_annotations(uri, CLASSES)
+    assert (found.areas, found.unknown) == ({}, Counter({"Fold": 2}))
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -767,8 +810,8 @@ def test_windows_of_annotated_slides_are_written_as_a_manifest(tmp_path):
     text = "\n".join(report.warnings)
     assert "1 slides have no annotations: c" in text
     assert "1 GeoJSON files belong to no slide: other.geojson" in text
-    assert "1 polygons are of 'Fold', which is no class of the config, in 1 slides, e.g. a: left out; " in text
-    assert "name them gland or stroma or background in QuPath" in text
+    assert "1 polygons are of 'Fold', which is no class of the config, in 1 slides, e.g. a: left out with what " in text
+    assert "they lie on; name them gland or stroma or background in QuPath" in text
     assert report.to_text().endswith("not fit for use as it is")
 
 
@@ -815,7 +858,7 @@ def test_a_class_without_any_window_is_said_and_warnings_are_counted_at_the_end(
     config = load_config("glas", overrides=["scale={mpp: 1.0}", "data.window=50"])
     report = write_windows(str(tmp_path / "a.tif"), uri, str(tmp_path / "w.csv"), config)
     (unknown, unseen) = report.warnings
-    assert "in 1 slides, e.g. a: left out; did you mean stroma?; " in unknown
+    assert "in 1 slides, e.g. a: left out with what they lie on; did you mean stroma?; " in unknown
     assert unseen == "no window shows stroma: no model could learn it"
     assert report.to_text().endswith("fit for use, 2 warnings")
 
