@@ -18,7 +18,8 @@ from pistoseg.patches.labels import class_named
 BACKGROUND = "background"
 """A polygon of this class is annotated, and shows no tissue."""
 _REGIONS = ("annotation", "tile")
-_POLYGON, _MULTIPOLYGON = 3, 6
+_NO_REGIONS = ("PathCellObject", "PathDetectionObject", "TMACoreObject", "PathRootObject")
+_POLYGON = 3
 _EXPORT = "export the annotations in QuPath with File > Export objects as GeoJSON"
 
 
@@ -28,7 +29,7 @@ class Annotations:
 
     Args:
         areas: (multi)polygons by class id; `background_id` for glass that is annotated as such.
-        unknown: polygons by class names that are not in the config.
+        unknown: polygons by class names that are not in the config; what they lie on is in no area.
         unclassified: polygons without a class.
         other: objects that are no regions: points, lines, cells and detections.
     """
@@ -52,7 +53,9 @@ def read_annotations(uri: str, classes: TissueClasses) -> Annotations:
 
     The class is `properties.classification.name`, or what `.names` of a derived class spells: `A: B`, else the first
     of its names that is a class. Case does not count. Polygons that cross themselves are repaired; polygons of one
-    class are united.
+    class are united. Where a polygon of a class that is not in the config lies on them, nobody can tell what is shown:
+    that counts as not annotated. What is annotated wholly inside of such a polygon stays, as QuPath's `Region*` is
+    drawn around annotations.
 
     Args:
         uri: the file.
@@ -62,13 +65,14 @@ def read_annotations(uri: str, classes: TissueClasses) -> Annotations:
     """
     polygons: dict[int, list[Any]] = {}
     unknown: Counter[str] = Counter()
+    unknown_parts: list[Any] = []
     unclassified = other = 0
     for number, feature in enumerate(_features(uri), 1):
         properties = feature.get("properties") or {}
         if not isinstance(properties, dict):
             raise PistoSegError("are no object", file=uri, field=f"properties of feature {number}", remedy=_EXPORT)
         parts = _polygons(feature.get("geometry"), uri, number)
-        if not parts or properties.get("objectType", _REGIONS[0]) not in _REGIONS:
+        if not parts or not _is_region(feature, properties):
             other += 1
             continue
         names = _names(properties.get("classification"), uri, number)
@@ -77,10 +81,29 @@ def read_annotations(uri: str, classes: TissueClasses) -> Annotations:
             unclassified += 1
         elif tissue is None:
             unknown[names[0]] += 1
+            unknown_parts += parts
         else:
             polygons.setdefault(tissue, []).extend(parts)
     areas = {tissue: shapely.union_all(parts) for tissue, parts in sorted(polygons.items())}
+    if areas and unknown_parts:
+        unclear = _without_inner(unknown_parts, [part for parts in polygons.values() for part in parts])
+        areas = {tissue: left for tissue, area in areas.items() if (left := shapely.difference(area, unclear))}
     return Annotations(areas, unknown, unclassified, other)
+
+
+def _is_region(feature: dict[str, Any], properties: dict[str, Any]) -> bool:
+    """Whether an object is an annotation or a tile; QuPath before 0.4 wrote `object_type`, and 0.2 a type as the id."""
+    kind = properties.get("objectType") or properties.get("object_type")
+    return kind in _REGIONS if kind else feature.get("id") not in _NO_REGIONS
+
+
+def _without_inner(polygons: list[Any], others: list[Any]) -> Any:
+    """The area of polygons, each without those of the others that lie inside of it."""
+    inner: dict[int, list[Any]] = {}
+    for other, polygon in shapely.STRtree(polygons).query(others, predicate="covered_by").T:
+        inner.setdefault(polygon, []).append(others[other])
+    left = [shapely.difference(part, shapely.union_all(inner.get(at, []))) for at, part in enumerate(polygons)]
+    return shapely.union_all(left)
 
 
 def _features(uri: str) -> list[dict[str, Any]]:
@@ -106,7 +129,9 @@ def _polygons(geometry: Any, uri: str, number: int) -> list[Any]:
         raise PistoSegError(
             f"is broken ({str(error).strip()})", file=uri, field=f"geometry of feature {number}", remedy=_EXPORT
         ) from error
-    parts = shapely.get_parts(shapely.get_parts(shapely.make_valid(shape)))
+    if not shapely.is_valid(shape):  # "linework" makes holes of what is covered twice
+        shape = shapely.make_valid(shape, method="structure", keep_collapsed=False)
+    parts = shapely.get_parts(shapely.get_parts(shape))
     return [part for part in parts if shapely.get_type_id(part) == _POLYGON and not part.is_empty]
 
 

@@ -129,8 +129,8 @@ def note_lines(notes: list[CutNote], classes: TissueClasses) -> list[str]:
         slides = [note.slide for note in notes if name in note.unknown]
         lines.append(
             f"{count} polygons are of {name!r}, which is no class of the config, in {len(slides)} slides, "
-            f"e.g. {slides[0]}: left out{suggestion(name, classes.names)}; name them {known} in QuPath, or add the "
-            "class to the config"
+            f"e.g. {slides[0]}: left out with what they lie on{suggestion(name, classes.names)}; name them {known} in "
+            "QuPath, add the class to the config, or take the class off those that only frame others"
         )
     if unclassified:
         lines.append(f"{unclassified} polygons have no class")
@@ -145,18 +145,31 @@ def note_lines(notes: list[CutNote], classes: TissueClasses) -> list[str]:
 
 @dataclass
 class SlideRows:
-    """What a slide adds to the `patches` artifact; see `pistoseg.patches.store`."""
+    """What a slide adds to the `patches` artifact beside its images; see `pistoseg.patches.store`."""
 
-    images: list[dict[str, Any]] = field(default_factory=list)
     windows: list[dict[str, Any]] = field(default_factory=list)
     rejected: list[Rejection] = field(default_factory=list)
     notes: list[CutNote] = field(default_factory=list)
 
 
 def ingest_slide(
-    source: SlideSource, opener: Opener, classes: TissueClasses, data: DataConfig, scale: ScaleConfig
+    source: SlideSource,
+    opener: Opener,
+    classes: TissueClasses,
+    data: DataConfig,
+    scale: ScaleConfig,
+    add: Callable[[dict[str, Any]], None],
 ) -> SlideRows:
-    """Read the windows of a slide as images of their own, each with one window over all of it."""
+    """Read the windows of a slide as images of their own, each with one window over all of it.
+
+    Args:
+        source: with windows, or with annotations to cut them from.
+        opener: opens the slide at the networks' pixel size.
+        classes: the L classes.
+        data: limits on images, and how windows are cut from annotations.
+        scale: the networks' pixel size.
+        add: takes the row of each image as soon as it is read, as a slide may give gigabytes of them.
+    """
     rows = SlideRows()
     for item in crops(source, opener, classes, data):
         if isinstance(item, Rejection):
@@ -167,7 +180,7 @@ def ingest_slide(
             number = source.first + item.number
             pixels = resize_image(item.pixels, scale.fit, scale.fit) if scale.fit else item.pixels
             height, width = pixels.shape[:2]
-            rows.images.append(image_row(number, source.image_name(item.window), pixels, scale))
+            add(image_row(number, source.image_name(item.window), pixels, scale))
             rows.windows.append(window_row(number, number, (0, 0, width, height), item.window.labels))
     return rows
 

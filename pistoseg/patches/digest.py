@@ -15,6 +15,7 @@ from pistoseg.patches.manifest import is_manifest, scan_slides
 from pistoseg.patches.table import find_table, images_elsewhere, is_elsewhere
 
 _THREADS = 16  # object storage answers many questions at once
+_CUTTING = 2  # raised when other windows are cut from the same annotations
 
 
 def training_folder(config: Config) -> str:
@@ -135,7 +136,8 @@ def _slides_digest(uri: str, config: Config, etag: Callable[[str], str]) -> str:
     versions = _versions(files, etag)
     cutting = None
     if len(files) > len(slides):
-        cutting = config.data.model_dump(include={"window", "window_stride", "window_min_share"})
+        settings = config.data.model_dump(include={"window", "window_stride", "window_min_share"})
+        cutting = settings | {"version": _CUTTING}
     return _hash([hashlib.sha256(storage.read_bytes(uri)).hexdigest(), versions, cutting])
 
 

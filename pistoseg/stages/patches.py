@@ -168,9 +168,7 @@ class _IngestSlides:
         with _images(part) as add:
             for row in shard:
                 source = SlideSource(**row | {"windows": tuple(Window(**window) for window in row["windows"])})
-                rows = ingest_slide(source, self.opener, self.classes, self.config.data, self.config.scale)
-                for image in rows.images:
-                    add(image)
+                rows = ingest_slide(source, self.opener, self.classes, self.config.data, self.config.scale, add)
                 windows += rows.windows
                 rejected += [asdict(item) for item in rows.rejected]
                 notes += [asdict(note) for note in rows.notes]

@@ -27,15 +27,16 @@ def write_windows(slides: str, annotations: str, out: str, config: Config, *, wo
 
     Args:
         slides: a slide, folder, prefix, pattern or manifest, see `pistoseg.slides.source.list_slides`.
-        annotations: a folder of GeoJSON files named like the slides (`a.geojson` or `a.svs.geojson` for `a.svs`), or
-            one file.
+        annotations: a folder of GeoJSON files named like the slides (`a.geojson` or `a.svs.geojson` for `a.svs`) or
+            their ids, or one file.
         out: URI of the manifest, CSV or Parquet as its name ends.
         config: classes, `scale.mpp`, `data.window`, `data.window_stride` and `data.window_min_share`.
         workers: slides read at a time.
     Returns:
         What is in the manifest, and what is not: slides that failed are in `rejected`.
     Raises:
-        PistoSegError: no slides or annotations, none that belong together, or no window.
+        PistoSegError: no slides or annotations, none that belong together, a GeoJSON named like several slides, or no
+            window.
         UnavailableError: the storage is away, or this machine has no room for slides.
     """
     opener, classes = SlideOpener(network_mpp(config.scale)), config.classes.tissue()
@@ -103,17 +104,20 @@ def _matched(entries: list[SlideEntry], annotations: str) -> tuple[list[SlideSou
     for item in found:
         name = folded(storage.name(item).rpartition(".")[0])
         if name in by_name:
-            raise PistoSegError(f"{by_name[name]} is named like it", file=item, remedy="keep one of the two")
+            raise PistoSegError(
+                f"{by_name[name]} is named like it",
+                file=item,
+                remedy="keep one of the two, or name each like the slide_id of its slide",
+            )
         by_name[name] = item
-    pairs, without, used = [], [], set[str]()
+    matched = _by_slide(entries, by_name)
+    pairs, without = [], []
     for entry in entries:
-        names = (entry.slide_id, storage.name(entry.uri), files.stem(entry.uri))
-        file = next((by_name[folded(name)] for name in names if folded(name) in by_name), None)
-        if file is None:
-            without.append(entry.slide_id)
-        else:
-            used.add(file)
+        if entry.slide_id in matched:
+            file = matched[entry.slide_id]
             pairs.append(SlideSource(entry.slide_id, entry.uri, entry.mpp, annotations=file))
+        else:
+            without.append(entry.slide_id)
     if not pairs:
         raise PistoSegError(
             f"none of the {len(found)} GeoJSON files is named like one of the {len(entries)} slides "
@@ -121,6 +125,29 @@ def _matched(entries: list[SlideEntry], annotations: str) -> tuple[list[SlideSou
             file=annotations,
             remedy="name each like its slide: a.geojson for a.svs",
         )
+    used = set(matched.values())
     spare = [storage.name(item) for item in found if item not in used]
     left = ((without, "slides have no annotations"), (spare, "GeoJSON files belong to no slide"))
     return pairs, [f"{len(names)} {text}: {', '.join(names[:_NAMED])}" for names, text in left if names]
+
+
+def _by_slide(entries: list[SlideEntry], by_name: dict[str, str]) -> dict[str, str]:
+    """GeoJSON by slide_id: the one named like the id, else like the slide's file, else like that without ending."""
+    matched: dict[str, str] = {}
+    left = dict(by_name)
+    for kind in range(3):
+        claims: dict[str, SlideEntry] = {}
+        for entry in entries:
+            name = folded((entry.slide_id, storage.name(entry.uri), files.stem(entry.uri))[kind])
+            if entry.slide_id in matched or name not in left:
+                continue
+            other = claims.setdefault(name, entry)
+            if other is not entry:
+                raise PistoSegError(
+                    f"{other.uri} and {entry.uri} are both named like it",
+                    file=left[name],
+                    remedy="name it like the slide_id of the one that it is of: "
+                    f"{other.slide_id}.geojson or {entry.slide_id}.geojson",
+                )
+        matched |= {entry.slide_id: left.pop(name) for name, entry in claims.items()}
+    return matched

@@ -16,7 +16,6 @@ from pistoseg import parquet, storage
 from pistoseg.artifacts import Workspace
 from pistoseg.config import load_config
 from pistoseg.outputs.regions import ToLevel0, write_regions
-from pistoseg.patches.decode import decode_png
 from pistoseg.patches.manifest import scan_slides
 from pistoseg.patches.store import PatchSet
 from pistoseg.phantom import PHANTOM_CLASSES, write_slide
@@ -139,7 +138,7 @@ def test_slides_in_object_storage_are_cut_and_read_there(s3, slides, tmp_path, m
     window = slide.windows[0]
     wanted = pixels[window.y : window.y + 2 * WINDOW, window.x : window.x + 2 * WINDOW]
     wanted = cv2.resize(wanted, (WINDOW, WINDOW), interpolation=cv2.INTER_AREA)
-    np.testing.assert_array_equal(decode_png(patches.table["png"][0].as_py()), wanted)
+    np.testing.assert_array_equal(patches.image(0), wanted)
 
 
 def read_with_openslide(path):

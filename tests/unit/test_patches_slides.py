@@ -5,6 +5,7 @@ import weakref
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from unicodedata import normalize
 
 import numpy as np
@@ -28,7 +29,7 @@ from pistoseg.patches.manifest import in_shards, is_manifest, scan_slides, write
 from pistoseg.patches.source import SlideSource, Window
 from pistoseg.patches.windows import cut_windows
 from pistoseg.slides.files import etag
-from pistoseg.slides.source import SlideEntry
+from pistoseg.slides.source import SlideEntry, list_slides
 from pistoseg.stages.slide_images import SlideOpener
 from pistoseg.stages.windows import _matched, write_windows
 
@@ -267,6 +268,85 @@ def test_every_shape_of_a_qupath_export_is_read(tmp_path):
     assert {tissue: area.area for tissue, area in read_annotations(alone, CLASSES).areas.items()} == {0: 50}
 
 
+def test_what_is_covered_twice_by_one_object_is_no_hole(tmp_path):
+    crossing = shapely.MultiPolygon([shapely.box(0, 0, 10, 10), shapely.box(5, 5, 15, 15)])
+    ring = shapely.Polygon(shapely.box(20, 0, 30, 10).exterior, [shapely.box(22, 2, 24, 4).exterior])
+    stroke = shapely.Polygon([(0, 0), (10, 0), (10, 10), (-2, 10), (-2, -2), (5, -2), (5, 5), (0, 5)])
+    uri = geojson(
+        tmp_path,
+        feature(shapely.MultiPolygon([*crossing.geoms, ring]), "Tumor"),
+        feature(stroke, "Stroma"),
+    )
+    areas = {tissue: area.area for tissue, area in read_annotations(uri, CLASSES).areas.items()}
+    assert areas == {0: 175 + 96, 1: 10 * 10 + 2 * 10 + 2 * 7}
+
+
+def test_cells_are_left_out_however_the_version_of_qupath_names_them(tmp_path):
+    def written(name, box, *, legacy=None, **properties):
+        item = feature(shapely.box(*box), name, **properties)
+        del item["properties"]["objectType"]
+        return item | ({"id": legacy} if legacy else {})
+
+    uri = geojson(
+        tmp_path,
+        written("Tumor", (0, 0, 9, 9), object_type="annotation"),
+        written("Stroma", (1, 1, 2, 2), object_type="cell"),
+        written("Tumor", (10, 0, 20, 9), legacy="PathAnnotationObject"),
+        written("Tumor", (20, 0, 30, 9), legacy="PathTileObject"),
+        written("Stroma", (1, 1, 2, 2), legacy="PathCellObject"),
+        written("Stroma", (1, 1, 2, 2), legacy="PathDetectionObject"),
+        written("Stroma", (1, 1, 2, 2), legacy="TMACoreObject"),
+        written("Tumor", (30, 0, 40, 9), legacy="c2a4d7b0-8d0c-4a55-a2b0-5b0b6a7f1f10"),
+        feature(shapely.box(1, 1, 2, 2), "Stroma", objectType="detection") | {"id": "PathAnnotationObject"},
+    )
+    found = read_annotations(uri, CLASSES)
+    assert {tissue: area.area for tissue, area in found.areas.items()} == {0: 81 + 90 + 90 + 90}
+    assert found.other == 5
+
+
+def test_what_a_polygon_of_an_unknown_class_lies_on_counts_as_not_annotated(tmp_path):
+    uri = geojson(
+        tmp_path,
+        feature(shapely.box(0, 0, 300, 100), "Tumor"),
+        feature(shapely.box(120, 20, 180, 80), "Necrosis"),
+        feature(shapely.box(140, 40, 160, 60), "Stroma"),
+        feature(shapely.box(290, 90, 310, 110), "Ignore*"),
+        feature(shapely.box(20, 20, 80, 80)),
+        feature(shapely.box(0, 100, 100, 200), "Normal"),
+        feature(shapely.box(0, 100, 100, 300), "Fold"),
+    )
+    found = read_annotations(uri, CLASSES)
+    areas = {tissue: area.area for tissue, area in found.areas.items()}
+    assert areas == {0: 30_000 - 3_600 + 400 - 100, 1: 400, 2: 10_000}
+    cut = cut_windows(found, 300, 300, (1, 1), 3, DataConfig(window=100))
+    assert labels_by_place(cut, 100) == {(0, 0): (1, 0, 0), (2, 0): (1, 0, 0), (0, 1): (0, 0, 1)}
+    assert cut.partly == 1
+
+
+def test_annotations_stay_that_lie_inside_of_an_outline_of_an_unknown_class(tmp_path):
+    uri = geojson(
+        tmp_path,
+        feature(shapely.box(0, 0, 200, 200), "Region*"),
+        feature(shapely.box(10, 10, 60, 60), "Tumor"),
+        feature(shapely.box(20, 20, 30, 30), "Fold"),
+        feature(shapely.box(60, 10, 90, 60), "Stroma"),
+        feature(shapely.box(100, 100, 110, 110), "Fold"),
+        feature(shapely.box(300, 300, 310, 310), "Normal"),
+        feature(shapely.box(290, 290, 320, 320), "Fold"),
+        feature(shapely.box(400, 400, 410, 410), "Normal"),
+        feature(shapely.box(400, 400, 405, 420), "Fold"),
+    )
+    areas = {tissue: area.area for tissue, area in read_annotations(uri, CLASSES).areas.items()}
+    assert areas == {0: 2_500 - 100, 1: 1_500, 2: 100 + 50}
+
+
+def test_a_class_has_no_area_where_polygons_of_unknown_classes_lie_on_all_of_it(tmp_path):
+    halves = feature(shapely.box(-1, 0, 9, 5), "Fold"), feature(shapely.box(-1, 5, 9, 10), "Fold")
+    uri = geojson(tmp_path, feature(shapely.box(0, 0, 9, 9), "Tumor"), *halves)
+    found = read_annotations(uri, CLASSES)
+    assert (found.areas, found.unknown) == ({}, Counter({"Fold": 2}))
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -378,8 +458,15 @@ def test_shares_equal_those_counted_on_pixels_at_every_scale_and_stride(tmp_path
 # --- reading -----------------------------------------------------------------------------------------------------
 
 
+def ingested(source, opener, data=DATA, **scale):
+    """What a slide adds to the artifact: images, windows, rejected, notes."""
+    images = []
+    rows = ingest_slide(source, opener, CLASSES, data, ScaleConfig(**scale), images.append)
+    return SimpleNamespace(images=images, **vars(rows))
+
+
 def read(source, mpp, **scale):
-    return ingest_slide(source, SlideOpener(mpp), CLASSES, DATA, ScaleConfig(mpp=mpp, **scale))
+    return ingested(source, SlideOpener(mpp), mpp=mpp, **scale)
 
 
 def test_a_window_is_read_at_the_networks_pixel_size(tmp_path):
@@ -503,13 +590,36 @@ def test_a_damaged_place_costs_only_the_windows_on_it_and_the_slide_is_opened_ag
 
     windows = tuple(Window(10 * i, 0, 10, 10, (1, 0, 0), i + 2) for i in range(5))
     source = SlideSource("a.svs", "s3://b/a.svs", 0.25, windows)
-    rows = ingest_slide(source, opener, CLASSES, DATA, ScaleConfig(mpp=0.5))
+    rows = ingested(source, opener, mpp=0.5)
     assert [row["image"] for row in rows.images] == [0, 1, 3, 4]
     assert [decode_png(row["png"]).mean() for row in rows.images] == [0, 10, 30, 40]
     assert [(item.name, item.reason) for item in rows.rejected] == [
         ("row 4 (a.svs/20-0-10x10)", "a.svs tile 2 cannot be decoded")
     ]
     assert opened == [("s3://b/a.svs", 0.25)] * 2
+
+
+def test_images_of_a_slide_are_handed_on_as_they_are_read():
+    done = []
+
+    class View:
+        width = height = 100
+        scale_x = scale_y = 1.0
+
+        def __init__(self):
+            self.reader = self
+
+        def read(self, x, y, width, height):
+            done.append("read")
+            return np.zeros((height, width, 3), np.uint8)
+
+    @contextmanager
+    def opener(uri, mpp):
+        yield View()
+
+    source = SlideSource("a.svs", "a.svs", windows=tuple(Window(10 * i, 0, 10, 10, (1, 0, 0)) for i in range(3)))
+    ingest_slide(source, opener, CLASSES, DATA, ScaleConfig(mpp=0.5), lambda row: done.append(row["image"]))
+    assert done == ["read", 0, "read", 1, "read", 2]
 
 
 def test_annotations_begin_where_the_scanned_part_of_a_slide_does(tmp_path):
@@ -527,9 +637,9 @@ def test_annotations_begin_where_the_scanned_part_of_a_slide_does(tmp_path):
     def opener(uri, mpp):
         yield View()
 
-    uri = geojson(tmp_path, feature(shapely.box(0, 0, 40, 20), "tumor"), feature(shapely.box(0, 0, 9, 9), "Fold"))
+    uri = geojson(tmp_path, feature(shapely.box(0, 0, 40, 20), "tumor"), feature(shapely.box(0, 20, 9, 29), "Fold"))
     source = SlideSource("a.mrxs", "a.mrxs", annotations=uri)
-    rows = ingest_slide(source, opener, CLASSES, DataConfig(window=20), ScaleConfig(mpp=0.5))
+    rows = ingested(source, opener, DataConfig(window=20), mpp=0.5)
     assert [row["name"] for row in rows.images] == ["a.mrxs/40-60-20x20", "a.mrxs/60-60-20x20"]
     (note,) = rows.notes
     assert (note.windows, note.unknown) == (2, {"Fold": 1})
@@ -549,6 +659,36 @@ def test_a_slide_finds_its_annotations_however_its_accents_are_written(tmp_path)
     slide = str(tmp_path / f"{normalize('NFD', 'Präparat')}.svs")
     (source,), _ = _matched([SlideEntry("1", slide)], str(tmp_path / "qupath"))
     assert (source.uri, source.annotations) == (slide, annotations)
+
+
+@pytest.mark.parametrize("names", [("A/1.svs", "B/1.svs"), ("3.svs", "3.ndpi")])
+def test_a_geojson_named_like_two_slides_is_refused_with_both_and_their_ids(tmp_path, names):
+    for name in names:
+        put(tmp_path, f"slides/{name}")
+    file = put(tmp_path, f"qupath/A/{names[0].removeprefix('A/').removesuffix('.svs')}.geojson", b"{}")
+    entries = list_slides(str(tmp_path / "slides"))
+    with pytest.raises(PistoSegError, match="are both named like it") as caught:
+        _matched(entries, str(tmp_path / "qupath"))
+    assert caught.value.file == file
+    assert all(entry.uri in caught.value.reason for entry in entries)
+    assert all(f"{entry.slide_id}.geojson" in caught.value.remedy for entry in entries)
+    Path(file).rename(tmp_path / "qupath" / f"{entries[1].slide_id}.geojson")
+    (source,), warnings = _matched(entries, str(tmp_path / "qupath"))
+    assert source.uri == entries[1].uri
+    assert warnings == [f"1 slides have no annotations: {entries[0].slide_id}"]
+
+
+def test_annotations_named_like_a_slides_id_are_of_no_slide_with_such_a_file(tmp_path):
+    folder = put(tmp_path, "qupath/1.geojson", b"{}").removesuffix("/1.geojson")
+    entries = [SlideEntry("2", "/s/1.svs"), SlideEntry("1", "/s/x.svs"), SlideEntry("3", "/s/t/1.svs")]
+    pairs, _ = _matched(entries, folder)
+    assert [source.name for source in pairs] == ["1"]
+    put(tmp_path, "qupath/1.svs.geojson", b"{}")
+    pairs, _ = _matched(entries[:2], folder)
+    assert [(source.name, storage.name(source.annotations)) for source in pairs] == [
+        ("2", "1.svs.geojson"),
+        ("1", "1.geojson"),
+    ]
 
 
 # --- the data set ------------------------------------------------------------------------------------------------
@@ -670,8 +810,8 @@ def test_windows_of_annotated_slides_are_written_as_a_manifest(tmp_path):
     text = "\n".join(report.warnings)
     assert "1 slides have no annotations: c" in text
     assert "1 GeoJSON files belong to no slide: other.geojson" in text
-    assert "1 polygons are of 'Fold', which is no class of the config, in 1 slides, e.g. a: left out; " in text
-    assert "name them gland or stroma or background in QuPath" in text
+    assert "1 polygons are of 'Fold', which is no class of the config, in 1 slides, e.g. a: left out with what " in text
+    assert "they lie on; name them gland or stroma or background in QuPath" in text
     assert report.to_text().endswith("not fit for use as it is")
 
 
@@ -718,7 +858,7 @@ def test_a_class_without_any_window_is_said_and_warnings_are_counted_at_the_end(
     config = load_config("glas", overrides=["scale={mpp: 1.0}", "data.window=50"])
     report = write_windows(str(tmp_path / "a.tif"), uri, str(tmp_path / "w.csv"), config)
     (unknown, unseen) = report.warnings
-    assert "in 1 slides, e.g. a: left out; did you mean stroma?; " in unknown
+    assert "in 1 slides, e.g. a: left out with what they lie on; did you mean stroma?; " in unknown
     assert unseen == "no window shows stroma: no model could learn it"
     assert report.to_text().endswith("fit for use, 2 warnings")
 
