@@ -551,6 +551,13 @@ def test_a_slide_finds_its_annotations_however_its_accents_are_written(tmp_path)
     assert (source.uri, source.annotations) == (slide, annotations)
 
 
+def test_a_manifest_finds_slides_and_annotations_however_their_accents_are_written(tmp_path):
+    slide, annotations = (put(tmp_path, normalize("NFD", f"é/ü.{end}"), b"") for end in ("svs", "geojson"))
+    uri = manifest(tmp_path, normalize("NFC", "é/ü.svs,é/ü.geojson"), header="slide,annotations")
+    (source,) = scan_slides(uri, CLASSES).slides
+    assert (source.name, source.uri, source.annotations) == (normalize("NFC", "é/ü.svs"), slide, annotations)
+
+
 # --- the data set ------------------------------------------------------------------------------------------------
 
 
