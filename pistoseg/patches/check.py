@@ -39,8 +39,8 @@ from pistoseg.patches.source import (
     SlideSource,
     SourceImage,
     Window,
-    outside,
     readable,
+    unfit,
 )
 from pistoseg.patches.store import network_size, scaled
 
@@ -166,9 +166,9 @@ def _check_training(
         except PistoSegError as error:
             return None, _rejections(error, unread, source.name)
         windows = [window.resolved(width, height) for window in source.windows]
-        beyond = [outside(source, window, width, height) for window in windows]
-        kept = tuple(window for window, rejection in zip(windows, beyond, strict=True) if rejection is None)
-        refused = [rejection for rejection in beyond if rejection is not None]
+        judged = [unfit(source, window, width, height, config.min_size) for window in windows]
+        kept = tuple(window for window, rejection in zip(windows, judged, strict=True) if rejection is None)
+        refused = [rejection for rejection in judged if rejection is not None]
         if not kept:
             return None, refused
         boxes = [scaled(window, factor, size) for window in kept]
