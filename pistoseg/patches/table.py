@@ -120,10 +120,10 @@ def read_windows(
             row_name = f"{readable(storage.name(table_uri))} row {number}" + (f" ({image})" if image else "")
             rejected.append(Rejection.of(error, row_name))
     if not windows:
-        why = f"; the first: {rejected[0].reason}" if rejected else ""
         raise PistoSegError(
-            f"has no usable row{why}",
+            f"has no usable row{f'; the first, {rejected[0].name}: {rejected[0].reason}' if rejected else ''}",
             file=table_uri,
+            field=rejected[0].field if rejected else None,
             remedy=(rejected[0].remedy if rejected else "") or "add a row for every window",
         )
     return [SourceImage(name, find.uris[name], tuple(windows[name])) for name in sorted(windows)], rejected
