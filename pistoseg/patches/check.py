@@ -27,6 +27,7 @@ from pistoseg.patches.layouts import (
     MASK_FOLDERS,
     find_split,
     find_training,
+    masks_beside,
     scan_evaluation,
     scan_training,
     split_without_masks,
@@ -181,6 +182,7 @@ def _check_training(
     _note_unread(unread, report)
     images = [image for image, _ in results if image is not None]
     report.layout = listing.layout
+    report.warnings += [f"{folder}/ is taken for masks: nothing in it is trained on" for folder in masks_beside(uri)]
     report.rejected = listing.rejected + [rejection for _, refused in results for rejection in refused]
     sum_up(listing.images, images, classes, config, synthesis, report)
     return images

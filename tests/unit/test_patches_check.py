@@ -86,6 +86,14 @@ def test_a_split_without_masks_is_said_and_no_problem(tmp_path):
     assert "validation/ has no img/ and mask/: nothing is scored on it" in report.warnings
 
 
+def test_masks_in_the_training_folder_are_said_to_be_left_out(tmp_path):
+    write_good(tmp_path)
+    put(tmp_path, "training/masks/0-[1, 0, 0].png", mask_png())
+    report = run(tmp_path)
+    assert report.warnings == ["masks/ is taken for masks: nothing in it is trained on"]
+    assert (report.images, report.rejected) == (12, [])
+
+
 def test_windows_that_are_smaller_than_an_image_may_be_are_rejected_as_the_ingestion_does(tmp_path):
     uri = put(tmp_path, "training/a.png")
     rows = ["a.png,0,0,16,16,1,0,0", "a.png,10,10,5,20,0,1,0"]
