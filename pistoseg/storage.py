@@ -12,6 +12,7 @@ import os
 import posixpath
 import shutil
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -348,17 +349,25 @@ def list_files(uri: str) -> list[str]:
 
 
 def _walk(root: Path) -> list[str]:
+    """Files below a folder; of what is there by a name of its own and by links, the names are its own."""
     files: list[str] = []
-    seen = {os.path.realpath(root)}
-    for folder, folders, names in os.walk(root, onerror=_refuse_unlisted, followlinks=True):
-        kept = []
-        for child in sorted(folders):
-            real = os.path.realpath(os.path.join(folder, child))
-            if not child.startswith(".") and real not in seen:  # a link back up would never end
-                seen.add(real)
-                kept.append(child)
-        folders[:] = kept
-        files += [os.path.join(folder, item) for item in names if not item.startswith(".")]
+    seen: set[str] = set()
+
+    def is_new(folder: str) -> bool:  # a link back up would never end
+        real, before = os.path.realpath(folder), len(seen)
+        seen.add(real)
+        return len(seen) > before
+
+    waiting = deque([str(root)])  # links, until all folders that they may lead to were visited
+    while waiting:
+        top = waiting.popleft()
+        if not is_new(top):
+            continue
+        for folder, folders, names in os.walk(top, onerror=_refuse_unlisted):
+            kept = [os.path.join(folder, child) for child in sorted(folders) if not child.startswith(".")]
+            waiting += filter(os.path.islink, kept)
+            folders[:] = [os.path.basename(path) for path in kept if not os.path.islink(path) and is_new(path)]
+            files += [os.path.join(folder, item) for item in names if not item.startswith(".")]
     return files
 
 

@@ -16,8 +16,10 @@ from pistoseg.errors import PistoSegError, UnavailableError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_SAID = re.compile(r"(?i)sep=([,;\t|])[,;\t|]*")
+_SAID = re.compile(r'(?i)"?sep=([,;\t|])"?[,;\t|]*')
 """The line above a CSV file's header by which Excel is told what separates its columns."""
+_PATHS = {"image", "slide"}
+"""Columns of which every table has one."""
 Row = dict[str, Any]
 """Values by folded column name (`pistoseg.classes.folded`); of a CSV file, text."""
 
@@ -74,10 +76,12 @@ def _open_csv(uri: str) -> tuple[list[str], Iterator[tuple[int, Row]]]:
         raise PistoSegError(f"is not UTF-8 text ({error})", file=uri, remedy="save it as CSV UTF-8") from error
     except OSError as error:
         raise _not_given(error, uri) from error
-    first_line = text.partition("\n")[0].rstrip("\r")
+    file = io.StringIO(text, newline="")
+    first_line = file.readline().rstrip("\r\n")
+    file.seek(0)
     said = _SAID.fullmatch(first_line)
-    delimiter = said.group(1) if said else max(",;\t", key=first_line.count)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    delimiter = said.group(1) if said else _delimiter(first_line)
+    reader = csv.reader(file, delimiter=delimiter)
     lines = _lines(reader, uri)
     if said:
         next(lines)
@@ -94,6 +98,19 @@ def _open_csv(uri: str) -> tuple[list[str], Iterator[tuple[int, Row]]]:
             yield reader.line_num, row
 
     return header, rows()
+
+
+def _delimiter(header: str) -> str:
+    """What separates the columns: what gives one of paths, as names of classes may hold commas, else what is most."""
+
+    def names_paths(delimiter: str) -> bool:
+        try:
+            columns = next(csv.reader([header], delimiter=delimiter), [])
+        except csv.Error:  # a field is too long
+            return False
+        return not _PATHS.isdisjoint(map(folded, columns))
+
+    return max(",;\t", key=lambda delimiter: (names_paths(delimiter), header.count(delimiter)))
 
 
 def _lines(reader: Any, uri: str) -> Iterator[list[str]]:

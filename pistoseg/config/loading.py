@@ -74,10 +74,25 @@ def load_config(
         if profile:
             values = _merge(values, profiles[profile])
     given = [own, *map(parse_override, overrides)]
-    config = validate(reduce(_merge, given, values), source=file or (f"preset {preset}" if preset else "config"))
+    base = _for_classes(values, reduce(_merge, given))
+    config = validate(reduce(_merge, given, base), source=file or (f"preset {preset}" if preset else "config"))
     if preset:
         _warn_of_pixel_size(config, preset, values, reduce(_merge, given))
     return config
+
+
+def _for_classes(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """A preset's values without its background_id where the user's own classes are more or fewer.
+
+    Args:
+        values: of the preset.
+        given: what the user set.
+    """
+    classes = given.get("classes")
+    own = classes.get("classes") if isinstance(classes, dict) else None
+    if not isinstance(own, list) or values.get("classes", {}).get("background_id") == len(own):
+        return values
+    return _without(values, ("classes", "background_id"))
 
 
 def _warn_of_pixel_size(config: Config, preset: str, values: dict[str, Any], given: dict[str, Any]) -> None:

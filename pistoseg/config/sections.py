@@ -92,7 +92,7 @@ class DataConfig(Section):
     )
     table: str | None = Field(None, description="Table of windows, relative to the data; null: found by its name.")
     max_pixels: int = Field(50_000_000, ge=1, description="Larger images are rejected (px).")
-    min_size: int = Field(16, ge=1, description="Images with a smaller side are rejected (px).")
+    min_size: int = Field(16, ge=1, description="Images, and windows of them, with a smaller side are rejected (px).")
     max_rejected: Share = Field(0.1, description="Stop when more than this share of the images is rejected.")
     label_holdout: float = Field(
         0.0,

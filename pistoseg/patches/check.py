@@ -27,6 +27,7 @@ from pistoseg.patches.layouts import (
     MASK_FOLDERS,
     find_split,
     find_training,
+    masks_beside,
     scan_evaluation,
     scan_training,
     split_without_masks,
@@ -39,8 +40,8 @@ from pistoseg.patches.source import (
     SlideSource,
     SourceImage,
     Window,
-    outside,
     readable,
+    unfit,
 )
 from pistoseg.patches.store import network_size, scaled
 
@@ -166,9 +167,9 @@ def _check_training(
         except PistoSegError as error:
             return None, _rejections(error, unread, source.name)
         windows = [window.resolved(width, height) for window in source.windows]
-        beyond = [outside(source, window, width, height) for window in windows]
-        kept = tuple(window for window, rejection in zip(windows, beyond, strict=True) if rejection is None)
-        refused = [rejection for rejection in beyond if rejection is not None]
+        judged = [unfit(source, window, width, height, config.min_size) for window in windows]
+        kept = tuple(window for window, rejection in zip(windows, judged, strict=True) if rejection is None)
+        refused = [rejection for rejection in judged if rejection is not None]
         if not kept:
             return None, refused
         boxes = [scaled(window, factor, size) for window in kept]
@@ -181,6 +182,7 @@ def _check_training(
     _note_unread(unread, report)
     images = [image for image, _ in results if image is not None]
     report.layout = listing.layout
+    report.warnings += [f"{folder}/ is taken for masks: nothing in it is trained on" for folder in masks_beside(uri)]
     report.rejected = listing.rejected + [rejection for _, refused in results for rejection in refused]
     sum_up(listing.images, images, classes, config, synthesis, report)
     return images

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 from pistoseg import storage
 from pistoseg.config import Config
 from pistoseg.errors import PistoSegError, UnavailableError
-from pistoseg.patches.layouts import find_split, scan_training, split_without_masks, splits_beside, training_files
+from pistoseg.patches.layouts import find_split, other_files, scan_training, split_without_masks, training_files
 from pistoseg.patches.manifest import is_manifest, scan_slides
 from pistoseg.patches.table import find_table, images_elsewhere, is_elsewhere
 
@@ -79,9 +79,9 @@ def training_digest(config: Config, etag: Callable[[str], str]) -> str:
     if is_manifest(uri):
         return _slides_digest(uri, config, etag)
     tables: dict[str, str] = {}
-    others = splits_beside(uri)
-    own = files_digest(uri, tables, others)
-    outside = _table_digest(uri, tables, others, config, etag)
+    is_other = other_files(uri)
+    own = files_digest(uri, tables, is_other)
+    outside = _table_digest(uri, tables, is_other, config, etag)
     return _hash([own, outside]) if outside else own
 
 
@@ -91,7 +91,9 @@ def validation_digest(config: Config) -> str:
     return files_digest(folder) if folder else ""
 
 
-def files_digest(uri: str, tables: dict[str, str] | None = None, left_out: Container[str] = ()) -> str:
+def files_digest(
+    uri: str, tables: dict[str, str] | None = None, is_other: Callable[[str], bool] = lambda name: False
+) -> str:
     """Hash of the names, sizes and versions of the files below a folder.
 
     It is what `_hash` makes of their list, without a list: a data set may have a million.
@@ -99,10 +101,10 @@ def files_digest(uri: str, tables: dict[str, str] | None = None, left_out: Conta
     Args:
         uri: of their folder.
         tables: gets the CSV and Parquet files directly in it, name -> URI.
-        left_out: names of folders in it that do not count.
+        is_other: tells of a path below it whether it does not count.
     """
     digest = hashlib.sha256(b"[")
-    counted = (item for item in storage.iter_details(uri) if item[0].split("/")[0] not in left_out)
+    counted = (item for item in storage.iter_details(uri) if not is_other(item[0]))
     for number, item in enumerate(counted):
         digest.update(f"{', ' if number else ''}{json.dumps(item)}".encode())
         if tables is not None and "/" not in item[0] and item[0].lower().endswith((".csv", ".parquet")):
@@ -112,7 +114,7 @@ def files_digest(uri: str, tables: dict[str, str] | None = None, left_out: Conta
 
 
 def _table_digest(
-    uri: str, tables: dict[str, str], left_out: Container[str], config: Config, etag: Callable[[str], str]
+    uri: str, tables: dict[str, str], is_other: Callable[[str], bool], config: Config, etag: Callable[[str], str]
 ) -> str:
     """Hash of a table of windows outside of the training folder, and of images there that one names; empty for none."""
     if config.data.layout not in ("auto", "table"):
@@ -120,7 +122,7 @@ def _table_digest(
     table = find_table(uri, tables, config.classes.tissue(), config.data.table)
     if table is None:
         return ""
-    images = images_elsewhere(table, uri, lambda: training_files(uri), left_out)
+    images = images_elsewhere(table, uri, lambda: training_files(uri), is_other)
     outside = is_elsewhere(table, uri)
     if not images and not outside:
         return ""

@@ -34,6 +34,7 @@ SPLITS = {
 IMAGE_FOLDERS = ("img", "images", "image", "imgs")
 MASK_FOLDERS = ("mask", "masks")
 BACKGROUND_FOLDERS = ("background-mask", "background_mask", "background-masks")
+_MASKS = MASK_FOLDERS + BACKGROUND_FOLDERS
 _OTHER_IMAGES = (".bmp", ".gif", ".webp", ".jp2", ".heic", ".avif", ".dcm", ".svs", ".ndpi", ".mrxs", ".scn")
 
 
@@ -93,7 +94,7 @@ def split_without_masks(data_uri: str, split: str) -> str | None:
     return named if named is not None and find_split(data_uri, split) is None else None
 
 
-def splits_beside(uri: str) -> frozenset[str]:
+def _splits_beside(uri: str) -> frozenset[str]:
     """Names of the folders in a folder of training images that hold other splits, with img/ and mask/."""
     if storage.name(uri).lower() in SPLITS["training"]:
         return frozenset()
@@ -101,14 +102,30 @@ def splits_beside(uri: str) -> frozenset[str]:
     return frozenset(storage.name(folder) for folder in named if _has_masks(folder))
 
 
+def masks_beside(uri: str) -> list[str]:
+    """Names of the folders in a folder of training images that hold masks."""
+    return [storage.name(folder) for folder in _folders(_children(uri), _MASKS)]
+
+
+def other_files(uri: str) -> Callable[[str], bool]:
+    """What tells of paths below a folder of training images which ones are in other splits, or among masks."""
+    splits = _splits_beside(uri)
+
+    def is_other(name: str) -> bool:
+        folder, slash, _ = name.partition("/")
+        return bool(slash) and (folder in splits or folder.lower() in _MASKS)
+
+    return is_other
+
+
 def training_files(uri: str) -> dict[str, str]:
-    """Every file below a folder of training images, as `relative_files` has them, but for those of other splits."""
+    """Every file below a folder of training images, as `relative_files` has them, but for `other_files`."""
     files = relative_files(uri)
     folders = {name.split("/")[0].lower() for name in files if "/" in name}
-    if folders.isdisjoint(SPLITS["validation"] + SPLITS["testing"]):  # a million images are not listed twice
+    if folders.isdisjoint(SPLITS["validation"] + SPLITS["testing"] + _MASKS):  # a million images are not listed twice
         return files
-    others = splits_beside(uri)
-    return {name: file for name, file in files.items() if name.split("/")[0] not in others}
+    is_other = other_files(uri)
+    return {name: file for name, file in files.items() if not is_other(name)}
 
 
 def scan_training(uri: str, classes: TissueClasses, config: DataConfig) -> Listing:

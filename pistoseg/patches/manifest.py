@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 import pyarrow as pa
 
 from pistoseg import parquet, storage
+from pistoseg.accents import AccentFinder
 from pistoseg.classes import TissueClasses, folded
 from pistoseg.errors import PistoSegError, suggestion
 from pistoseg.patches.labels import class_named
@@ -99,6 +100,7 @@ class _Reader:
 
     def __init__(self, uri: str, header: list[str], classes: TissueClasses) -> None:
         self.folder, self.classes, self.slides = posixpath.dirname(uri), classes, dict[str, _Found]()
+        self.find = AccentFinder()
         self.has_flags = all(folded(name) in header for name in classes.names)
         self.names_column = next((column for column in ("labels", "class") if column in header), None)
         self.has_windows = any(column in header for column in BOX)
@@ -127,8 +129,8 @@ class _Reader:
         if self.has_windows:
             box, labels = box_in(row, "level-0 px of the slide, from its top left"), self._labels(row)
         else:
-            annotations = _resolved(self.folder, _path(row, "annotations"))
-        found = self.slides.get(name) or _Found(name, _resolved(self.folder, name), number, mpp, annotations)
+            annotations = self._resolved(_path(row, "annotations"))
+        found = self.slides.get(name) or _Found(name, self._resolved(name), number, mpp, annotations)
         if mpp is not None and found.mpp not in (None, mpp):
             raise PistoSegError(
                 f"is {mpp:g}, and the same slide has {found.mpp:g} in another row",
@@ -146,6 +148,11 @@ class _Reader:
             found.windows[box] = window
         found.mpp = mpp if found.mpp is None else found.mpp
         self.slides[name] = found
+
+    def _resolved(self, written: str) -> str:
+        if "://" in written or posixpath.isabs(written) or written.startswith("~"):
+            return self.find(storage.absolute(written))
+        return self.find(from_folder(self.folder, written))
 
     def _labels(self, row: Row) -> tuple[int, ...]:
         if self.has_flags:
@@ -249,12 +256,6 @@ def _path(row: Row, column: str) -> str:
     if not written:
         raise PistoSegError("is empty", field=column, remedy="write a path relative to the manifest, or a URI")
     return written if "://" in written else posixpath.normpath(written.replace("\\", "/"))
-
-
-def _resolved(folder: str, written: str) -> str:
-    if "://" in written or posixpath.isabs(written) or written.startswith("~"):
-        return storage.absolute(written)
-    return from_folder(folder, written)
 
 
 def _mpp(row: Row) -> float | None:

@@ -91,17 +91,29 @@ class Rejection:
         return cls(name or error.file or "", error.field or "", error.reason, error.remedy or "")
 
 
-def outside(source: SourceImage, window: Window, width: int, height: int) -> Rejection | None:
-    """The rejection of a window that reaches beyond its image of width x height px; None when it fits."""
-    if window.x + window.width <= width and window.y + window.height <= height:
-        return None
+def unfit(source: SourceImage, window: Window, width: int, height: int, min_size: int) -> Rejection | None:
+    """Why a window can't be trained on, or None.
+
+    Args:
+        source: its image.
+        window: with its size filled in.
+        width, height: of the image, px.
+        min_size: the smallest side that images, and so windows of them, may have, px.
+    """
     place = f"row {window.row} ({source.name})" if window.row else source.name
-    return Rejection(
-        place,
-        "window",
-        f"x {window.x}, y {window.y}, {window.width}x{window.height} px reaches beyond its image of {width}x{height}",
-        "give windows in px of the image, from its top left corner",
-    )
+    size = f"{window.width}x{window.height} px"
+    if window.x + window.width > width or window.y + window.height > height:
+        return Rejection(
+            place,
+            "window",
+            f"x {window.x}, y {window.y}, {size} reaches beyond its image of {width}x{height}",
+            "give windows in px of the image, from its top left corner",
+        )
+    if min(window.width, window.height) < min_size:
+        return Rejection(
+            place, "size", f"is {size}, smaller than {min_size} px", "give larger windows, or lower data.min_size"
+        )
+    return None
 
 
 def count_unread(sources: Iterable[SourceImage | SlideSource], rejected: Iterable[str]) -> int:

@@ -22,7 +22,7 @@ from pistoseg import parquet, storage
 from pistoseg.config import DataConfig, ScaleConfig
 from pistoseg.errors import PistoSegError
 from pistoseg.patches import decode
-from pistoseg.patches.source import Rejection, SourceImage, Window, outside
+from pistoseg.patches.source import Rejection, SourceImage, Window, unfit
 from pistoseg.pixels import resize_image
 
 IMAGES_SCHEMA = pa.schema(
@@ -73,7 +73,7 @@ def ingest(
     rejected: list[Rejection] = []
     for number, found in enumerate(source.windows):
         window = found.resolved(width, height)
-        rejection = outside(source, window, width, height)
+        rejection = unfit(source, window, width, height, data.min_size)
         if rejection is not None:
             rejected.append(rejection)
             continue

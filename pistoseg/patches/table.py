@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import posixpath
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
 from itertools import islice
@@ -120,10 +120,10 @@ def read_windows(
             row_name = f"{readable(storage.name(table_uri))} row {number}" + (f" ({image})" if image else "")
             rejected.append(Rejection.of(error, row_name))
     if not windows:
-        why = f"; the first: {rejected[0].reason}" if rejected else ""
         raise PistoSegError(
-            f"has no usable row{why}",
+            f"has no usable row{f'; the first, {rejected[0].name}: {rejected[0].reason}' if rejected else ''}",
             file=table_uri,
+            field=rejected[0].field if rejected else None,
             remedy=(rejected[0].remedy if rejected else "") or "add a row for every window",
         )
     return [SourceImage(name, find.uris[name], tuple(windows[name])) for name in sorted(windows)], rejected
@@ -144,7 +144,10 @@ def is_elsewhere(file: str, uri: str) -> bool:
 
 
 def images_elsewhere(
-    table_uri: str, uri: str, list_files: Callable[[], dict[str, str]], left_out: Container[str] = ()
+    table_uri: str,
+    uri: str,
+    list_files: Callable[[], dict[str, str]],
+    is_other: Callable[[str], bool] = lambda name: False,
 ) -> dict[str, list[str]]:
     """The images of a table that are not listed below the training folder: name -> where each may be.
 
@@ -154,12 +157,12 @@ def images_elsewhere(
         table_uri: the table.
         uri: the training folder.
         list_files: gives what is below uri, by relative path; asked only where an image may be elsewhere.
-        left_out: names of the folders in uri that are not listed.
+        is_other: tells of a path below uri whether it is not listed.
     Raises:
         PistoSegError: the table cannot be read.
     """
     names = {_image_name(row.get("image")) for _, row in open_table(table_uri, "image")[1]} - {""}
-    if not is_elsewhere(table_uri, uri) and not any(_leaves(name, left_out) for name in names):
+    if not is_elsewhere(table_uri, uri) and not any(_leaves(name, is_other) for name in names):
         return {}
     files = list_files()
     find, listed = _ImageFinder(storage.name(table_uri), table_uri, uri, files), set(files.values())
@@ -173,9 +176,9 @@ def _image_name(value: Any) -> str:
     return written if "://" in written or not written else posixpath.normpath(written.replace("\\", "/"))
 
 
-def _leaves(name: str, left_out: Container[str]) -> bool:
-    parts = name.split("/")
-    return "://" in name or name.startswith("/") or parts[0] in left_out or any(part.startswith(".") for part in parts)
+def _leaves(name: str, is_other: Callable[[str], bool]) -> bool:
+    hidden = any(part.startswith(".") for part in name.split("/"))
+    return "://" in name or name.startswith("/") or hidden or is_other(name)
 
 
 class _ImageFinder:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from pistoseg import storage
+from pistoseg.accents import AccentFinder
 from pistoseg.errors import PistoSegError
 from pistoseg.patches.source import require_utf8
 from pistoseg.redaction import redact
@@ -102,13 +103,13 @@ def _below(root: str, uri: str) -> str:
 
 def _entries_of_manifest(uri: str, owners: Owners | None) -> list[SlideEntry]:
     rows = read_manifest(uri)
-    parent = posixpath.dirname(uri)
+    parent, find = posixpath.dirname(uri), AccentFinder()
     entries = []
     for row in rows:
-        slide = _resolved(parent, row.slide)
+        slide = find(_resolved(parent, row.slide))
         if not files.is_slide(slide) and storage.is_dir(slide):
             slide = _slide_in_folder(slide, uri, row)
-        mask = None if row.tissue_mask is None else _resolved(parent, row.tissue_mask)
+        mask = None if row.tissue_mask is None else find(_resolved(parent, row.tissue_mask))
         entries.append(SlideEntry(row.slide_id or "", slide, row.mpp, mask))
     _refuse_repeated(entries, rows, uri)
     return _with_ids(entries, [row.slide for row in rows], owners)

@@ -112,6 +112,7 @@ class TiffReader(SlideReader):
         self._lock = threading.Lock()
         self._cache: OrderedDict[tuple[int, int, int], NDArray[np.uint8]] = OrderedDict()
         self._cached = 0
+        self._turns: dict[tuple[int, int, int], threading.Lock] = {}
 
     @property
     def is_plain(self) -> bool:
@@ -149,16 +150,30 @@ class TiffReader(SlideReader):
         key = (level, number, index)
         with self._lock:
             if key in self._cache:
-                self._cache.move_to_end(key)
-                return self._cache[key]
-        segment = self._decode(self._planes[level][number], index, level)
-        with self._lock:
-            if key not in self._cache:
-                self._cache[key] = segment
-                self._cached += segment.nbytes
-            while self._cached > _CACHE_BYTES and len(self._cache) > 1:
-                self._cached -= self._cache.popitem(last=False)[1].nbytes
+                return self._kept(key)
+            turn = self._turns.setdefault(key, threading.Lock())
+        with turn:  # a strip may be a whole level: of the threads that want it, one decodes it
+            with self._lock:
+                if key in self._cache:
+                    return self._kept(key)
+            try:
+                segment = self._decode(self._planes[level][number], index, level)
+                with self._lock:
+                    self._keep(key, segment)
+            finally:
+                self._turns.pop(key, None)
         return segment
+
+    def _kept(self, key: tuple[int, int, int]) -> NDArray[np.uint8]:
+        self._cache.move_to_end(key)
+        return self._cache[key]
+
+    def _keep(self, key: tuple[int, int, int], segment: NDArray[np.uint8]) -> None:
+        if key not in self._cache:
+            self._cache[key] = segment
+            self._cached += segment.nbytes
+        while self._cached > _CACHE_BYTES and len(self._cache) > 1:
+            self._cached -= self._cache.popitem(last=False)[1].nbytes
 
     def _decode(self, plane: _Plane, index: int, level: int) -> NDArray[np.uint8]:
         page = plane.page

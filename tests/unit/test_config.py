@@ -237,6 +237,18 @@ def test_classes_may_be_a_file_of_their_own(tmp_path):
     assert classes.background_id == 2
 
 
+def test_more_or_fewer_classes_than_a_presets_have_a_background_of_their_own(tmp_path):
+    file = tmp_path / "mine.yaml"
+    for count in (2, 4, 5):
+        classes = [{"name": f"c{i}", "color": [i, 0, 0]} for i in range(count)]
+        file.write_text(yaml.safe_dump({"preset": "bcss-wsss", "classes": {"classes": classes}}))
+        assert load_config(file=str(file)).classes.tissue().background_id == count
+        assert load_config(file=str(file), overrides=["classes.background_id=9"]).classes.background_id == 9
+        if count == 4:  # as written in artifacts that were made before
+            assert load_config(file=str(file)).classes.background_id == 4
+    assert load_config("bcss-wsss", overrides=["classes.codec=flags"]).classes.background_id == 4
+
+
 def test_images_of_ones_own_at_the_pixel_size_of_a_preset_are_warned_of(tmp_path, caplog):
     classes, file = tmp_path / "classes.yaml", tmp_path / "mine.yaml"
     classes.write_text("classes: [{name: a, color: [1, 2, 3]}, {name: b, color: [4, 5, 6]}]\n")

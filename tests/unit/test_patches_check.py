@@ -17,7 +17,7 @@ from pistoseg.outputs.pictures import sheet
 from pistoseg.patches.check import check
 from pistoseg.patches.decode import decode_rgb
 from pistoseg.patches.digest import validation_folder
-from pistoseg.patches.source import SourceImage
+from pistoseg.patches.source import SourceImage, Window
 from pistoseg.patches.store import ingest
 from pistoseg.progress import Progress
 from pistoseg.stages import validation
@@ -84,6 +84,28 @@ def test_a_split_without_masks_is_said_and_no_problem(tmp_path):
     report = run(tmp_path)
     assert report.ok, report.problems
     assert "validation/ has no img/ and mask/: nothing is scored on it" in report.warnings
+
+
+def test_masks_in_the_training_folder_are_said_to_be_left_out(tmp_path):
+    write_good(tmp_path)
+    put(tmp_path, "training/masks/0-[1, 0, 0].png", mask_png())
+    report = run(tmp_path)
+    assert report.warnings == ["masks/ is taken for masks: nothing in it is trained on"]
+    assert (report.images, report.rejected) == (12, [])
+
+
+def test_windows_that_are_smaller_than_an_image_may_be_are_rejected_as_the_ingestion_does(tmp_path):
+    uri = put(tmp_path, "training/a.png")
+    rows = ["a.png,0,0,16,16,1,0,0", "a.png,10,10,5,20,0,1,0"]
+    table = "\n".join(["image,x,y,width,height,tumor,stroma,normal", *rows])
+    put(tmp_path, "training/patches.csv", table.encode())
+    report = run(tmp_path)
+    window = Window(10, 10, 5, 20, (0, 1, 0), 3)
+    assert ingest(SourceImage("a.png", uri, (window,)), DataConfig(), ScaleConfig())[2] == report.rejected
+    (rejected,) = report.rejected
+    assert (report.windows, rejected.name, rejected.field) == (1, "row 3 (a.png)", "size")
+    assert rejected.reason == "is 5x20 px, smaller than 16 px"
+    assert run(tmp_path, min_size=5).windows == 2
 
 
 def test_reports_and_pictures_are_written_to_the_given_folder_only(tmp_path):

@@ -104,6 +104,25 @@ def test_a_folder_of_training_images_without_other_splits_is_listed_once(tmp_pat
     assert list(training_files(str(tmp_path))) == ["a[100].png"]
 
 
+def test_masks_in_a_training_folder_are_no_training_images(root):
+    for folder in ("img", "Mask", "background-mask"):
+        put(root, f"training/{folder}/a-[1, 0, 0].png")
+    put(root, "training/b-[0, 1, 0].png")
+    found = find_training(root, CLASSES, DataConfig())
+    assert [image.name for image in scan(found).images] == ["b-[0, 1, 0].png", "img/a-[1, 0, 0].png"]
+
+
+def test_the_digest_of_training_images_does_not_follow_their_masks_but_those_that_a_table_names(tmp_path):
+    put(tmp_path, "training/img/a[10].png")
+    alone = training_digest(config_of(tmp_path), etag)
+    put(tmp_path, "training/mask/a[10].png", mask_png())
+    assert training_digest(config_of(tmp_path), etag) == alone
+    table(tmp_path / "training", ["mask/a[10].png,1,0"], "image,gland,stroma\n")
+    named = training_digest(config_of(tmp_path), etag)
+    put(tmp_path, "training/mask/a[10].png", b"another")
+    assert training_digest(config_of(tmp_path), etag) != named
+
+
 def test_splits_with_masks_alone_are_no_training_images(root):
     put_split(root, "val")
     put_split(root, "test")
@@ -115,7 +134,8 @@ def test_the_digest_of_training_images_does_not_follow_a_split_beside_them(tmp_p
     put(tmp_path, "a[10].png")
     alone = training_digest(config_of(tmp_path), etag)
     put_split(tmp_path, "validation")
-    assert training_digest(config_of(tmp_path), etag) == alone == files_digest(str(tmp_path), None, {"validation"})
+    assert training_digest(config_of(tmp_path), etag) == alone
+    assert files_digest(str(tmp_path), None, lambda name: name.startswith("validation/")) == alone
     put(tmp_path, "more/b[10].png")
     assert training_digest(config_of(tmp_path), etag) != alone
 
@@ -371,6 +391,7 @@ def test_a_bad_row_is_rejected_with_its_line_and_the_others_are_kept(tmp_path, r
         (b"image,x,y,width,height,tumor,stroma\na.png,0,0,8,8,1,0\n", "lacks the columns normal"),
         (HEADER.encode(), "no usable row"),
         (HEADER.encode() + b"gone.png,0,0,8,8,1,0,0\n", "gone.png does not exist"),
+        (HEADER.encode() + b"a.png,0,0,,8,1,0,0\n", r"width: has no usable row; the first, .*row 2 .*: is empty"),
         (b"\xff\xfe\x00\x01", "UTF-8"),
         (HEADER.encode() + b'"' + b"x" * 200_000, "not valid CSV"),
         (b"x" * 200_000 + b",image\n", "row 1: is not valid CSV"),
@@ -509,6 +530,27 @@ def test_of_parquet_tables_that_may_be_one_of_windows_the_columns_are_read_alone
     monkeypatch.setattr(parquet, "read", lambda uri: opened.append(storage.name(uri)) or read(uri))
     assert len(scan(tmp_path).images) == 1
     assert opened == ["windows.parquet"]
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "image;Tumor, NOS;Stroma, loose",
+        '"Tumor, NOS";"Stroma, loose";"a, b, c, d";image',
+        '"sep=;"\r\nimage;Tumor, NOS;Stroma, loose',
+        'image,"Tumor, NOS","Stroma, loose",a;b;c;d;e;f;g',
+        "\ufeffIMAGE\tTumor, NOS\tStroma, loose\ta;b;c",
+    ],
+)
+@pytest.mark.parametrize("end", ["\r\n", "\r"])
+def test_columns_are_separated_by_what_gives_one_of_images(tmp_path, header, end):
+    put(tmp_path, "a.png")
+    separator = next(mark for mark in "\t;," if mark in header.partition("a;b")[0])
+    row = separator.join(["1", "0", "x", "a.png"] if header.endswith("image") else ["a.png", "1", "0"])
+    put(tmp_path, "patches.csv", end.join([header.replace("\r\n", end), row]).encode())
+    classes = TissueClasses((TissueClass("Tumor, NOS", (1, 2, 3)), TissueClass("Stroma, loose", (4, 5, 6))))
+    (image,) = scan_training(str(tmp_path), classes, DataConfig()).images
+    assert (image.name, image.windows[0].labels) == ("a.png", (1, 0))
 
 
 def test_the_line_that_names_the_separator_for_excel_is_no_header(tmp_path):

@@ -691,6 +691,13 @@ def test_annotations_named_like_a_slides_id_are_of_no_slide_with_such_a_file(tmp
     ]
 
 
+def test_a_manifest_finds_slides_and_annotations_however_their_accents_are_written(tmp_path):
+    slide, annotations = (put(tmp_path, normalize("NFD", f"é/ü.{end}"), b"") for end in ("svs", "geojson"))
+    uri = manifest(tmp_path, normalize("NFC", "é/ü.svs,é/ü.geojson"), header="slide,annotations")
+    (source,) = scan_slides(uri, CLASSES).slides
+    assert (source.name, source.uri, source.annotations) == (normalize("NFC", "é/ü.svs"), slide, annotations)
+
+
 # --- the data set ------------------------------------------------------------------------------------------------
 
 

@@ -23,7 +23,7 @@ def source(uri, *windows, name="x.png"):
 
 
 def read(uri, *windows, **scale):
-    return ingest(source(uri, *windows), DataConfig(), ScaleConfig(**scale))
+    return ingest(source(uri, *windows), DataConfig(min_size=1), ScaleConfig(**scale))
 
 
 def patch_set(root, images, windows):

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import openslide
 import pytest
 import tifffile
 from PIL import Image
-from slide_files import halved, texture, write_ome, write_scn, write_svs, write_tiff
+from slide_files import halved, per_cm, texture, write_ome, write_scn, write_svs, write_tiff
 
 from pistoseg.errors import PistoSegError, UnavailableError
 from pistoseg.slides import reader as reader_module
@@ -181,6 +183,33 @@ def test_threads_read_the_same_pixels(tmp_path: Path) -> None:
             parts = list(pool.map(lambda corner, s=slide: s.read_region(*corner, 100, 100), corners))
         for (x, y), part in zip(corners, parts, strict=True):
             assert np.array_equal(part, IMAGE[y : y + 100, x : x + 100])
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_strip_is_decoded_by_one_of_the_threads_that_want_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted: bool
+) -> None:
+    decode, calls, second = TiffReader._decode, [], threading.Event()
+
+    def counted(*arguments: Any) -> np.ndarray:
+        calls.append(arguments)
+        if len(calls) > 1:
+            second.set()
+        elif interrupted:
+            raise KeyboardInterrupt
+        second.wait(0.2)  # for others to begin it as well, if they can
+        return decode(*arguments)
+
+    monkeypatch.setattr(TiffReader, "_decode", counted)
+    path = tmp_path / "a.ome.tif"
+    tifffile.imwrite(path, IMAGE, photometric="rgb", rowsperstrip=len(IMAGE), **per_cm((0.5, 0.5)))
+    with open_slide(path) as slide, ThreadPoolExecutor(4) as pool:
+        parts = [pool.submit(slide.read_region, 10 * number, 0, 50, 50) for number in range(4)]
+        failed = [part for part in parts if part.exception()]
+    assert len(calls) == 1 + interrupted == 1 + len(failed)
+    for number, part in enumerate(parts):
+        if part not in failed:
+            assert np.array_equal(part.result(), IMAGE[:50, 10 * number : 10 * number + 50])
 
 
 def test_a_tiff_whose_resolution_has_no_unit_says_no_pixel_size(tmp_path: Path) -> None:

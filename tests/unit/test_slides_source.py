@@ -7,6 +7,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import botocore.exceptions
 import fsspec
@@ -164,6 +165,16 @@ def test_paths_of_a_manifest_may_be_written_as_on_windows(tmp_path: Path) -> Non
     assert list_slides(str(tmp_path / "m.csv")) == [
         SlideEntry("a", str(tmp_path / "deep/a.svs"), None, str(tmp_path / "masks/a.png"))
     ]
+
+
+def test_a_manifest_names_slides_and_masks_however_their_accents_are_written(tmp_path: Path) -> None:
+    filed, typed = (normalize(form, "Präparate/é") for form in ("NFD", "NFC"))
+    fill(tmp_path, f"{filed}.svs", f"{filed}.png", "b.svs")
+    (tmp_path / "m.csv").write_text(f"slide,tissue_mask\n{typed}.svs,{typed}.png\nb.svs,\n{typed}2.svs,\n", "utf-8")
+    first, second, third = list_slides(str(tmp_path / "m.csv"))
+    assert (first.uri, first.tissue_mask) == (str(tmp_path / f"{filed}.svs"), str(tmp_path / f"{filed}.png"))
+    assert second.uri == str(tmp_path / "b.svs")
+    assert storage.name(third.uri) == normalize("NFC", "é2.svs")
 
 
 def test_a_parquet_manifest_on_object_storage(bucket: str) -> None:

@@ -244,6 +244,17 @@ def test_a_linked_folder_is_followed(tmp_path):
     assert storage.list_files(str(tmp_path / "data")) == [str(tmp_path / "data" / "link" / "x.png")]
 
 
+@pytest.mark.parametrize("target", ["tumor", "deep/tumor"])
+def test_what_is_there_by_its_own_name_and_by_a_link_is_listed_by_its_own(tmp_path, target):
+    folder = tmp_path / "data" / target
+    folder.mkdir(parents=True)
+    (folder / "x.png").write_bytes(b"x")
+    for link in ("a_link", "z_link", "other/link"):
+        (tmp_path / "data" / link).parent.mkdir(exist_ok=True)
+        (tmp_path / "data" / link).symlink_to(folder)
+    assert storage.list_files(str(tmp_path / "data")) == [str(folder / "x.png")]
+
+
 def test_uris_are_joined_by_their_parts():
     assert storage.join("s3://bucket/a/", "/b/", "c d.png") == "s3://bucket/a/b/c d.png"
     assert storage.join("/", "a") == "/a"
