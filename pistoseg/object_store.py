@@ -270,6 +270,12 @@ def is_transient(error: BaseException) -> bool:
     return transient
 
 
+def keeps_out(error: BaseException) -> bool:
+    """Whether a storage takes nothing from this machine, which time does not mend: no keys, no rights or no bucket."""
+    no_keys = _names(error) & {"NoCredentialsError", "PartialCredentialsError"}
+    return bool(no_keys) or code_of(error) in WRONG_KEYS | REFUSED | ELSEWHERE | {"NoSuchBucket"}
+
+
 def explain(error: BaseException, uri: str) -> PistoSegError | None:
     """An error of a storage as one that says what to do; None where it is of another kind."""
     code, names = code_of(error), _names(error)

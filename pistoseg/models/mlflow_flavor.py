@@ -73,7 +73,7 @@ def register(
     Returns:
         The version.
     Raises:
-        NoFilesError: the folder that the server keeps files in takes none.
+        NoFilesError: the place that the server keeps files in does not take them; then it has no such version.
     """
     tags = dict(tags or {})
     for known in found_by(client.search_model_versions, filter_string=f"name={quoted(name)}"):
@@ -114,7 +114,7 @@ def _log_model(client: MlflowClient, run_id: str, name: str, folder: Path) -> An
                 pip_requirements=[f"pistoseg=={pistoseg.__version__}"],
                 registered_model_name=name,
             )
-    except OSError as error:
+    except Exception as error:  # every storage has errors of its own
         if not takes_no_files(error):
             raise
         client.update_run(run_id, status=status)  # it did not fail
