@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pistoseg import storage
-from pistoseg.errors import PistoSegError, UnavailableError
+from pistoseg.errors import PistoSegError
 from pistoseg.liveness import is_alive
 
 FOLDER = "mlflow-unsent"
@@ -80,7 +80,7 @@ def remove(folder: str, number: int) -> None:
     """Forget a message that was sent."""
     for ending in ("json", "data"):
         # Never written, or the workspace is away: a message that is sent twice does no harm.
-        with suppress(OSError, UnavailableError):
+        with suppress(OSError, PistoSegError):
             storage.remove_file(storage.join(folder, f"{number:06d}.{ending}"))
 
 

@@ -20,7 +20,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from pistoseg import storage
-from pistoseg.errors import UnavailableError
+from pistoseg.errors import PistoSegError
 from pistoseg.liveness import process
 from pistoseg.redaction import first_line, redact
 from pistoseg.tracking import messages
@@ -178,7 +178,7 @@ class Outbox:
         if not self._queue:
             self._leftovers.send()  # parts of the runs that were just sent may have waited for them
             return
-        with suppress(OSError, UnavailableError):  # the workspace is away: it is another's once this process ends
+        with suppress(OSError, PistoSegError):  # the workspace is away: it is another's once this process ends
             self._write_owner("")
         where = redact(self._folder)
         print(f"MLflow is still away or lacks a run: what is kept in {where} is sent by another run in this workspace")
@@ -251,7 +251,7 @@ class Outbox:
             with self._lock:
                 is_written = any(message.written for message in self._queue)
             if is_written:
-                with suppress(OSError, UnavailableError):  # the workspace is away, for those who would look, too
+                with suppress(OSError, PistoSegError):  # the workspace is away, for those who would look, too
                     self._write_owner(process())
             self._send_kept()
             if not self.away:
@@ -275,7 +275,9 @@ class Outbox:
         while True:
             with self._lock:
                 if not self._queue:
-                    if sent:
+                    if sent:  # under the lock, or a message that is kept meanwhile would be deleted
+                        with suppress(OSError, PistoSegError):  # what is left is nothing but the owner's name
+                            storage.remove_tree(self._folder)
                         self.away = False
                     break
                 message = self._queue[0]
@@ -288,7 +290,6 @@ class Outbox:
             messages.remove(self._folder, message.number)
             sent += 1
         if sent and not self.away:
-            storage.remove_tree(self._folder)
             print(f"MLflow is back: {sent} messages sent")
 
 
