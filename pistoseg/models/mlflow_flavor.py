@@ -97,7 +97,7 @@ def _log_model(client: MlflowClient, run_id: str, name: str, folder: Path) -> An
     """Log a bundle's files with a run as a model's next version; what MLflow says of it."""
     import mlflow
 
-    status = client.get_run(run_id).info.status
+    before = client.get_run(run_id).info
     try:
         with (
             default_server(str(client.tracking_uri)),  # that of another workspace's run may be MLflow's default now
@@ -106,7 +106,7 @@ def _log_model(client: MlflowClient, run_id: str, name: str, folder: Path) -> An
         ):
             # An example would be segmented to guess the signature, which is given.
             warnings.filterwarnings("ignore", message=".*input example was not provided")
-            info = mlflow.pyfunc.log_model(
+            return mlflow.pyfunc.log_model(
                 name="bundle",
                 loader_module=LOADER_MODULE,
                 data_path=str(folder),
@@ -115,13 +115,14 @@ def _log_model(client: MlflowClient, run_id: str, name: str, folder: Path) -> An
                 registered_model_name=name,
             )
     except Exception as error:  # every storage has errors of its own
-        if not takes_no_files(error):
-            raise
-        client.update_run(run_id, status=status)  # it did not fail
-        raise NoFilesError(first_line(error)) from error
-    if status == "RUNNING":  # MLflow ends a run with the block that writes to it
-        client.update_run(run_id, status=status)
-    return info
+        if takes_no_files(error):
+            raise NoFilesError(first_line(error)) from error
+        raise
+    finally:  # MLflow ends a run with the block that writes to it
+        if before.status == "RUNNING":
+            client.update_run(run_id, status=before.status)
+        else:
+            client.set_terminated(run_id, before.status, before.end_time)
 
 
 def _is_gone(uri: str, server: str) -> bool:

@@ -22,6 +22,8 @@ CALLS = (
     *("set_terminated", "register"),
 )
 """What is read from an outbox is nothing but arguments of these."""
+UPLOADS = ("log_artifact", "register")
+"""Calls that nothing else has to wait for where the server answers and only its place of files does not."""
 RUN_TAG = "pistoseg.run"
 """Of a run, with what stands for its id until the server knows it."""
 

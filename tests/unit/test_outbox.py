@@ -250,8 +250,7 @@ def test_a_kept_message_that_always_fails_keeps_no_other_from_being_sent(
     later.close()
     runs = line.search_runs([line.get_experiment_by_name("pistoseg").experiment_id])
     states = {run.info.run_name: run.info.status for run in runs}
-    # That of the process that died is over, though the FINISHED that it left waits behind what can't be sent.
-    assert states == {"failing": "KILLED", "healthy": "FINISHED", "later": "FINISHED"}
+    assert states == {"failing": "FINISHED", "healthy": "FINISHED", "later": "FINISHED"}
     printed = capsys.readouterr().out
     assert printed.count("can't be sent to MLflow now: [Errno 13] Permission denied") == 1
     folder = storage.join(workspace, messages.FOLDER)
@@ -631,14 +630,18 @@ def test_files_that_are_refused_for_good_keep_nothing_else_from_being_sent(line,
         OSError(errno.ENOSPC, "No space left on device"),
     ],
 )
-def test_files_that_a_later_try_may_get_sent_are_kept(line, workspace, tmp_path, error):
+def test_files_that_a_later_try_may_get_sent_are_kept_and_keep_nothing_else(line, workspace, tmp_path, capsys, error):
     run = with_files(line, workspace, tmp_path, error)
-    assert run.info.status == "RUNNING"
+    assert (run.info.status, run.data.metrics) == ("FINISHED", {"miou": 0.5})
+    assert "does not take a file: what is kept in" in capsys.readouterr().out
+    later = Outbox(line, workspace)
+    later.send_left()
+    later.close()
+    assert capsys.readouterr().out.count("can't be sent to MLflow now") == 1
     del line.log_artifact
     Outbox(line, workspace).send_left()
-    run = line.get_run(run.info.run_id)
-    assert (run.info.status, run.data.metrics) == ("FINISHED", {"miou": 0.5})
     assert [item.path for item in line.list_artifacts(run.info.run_id)] == ["cams.png", "masks.png"]
+    assert not storage.list_dir(storage.join(workspace, messages.FOLDER))
 
 
 @pytest.mark.parametrize("error", [UnavailableError("does not answer"), RefusedError("refuses access")])
