@@ -24,6 +24,8 @@ CHECKPOINTS = "ray_train"
 """Folder in an artifact, of a training that is not finished."""
 SETTLE_S = 1.0
 """How long a manifest that can't be read may still be in the making."""
+_NO_JSON = (json.JSONDecodeError, UnicodeDecodeError)
+"""Not all ValueErrors: those of a storage that is away are some, too."""
 
 
 def fingerprint(stage: str, version: int, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
@@ -82,12 +84,12 @@ class Workspace:
         try:
             try:
                 manifest = json.loads(storage.read_bytes(file))
-            except json.JSONDecodeError:  # another run may just be writing it: not every file system shows files whole
+            except _NO_JSON:  # another run may just be writing it: not every file system shows files whole
                 time.sleep(SETTLE_S)
                 manifest = json.loads(storage.read_bytes(file))
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except json.JSONDecodeError as error:
+        except _NO_JSON as error:
             raise PistoSegError(f"is damaged: {error}", file=file, remedy="delete that folder and run again") from None
         return Artifact(stage, key, uri, manifest)
 

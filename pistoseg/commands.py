@@ -213,6 +213,7 @@ def ablate(
     from pistoseg.search.tables import TABLES
     from pistoseg.stages import cluster
 
+    object_store.use(config.storage)
     place, chosen = Workspace(storage.absolute(workspace)), TABLES[table]
     folder = storage.absolute(out) if out else storage.join(place.root, "ablations", table)
     console = Console()
@@ -242,6 +243,7 @@ def data_check(data: str, config: Config, out: str | None, workers: int | None) 
     from pistoseg.stages.cluster import available_cpus
     from pistoseg.stages.slide_images import SlideOpener
 
+    object_store.use(config.storage)
     data = storage.absolute(data)
     if is_manifest(data):
         refuse_images(data)
@@ -265,6 +267,7 @@ def data_windows(slides: str, annotations: str, out: str, config: Config, worker
     from pistoseg.stages.cluster import available_cpus
     from pistoseg.stages.windows import write_windows
 
+    object_store.use(config.storage)
     report = write_windows(slides, annotations, out, config, workers=workers or available_cpus())
     print(report.to_text())
     return 0 if report.ok else 1
@@ -304,6 +307,7 @@ def _run(config: Config, workspace: Workspace, targets: tuple[str, ...]) -> dict
     """Run the pipeline on the cluster of the config; data that isn't there is refused before Ray starts."""
     from pistoseg.stages import cluster
 
+    object_store.use(config.storage)
     _check_data(config)
     check_weights(config, targets)
     with cluster.connected(config.compute):

@@ -283,7 +283,7 @@ def _mlflow(config: Config, workspace: str) -> Iterator[Finding]:
             "runs go on without it; check tracking.uri or MLFLOW_TRACKING_URI, and its user and password",
         )
         return
-    yield Finding("mlflow", "ok", redact(uri))
+    yield Finding("mlflow", "ok", f"{redact(uri)} answers; whether it takes files was not tried")
 
 
 def _weights(config: Config) -> Iterator[Finding]:

@@ -57,6 +57,13 @@ TRANSIENT_ERRORS = {
     "ClientConnectorError",
     "TimeoutError",
     "ConnectionError",
+    # A connection that broke within an answer, which s3fs has tried again, too.
+    "HTTPClientError",
+    "ClientPayloadError",
+    "IncompleteRead",
+    "IncompleteReadError",
+    "ResponseStreamingError",
+    "ResponseParserError",
 }
 WRONG_KEYS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "InvalidSecurity"}
 REFUSED = {"AccessDenied", "AllAccessDisabled", "403", "Forbidden"}
@@ -228,8 +235,11 @@ def pages(backend: Any, path: str, delimiter: str = "") -> Iterator[dict[str, An
 
 
 def remove_below(backend: Any, path: str) -> None:
-    """Delete every key below a folder."""
+    """Delete every key below a folder; those that the server is too busy to delete are tried again."""
+    from botocore.exceptions import ClientError
+
     bucket, key = split(path.rstrip("/"))
+    in_vain = 0
     while True:
         # Listed anew after each batch: a token may not survive the keys that it stands for.
         page = backend.call_s3("list_objects_v2", Bucket=bucket, Prefix=f"{key}/" if key else "", MaxKeys=BATCH)
@@ -237,9 +247,16 @@ def remove_below(backend: Any, path: str) -> None:
         if not keys:
             return
         answer = backend.call_s3("delete_objects", Bucket=bucket, Delete={"Objects": keys, "Quiet": True})
-        if problems := answer.get("Errors"):
-            first = problems[0]
-            raise PermissionError(f"{first.get('Code')}: {first.get('Message')} ({first.get('Key')})")
+        problems = [ClientError({"Error": item}, "DeleteObjects") for item in answer.get("Errors", [])]
+        for problem in problems:
+            if not is_transient(problem):
+                what = problem.response["Error"]
+                raise PermissionError(f"{what.get('Code')}: {what.get('Message')} ({what.get('Key')})")
+        in_vain = in_vain + 1 if len(problems) == len(keys) else 0
+        if in_vain == RETRIES:
+            raise problems[0]
+        if problems:
+            time.sleep(min(0.1 * 1.7**in_vain, 15))  # as s3fs
 
 
 def code_of(error: BaseException | None) -> str:
@@ -268,6 +285,12 @@ def is_transient(error: BaseException) -> bool:
         _said = time.monotonic()
         _log.warning("object storage does not answer (%s), trying again", code_of(error) or type(error).__name__)
     return transient
+
+
+def keeps_out(error: BaseException) -> bool:
+    """Whether a storage takes nothing from this machine, which time does not mend: no keys, no rights or no bucket."""
+    no_keys = _names(error) & {"NoCredentialsError", "PartialCredentialsError"}
+    return bool(no_keys) or code_of(error) in WRONG_KEYS | REFUSED | ELSEWHERE | {"NoSuchBucket"}
 
 
 def explain(error: BaseException, uri: str) -> PistoSegError | None:
@@ -309,7 +332,7 @@ def explain(error: BaseException, uri: str) -> PistoSegError | None:
         remedy = "check the access key, and its rights to list, read and write there"
         kind = RefusedError
     elif code in TRANSIENT_CODES or names & TRANSIENT_ERRORS:
-        reason = f"{server} does not answer ({code or type(error).__name__}), tried {RETRIES} times"
+        reason = f"{server} does not answer ({code or first_line(error)}), tried {RETRIES} times"
         remedy = "check AWS_ENDPOINT_URL and the network; the same command goes on where this one stopped"
     else:
         return None

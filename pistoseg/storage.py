@@ -245,10 +245,15 @@ def _link(part: Path, path: Path, data: bytes) -> bool:
 
 def _create_without_links(path: Path, data: bytes) -> bool:
     try:
-        with path.open("xb") as file:
-            file.write(data)
+        file = path.open("xb")
     except FileExistsError:
         return False
+    try:
+        with file:
+            _write_through(file, data)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
     return True
 
 
@@ -258,13 +263,18 @@ def _part(path: Path, data: bytes) -> Path:
     part = path.with_name(f".{uuid.uuid4().hex}.part")
     try:
         with _writing(part.parent), part.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+            _write_through(file, data)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
     return part
+
+
+def _write_through(file: IO[bytes], data: bytes) -> None:
+    """Write to the disk, whatever loses power then."""
+    file.write(data)
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def make_folder(path: Path) -> None:

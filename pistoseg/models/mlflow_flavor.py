@@ -73,7 +73,7 @@ def register(
     Returns:
         The version.
     Raises:
-        NoFilesError: the folder that the server keeps files in takes none.
+        NoFilesError: the place that the server keeps files in does not take them; then it has no such version.
     """
     tags = dict(tags or {})
     for known in found_by(client.search_model_versions, filter_string=f"name={quoted(name)}"):
@@ -97,7 +97,7 @@ def _log_model(client: MlflowClient, run_id: str, name: str, folder: Path) -> An
     """Log a bundle's files with a run as a model's next version; what MLflow says of it."""
     import mlflow
 
-    status = client.get_run(run_id).info.status
+    before = client.get_run(run_id).info
     try:
         with (
             default_server(str(client.tracking_uri)),  # that of another workspace's run may be MLflow's default now
@@ -106,7 +106,7 @@ def _log_model(client: MlflowClient, run_id: str, name: str, folder: Path) -> An
         ):
             # An example would be segmented to guess the signature, which is given.
             warnings.filterwarnings("ignore", message=".*input example was not provided")
-            info = mlflow.pyfunc.log_model(
+            return mlflow.pyfunc.log_model(
                 name="bundle",
                 loader_module=LOADER_MODULE,
                 data_path=str(folder),
@@ -114,14 +114,15 @@ def _log_model(client: MlflowClient, run_id: str, name: str, folder: Path) -> An
                 pip_requirements=[f"pistoseg=={pistoseg.__version__}"],
                 registered_model_name=name,
             )
-    except OSError as error:
-        if not takes_no_files(error):
-            raise
-        client.update_run(run_id, status=status)  # it did not fail
-        raise NoFilesError(first_line(error)) from error
-    if status == "RUNNING":  # MLflow ends a run with the block that writes to it
-        client.update_run(run_id, status=status)
-    return info
+    except Exception as error:  # every storage has errors of its own
+        if takes_no_files(error):
+            raise NoFilesError(first_line(error)) from error
+        raise
+    finally:  # MLflow ends a run with the block that writes to it
+        if before.status == "RUNNING":
+            client.update_run(run_id, status=before.status)
+        else:
+            client.set_terminated(run_id, before.status, before.end_time)
 
 
 def _is_gone(uri: str, server: str) -> bool:

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from pistoseg import storage
+from pistoseg import object_store, storage
 from pistoseg.artifacts import Workspace
 from pistoseg.config import Config
 from pistoseg.errors import PistoSegError
@@ -39,6 +39,7 @@ def search(config: Config, workspace: str, space: str, options: Mapping[str, Any
     from pistoseg.patches.digest import check_labels, training_folder
 
     _check_name(options["name"])
+    object_store.use(config.storage)
     config = with_absolute(config)  # trials run in folders of their own
     training_folder(config)
     place = Workspace(storage.absolute(workspace))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from pistoseg import storage
+from pistoseg import object_store, storage
 from pistoseg.redaction import first_line
 from pistoseg.tracking.messages import RUN_TAG, Message
 
@@ -26,6 +26,11 @@ REFUSED_FILES = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENO
 """What a folder says that takes no file, in contrast to one that is full.
 
 A mount that is away may say the same: what is logged meanwhile is lost.
+"""
+PASSING_STATUS = (401, 403, 407, 408, 425, 429)
+"""HTTP's answers that another try may not get, of those that blame a request.
+
+Whom a server keeps out meets that with all calls, which wait until it is mended.
 """
 
 Register = Callable[..., Any]
@@ -46,7 +51,7 @@ class GoneError(LookupError):
 
 
 class NoFilesError(Exception):
-    """The folder that the server keeps files in takes none, as a model's."""
+    """The place that the server keeps files in takes none, or not those of a model."""
 
 
 class Delivery:
@@ -174,10 +179,10 @@ class Delivery:
         return run_id
 
     def _log_file(self, run_id: str, file: Path) -> None:
-        """Log a file, or leave it out where the folder that the server keeps files in is none that can be written."""
+        """Log a file, or leave it out where the place that the server keeps files in does not take it."""
         try:
             self.client.log_artifact(run_id, str(file))
-        except OSError as error:
+        except Exception as error:  # every storage has errors of its own
             if not takes_no_files(error):
                 raise
             if not self._said_files:
@@ -201,9 +206,17 @@ class Delivery:
             self.client.log_batch(run_id, params=entities[start : start + MOST_PARAMS])
 
 
-def takes_no_files(error: OSError) -> bool:
-    """Whether a folder takes no file; a server's errors, which are OSErrors too, have no such number."""
-    return error.errno in REFUSED_FILES
+def takes_no_files(error: Exception) -> bool:
+    """Whether no further try can log a file, in contrast to a place of files that is full or away.
+
+    A folder that takes none; a server that does not take this one, as it is too large for the proxy before it; object
+    storage that this machine has no rights, keys or client for.
+    """
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status is not None:
+        return 400 <= status < 500 and status not in PASSING_STATUS
+    of_folder = isinstance(error, OSError) and error.errno in REFUSED_FILES
+    return of_folder or isinstance(error, ImportError) or object_store.keeps_out(error)
 
 
 def unknown_experiment(name: str, place: str | None, own: bool = False) -> str:

@@ -83,7 +83,7 @@ class Leftovers:
             return go_on is not None and self._send_messages(folder, go_on)
 
     def _send_messages(self, folder: str, go_on: Callable[[], None]) -> bool:
-        kept = list(messages.uris(folder))
+        kept, held = list(messages.uris(folder)), None
         for uri in kept:
             go_on()
             message = messages.read(folder, uri)
@@ -97,7 +97,14 @@ class Leftovers:
                 self.delivery.leave_out(error.run_id)
                 what = f"MLflow has no run for {message.call}"
                 print(f"{what}, which is left out with all of it: {error.run_id} is gone")
+            except Exception as error:
+                if message.call not in messages.UPLOADS or not self._answers():
+                    raise
+                held = held or error
+                continue
             messages.remove(folder, message.number)
+        if held is not None:
+            raise held
         storage.remove_tree(folder)
         if kept:  # else another process has just sent them
             print(f"MLflow got {len(kept)} messages that an earlier run could not send")

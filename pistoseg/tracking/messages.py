@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pistoseg import storage
-from pistoseg.errors import PistoSegError, UnavailableError
+from pistoseg.errors import PistoSegError
 from pistoseg.liveness import is_alive
 
 FOLDER = "mlflow-unsent"
@@ -22,6 +22,8 @@ CALLS = (
     *("set_terminated", "register"),
 )
 """What is read from an outbox is nothing but arguments of these."""
+UPLOADS = ("log_artifact", "register")
+"""Calls that nothing else has to wait for where the server answers and only its place of files does not."""
 RUN_TAG = "pistoseg.run"
 """Of a run, with what stands for its id until the server knows it."""
 
@@ -80,7 +82,7 @@ def remove(folder: str, number: int) -> None:
     """Forget a message that was sent."""
     for ending in ("json", "data"):
         # Never written, or the workspace is away: a message that is sent twice does no harm.
-        with suppress(OSError, UnavailableError):
+        with suppress(OSError, PistoSegError):
             storage.remove_file(storage.join(folder, f"{number:06d}.{ending}"))
 
 

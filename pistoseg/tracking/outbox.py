@@ -3,6 +3,7 @@
 An `Outbox` stands in for an `MlflowClient`. A call that the server does not answer is written to
 `<workspace>/mlflow-unsent/<outbox>/` and everything after it too, in order, so that no run waits for MLflow or ends
 with it. Once a minute the outbox tries again; what is left at the end of a run is sent by the workspace's next run.
+A file or a model that a server which answers does not take is tried again as well, and keeps nothing else back.
 What belongs to a run that another outbox has still to send waits for it; what belongs to one that MLflow refused, or
 that no outbox keeps any more, is left out.
 """
@@ -20,7 +21,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from pistoseg import storage
-from pistoseg.errors import UnavailableError
+from pistoseg.errors import PistoSegError
 from pistoseg.liveness import process
 from pistoseg.redaction import first_line, redact
 from pistoseg.tracking import messages
@@ -178,10 +179,10 @@ class Outbox:
         if not self._queue:
             self._leftovers.send()  # parts of the runs that were just sent may have waited for them
             return
-        with suppress(OSError, UnavailableError):  # the workspace is away: it is another's once this process ends
+        with suppress(OSError, PistoSegError):  # the workspace is away: it is another's once this process ends
             self._write_owner("")
-        where = redact(self._folder)
-        print(f"MLflow is still away or lacks a run: what is kept in {where} is sent by another run in this workspace")
+        why = "is still away, lacks a run or does not take a file"
+        print(f"MLflow {why}: what is kept in {redact(self._folder)} is sent by another run in this workspace")
 
     def send_left(self) -> None:
         """Send what earlier runs in the workspace could not, and end the runs of processes that are no more."""
@@ -251,10 +252,9 @@ class Outbox:
             with self._lock:
                 is_written = any(message.written for message in self._queue)
             if is_written:
-                with suppress(OSError, UnavailableError):  # the workspace is away, for those who would look, too
+                with suppress(OSError, PistoSegError):  # the workspace is away, for those who would look, too
                     self._write_owner(process())
-            self._send_kept()
-            if not self.away:
+            if self._send_kept():
                 self._say_alive()
 
     def _say_alive(self) -> None:
@@ -267,29 +267,40 @@ class Outbox:
                 if not is_refusal(error):  # else only of this run, as of one that a user deleted
                     return
 
-    def _send_kept(self) -> None:
-        """Send what other outboxes left, then this one's messages in order, until one has to wait."""
-        if not self._queue or not self._leftovers.send():
-            return
-        sent = 0
+    def _send_kept(self) -> bool:
+        """Send what other outboxes left, then this one's messages in order, until one has to wait that is no upload.
+
+        Returns:
+            Whether the server is there and has got the last one.
+        """
+        if not self._queue:
+            return not self.away
+        if not self._leftovers.send():
+            return False
+        sent, held = 0, 0  # uploads that wait are the first of the queue
         while True:
             with self._lock:
-                if not self._queue:
-                    if sent:
+                if held == len(self._queue):
+                    if sent and not held:  # under the lock, or a message that is kept meanwhile would be deleted
+                        with suppress(OSError, PistoSegError):  # what is left is nothing but the owner's name
+                            storage.remove_tree(self._folder)
                         self.away = False
                     break
-                message = self._queue[0]
+                message = self._queue[held]
             try:
                 self._delivery.deliver_kept(message)
-            except Exception:  # the next try says so, if it has to
-                break
+            except Exception as error:  # the next try says so, if it has to
+                if message.call not in messages.UPLOADS or isinstance(error, UnsentError) or not self._answers():
+                    return False
+                held += 1
+                continue
             with self._lock:
-                self._queue.popleft()
+                del self._queue[held]
             messages.remove(self._folder, message.number)
             sent += 1
         if sent and not self.away:
-            storage.remove_tree(self._folder)
             print(f"MLflow is back: {sent} messages sent")
+        return True
 
 
 def _now() -> int:

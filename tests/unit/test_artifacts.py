@@ -64,12 +64,13 @@ def test_a_folder_without_a_manifest_is_no_artifact(tmp_path):
     assert workspace.find("patches", "0123456789abcdef") is None
 
 
-def test_a_damaged_manifest_is_named_with_the_way_out(tmp_path, monkeypatch):
+@pytest.mark.parametrize("content", [b'{"stage": "patches", "fing', b"\xff\xfe\x00"])
+def test_a_damaged_manifest_is_named_with_the_way_out(tmp_path, monkeypatch, content):
     monkeypatch.setattr(artifacts, "SETTLE_S", 0.0)
     workspace = Workspace(str(tmp_path))
     made = commit(workspace)
     manifest = tmp_path / "patches" / made.fingerprint / "manifest.json"
-    manifest.write_bytes(manifest.read_bytes()[:40])
+    manifest.write_bytes(content)
     with pytest.raises(PistoSegError, match=r"is damaged.*delete that folder and run again") as caught:
         workspace.find("patches", made.fingerprint)
     assert caught.value.file == str(manifest)

@@ -4,9 +4,11 @@ import shlex
 
 import pytest
 
-from pistoseg import commands
+from pistoseg import commands, object_store
 from pistoseg.artifacts import Artifact
 from pistoseg.config import load_config
+from pistoseg.errors import PistoSegError
+from pistoseg.search.command import search
 
 LABEL_REPORT = {"windows": 9, "label_iou": 0.625, "label_map": None, "by_class": {"TUM": 0.625, "STR": None}}
 REPORT = {"iou": {"TUM": 0.5}, "miou": 0.5, "fwiou": 0.5, "images": 3, "complete": True}
@@ -75,3 +77,25 @@ def test_a_training_without_validation_images_scores_by_the_labels_of_images_tha
     assert "TUM │ 0.625" in text
     assert "STR │ -" in text
     assert not any("held-out" in line or "label_scores" in line for line in trained(3, "data.label_holdout=0.1"))
+
+
+@pytest.mark.parametrize("verb", ["train", "synthesize", "ablate", "search", "data check", "data windows"])
+def test_a_verb_that_python_calls_asks_the_storage_of_its_config_for_its_data(verb, tmp_path, monkeypatch):
+    """A server that refuses connections says which one was asked."""
+    monkeypatch.setattr(object_store, "_forwarded", {})
+    monkeypatch.setattr(object_store, "RETRIES", 1)
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.setenv(name, "http://127.0.0.1:8")
+    monkeypatch.setenv(object_store.ANONYMOUS, "1")
+    config = load_config("demo", overrides=["data.uri=s3://b/x", "storage={endpoint: 'http://127.0.0.1:9'}"])
+    place, options = str(tmp_path), {"name": None, "objective": "auto", "dry_run": True}
+    calls = {
+        "train": lambda: commands.train(config, place),
+        "synthesize": lambda: commands.synthesize(config, place, 4, "x.png"),
+        "ablate": lambda: commands.ablate("table1", config, place),
+        "search": lambda: search(config, place, "crops", options),
+        "data check": lambda: commands.data_check("s3://b/x", config, None, 1),
+        "data windows": lambda: commands.data_windows("s3://b/x", "s3://b/y", f"{place}/x.csv", config, 1),
+    }
+    with pytest.raises(PistoSegError, match=r"http://127.0.0.1:9 does not answer"):
+        calls[verb]()

@@ -1,15 +1,19 @@
+import errno
 import hashlib
 import json
+import os
 import threading
 import tracemalloc
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import aiohttp
 import botocore.exceptions
+import botocore.parsers
 import pytest
 
 from pistoseg import object_store, storage
 from pistoseg.config import StorageConfig, load_config
-from pistoseg.errors import PistoSegError, UnavailableError
+from pistoseg.errors import PistoSegError, RefusedError, UnavailableError
 from pistoseg.patches import decode, digest
 from pistoseg.patches.source import Rejection
 
@@ -87,6 +91,42 @@ def test_all_pages_are_listed(monkeypatch):
     assert len(listed) == 2500
     assert listed[-1] == "s3://bucket/folder/x-0002499[1, 0].png"
     assert storage.list_dir("s3://bucket/folder/") == listed
+
+
+class Deleting:
+    """What s3fs does for a bucket with a key `folder/<number>` for each number, some of which can't be deleted."""
+
+    def __init__(self, problem, keys=5, lasts=1):
+        self.keys, self.problem, self.lasts = [f"folder/{number}" for number in range(keys)], problem, lasts
+
+    def call_s3(self, method, **request):
+        if method == "list_objects_v2":
+            return {"Contents": [{"Key": key} for key in self.keys]}
+        stay = [item["Key"] for item in request["Delete"]["Objects"] if self.lasts and item["Key"] < "folder/2"]
+        self.lasts = max(0, self.lasts - 1)
+        self.keys = stay
+        return {"Errors": [{"Key": key, "Code": self.problem, "Message": "m"} for key in stay]}
+
+
+def test_keys_that_a_busy_server_did_not_delete_are_deleted_again(monkeypatch):
+    monkeypatch.setattr(object_store.time, "sleep", lambda seconds: None)
+    bucket = Deleting("InternalError", lasts=5)
+    monkeypatch.setattr(object_store, "filesystem", lambda: bucket)
+    storage.remove_tree("s3://bucket/folder")
+    assert bucket.keys == []
+
+
+@pytest.mark.parametrize(
+    ("problem", "kind", "message"),
+    [("SlowDown", UnavailableError, "does not answer .SlowDown"), ("AccessDenied", RefusedError, "folder/0")],
+)
+def test_keys_that_can_not_be_deleted_are_an_outage_or_a_refusal(monkeypatch, problem, kind, message):
+    waited = []
+    monkeypatch.setattr(object_store.time, "sleep", waited.append)
+    monkeypatch.setattr(object_store, "filesystem", lambda: Deleting(problem, lasts=100))
+    with pytest.raises(kind, match=message):
+        storage.remove_tree("s3://bucket/folder")
+    assert len(waited) == (object_store.RETRIES if problem == "SlowDown" else 0)
 
 
 def test_the_environment_says_how_s3_is_reached(monkeypatch):
@@ -182,10 +222,17 @@ def test_an_access_point_is_a_bucket():
         botocore.exceptions.ReadTimeoutError(endpoint_url="http://x"),
         ConnectionResetError(),
         TimeoutError(),
+        aiohttp.ClientPayloadError("Response payload is not completed"),
+        botocore.exceptions.HTTPClientError(error=OSError("x")),
+        botocore.exceptions.IncompleteReadError(actual_bytes=1, expected_bytes=2),
+        botocore.exceptions.ResponseStreamingError(error="x"),
+        botocore.parsers.ResponseParserError("x"),
     ],
 )
-def test_what_passes_is_tried_again(error):
+def test_what_passes_is_tried_again_and_an_outage_where_it_does_not(error):
     assert object_store.is_transient(error)
+    with pytest.raises(UnavailableError, match=r"does not answer .*same command goes on"):
+        raise object_store.explain(error, "s3://bucket/x")
 
 
 @pytest.mark.parametrize(
@@ -344,11 +391,33 @@ def test_of_several_that_create_a_file_one_succeeds(tmp_path):
     assert [item.name for item in (tmp_path / "a").iterdir()] == ["x [1].json"]
 
 
-def test_a_file_system_without_links_creates_all_the_same(tmp_path, monkeypatch):
+@pytest.fixture
+def without_links(monkeypatch):
     def refuse(*_):
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr("os.link", refuse)
+
+
+@pytest.mark.usefixtures("without_links")
+def test_a_file_system_without_links_creates_all_the_same(tmp_path):
     assert storage.create_bytes(str(tmp_path / "x"), b"first")
     assert not storage.create_bytes(str(tmp_path / "x"), b"second")
     assert (tmp_path / "x").read_bytes() == b"first"
+
+
+@pytest.mark.usefixtures("without_links")
+def test_a_full_disk_without_links_leaves_no_half_a_file(tmp_path, monkeypatch):
+    sync = os.fsync
+
+    def full(number):
+        if os.readlink(f"/proc/self/fd/{number}").endswith("manifest.json"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(number)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UnavailableError, match="no space is left"):
+        storage.create_bytes(str(tmp_path / "manifest.json"), b"{}")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    assert storage.create_bytes(str(tmp_path / "manifest.json"), b"{}")

@@ -1,19 +1,22 @@
 """MLflow's server away and back: nothing is lost, nothing is said twice, and runs of killed processes are ended."""
 
 import contextlib
+import errno
 import json
 import subprocess
 import sys
 import threading
 import time
 
+import boto3.exceptions
+import botocore.exceptions
 import pytest
 import requests
 
 from pistoseg import storage
 from pistoseg.artifacts import Artifact, Workspace
 from pistoseg.config import TrackingConfig, load_config
-from pistoseg.errors import UnavailableError
+from pistoseg.errors import RefusedError, UnavailableError
 from pistoseg.liveness import is_alive, process
 from pistoseg.tracking import Tracker, connect, delivery, leftovers, messages, outbox, turn
 from pistoseg.tracking.delivery import Delivery
@@ -247,8 +250,7 @@ def test_a_kept_message_that_always_fails_keeps_no_other_from_being_sent(
     later.close()
     runs = line.search_runs([line.get_experiment_by_name("pistoseg").experiment_id])
     states = {run.info.run_name: run.info.status for run in runs}
-    # That of the process that died is over, though the FINISHED that it left waits behind what can't be sent.
-    assert states == {"failing": "KILLED", "healthy": "FINISHED", "later": "FINISHED"}
+    assert states == {"failing": "FINISHED", "healthy": "FINISHED", "later": "FINISHED"}
     printed = capsys.readouterr().out
     assert printed.count("can't be sent to MLflow now: [Errno 13] Permission denied") == 1
     folder = storage.join(workspace, messages.FOLDER)
@@ -567,6 +569,120 @@ def test_what_the_server_refuses_is_left_out_and_the_rest_sent(line, workspace, 
     assert "MLflow refuses log_param" in capsys.readouterr().out
     (run,) = line.search_runs([line.get_experiment_by_name("pistoseg").experiment_id])
     assert (run.data.params, run.info.status) == ({"a": "1"}, "FINISHED")
+
+
+def answered(status):
+    """What MLflow raises of a server's answer to an upload."""
+    response = requests.Response()
+    response.status_code, response.reason, response.url = status, "why", "http://mlflow/masks.png"
+    return requests.HTTPError(f"{status} Client Error: why for url: {response.url}", response=response)
+
+
+def uploaded_by_boto3(code):
+    """What boto3 raises of S3's answer to an upload."""
+    error = boto3.exceptions.S3UploadFailedError(f"Failed to upload masks.png: ({code})")
+    error.__context__ = botocore.exceptions.ClientError({"Error": {"Code": code, "Message": "m"}}, "PutObject")
+    return error
+
+
+def with_files(line, workspace, tmp_path, error):
+    """A run whose server does not take its files; the run as MLflow has it in the end."""
+
+    def refuse(run_id, file):
+        raise error
+
+    line.log_artifact = refuse
+    box = Outbox(line, workspace)
+    run_id = box.create_run(box.experiment("pistoseg", None)).info.run_id
+    for name in ("masks.png", "cams.png"):
+        (tmp_path / name).write_bytes(b"picture")
+        box.log_artifact(run_id, str(tmp_path / name))
+    box.log_metric(run_id, "miou", 0.5)
+    box.set_terminated(run_id, "FINISHED")
+    box.close()
+    return line.get_run(run_id)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        answered(413),
+        answered(405),
+        botocore.exceptions.NoCredentialsError(),
+        uploaded_by_boto3("AccessDenied"),
+        uploaded_by_boto3("NoSuchBucket"),
+        ModuleNotFoundError("No module named 'google.cloud'"),
+    ],
+)
+def test_files_that_are_refused_for_good_keep_nothing_else_from_being_sent(line, workspace, tmp_path, capsys, error):
+    run = with_files(line, workspace, tmp_path, error)
+    assert (run.info.status, run.data.metrics) == ("FINISHED", {"miou": 0.5})
+    assert capsys.readouterr().out.count("files can't be written and are left out for good") == 1
+    assert not storage.exists(storage.join(workspace, messages.FOLDER))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(answered(status) for status in (401, 403, 429, 500, 503)),
+        uploaded_by_boto3("SlowDown"),
+        uploaded_by_boto3("ExpiredToken"),
+        OSError(errno.ENOSPC, "No space left on device"),
+    ],
+)
+def test_files_that_a_later_try_may_get_sent_are_kept_and_keep_nothing_else(line, workspace, tmp_path, capsys, error):
+    run = with_files(line, workspace, tmp_path, error)
+    assert (run.info.status, run.data.metrics) == ("FINISHED", {"miou": 0.5})
+    assert "does not take a file: what is kept in" in capsys.readouterr().out
+    later = Outbox(line, workspace)
+    later.send_left()
+    later.close()
+    assert capsys.readouterr().out.count("can't be sent to MLflow now") == 1
+    del line.log_artifact
+    Outbox(line, workspace).send_left()
+    assert [item.path for item in line.list_artifacts(run.info.run_id)] == ["cams.png", "masks.png"]
+    assert not storage.list_dir(storage.join(workspace, messages.FOLDER))
+
+
+@pytest.mark.parametrize("error", [UnavailableError("does not answer"), RefusedError("refuses access")])
+def test_an_outbox_that_can_not_be_cleared_ends_no_run(line, workspace, tmp_path, monkeypatch, capsys, error):
+    box = Outbox(line, workspace)
+    line.cut = True
+    tell(box, tmp_path)
+    line.cut = False
+
+    def refuse(uri):
+        raise error
+
+    monkeypatch.setattr(storage, "remove_tree", refuse)
+    monkeypatch.setattr(storage, "remove_file", refuse)
+    box.close()
+    assert "MLflow is back" in capsys.readouterr().out
+    check(line)
+
+
+def test_what_is_kept_while_an_outbox_is_cleared_stays(line, workspace, monkeypatch):
+    box = Outbox(line, workspace)
+    run_id = box.create_run(box.experiment("pistoseg", None)).info.run_id
+    line.cut = True
+    box.set_tag(run_id, "colour", "blue")
+    line.cut = False
+    remove, said = storage.remove_tree, threading.Event()
+
+    def tag():
+        box.set_tag(run_id, "shape", "round")
+        said.set()
+
+    def slow(uri):
+        line.cut = True  # again, just now
+        threading.Thread(target=tag).start()
+        said.wait(0.5)
+        remove(uri)
+
+    monkeypatch.setattr(storage, "remove_tree", slow)
+    box._send_kept()
+    assert said.wait(60)
+    assert [storage.name(item) for item in messages.uris(box._folder)] == ["000002.json"]
 
 
 def test_an_outbox_for_another_server_stays_and_one_with_other_calls_is_not_obeyed(line, workspace, tmp_path):

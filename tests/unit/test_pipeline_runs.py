@@ -7,11 +7,12 @@ from processes import wait_for
 from pistoseg import claims, storage
 from pistoseg.artifacts import Workspace
 from pistoseg.config import load_config
-from pistoseg.errors import PistoSegError
+from pistoseg.errors import PistoSegError, UnavailableError
 from pistoseg.graph import Stage, plan
 from pistoseg.hooks import Hooks
 from pistoseg.pipeline import run_pipeline
 from pistoseg.progress import Progress
+from pistoseg.tracking import StageRun
 
 
 @pytest.fixture
@@ -105,6 +106,22 @@ def test_what_only_an_unfinished_artifact_needs_is_removed_once_it_is_finished(c
     monkeypatch.setattr(Stage, "run", run)
     run_pipeline(config, Workspace(str(tmp_path / "w")), ("patches",))
     assert finished == [True]
+
+
+def test_what_can_not_be_removed_does_not_end_a_run_whose_stage_is_finished(config, tmp_path, monkeypatch):
+    finished = []
+
+    def away():
+        raise UnavailableError("does not answer")
+
+    def run(stage, context):
+        context.afterwards.append(away)
+        return {"images": 1}
+
+    monkeypatch.setattr(Stage, "run", run)
+    monkeypatch.setattr(StageRun, "finish", lambda run, artifact: finished.append(artifact.stage))
+    assert "patches" in run_pipeline(config, Workspace(str(tmp_path / "w")), ("patches",))
+    assert finished == ["patches"]
 
 
 def test_checkpoints_that_a_kill_left_in_a_finished_training_are_removed_by_the_next_run(config, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import requests
 from mlflow.tracking import MlflowClient
 
 from pistoseg import storage
@@ -257,3 +258,58 @@ def test_a_model_whose_files_their_folder_does_not_take_is_left_out_and_nothing_
     assert printed.count("MLflow's files can't be written and the model is not registered: [Errno 20]") == 1
     assert "reached" not in printed
     assert not any((tmp_path / "w" / "mlflow-unsent").glob("*"))
+
+
+def test_a_model_of_which_a_server_refuses_a_file_is_not_registered_and_the_rest_is_sent(
+    workspace, monkeypatch, capsys
+):
+    from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
+
+    response = requests.Response()
+    response.status_code = 413
+
+    def refuse(repository, folder, *arguments):
+        repository.log_artifact(f"{folder}/MLmodel")  # is small enough
+        raise requests.HTTPError("413 Client Error: Request Entity Too Large", response=response)
+
+    monkeypatch.setattr(LocalArtifactRepository, "log_artifacts", refuse)
+    with Tracker.start(load_config("demo"), workspace, "run") as tracker:
+        assert tracker.register(model_in(workspace)) is None
+        tracker.run().metrics({"miou": 0.5})
+    run = runs_of(workspace)["run"]
+    assert (run.info.status, run.data.metrics) == ("FINISHED", {"miou": 0.5})
+    assert not MlflowClient(f"sqlite:///{workspace.root}/mlflow.db").search_model_versions()
+    assert capsys.readouterr().out.count("the model is not registered: 413") == 1
+
+
+def test_a_model_that_a_server_does_not_take_now_keeps_nothing_back_and_is_registered_later(workspace, monkeypatch):
+    from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
+
+    def fail(repository, folder, *arguments):
+        raise requests.HTTPError("500 Server Error")
+
+    with Tracker.start(load_config("demo"), workspace, "run") as tracker:
+        with tracker.stage("precise", "d" * 16, {}, {}):
+            pass
+        with monkeypatch.context() as broken:
+            broken.setattr(LocalArtifactRepository, "log_artifacts", fail)
+            assert tracker.register(model_in(workspace)) is None
+            tracker.run().metrics({"miou": 0.5})
+            assert tracker.client._send_kept()
+        before = runs_of(workspace)
+        assert before["run"].data.metrics == {"miou": 0.5}
+    (version,) = MlflowClient(f"sqlite:///{workspace.root}/mlflow.db").search_model_versions()
+    after = runs_of(workspace)
+    assert {name: run.info.status for name, run in after.items()} == {"run": "FINISHED", "precise": "FINISHED"}
+    assert version.run_id == after["precise"].info.run_id
+    assert before["precise"].info.end_time == after["precise"].info.end_time
+    assert not storage.list_dir(storage.join(workspace.root, "mlflow-unsent"))
+
+
+def test_a_batch_whose_database_has_no_place_goes_on_without_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (tmp_path / "file").touch()
+    with batch_run(TrackingConfig(), Workspace(str(tmp_path / "file" / "w")), "segment", {}) as run:
+        run.metrics({"miou": 0.5})
+    said = f"goes on without MLflow: {tmp_path / 'file' / 'w'} can't be written (Not a directory); give --workspace"
+    assert said in capsys.readouterr().out
