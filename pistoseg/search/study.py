@@ -22,6 +22,7 @@ from pistoseg.config import Config, StorageConfig
 from pistoseg.errors import PistoSegError, UnavailableError, explained
 from pistoseg.graph import BY_NAME, plan
 from pistoseg.pipeline import check_trainings, run_pipeline
+from pistoseg.places import data_places
 from pistoseg.progress import Progress
 from pistoseg.redaction import redacted
 from pistoseg.search.ablation import DATA, with_overrides
@@ -33,7 +34,7 @@ from pistoseg.search.sampling import Algorithm, Halving, PointSearcher
 from pistoseg.search.sharing import Sharing
 from pistoseg.search.spaces import Space
 from pistoseg.search.trial import TrialJob, Workers, explain, is_lost, run_trial
-from pistoseg.stages import cluster
+from pistoseg.stages import cluster, placement
 from pistoseg.tracking import Tracker
 
 DRIVER_BYTES = 512 << 20
@@ -144,13 +145,16 @@ def run(search: Search, workspace: Workspace, budget: Budget, progress: Progress
         progress: where to say what happens.
     Raises:
         PistoSegError: another search has the folder, the own setting can't be trained, or images or labels changed.
+        UnavailableError: a disk is full, a storage away or the cluster too small; the search can go on later.
     """
     object_store.use(search.config.storage)
     progress = progress or Progress()
     folder = folder_of(workspace, search.name)
     settings = {"identity": search.identity(), "spent_s": 0.0, "run_id": None}
     Journal.refuse_another(folder, settings)  # before it waits for that to end
-    _check_trainings(search, workspace, progress)  # before there is a journal, which would keep its name
+    # Before there is a journal, which would keep its name.
+    _check_trainings(search, workspace, progress)
+    placement.check_shared(workspace.root, data_places(search.config))  # each trial is led, and reads, on any node
     # Two runs of one search would overwrite each other's trials.
     with claimed(folder, say=progress.say) as claim:
         assert claim is not None
@@ -271,6 +275,7 @@ def _run_trials(
         frozenset(search.sharing.shared),
         workers,
         parallel,
+        placement.local_places(data_places(search.config)),
     )
     before, started = journal.settings["spent_s"], time.monotonic()
     try:

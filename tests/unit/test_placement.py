@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import pytest
 from ray.exceptions import GetTimeoutError
 
+from pistoseg import storage
 from pistoseg.config import ComputeConfig, load_config
-from pistoseg.errors import PistoSegError
+from pistoseg.errors import PistoSegError, UnavailableError
 from pistoseg.stages import cluster, placement
 from pistoseg.stages.cluster import available_cpus  # itself: the tests with a local Ray put four in its place
 
@@ -78,7 +79,7 @@ def test_a_head_without_cpus_takes_no_threads_from_the_other_nodes(nodes):
 )
 def test_what_the_cluster_has_not_is_said_at_once(nodes, override, message):
     nodes({"CPU": 4}, {"CPU": 2})
-    with pytest.raises(PistoSegError, match=message):
+    with pytest.raises(UnavailableError, match=message):
         check(override)
 
 
@@ -348,13 +349,27 @@ def test_a_folder_that_a_node_does_not_see_is_refused_before_the_run(disks, tmp_
     (tmp_path / "data").mkdir()
     # The other machine has folders of these names, but they are its own.
     disks(a=os.path.exists, b=lambda path: not path.endswith(".part"))
-    with pytest.raises(PistoSegError, match=r"node host-b does not see it.*s3://") as caught:
+    with pytest.raises(UnavailableError, match=r"node host-b does not see it.*s3://") as caught:
         placement.check_shared(str(tmp_path / "runs"), {"data.uri": str(tmp_path / "data")})
     assert caught.value.file == str(tmp_path / "runs")
     disks(a=os.path.exists, b=lambda path: path.endswith(".part"))
     with pytest.raises(PistoSegError, match=r"data.uri: node host-b does not see it"):
         placement.check_shared(str(tmp_path / "runs"), {"data.uri": str(tmp_path / "data")})
     assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_a_process_on_a_node_that_does_not_see_what_the_driver_does_goes_no_further(tmp_path, monkeypatch):
+    read = {name: str(tmp_path / name) for name in ("data.uri", "classifier.weights")}
+    for path in read.values():
+        storage.write_bytes(path, b"")
+    places = placement.local_places(read | {"data.validation": None, "precise.weights": "s3://bucket/x.pth"})
+    assert places == read
+    placement.require_seen(places)
+    (tmp_path / "classifier.weights").unlink()
+    monkeypatch.setattr("socket.gethostname", lambda: "host-b")
+    with pytest.raises(UnavailableError, match=r"classifier.weights: node host-b does not see it.*s3://") as caught:
+        placement.require_seen(places)
+    assert caught.value.file == read["classifier.weights"]
 
 
 def test_every_node_is_asked_though_several_have_one_hosts_name(disks, tmp_path):

@@ -1,5 +1,6 @@
 import json
 import random
+import shutil
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -201,6 +202,47 @@ def test_the_places_of_a_trials_workers_are_freed_with_it_and_no_others(monkeypa
     workers.release("1")
     workers.release("1")
     assert freed == ["a", "c"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ends"), [({}, True), ({"precise.lr": 0.1}, True), ({"compute.train_workers": 9}, False)]
+)
+def test_what_the_cluster_cannot_give_ends_a_search_unless_the_trials_own_setting_asks_for_it(
+    config, tmp_path, monkeypatch, overrides, ends
+):
+    from pistoseg.search import trial
+    from pistoseg.stages import placement
+
+    nodes = [{"Alive": True, "Resources": {"CPU": 2.0}}]  # a node was preempted
+    monkeypatch.setattr(trial.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(trial.ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(trial.ray, "cluster_resources", lambda: {"CPU": 2.0})
+    reports = []
+    monkeypatch.setattr(trial.tune, "report", reports.append)
+
+    def run_pipeline(config, *arguments, **options):
+        placement.check(config, ("precise",), print)
+
+    monkeypatch.setattr(trial, "run_pipeline", run_pipeline)
+    own = config.model_copy(update={"compute": config.compute.model_copy(update={"train_workers": 8})})
+    objective = Objective("miou", masks=True, labels=False)
+    job = trial.TrialJob(own, str(tmp_path), objective, (), frozenset(), None, 1, {})
+    trial.run_trial({"number": 1, "overrides": json.dumps(overrides)}, job)
+    (report,) = reports
+    assert list(report) == [trial.UNAVAILABLE if ends else "problem"]
+    assert f"{8 if ends else 9} training workers need" in next(iter(report.values()))
+
+
+def test_a_trial_on_a_node_that_joined_later_and_does_not_see_the_data_ends_the_search(config, tmp_path, monkeypatch):
+    from pistoseg.search import trial
+
+    reports = []
+    monkeypatch.setattr(trial.tune, "report", reports.append)
+    objective = Objective("miou", masks=True, labels=False)
+    places = {"classifier.weights": str(tmp_path / "x.pth")}
+    job = trial.TrialJob(config, str(tmp_path), objective, (), frozenset(), None, 1, places)
+    trial.run_trial({"number": 1, "overrides": "{}"}, job)
+    assert "does not see it" in reports[0][trial.UNAVAILABLE]
 
 
 def test_failures_are_explained_in_a_line():
@@ -584,6 +626,7 @@ def study_of(tmp_path, config, space, monkeypatch):
         update={
             "tracking": TrackingConfig(enabled=False),
             "data": config.data.model_copy(update={"uri": str(image.parent)}),
+            "refiner": config.refiner.model_copy(update={"weights": "s3://bucket/x.pth"}),
         }
     )
     search = study.Search("mine", untracked, space, sharing, objective, "tpe", False, None)
@@ -787,6 +830,20 @@ def test_an_own_setting_that_cannot_be_trained_is_refused_before_there_is_a_sear
     with pytest.raises(PistoSegError, match=r"precise\.encoder: encoder 'efficientnet-b33' can't be built"):
         study.run(search, Workspace(str(tmp_path / "w")), study.Budget(3))
     assert not (tmp_path / "w").exists()
+
+
+def test_places_that_not_all_nodes_see_are_refused_before_there_is_a_search_of_its_name(study_of, monkeypatch):
+    run, folder = study_of
+    shutil.rmtree(folder)
+
+    def check_shared(written, read):
+        assert written == str(folder.parents[1])
+        raise UnavailableError("does not see it", field=" ".join(read))
+
+    monkeypatch.setattr("pistoseg.stages.placement.check_shared", check_shared)
+    with pytest.raises(UnavailableError, match=r"^data\.uri refiner\.weights: does not see it"):
+        run()
+    assert not folder.exists()
 
 
 def test_a_search_that_was_taken_over_writes_nothing_more(study_of, monkeypatch):
