@@ -416,7 +416,7 @@ def _confirm(
     confirmation = Confirmation(
         seeds, tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs), tuple(problems)
     )
-    # What an earlier run registered of this setting is the champion still, also where MLflow is away or off now.
+    # What an earlier run registered of this setting became the champion, also where MLflow is away or off now.
     known = _confirmed(journal)[1] if confirmation.holds else None
     kept = confirmation.to_json() | {"setting": best.key, "version": known}
     journal.update(confirmation=kept)
@@ -425,15 +425,17 @@ def _confirm(
     version = tracker.register(models[0], {"pistoseg.search": search.name})
     if version is None or tracker.client is None:
         return confirmation, known
-    version = tracker.guard(_promote, tracker.client, search.config.tracking.model, version) or known
+    version = tracker.guard(_promote, tracker.client, search.config.tracking.model, version, known) or known
     journal.update(confirmation=kept | {"version": version})
     return confirmation, version
 
 
-def _promote(client: Any, model: str, version: str) -> str:
-    from pistoseg.tracking.registry import set_alias
+def _promote(client: Any, model: str, version: str, known: str | None) -> str:
+    """Make a version the champion; one that an earlier run made it does not take that back from another one."""
+    from pistoseg.tracking.registry import CHAMPION, set_alias
 
-    set_alias(client, model, version)
+    if version != known or CHAMPION not in client.get_registered_model(model).aliases:
+        set_alias(client, model, version)
     return version
 
 

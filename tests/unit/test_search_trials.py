@@ -548,9 +548,11 @@ def test_the_best_model_is_the_champion_only_if_it_holds_on_fresh_seeds(
         precise = SimpleNamespace(fingerprint=f"model {varied.seed}")
         return {"evaluation": SimpleNamespace(summary={"metrics": {"miou": miou}}), "precise": precise}
 
+    aliases = {}
+    client = SimpleNamespace(get_registered_model=lambda name: SimpleNamespace(aliases=aliases))
     tracker = SimpleNamespace(
         run_id="parent",
-        client="client",
+        client=client,
         guard=lambda call, *arguments: None if away else call(*arguments),
         register=lambda artifact, tags: artifact.fingerprint,
         run=StageRun,
@@ -569,7 +571,7 @@ def test_the_best_model_is_the_champion_only_if_it_holds_on_fresh_seeds(
     assert best
     assert confirmation.holds is holds
     assert sorted(seen) == [(False, 1), (False, 2), (False, 3), (True, 1), (True, 2), (True, 3)]  # not the search's 0
-    assert promoted == ([("client", config.tracking.model, "model 1")] if holds and not away else [])
+    assert promoted == ([(client, config.tracking.model, "model 1")] if holds and not away else [])
     assert version == ("model 1" if holds and not away else None)
     assert journal.settings["confirmation"]["holds"] is holds
     if holds:
@@ -582,6 +584,20 @@ def test_the_best_model_is_the_champion_only_if_it_holds_on_fresh_seeds(
             SimpleNamespace(say=lambda text: None),
         )
         assert again == (confirmation, version)
+    aliases["champion"] = "one that a user or another search promoted since"
+    for count in (1, 2):
+        if version:
+            again = study._confirm(
+                outcome.search,
+                Workspace(str(tmp_path)),
+                study.Budget(3),
+                journal,
+                tracker,
+                SimpleNamespace(say=lambda text: None),
+            )
+            assert again == (confirmation, version)
+            assert len(promoted) == count
+        aliases.clear()  # as in a new registry
 
 
 def test_a_confirmation_that_holds_again_without_mlflow_keeps_the_champion_and_one_that_does_not_hold_does_not(
@@ -604,7 +620,7 @@ def test_a_confirmation_that_holds_again_without_mlflow_keeps_the_champion_and_o
     settings["confirmation"]["version"] = "7"  # as a run with MLflow leaves it
     (folder / "search.json").write_text(json.dumps(settings))
     assert run().version == run(seeds=0).version == run(seeds=4).version == confirmation()["version"] == "7"
-    assert "version 7 of the model is the champion" in (folder / "report.md").read_text()
+    assert "version 7 of the model became the champion" in (folder / "report.md").read_text()
     gain = -0.1
     assert run().version is None
     assert confirmation()["version"] is None
