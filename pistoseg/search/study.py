@@ -221,11 +221,12 @@ def _report(outcome: Outcome, tracker: Tracker) -> None:
 def room(config: Config) -> int:
     """Trials that the cluster can run at the same time without one waiting for what another holds.
 
-    A training takes a GPU a worker, or on CPUs a CPU a worker; one more CPU is for all the rest.
+    On CPUs a training takes a CPU a worker, and one more for all the rest.
     """
-    workers = config.compute.train_workers
-    gpus = 0 if config.compute.device == "cpu" else cluster.cluster_gpus()
-    return max(1, gpus // workers if gpus else cluster.cluster_cpus() // (workers + 1))
+    compute = config.compute
+    if compute.device != "cpu" and cluster.cluster_gpus():
+        return max(1, placement.gpu_trainings(compute))
+    return max(1, cluster.cluster_cpus() // (compute.train_workers + 1))
 
 
 def _compute_shared(search: Search, workspace: Workspace, tracker: Tracker, progress: Progress) -> dict[str, Artifact]:

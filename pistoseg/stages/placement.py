@@ -116,14 +116,25 @@ def _missing(
             remedy = "set compute.workers=0 for one a CPU" if compute.workers else "start a node with a CPU"
             return _error(f"{len(bundles)} workers need a CPU each, and {has}", "workers", remedy), bundles
     if any(stage in TRAINED for stage in stages):
-        given = cluster.training_resources(compute)
-        worker = worker_resources(given["threads"], given["gpus"])
-        bundles = [worker] * compute.train_workers + [{"CPU": SAMPLE_CPUS}]
+        bundles = _training(compute)
         if not fits(bundles, nodes):
-            needs = f"need {_each(worker)} each, beside one that makes samples"
+            needs = f"need {_each(bundles[0])} each, beside one that makes samples"
             reason = f"{compute.train_workers} training workers {needs}, and {has}"
             return _error(reason, "train_workers", "set compute.train_workers to fewer, or start more nodes"), bundles
     return None, []
+
+
+def _training(compute: ComputeConfig) -> list[dict[str, float]]:
+    """What a training can't do without: its workers, and an actor that makes samples."""
+    given = cluster.training_resources(compute)
+    return [worker_resources(given["threads"], given["gpus"])] * compute.train_workers + [{"CPU": SAMPLE_CPUS}]
+
+
+def gpu_trainings(compute: ComputeConfig) -> int:
+    """Trainings that find room on the cluster's GPUs, and on the CPUs beside them, at the same time."""
+    nodes, training = _nodes(), _training(compute)
+    most = cluster.cluster_gpus() // compute.train_workers
+    return next((count for count in range(most, 0, -1) if fits(training * count, nodes)), 0)
 
 
 def fits(bundles: Sequence[Resources], nodes: Sequence[Resources]) -> bool:

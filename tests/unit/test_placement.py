@@ -91,6 +91,27 @@ def test_more_gpu_workers_than_gpus_are_refused(nodes):
     check("compute.train_workers=3", stages=("evaluation",))  # nothing is trained
 
 
+@pytest.mark.parametrize(
+    ("workers", "there", "trainings"),
+    [
+        (1, [{"CPU": 16, "GPU": 4}], 4),
+        (1, [{"CPU": 4, "GPU": 4}], 3),  # else all CPUs were held by workers that wait for samples
+        (2, [{"CPU": 4, "GPU": 4}], 1),
+        (1, [{"CPU": 16, "GPU": 16}], 14),
+        (1, [{"CPU": 1, "GPU": 1}] * 3 + [{"CPU": 1}], 3),  # samples are made beside them
+        (1, [{"CPU": 32}, {"CPU": 2, "GPU": 4}], 2),
+        (3, [{"CPU": 16, "GPU": 2}], 0),
+    ],
+)
+def test_trainings_on_gpus_at_a_time_leave_cpus_for_what_makes_their_samples(nodes, workers, there, trainings):
+    from pistoseg.search.study import room
+
+    nodes(*there)
+    config = load_config("demo", overrides=[f"compute.train_workers={workers}"])
+    assert placement.gpu_trainings(config.compute) == trainings
+    assert room(config) == max(1, trainings)
+
+
 def test_nodes_that_an_autoscaler_starts_are_waited_for(nodes, monkeypatch):
     asked = []
 
