@@ -18,14 +18,13 @@ from pistoseg import object_store, storage
 from pistoseg.actors import start_here
 from pistoseg.artifacts import Artifact, Workspace
 from pistoseg.claims import claimed
-from pistoseg.config import Config, StorageConfig
+from pistoseg.config import Config
 from pistoseg.errors import PistoSegError, UnavailableError, explained
 from pistoseg.graph import BY_NAME, plan
 from pistoseg.pipeline import check_trainings, run_pipeline
 from pistoseg.places import data_places
 from pistoseg.progress import Progress
-from pistoseg.redaction import redacted
-from pistoseg.search.ablation import DATA, with_overrides
+from pistoseg.search.ablation import DATA, decisive, with_overrides
 from pistoseg.search.confirmation import Confirmation
 from pistoseg.search.journal import Journal, TrialRecord, digest
 from pistoseg.search.objective import Objective
@@ -99,16 +98,12 @@ class Search:
     def identity(self) -> dict[str, Any]:
         """What makes it another search; the budget, the machine, the way to its storage, MLflow and passwords don't."""
         kind: str = self.objective.kind
-        # As in a journal of before, which has the storage's section.
-        config = self.config.model_copy(update={"storage": StorageConfig()})
-        workers = self.config.compute.train_workers  # each with a share of the batch: other models, also by fingerprint
-        return {
-            "config": redacted(config.model_dump(mode="json", exclude={"compute", "tracking"})),
+        return decisive(self.config) | {
             "parameters": [repr(item) for item in self.space.parameters],
             # Trials with scores of two versions could not be compared.
             "objective": f"labels {BY_NAME['label_scores'].version}" if kind == "labels" else kind,
             "timed": self.timed,
-        } | ({"train_workers": workers} if workers != 1 else {})
+        }
 
 
 @dataclass(frozen=True)
