@@ -46,7 +46,7 @@ class PistoSegError(ValueError):
 
 
 class UnavailableError(PistoSegError):
-    """A disk that is full, a storage that is away or lets nobody in: no fault of an input, a setting or a trial.
+    """A full disk, a storage that is away or lets nobody in, too small a cluster: no fault of an input or a trial.
 
     Whoever lists bad inputs and goes on must not list this: the run has to end, and can go on later. But a slide
     that it hits in a batch is a failed row, as the others may be elsewhere; complete results of it stay, but for those

@@ -20,6 +20,17 @@ def is_data(section: str, field: str, value: str) -> bool:
     return named or (field == "weights" and bool(WEIGHTS_FILE.search(value)))
 
 
+def data_places(config: Config) -> dict[str, str]:
+    """The folders and files of data that a config names, also those of encoder weights, by `section.field`."""
+    return {
+        f"{section}.{field}": value
+        for section, settings in config
+        if isinstance(settings, BaseModel)
+        for field, value in settings
+        if isinstance(value, str) and is_data(section, field, value)
+    }
+
+
 def absolute(section: str, field: str, value: str) -> str:
     """A setting's value; where it is a relative path, the same place as an absolute one.
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pistoseg import storage
+from pistoseg import object_store, storage
 from pistoseg.artifacts import Artifact, Workspace
-from pistoseg.config import Config, validate
+from pistoseg.claims import claimed
+from pistoseg.config import Config, StorageConfig, validate
 from pistoseg.errors import PistoSegError, UnavailableError, explained
 from pistoseg.graph import Step, plan
 from pistoseg.hooks import Hooks
 from pistoseg.pipeline import check_trainings, check_weights, run_pipeline
+from pistoseg.places import with_absolute
 from pistoseg.progress import Progress
+from pistoseg.redaction import redacted
+from pistoseg.search.journal import digest, read_json
 from pistoseg.search.tables import PaperScores, Row, Table, published_data
 from pistoseg.tracking import Tracker
 
@@ -99,6 +103,7 @@ class AblationReport:
         training_images: in the data set, those that were rejected among them.
         validation_images: that the scores belong to.
         published: key of the published data set that this is, if it is one.
+        settings: hash of the config that the rows vary.
     """
 
     table: str
@@ -110,6 +115,7 @@ class AblationReport:
     training_images: int
     validation_images: int
     published: str | None
+    settings: str
 
     @property
     def scores(self) -> list[str]:
@@ -120,6 +126,15 @@ class AblationReport:
     def failures(self) -> list[str]:
         """Runs that failed, with the reason."""
         return [f"{row.label}, seed {run.seed}: {run.problem}" for row in self.rows for run in row.runs if run.problem]
+
+
+def decisive(config: Config) -> dict[str, Any]:
+    """What of a config makes other models or scores: not the machine, the way to its storage, MLflow or passwords."""
+    workers = config.compute.train_workers  # each with a share of the batch: other models, also by fingerprint
+    # Journals of before have the storage's section, and no key for one worker.
+    config = config.model_copy(update={"storage": StorageConfig()})
+    values = {"config": redacted(config.model_dump(mode="json", exclude={"compute", "tracking"}))}
+    return values | ({"train_workers": workers} if workers != 1 else {})
 
 
 def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
@@ -262,13 +277,54 @@ def run(
         out: URI of the folder for `ablation.json`, `ablation.csv` and `ablation.md`; None: in the workspace.
         progress: where to say what happens.
     Raises:
-        PistoSegError: settings of a row, or the images, are refused; there are no validation images.
-        UnavailableError: a disk is full or a storage away, which would end every row; a table of before stays.
+        PistoSegError: settings of a row, or the images, are refused; there are no validation images; the folder holds
+            a table of other settings, or of more seeds.
+        UnavailableError: a disk is full, a storage away or the cluster too small, which would end every row; a table of
+            before stays.
     """
-    from pistoseg.search.report import files
-
+    object_store.use(config.storage)
     progress = progress or Progress()
     jobs, left_out = prepare(table, config, seeds)
+    folder = out or storage.join(workspace.root, "ablations", table.name)
+    _refuse_another(folder, config, seeds)  # before it waits for one that is running
+    with claimed(folder, say=progress.say) as claim:
+        assert claim is not None
+        _refuse_another(folder, config, seeds)
+        return _run_jobs(table, config, workspace, jobs, left_out, folder, claim.check, progress)
+
+
+def _refuse_another(folder: str, config: Config, seeds: int) -> None:
+    """Refuse to replace a table that this one would not contain."""
+    file = storage.join(folder, "ablation.json")
+    if not storage.exists(file):
+        return
+    found = read_json(file, "delete that file and run again")
+    same = found.get("settings", _settings(config)) == _settings(config)  # a table of before does not say
+    if not same or not set(found["seeds"]) <= set(range(config.seed, config.seed + seeds)):
+        raise PistoSegError(
+            "holds a table of other settings, other data or more seeds",
+            file=folder,
+            remedy="give another --out, or delete it: its artifacts stay, and the same command makes it again",
+        )
+
+
+def _settings(config: Config) -> str:
+    return digest(decisive(with_absolute(config)))
+
+
+def _run_jobs(
+    table: Table,
+    config: Config,
+    workspace: Workspace,
+    jobs: Sequence[Job],
+    left_out: Sequence[str],
+    folder: str,
+    check: Callable[[], None],
+    progress: Progress,
+) -> AblationReport:
+    """Run the rows, and write the table unless `check` raises, as where another run has taken the folder over."""
+    from pistoseg.search.report import files
+
     with Tracker.start(config, workspace, f"ablation {table.name}") as tracker:
         data = run_pipeline(config, workspace, DATA, progress=progress, run_name="images", parent_run=tracker.run_id)
         if not data["validation"].summary["images"]:
@@ -288,7 +344,7 @@ def run(
             if result.problem:
                 progress.say(f"failed: {result.problem}")
         report = _report(table, config, jobs, results, left_out, data)
-        folder = out or storage.join(workspace.root, "ablations", table.name)
+        check()
         for name, content in files(report).items():
             storage.write_bytes(storage.join(folder, name), content)
             tracker.run().file(name, content)
@@ -376,4 +432,5 @@ def _report(
         training_images=images,
         validation_images=data["validation"].summary["images"],
         published=published,
+        settings=_settings(config),
     )

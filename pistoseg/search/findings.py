@@ -131,7 +131,7 @@ def confirmation_text(outcome: Outcome) -> str:
     if interval is None:
         return f"Needs two seeds at least. {_runs(found)}"
     verdict = "It holds" if found.holds else "It does not hold: the best trial may have been lucky"
-    champion = f"; version {outcome.version} of the model is the champion" if outcome.version else ""
+    champion = f"; version {outcome.version} of the model became the champion" if outcome.version else ""
     if found.holds and not outcome.version and outcome.search.config.tracking.enabled:
         reason = "MLflow could not make the model the champion (the output says why)"
         champion = f", but {reason}: run the same command again when it can"

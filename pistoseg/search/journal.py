@@ -119,7 +119,7 @@ class Journal:
             if trials:  # nobody knows of which search; this one's would overwrite them
                 raise PistoSegError(f"holds trials of a search whose {SEARCH} is gone", file=folder, remedy=remedy)
             return None
-        found = _read(file, remedy)
+        found = read_json(file, remedy)
         if found.get("identity") != settings["identity"]:
             raise PistoSegError(
                 "holds a search of other settings, another space or another score",
@@ -181,7 +181,7 @@ def _file_name(record: TrialRecord) -> str:
 
 def _record(uri: str) -> TrialRecord:
     remedy = "delete that file and run again"  # a trial with its number is run anew
-    values = _read(uri, remedy)
+    values = read_json(uri, remedy)
     try:
         record = TrialRecord(**values)
         if storage.name(uri) != _file_name(record):  # it would take another's place
@@ -192,7 +192,8 @@ def _record(uri: str) -> TrialRecord:
     return record
 
 
-def _read(uri: str, remedy: str) -> dict[str, Any]:
+def read_json(uri: str, remedy: str) -> dict[str, Any]:
+    """Keys and values of a JSON file; `PistoSegError` with the remedy where it is damaged."""
     content = storage.read_bytes(uri)
     try:
         value = json.loads(content)

@@ -18,13 +18,13 @@ from pistoseg import object_store, storage
 from pistoseg.actors import start_here
 from pistoseg.artifacts import Artifact, Workspace
 from pistoseg.claims import claimed
-from pistoseg.config import Config, StorageConfig
+from pistoseg.config import Config
 from pistoseg.errors import PistoSegError, UnavailableError, explained
 from pistoseg.graph import BY_NAME, plan
 from pistoseg.pipeline import check_trainings, run_pipeline
+from pistoseg.places import data_places
 from pistoseg.progress import Progress
-from pistoseg.redaction import redacted
-from pistoseg.search.ablation import DATA, with_overrides
+from pistoseg.search.ablation import DATA, decisive, with_overrides
 from pistoseg.search.confirmation import Confirmation
 from pistoseg.search.journal import Journal, TrialRecord, digest
 from pistoseg.search.objective import Objective
@@ -33,7 +33,7 @@ from pistoseg.search.sampling import Algorithm, Halving, PointSearcher
 from pistoseg.search.sharing import Sharing
 from pistoseg.search.spaces import Space
 from pistoseg.search.trial import TrialJob, Workers, explain, is_lost, run_trial
-from pistoseg.stages import cluster
+from pistoseg.stages import cluster, placement
 from pistoseg.tracking import Tracker
 
 DRIVER_BYTES = 512 << 20
@@ -98,16 +98,12 @@ class Search:
     def identity(self) -> dict[str, Any]:
         """What makes it another search; the budget, the machine, the way to its storage, MLflow and passwords don't."""
         kind: str = self.objective.kind
-        # As in a journal of before, which has the storage's section.
-        config = self.config.model_copy(update={"storage": StorageConfig()})
-        workers = self.config.compute.train_workers  # each with a share of the batch: other models, also by fingerprint
-        return {
-            "config": redacted(config.model_dump(mode="json", exclude={"compute", "tracking"})),
+        return decisive(self.config) | {
             "parameters": [repr(item) for item in self.space.parameters],
             # Trials with scores of two versions could not be compared.
             "objective": f"labels {BY_NAME['label_scores'].version}" if kind == "labels" else kind,
             "timed": self.timed,
-        } | ({"train_workers": workers} if workers != 1 else {})
+        }
 
 
 @dataclass(frozen=True)
@@ -144,13 +140,16 @@ def run(search: Search, workspace: Workspace, budget: Budget, progress: Progress
         progress: where to say what happens.
     Raises:
         PistoSegError: another search has the folder, the own setting can't be trained, or images or labels changed.
+        UnavailableError: a disk is full, a storage away or the cluster too small; the search can go on later.
     """
     object_store.use(search.config.storage)
     progress = progress or Progress()
     folder = folder_of(workspace, search.name)
     settings = {"identity": search.identity(), "spent_s": 0.0, "run_id": None}
     Journal.refuse_another(folder, settings)  # before it waits for that to end
-    _check_trainings(search, workspace, progress)  # before there is a journal, which would keep its name
+    # Before there is a journal, which would keep its name.
+    _check_trainings(search, workspace, progress)
+    placement.check_shared(workspace.root, data_places(search.config))  # each trial is led, and reads, on any node
     # Two runs of one search would overwrite each other's trials.
     with claimed(folder, say=progress.say) as claim:
         assert claim is not None
@@ -217,11 +216,12 @@ def _report(outcome: Outcome, tracker: Tracker) -> None:
 def room(config: Config) -> int:
     """Trials that the cluster can run at the same time without one waiting for what another holds.
 
-    A training takes a GPU a worker, or on CPUs a CPU a worker; one more CPU is for all the rest.
+    On CPUs a training takes a CPU a worker, and one more for all the rest.
     """
-    workers = config.compute.train_workers
-    gpus = 0 if config.compute.device == "cpu" else cluster.cluster_gpus()
-    return max(1, gpus // workers if gpus else cluster.cluster_cpus() // (workers + 1))
+    compute = config.compute
+    if compute.device != "cpu" and cluster.cluster_gpus():
+        return max(1, placement.gpu_trainings(compute))
+    return max(1, cluster.cluster_cpus() // (compute.train_workers + 1))
 
 
 def _compute_shared(search: Search, workspace: Workspace, tracker: Tracker, progress: Progress) -> dict[str, Artifact]:
@@ -271,6 +271,7 @@ def _run_trials(
         frozenset(search.sharing.shared),
         workers,
         parallel,
+        placement.local_places(data_places(search.config)),
     )
     before, started = journal.settings["spent_s"], time.monotonic()
     try:
@@ -411,7 +412,7 @@ def _confirm(
     confirmation = Confirmation(
         seeds, tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs), tuple(problems)
     )
-    # What an earlier run registered of this setting is the champion still, also where MLflow is away or off now.
+    # What an earlier run registered of this setting became the champion, also where MLflow is away or off now.
     known = _confirmed(journal)[1] if confirmation.holds else None
     kept = confirmation.to_json() | {"setting": best.key, "version": known}
     journal.update(confirmation=kept)
@@ -420,15 +421,17 @@ def _confirm(
     version = tracker.register(models[0], {"pistoseg.search": search.name})
     if version is None or tracker.client is None:
         return confirmation, known
-    version = tracker.guard(_promote, tracker.client, search.config.tracking.model, version) or known
+    version = tracker.guard(_promote, tracker.client, search.config.tracking.model, version, known) or known
     journal.update(confirmation=kept | {"version": version})
     return confirmation, version
 
 
-def _promote(client: Any, model: str, version: str) -> str:
-    from pistoseg.tracking.registry import set_alias
+def _promote(client: Any, model: str, version: str, known: str | None) -> str:
+    """Make a version the champion; one that an earlier run made it does not take that back from another one."""
+    from pistoseg.tracking.registry import CHAMPION, set_alias
 
-    set_alias(client, model, version)
+    if version != known or CHAMPION not in client.get_registered_model(model).aliases:
+        set_alias(client, model, version)
     return version
 
 

@@ -24,7 +24,7 @@ from pistoseg.progress import Progress
 from pistoseg.redaction import redact
 from pistoseg.search.ablation import with_overrides
 from pistoseg.search.objective import Objective
-from pistoseg.stages import cluster
+from pistoseg.stages import cluster, placement
 from pistoseg.training.loop import WorkersCallback
 
 UNAVAILABLE = "unavailable"
@@ -50,6 +50,7 @@ class TrialJob:
         shared: names of the stages that are the same in all trials.
         workers: `Workers` actor.
         parallel: trials at a time.
+        places: what the driver sees on its disks, as `placement.local_places` has it.
     """
 
     config: Config
@@ -59,6 +60,7 @@ class TrialJob:
     shared: frozenset[str]
     workers: Any
     parallel: int
+    places: Mapping[str, str]
 
 
 class Workers:
@@ -152,11 +154,13 @@ def run_trial(parameters: Mapping[str, Any], job: TrialJob) -> None:
         parameters: `number`, and `overrides` as JSON.
         job: what the search's trials have in common.
     """
+    overrides = json.loads(parameters["overrides"])
     try:
-        tune.report(_run(json.loads(parameters["overrides"]), int(parameters["number"]), job))
+        tune.report(_run(overrides, int(parameters["number"]), job))
     except Exception as error:  # whatever ends a trial is its result; the search goes on
         known = explained(error)
-        if isinstance(known, UnavailableError):  # it would end every other one, too
+        # It would end every other one, too, unless the cluster lacks what this setting itself asks for.
+        if isinstance(known, UnavailableError) and known.field not in overrides:
             tune.report({UNAVAILABLE: json.dumps(known.fields())})
         elif is_lost(error):
             raise  # no result: Tune starts it again
@@ -165,6 +169,7 @@ def run_trial(parameters: Mapping[str, Any], job: TrialJob) -> None:
 
 
 def _run(overrides: Mapping[str, Any], number: int, job: TrialJob) -> dict[str, Any]:
+    placement.require_seen(job.places)  # its node may be a new one, where no file is, and no fingerprint, as elsewhere
     config = with_overrides(job.config, overrides)
     config = config.model_copy(update={"tracking": TrackingConfig(enabled=False)})  # the driver keeps the trial's run
     cluster.share_cluster(job.parallel)

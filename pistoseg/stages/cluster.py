@@ -275,7 +275,7 @@ def network_pool(config: ComputeConfig) -> tuple[int, dict[str, float]]:
     if config.device == "cuda" and not gpus:
         remedy = "use auto, start a node with one, or wait for an autoscaler: --wait-for-nodes of segment, "
         remedy += "compute.wait_for_nodes of trainings"
-        raise PistoSegError("the cluster has no GPU", field="device", remedy=remedy)
+        raise UnavailableError("the cluster has no GPU", field="device", remedy=remedy)
     if gpus:
         return max(1, gpus // _pipelines), {"num_gpus": 1, "num_cpus": 1}
     nodes = sum(1 for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pistoseg import storage
 from pistoseg.config import ComputeConfig, Config
-from pistoseg.errors import PistoSegError
+from pistoseg.errors import PistoSegError, UnavailableError
 from pistoseg.stages import cluster
 from pistoseg.training.stream import SAMPLE_CPUS
 from pistoseg.training.trainer import worker_resources
@@ -25,6 +26,7 @@ READING = ("patches", "validation", "synthesis")
 POLL_S = 2.0
 PROBE_S = 120.0
 """How long a node may take to say whether it sees a folder; it may have to start a process for that."""
+SHARED = "give a URI, e.g. s3://bucket/folder, or a folder that all nodes mount at the same path"
 
 Resources = Mapping[str, float]
 
@@ -37,7 +39,7 @@ def check(config: Config, stages: Sequence[str], say: Callable[[str], None]) -> 
         stages: names of those that are to be computed.
         say: told once, before waiting.
     Raises:
-        PistoSegError: naming what is missing.
+        UnavailableError: naming what is missing.
     """
     if ray.is_initialized():
         _wait(lambda: _missing(config, stages, _nodes()), config.compute.wait_for_nodes, say)
@@ -114,14 +116,25 @@ def _missing(
             remedy = "set compute.workers=0 for one a CPU" if compute.workers else "start a node with a CPU"
             return _error(f"{len(bundles)} workers need a CPU each, and {has}", "workers", remedy), bundles
     if any(stage in TRAINED for stage in stages):
-        given = cluster.training_resources(compute)
-        worker = worker_resources(given["threads"], given["gpus"])
-        bundles = [worker] * compute.train_workers + [{"CPU": SAMPLE_CPUS}]
+        bundles = _training(compute)
         if not fits(bundles, nodes):
-            needs = f"need {_each(worker)} each, beside one that makes samples"
+            needs = f"need {_each(bundles[0])} each, beside one that makes samples"
             reason = f"{compute.train_workers} training workers {needs}, and {has}"
             return _error(reason, "train_workers", "set compute.train_workers to fewer, or start more nodes"), bundles
     return None, []
+
+
+def _training(compute: ComputeConfig) -> list[dict[str, float]]:
+    """What a training can't do without: its workers, and an actor that makes samples."""
+    given = cluster.training_resources(compute)
+    return [worker_resources(given["threads"], given["gpus"])] * compute.train_workers + [{"CPU": SAMPLE_CPUS}]
+
+
+def gpu_trainings(compute: ComputeConfig) -> int:
+    """Trainings that find room on the cluster's GPUs, and on the CPUs beside them, at the same time."""
+    nodes, training = _nodes(), _training(compute)
+    most = cluster.cluster_gpus() // compute.train_workers
+    return next((count for count in range(most, 0, -1) if fits(training * count, nodes)), 0)
 
 
 def fits(bundles: Sequence[Resources], nodes: Sequence[Resources]) -> bool:
@@ -151,8 +164,30 @@ def _each(bundle: Resources) -> str:
     return " and ".join(f"{value:g} {key}" for key, value in bundle.items())
 
 
-def _error(reason: str, field: str, remedy: str) -> PistoSegError:
-    return PistoSegError(reason, field=f"compute.{field}", remedy=remedy)
+def _error(reason: str, field: str, remedy: str) -> UnavailableError:
+    return UnavailableError(reason, field=f"compute.{field}", remedy=remedy)
+
+
+def local_places(read: Mapping[str, str | None]) -> dict[str, str]:
+    """Absolute paths of what is on this machine's disks, by what it is called in messages.
+
+    Args:
+        read: path or URI by name; None and what is not there are passed over.
+    """
+    local = {name: storage.absolute(uri) for name, uri in read.items() if uri and storage.is_local(uri)}
+    return {name: path for name, path in local.items() if os.path.exists(path)}
+
+
+def require_seen(places: Mapping[str, str]) -> None:
+    """Refuse to go on in a process on a node that does not see what the driver's does.
+
+    Args:
+        places: `local_places` of the driver.
+    Raises:
+        UnavailableError: naming this node.
+    """
+    for name in _unseen(places):
+        raise _not_seen(socket.gethostname(), places[name], name)
 
 
 def check_shared(written: str, read: Mapping[str, str | None]) -> None:
@@ -162,19 +197,17 @@ def check_shared(written: str, read: Mapping[str, str | None]) -> None:
         written: path or URI of the folder that the run writes.
         read: path or URI by what it is called in the message; None and what is not there are passed over.
     Raises:
-        PistoSegError: naming a node that does not see one, or that does not answer in time.
+        UnavailableError: naming a node that does not see one, or that does not answer in time.
     """
     if not ray.is_initialized():
         return
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    local = {name: storage.absolute(uri) for name, uri in read.items() if uri and storage.is_local(uri)}
-    seen = {name: path for name, path in local.items() if os.path.exists(path)}
+    places = local_places(read)
     target = storage.local_path(storage.absolute(written))
-    if len(nodes) < 2 or not (seen or target):
+    if len(nodes) < 2 or not (places or target):
         return
     with _probe(target) as probe:
-        if probe:
-            seen[str(target)] = probe
+        seen = places | ({str(target): probe} if probe else {})
         look = ray.remote(num_cpus=0, max_retries=0)(_unseen)
         asked = []  # several nodes may have one host's name
         for node in nodes:
@@ -182,12 +215,7 @@ def check_shared(written: str, read: Mapping[str, str | None]) -> None:
             asked.append((node["NodeManagerHostname"], look.options(scheduling_strategy=there).remote(seen)))
         for host, answer in asked:
             for name in _answer(host, answer):
-                raise PistoSegError(
-                    f"node {host} does not see it",
-                    file=local.get(name, name),
-                    field=name if name in local else None,
-                    remedy="give a URI, e.g. s3://bucket/folder, or a folder that all nodes mount at the same path",
-                )
+                raise _not_seen(host, places.get(name, name), name if name in places else None)
 
 
 def _answer(host: str, answer: ray.ObjectRef[list[str]]) -> list[str]:
@@ -195,7 +223,7 @@ def _answer(host: str, answer: ray.ObjectRef[list[str]]) -> list[str]:
     try:
         return ray.get(answer, timeout=PROBE_S)
     except GetTimeoutError as error:
-        raise PistoSegError(
+        raise UnavailableError(
             f"node {host} did not say in {PROBE_S:.0f} s whether it sees the folders",
             remedy="look with `ray status` whether it is overloaded or lost; stop it, or try again when it answers",
         ) from error
@@ -217,3 +245,7 @@ def _probe(folder: Path | None) -> Iterator[str | None]:
 
 def _unseen(probes: Mapping[str, str]) -> list[str]:
     return [name for name, path in probes.items() if not os.path.exists(path)]
+
+
+def _not_seen(host: str, path: str, name: str | None) -> UnavailableError:
+    return UnavailableError(f"node {host} does not see it", file=path, field=name, remedy=SHARED)

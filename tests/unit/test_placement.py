@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import pytest
 from ray.exceptions import GetTimeoutError
 
+from pistoseg import storage
 from pistoseg.config import ComputeConfig, load_config
-from pistoseg.errors import PistoSegError
+from pistoseg.errors import PistoSegError, UnavailableError
 from pistoseg.stages import cluster, placement
 from pistoseg.stages.cluster import available_cpus  # itself: the tests with a local Ray put four in its place
 
@@ -78,7 +79,7 @@ def test_a_head_without_cpus_takes_no_threads_from_the_other_nodes(nodes):
 )
 def test_what_the_cluster_has_not_is_said_at_once(nodes, override, message):
     nodes({"CPU": 4}, {"CPU": 2})
-    with pytest.raises(PistoSegError, match=message):
+    with pytest.raises(UnavailableError, match=message):
         check(override)
 
 
@@ -88,6 +89,27 @@ def test_more_gpu_workers_than_gpus_are_refused(nodes):
     with pytest.raises(PistoSegError, match=r"3 training workers need 1 CPU and 1 GPU each.*2 GPUs on 1 nodes"):
         check("compute.train_workers=3")
     check("compute.train_workers=3", stages=("evaluation",))  # nothing is trained
+
+
+@pytest.mark.parametrize(
+    ("workers", "there", "trainings"),
+    [
+        (1, [{"CPU": 16, "GPU": 4}], 4),
+        (1, [{"CPU": 4, "GPU": 4}], 3),  # else all CPUs were held by workers that wait for samples
+        (2, [{"CPU": 4, "GPU": 4}], 1),
+        (1, [{"CPU": 16, "GPU": 16}], 14),
+        (1, [{"CPU": 1, "GPU": 1}] * 3 + [{"CPU": 1}], 3),  # samples are made beside them
+        (1, [{"CPU": 32}, {"CPU": 2, "GPU": 4}], 2),
+        (3, [{"CPU": 16, "GPU": 2}], 0),
+    ],
+)
+def test_trainings_on_gpus_at_a_time_leave_cpus_for_what_makes_their_samples(nodes, workers, there, trainings):
+    from pistoseg.search.study import room
+
+    nodes(*there)
+    config = load_config("demo", overrides=[f"compute.train_workers={workers}"])
+    assert placement.gpu_trainings(config.compute) == trainings
+    assert room(config) == max(1, trainings)
 
 
 def test_nodes_that_an_autoscaler_starts_are_waited_for(nodes, monkeypatch):
@@ -348,13 +370,27 @@ def test_a_folder_that_a_node_does_not_see_is_refused_before_the_run(disks, tmp_
     (tmp_path / "data").mkdir()
     # The other machine has folders of these names, but they are its own.
     disks(a=os.path.exists, b=lambda path: not path.endswith(".part"))
-    with pytest.raises(PistoSegError, match=r"node host-b does not see it.*s3://") as caught:
+    with pytest.raises(UnavailableError, match=r"node host-b does not see it.*s3://") as caught:
         placement.check_shared(str(tmp_path / "runs"), {"data.uri": str(tmp_path / "data")})
     assert caught.value.file == str(tmp_path / "runs")
     disks(a=os.path.exists, b=lambda path: path.endswith(".part"))
     with pytest.raises(PistoSegError, match=r"data.uri: node host-b does not see it"):
         placement.check_shared(str(tmp_path / "runs"), {"data.uri": str(tmp_path / "data")})
     assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_a_process_on_a_node_that_does_not_see_what_the_driver_does_goes_no_further(tmp_path, monkeypatch):
+    read = {name: str(tmp_path / name) for name in ("data.uri", "classifier.weights")}
+    for path in read.values():
+        storage.write_bytes(path, b"")
+    places = placement.local_places(read | {"data.validation": None, "precise.weights": "s3://bucket/x.pth"})
+    assert places == read
+    placement.require_seen(places)
+    (tmp_path / "classifier.weights").unlink()
+    monkeypatch.setattr("socket.gethostname", lambda: "host-b")
+    with pytest.raises(UnavailableError, match=r"classifier.weights: node host-b does not see it.*s3://") as caught:
+        placement.require_seen(places)
+    assert caught.value.file == read["classifier.weights"]
 
 
 def test_every_node_is_asked_though_several_have_one_hosts_name(disks, tmp_path):

@@ -1,17 +1,20 @@
 import csv
 import io
 import json
+import os
 import statistics
-import types
+import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import ray.train
 from patch_files import put
+from processes import wait_for
 from rich.console import Console
 
-from pistoseg import parquet
+from pistoseg import claims, parquet, storage
 from pistoseg.artifacts import Workspace
 from pistoseg.cli import main
 from pistoseg.config import load_config, presets
@@ -21,7 +24,16 @@ from pistoseg.hooks import Hooks
 from pistoseg.patches.store import IMAGES_SCHEMA, WINDOWS_SCHEMA
 from pistoseg.progress import Progress
 from pistoseg.search import ablation, report
-from pistoseg.search.ablation import AblationReport, Job, RowResult, RunResult, equal_budget, outline, prepare
+from pistoseg.search.ablation import (
+    AblationReport,
+    Job,
+    RowResult,
+    RunResult,
+    equal_budget,
+    outline,
+    prepare,
+    with_overrides,
+)
 from pistoseg.search.tables import PUBLISHED, TABLES, PaperScores, Row, Table, published_data
 
 CLASSES = ("tumor", "stroma", "normal")
@@ -120,7 +132,7 @@ def run_of(seed=0, miou=None, problem=None, computed=60.0, reused=0.0):
 
 def report_of(*rows, published=None, left_out=()):
     seeds = tuple(range(len(rows[0].runs)))
-    return AblationReport("own", "Own rows", CLASSES, seeds, rows, tuple(left_out), 10, 4, published)
+    return AblationReport("own", "Own rows", CLASSES, seeds, rows, tuple(left_out), 10, 4, published, "")
 
 
 @pytest.mark.parametrize(
@@ -204,7 +216,7 @@ def test_mosaics_are_trained_on_for_as_many_steps_as_real_images(tmp_path):
     ]
     for name, rows, schema in (("images", images, IMAGES_SCHEMA), ("windows", windows, WINDOWS_SCHEMA)):
         parquet.write(pa.Table.from_pylist(rows, schema), str(tmp_path / name / "part-00000.parquet"))
-    patches = types.SimpleNamespace(uri=str(tmp_path))
+    patches = SimpleNamespace(uri=str(tmp_path))
     base = ("precise.patch_size=64",)
     row = TABLES["table1"].rows[0]
 
@@ -367,13 +379,13 @@ def test_a_row_that_is_refused_before_its_first_stage_spoils_no_other_row(config
 
     def run_pipeline(config, workspace, targets, **named):
         if "evaluation" in targets and config.precise.masks == "synthesized":
-            raise PistoSegError("no node has room")
+            raise PistoSegError("it is refused")
         return fake(config, workspace, targets, **named)
 
     monkeypatch.setattr(ablation, "run_pipeline", run_pipeline)
     table = Table("own", "Own", TABLES["table1"].rows[:2])
     result = ablation.run(table, config, Workspace(str(tmp_path)))  # both rows need the mosaics
-    assert result.rows[0].runs[0].problem == "no node has room."
+    assert result.rows[0].runs[0].problem == "it is refused."
     assert result.rows[1].mean("miou") == 0.5
 
 
@@ -398,6 +410,91 @@ def test_an_ablation_that_is_run_again_computes_nothing(config, pipeline, tmp_pa
     assert pipeline == []
     assert [row.runs[0].scores for row in second.rows] == [row.runs[0].scores for row in first.rows]
     assert {row.seconds("computed") for row in second.rows} == {0}
+
+
+TWO_ROWS = Table("own", "Own", TABLES["table1"].rows[:2])
+
+
+def test_a_table_of_other_settings_or_fewer_seeds_does_not_replace_one(config, pipeline, tmp_path):
+    workspace, file = Workspace(str(tmp_path)), tmp_path / "ablations" / "own" / "ablation.json"
+    ablation.run(TWO_ROWS, config, workspace)
+    ablation.run(TWO_ROWS, config, workspace, seeds=2)
+    before = file.read_bytes()
+    pipeline.clear()
+    for changed, seeds in (
+        (with_overrides(config, {"precise.lr": 0.02}), 2),
+        (with_overrides(config, {"data.validation": "s3://bucket/other"}), 2),
+        (with_overrides(config, {"seed": 1}), 1),
+        (config, 1),
+    ):
+        with pytest.raises(PistoSegError, match=r"holds a table of other settings.*another --out") as caught:
+            ablation.run(TWO_ROWS, changed, workspace, seeds=seeds)
+        assert caught.value.file == str(file.parent)
+    assert pipeline == []
+    assert file.read_bytes() == before
+    elsewhere = with_overrides(config, {"compute.workers": 2, "tracking.experiment": "x", "storage.profile": "me"})
+    ablation.run(TWO_ROWS, elsewhere, workspace, seeds=2)
+    assert sorted(item.name for item in file.parent.iterdir()) == ["ablation.csv", "ablation.json", "ablation.md"]
+
+
+def test_a_table_of_before_that_does_not_say_its_settings_is_replaced_and_a_damaged_one_named(
+    config, pipeline, tmp_path
+):
+    ablation.run(TWO_ROWS, config, Workspace(str(tmp_path)))
+    file = tmp_path / "ablations" / "own" / "ablation.json"
+    values = json.loads(file.read_text())
+    del values["settings"]
+    file.write_text(json.dumps(values))
+    ablation.run(TWO_ROWS, with_overrides(config, {"precise.lr": 0.02}), Workspace(str(tmp_path)))
+    assert "settings" in json.loads(file.read_text())
+    file.write_text("{")
+    with pytest.raises(PistoSegError, match=r"ablation\.json: is damaged: .*delete that file"):
+        ablation.run(TWO_ROWS, config, Workspace(str(tmp_path)))
+
+
+def test_of_two_ablations_into_one_folder_the_second_waits_and_is_then_refused(config, pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "POLL_S", 0.02)
+    workspace, said, refused = Workspace(str(tmp_path)), [], []
+    other = with_overrides(config, {"precise.lr": 0.02})
+
+    def second():
+        try:
+            ablation.run(TWO_ROWS, other, workspace, progress=SimpleNamespace(say=said.append))
+        except PistoSegError as error:
+            refused.append(str(error))
+
+    thread = threading.Thread(target=second)
+    with monkeypatch.context() as patch:
+        patch.setattr(ablation, "_check_trainings", lambda *_: (thread.start(), wait_for(lambda: said)))
+        ablation.run(TWO_ROWS, config, workspace)
+    thread.join()
+    assert "holds a table of other settings" in refused[0]
+    assert [text.partition(" on ")[0] for text in said] == [f"waiting: process {os.getpid()}"]
+    assert json.loads((tmp_path / "ablations" / "own" / "ablation.json").read_text())["rows"][0]["mean"]["miou"] == 0.4
+
+
+def test_an_ablation_that_was_cut_off_goes_on_and_one_that_was_taken_over_writes_no_table(
+    config, pipeline, tmp_path, monkeypatch
+):
+    folder = tmp_path / "ablations" / "own"
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    def take_over(*_):
+        (claim,) = (folder / ".claims").iterdir()
+        storage.write_bytes(str(claim.parent / f"{int(claim.stem) + 1:06d}.json"), b"{}")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ablation, "_check_trainings", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            ablation.run(TWO_ROWS, config, Workspace(str(tmp_path)))
+    assert ablation.run(TWO_ROWS, config, Workspace(str(tmp_path))).failures == []
+    before = (folder / "ablation.json").read_bytes()
+    monkeypatch.setattr(ablation, "_check_trainings", take_over)
+    with pytest.raises(PistoSegError, match="took this over"):
+        ablation.run(TWO_ROWS, config, Workspace(str(tmp_path)), seeds=2)
+    assert (folder / "ablation.json").read_bytes() == before
 
 
 def test_the_outline_says_what_is_there_and_what_is_computed_once(config, pipeline, tmp_path):

@@ -1,5 +1,6 @@
 import json
 import random
+import shutil
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -201,6 +202,47 @@ def test_the_places_of_a_trials_workers_are_freed_with_it_and_no_others(monkeypa
     workers.release("1")
     workers.release("1")
     assert freed == ["a", "c"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ends"), [({}, True), ({"precise.lr": 0.1}, True), ({"compute.train_workers": 9}, False)]
+)
+def test_what_the_cluster_cannot_give_ends_a_search_unless_the_trials_own_setting_asks_for_it(
+    config, tmp_path, monkeypatch, overrides, ends
+):
+    from pistoseg.search import trial
+    from pistoseg.stages import placement
+
+    nodes = [{"Alive": True, "Resources": {"CPU": 2.0}}]  # a node was preempted
+    monkeypatch.setattr(trial.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(trial.ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(trial.ray, "cluster_resources", lambda: {"CPU": 2.0})
+    reports = []
+    monkeypatch.setattr(trial.tune, "report", reports.append)
+
+    def run_pipeline(config, *arguments, **options):
+        placement.check(config, ("precise",), print)
+
+    monkeypatch.setattr(trial, "run_pipeline", run_pipeline)
+    own = config.model_copy(update={"compute": config.compute.model_copy(update={"train_workers": 8})})
+    objective = Objective("miou", masks=True, labels=False)
+    job = trial.TrialJob(own, str(tmp_path), objective, (), frozenset(), None, 1, {})
+    trial.run_trial({"number": 1, "overrides": json.dumps(overrides)}, job)
+    (report,) = reports
+    assert list(report) == [trial.UNAVAILABLE if ends else "problem"]
+    assert f"{8 if ends else 9} training workers need" in next(iter(report.values()))
+
+
+def test_a_trial_on_a_node_that_joined_later_and_does_not_see_the_data_ends_the_search(config, tmp_path, monkeypatch):
+    from pistoseg.search import trial
+
+    reports = []
+    monkeypatch.setattr(trial.tune, "report", reports.append)
+    objective = Objective("miou", masks=True, labels=False)
+    places = {"classifier.weights": str(tmp_path / "x.pth")}
+    job = trial.TrialJob(config, str(tmp_path), objective, (), frozenset(), None, 1, places)
+    trial.run_trial({"number": 1, "overrides": "{}"}, job)
+    assert "does not see it" in reports[0][trial.UNAVAILABLE]
 
 
 def test_failures_are_explained_in_a_line():
@@ -506,9 +548,11 @@ def test_the_best_model_is_the_champion_only_if_it_holds_on_fresh_seeds(
         precise = SimpleNamespace(fingerprint=f"model {varied.seed}")
         return {"evaluation": SimpleNamespace(summary={"metrics": {"miou": miou}}), "precise": precise}
 
+    aliases = {}
+    client = SimpleNamespace(get_registered_model=lambda name: SimpleNamespace(aliases=aliases))
     tracker = SimpleNamespace(
         run_id="parent",
-        client="client",
+        client=client,
         guard=lambda call, *arguments: None if away else call(*arguments),
         register=lambda artifact, tags: artifact.fingerprint,
         run=StageRun,
@@ -527,7 +571,7 @@ def test_the_best_model_is_the_champion_only_if_it_holds_on_fresh_seeds(
     assert best
     assert confirmation.holds is holds
     assert sorted(seen) == [(False, 1), (False, 2), (False, 3), (True, 1), (True, 2), (True, 3)]  # not the search's 0
-    assert promoted == ([("client", config.tracking.model, "model 1")] if holds and not away else [])
+    assert promoted == ([(client, config.tracking.model, "model 1")] if holds and not away else [])
     assert version == ("model 1" if holds and not away else None)
     assert journal.settings["confirmation"]["holds"] is holds
     if holds:
@@ -540,6 +584,20 @@ def test_the_best_model_is_the_champion_only_if_it_holds_on_fresh_seeds(
             SimpleNamespace(say=lambda text: None),
         )
         assert again == (confirmation, version)
+    aliases["champion"] = "one that a user or another search promoted since"
+    for count in (1, 2):
+        if version:
+            again = study._confirm(
+                outcome.search,
+                Workspace(str(tmp_path)),
+                study.Budget(3),
+                journal,
+                tracker,
+                SimpleNamespace(say=lambda text: None),
+            )
+            assert again == (confirmation, version)
+            assert len(promoted) == count
+        aliases.clear()  # as in a new registry
 
 
 def test_a_confirmation_that_holds_again_without_mlflow_keeps_the_champion_and_one_that_does_not_hold_does_not(
@@ -562,7 +620,7 @@ def test_a_confirmation_that_holds_again_without_mlflow_keeps_the_champion_and_o
     settings["confirmation"]["version"] = "7"  # as a run with MLflow leaves it
     (folder / "search.json").write_text(json.dumps(settings))
     assert run().version == run(seeds=0).version == run(seeds=4).version == confirmation()["version"] == "7"
-    assert "version 7 of the model is the champion" in (folder / "report.md").read_text()
+    assert "version 7 of the model became the champion" in (folder / "report.md").read_text()
     gain = -0.1
     assert run().version is None
     assert confirmation()["version"] is None
@@ -584,6 +642,7 @@ def study_of(tmp_path, config, space, monkeypatch):
         update={
             "tracking": TrackingConfig(enabled=False),
             "data": config.data.model_copy(update={"uri": str(image.parent)}),
+            "refiner": config.refiner.model_copy(update={"weights": "s3://bucket/x.pth"}),
         }
     )
     search = study.Search("mine", untracked, space, sharing, objective, "tpe", False, None)
@@ -787,6 +846,20 @@ def test_an_own_setting_that_cannot_be_trained_is_refused_before_there_is_a_sear
     with pytest.raises(PistoSegError, match=r"precise\.encoder: encoder 'efficientnet-b33' can't be built"):
         study.run(search, Workspace(str(tmp_path / "w")), study.Budget(3))
     assert not (tmp_path / "w").exists()
+
+
+def test_places_that_not_all_nodes_see_are_refused_before_there_is_a_search_of_its_name(study_of, monkeypatch):
+    run, folder = study_of
+    shutil.rmtree(folder)
+
+    def check_shared(written, read):
+        assert written == str(folder.parents[1])
+        raise UnavailableError("does not see it", field=" ".join(read))
+
+    monkeypatch.setattr("pistoseg.stages.placement.check_shared", check_shared)
+    with pytest.raises(UnavailableError, match=r"^data\.uri refiner\.weights: does not see it"):
+        run()
+    assert not folder.exists()
 
 
 def test_a_search_that_was_taken_over_writes_nothing_more(study_of, monkeypatch):
