@@ -59,6 +59,32 @@ def check_buildable(config: Config, stages: Sequence[str]) -> None:
             raise type(error)(error.reason, file=error.file, field=field, remedy=error.remedy) from error
 
 
+def fetch_weights(config: Config, stages: Sequence[str]) -> None:
+    """Fetch the ImageNet weights that networks start from, which these then find in the hub's cache.
+
+    Args:
+        config: of the run.
+        stages: names of those that are to be computed; the ones that train no network are passed over.
+    Raises:
+        PistoSegError: naming all settings whose weights can't be had.
+    """
+    wanted: dict[str, list[str]] = {}
+    for name, settings in _trainings(config, stages):
+        if encoder_weights(settings) == "imagenet":
+            wanted.setdefault(settings.encoder, []).append(f"{name}.weights")
+    fields: list[str] = []
+    errors: list[PistoSegError] = []
+    for encoder, keys in wanted.items():
+        try:
+            encoders.fetch_imagenet(encoder)
+        except PistoSegError as error:
+            fields += keys
+            errors.append(error)
+    if errors:
+        reasons = "; ".join(error.reason for error in errors)
+        raise PistoSegError(reasons, field=", ".join(fields), remedy=errors[0].remedy) from errors[0]
+
+
 def check_batches(config: Config, stages: Sequence[str], say: Callable[[str], None]) -> None:
     """Refuse batches that a network can't be trained on; say which ones are not of the size that is set.
 

@@ -544,7 +544,8 @@ def test_weights_that_no_hub_has_are_asked_for_before_anything_runs():
     config = load_config("wsss4luad")
     with pytest.raises(PistoSegError, match="weights of resnet38d") as caught:
         check_weights(config, ("evaluation",))
-    assert caught.value.field == "classifier.weights"
+    assert caught.value.field == "classifier.weights, refiner.weights"
+    assert caught.value.remedy.startswith("add --profile cpu")
     check_weights(load_config("wsss4luad", overrides=["precise.masks=pseudo"]), ("evaluation",))
     given = ["classifier.weights=/data/res38d.pth", "refiner.weights=null"]
     check_weights(load_config("wsss4luad", overrides=given), ("evaluation",))

@@ -24,7 +24,14 @@ from pistoseg.models.segmentation import Normalization
 from pistoseg.progress import Progress
 from pistoseg.stages import segmentation as stage
 from pistoseg.stages import trained
-from pistoseg.stages.trained import POOLED, check_batches, check_buildable, first_weights, train_stage
+from pistoseg.stages.trained import (
+    POOLED,
+    check_batches,
+    check_buildable,
+    fetch_weights,
+    first_weights,
+    train_stage,
+)
 from pistoseg.tracking import StageRun
 from pistoseg.training.loop import CHECKPOINT
 from pistoseg.training.trainer import (
@@ -132,6 +139,23 @@ def test_only_weights_that_a_network_is_built_with_have_to_be_there():
     check_buildable(load_config("demo", overrides=[*overrides, "precise.initial=preliminary"]), ["precise"])
     with pytest.raises(PistoSegError, match=r"/none\.pth: precise\.weights: is not there"):
         check_buildable(load_config("demo", overrides=[*overrides, "precise.initial=imagenet"]), ["precise"])
+
+
+def test_imagenet_weights_are_fetched_once_for_the_networks_that_are_to_be_trained_with_them(monkeypatch):
+    fetched = []
+    monkeypatch.setattr(encoders, "_from_package", lambda encoder: None)
+    monkeypatch.setattr(encoders, "_from_hub", fetched.append)
+    encoders.fetch_imagenet.cache_clear()
+    config = load_config("demo", overrides=models("mobilenet_v2", ("imagenet", "imagenet")))
+    fetch_weights(config, ["patches", "evaluation"])
+    assert fetched == []
+    initial = load_config("demo", overrides=["precise.encoder=resnet18", "precise.initial=imagenet"])
+    fetch_weights(initial, ["refiner"])  # which starts from the preliminary model
+    assert fetched == []
+    for _ in range(2):
+        fetch_weights(config, ["preliminary", "subcategories", "precise"])
+    encoders.fetch_imagenet.cache_clear()
+    assert fetched == ["mobilenet_v2", config.classifier.encoder]
 
 
 @pytest.mark.parametrize(
