@@ -68,8 +68,8 @@ def train_in(tmp_path, monkeypatch):
         (tmp_path / "ray_train").mkdir(exist_ok=True)
         return Trained(network.state_dict(), 0, history)
 
-    def run(**named):
-        config = load_config("demo", overrides=["data.uri=/data"])
+    def run(*overrides, **named):
+        config = load_config("demo", overrides=["data.uri=/data", *overrides])
         file = io.StringIO()
         context = StageContext(config, str(tmp_path), {}, Progress(Console(file=file)), StageRun(), **named)
 
@@ -91,6 +91,30 @@ def test_checkpoints_stay_until_the_artifact_is_finished(tmp_path, train_in):
     for tidy in context.afterwards:
         tidy()
     assert not (tmp_path / "ray_train").exists()
+
+
+@pytest.mark.parametrize(
+    ("epochs", "decay", "said"),
+    [
+        (2, 0.99, "16 steps, fewer than 3/(1 - average_decay)"),
+        (2, 0.99, "make up 85% of the model that is kept; set it to 0.81 or less, or to 0 for none"),
+        (2, 0.81, ""),
+        (2, 0, ""),
+        (37, 0.99, "only 296 steps"),
+        (38, 0.99, ""),
+    ],
+)
+def test_a_running_average_of_too_few_steps_is_warned_of(train_in, epochs, decay, said):
+    settings = [f"precise.epochs={epochs}", "precise.samples_per_epoch=64", f"precise.average_decay={decay}"]
+    text, _ = train_in(*settings)
+    text = " ".join(text.split())
+    assert ("warning: precise.average_decay is" in text) == bool(said)
+    assert said in text
+
+
+def test_three_steps_or_fewer_are_for_no_average(train_in):
+    text, _ = train_in("precise.epochs=3", "precise.samples_per_epoch=8", "precise.average_decay=0.5")
+    assert "set it to 0 for none" in " ".join(text.split())
 
 
 def test_a_training_that_was_taken_over_leaves_the_results_of_the_other_run_alone(tmp_path, train_in):
