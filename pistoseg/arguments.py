@@ -83,7 +83,7 @@ def config_options(parser: argparse.ArgumentParser) -> None:
         "--preset", help="wsss4luad, bcss-wsss, glas or demo (default: wsss4luad, but none beside --config)"
     )
     parser.add_argument("--profile", help="a profile of the preset, e.g. cpu")
-    parser.add_argument("--config", metavar="FILE", help="YAML with settings; goes before the preset's")
+    parser.add_argument("--config", metavar="FILE", help="YAML with settings; overrides the preset's")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="e.g. synthesis.alpha=0.3"
     )
@@ -103,7 +103,8 @@ def resolved_config(options: argparse.Namespace) -> Config:
         overrides.append(f"data.uri={json.dumps(options.data, ensure_ascii=False)}")
     if getattr(options, "workers", None):
         overrides.append(f"compute.workers={options.workers}")
-    return load_config(options.preset, options.profile, options.config, overrides)
+    reads_images = options.verb != "windows"  # which cuts slides
+    return load_config(options.preset, options.profile, options.config, overrides, images=reads_images)
 
 
 def run_options(parser: argparse.ArgumentParser) -> None:

@@ -19,19 +19,23 @@ from pistoseg.tracking import Tracker
 
 def check_weights(config: Config, targets: tuple[str, ...]) -> None:
     """Refuse ImageNet weights that nobody has; what else stops a training is seen once it is known what is to do."""
+    keys = []
     for stage in needed(config, targets):
         section = getattr(config, stage.name, None)
         if getattr(section, "encoder", None) == "resnet38d" and getattr(section, "weights", None) == "imagenet":
-            raise PistoSegError(
-                "no hub and no package has the weights of resnet38d",
-                field=f"{stage.name}.weights",
-                remedy=f"set {stage.name}.weights to the path or URI of its published .pth file, or to null for none; "
-                f"or choose another {stage.name}.encoder and output_stride",
-            )
+            keys.append(f"{stage.name}.weights")
+    if keys:
+        raise PistoSegError(
+            "no hub and no package has the weights of resnet38d",
+            field=", ".join(keys),
+            remedy="add --profile cpu, where the preset has it, whose networks need no hub; or set "
+            f"{' and '.join(keys)} to the path or URI of its published .pth file, or to null for none; or choose "
+            "another encoder and output_stride",
+        )
 
 
 def check_trainings(config: Config, stages: Sequence[str], say: Callable[[str], None]) -> None:
-    """Refuse networks that can't be built or trained.
+    """Refuse networks that can't be built or trained, or for which there are no ImageNet weights; these are fetched.
 
     Args:
         config: of the run.
@@ -47,6 +51,7 @@ def check_trainings(config: Config, stages: Sequence[str], say: Callable[[str], 
 
         trained.check_buildable(config, stages)
         trained.check_batches(config, stages, say)
+        trained.fetch_weights(config, stages)
 
 
 def run_pipeline(

@@ -50,10 +50,22 @@ def parse_yaml(text: str) -> Any:
         if repeated := _repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader)):
             raise ValueError(f"{'; '.join(repeated)}, and only the last one would count")
         return yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        raise ValueError(_with_line(error)) from None
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def _with_line(error: yaml.MarkedYAMLError) -> str:
+    """An error of PyYAML's on one line, which it begins with; of a tab, the likeliest of them, what to do."""
+    problem, at, began = error.problem, error.problem_mark, error.context_mark
+    if problem and r"'\t'" in problem:
+        problem = "has a tab where only spaces may stand; use spaces"
+    elif began:
+        problem = f"{problem}, {error.context} that begins on line {began.line + 1}"
+    return f"line {at.line + 1}: {problem}" if at else str(problem)
 
 
 def _repeated_keys(root: yaml.Node | None) -> list[str]:

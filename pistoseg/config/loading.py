@@ -36,6 +36,8 @@ def load_config(
     profile: str | None = None,
     file: str | None = None,
     overrides: list[str] | tuple[str, ...] = (),
+    *,
+    images: bool = True,
 ) -> Config:
     """Resolve a config.
 
@@ -44,6 +46,7 @@ def load_config(
         profile: one of the preset's profiles, e.g. `cpu`.
         file: path or URI of a YAML with any of the sections; it may name a `preset` and a `profile` itself.
         overrides: `section.key=value` strings, values in YAML.
+        images: whether images may be read by it, whose pixel size is the one that is set; slides say their own.
 
     Raises:
         PistoSegError: listing every problem of the config.
@@ -52,6 +55,8 @@ def load_config(
     preset = preset or own.pop("preset", None) or (None if file else DEFAULT_PRESET)
     profile = profile or own.pop("profile", None)
     own = {key: value for key, value in own.items() if key not in ("preset", "profile")}
+    if isinstance(own.get("classes"), list):  # of a config these are a section
+        raise PistoSegError("this is a file of classes", file=file, remedy=f"give it with --set classes={file}")
     for key, name in (("preset", preset), ("profile", profile)):
         if name and not isinstance(name, str):
             raise PistoSegError(f"{name!r} is no name", file=file, field=key, remedy=f"name one {key}, as text")
@@ -69,14 +74,16 @@ def load_config(
             raise PistoSegError(
                 f"preset {preset!r} has no profile {profile!r}",
                 field="--profile",
-                remedy=f"use one of: {', '.join(profiles) or '(it has none)'}",
+                remedy=f"use one of: {', '.join(profiles)}"
+                if profiles
+                else "leave it out: this preset has no profiles",
             )
         if profile:
             values = _merge(values, profiles[profile])
     given = [own, *map(parse_override, overrides)]
     base = _for_classes(values, reduce(_merge, given))
     config = validate(reduce(_merge, given, base), source=file or (f"preset {preset}" if preset else "config"))
-    if preset:
+    if preset and images:
         _warn_of_pixel_size(config, preset, values, reduce(_merge, given))
     return config
 
@@ -202,7 +209,9 @@ def _refusal(problems: Sequence[Any], source: str, root: type[BaseModel]) -> Pis
         lines.append(f"\n  {key + ': ' if key else ''}{_message(problem, root)}")
     lines = list(dict.fromkeys(lines))
     what = "classes" if root is ClassesConfig else "config"
-    return PistoSegError(f"{len(lines)} problem(s) in the {what}:" + "".join(lines), file=source, remedy=_HELP)
+    lacks_classes = any(problem["type"] == "missing" and problem["loc"] == ("classes",) for problem in problems)
+    remedy = f"add --preset NAME, or a section classes; {_HELP}" if lacks_classes and root is Config else _HELP
+    return PistoSegError(f"{len(lines)} problem(s) in the {what}:" + "".join(lines), file=source, remedy=remedy)
 
 
 def _is_below(location: tuple[int | str, ...], other: tuple[int | str, ...]) -> bool:

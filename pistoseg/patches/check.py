@@ -105,8 +105,13 @@ def check(
     if training is None:
         report.warnings.append("there are no training images: no 1.training, training or train folder")
     if not report.splits:
-        scored = "scored by the labels of held-out images only" if config.label_holdout else "not scored"
-        report.warnings.append(f"there are no images with masks (img/ and mask/): models will be {scored}")
+        scored = (
+            "be scored by the labels of held-out images only"
+            if config.label_holdout
+            else "not be scored; name some with --set data.validation=DIR, or hold labels out with "
+            "--set data.label_holdout=0.2"
+        )
+        report.warnings.append(f"there are no images with masks (img/ and mask/): models will {scored}")
     by_hash = {image.sha256: image.source.name for image in read}
     for split, found in truths.items():
         pairs = [(by_hash[t.sha256], f"{split}/{t.pair.name}") for t in found if t.sha256 in by_hash]

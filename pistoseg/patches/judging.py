@@ -124,9 +124,17 @@ def _judge_single_tissue(
         if small[name]:
             report.warnings.append(f"{small[name]} images that show {name!r} alone are smaller than {part}: left out")
         if count < config.min_single_tissue:
-            report.warnings.append(
-                f"{count} images show {name!r} alone; below {config.min_single_tissue} they repeat a lot"
-            )
+            report.warnings.append(few_single_tissue(name, count, config, synthesis))
+
+
+def few_single_tissue(name: str, count: int, config: DataConfig, synthesis: SynthesisConfig) -> str:
+    """What to say of a class with fewer single-tissue images than `data.min_single_tissue`."""
+    natural = synthesis.class_sampling == "natural"
+    remedy = "label more" if natural else "label more, or --set synthesis.class_sampling=natural"
+    return (
+        f"class {name!r} has {count} single-tissue images (fewer than data.min_single_tissue = "
+        f"{config.min_single_tissue}); mosaics will repeat them: {remedy}"
+    )
 
 
 def combination(window: Window, classes: TissueClasses) -> str:

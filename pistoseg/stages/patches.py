@@ -18,6 +18,7 @@ from pistoseg.errors import PistoSegError
 from pistoseg.graph import StageContext
 from pistoseg.patches.crops import CutNote, ingest_slide, network_mpp, note_lines
 from pistoseg.patches.digest import training_folder
+from pistoseg.patches.judging import few_single_tissue
 from pistoseg.patches.layouts import scan_training
 from pistoseg.patches.manifest import in_shards, is_manifest, scan_slides
 from pistoseg.patches.source import (
@@ -218,10 +219,7 @@ def _judge(summary: dict[str, Any], data: DataConfig, classes: TissueClasses, co
     refuse_rejected(summary, data, file)
     for name, count in summary["single_tissue"].items():
         if count < data.min_single_tissue:
-            context.progress.say(
-                f"warning: class {name!r} has {count} single-tissue images (fewer than data.min_single_tissue = "
-                f"{data.min_single_tissue}); mosaics will repeat them"
-            )
+            context.progress.say(f"warning: {few_single_tissue(name, count, data, context.config.synthesis)}")
 
 
 def refuse_rejected(summary: dict[str, Any], data: DataConfig, file: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -20,10 +21,18 @@ from pistoseg.stages import cluster
 from pistoseg.stages.placement import TRAINED
 from pistoseg.training.stream import SampleSource
 from pistoseg.training.tasks import Task
-from pistoseg.training.trainer import images_per_worker, remove_checkpoints, remove_unreadable_checkpoints, train
+from pistoseg.training.trainer import (
+    images_per_worker,
+    remove_checkpoints,
+    remove_unreadable_checkpoints,
+    steps_per_epoch,
+    train,
+)
 
 POOLED = ("deeplabv3plus", "pan")
 """Architectures with a batch norm on maps that are pooled to one cell, which has no variance over one image."""
+AVERAGED_SPANS = 3
+"""Spans 1/(1 - average_decay) of a running average after which 5 % of what it began with are left: exp(-3)."""
 Save = Callable[[dict[str, str], dict[str, float]], None]
 """Writes the trained network, given its lineage and the metrics of the epoch that is kept."""
 
@@ -57,6 +66,32 @@ def check_buildable(config: Config, stages: Sequence[str]) -> None:
         except PistoSegError as error:
             field = f"{name}.{error.field}" if error.field else name
             raise type(error)(error.reason, file=error.file, field=field, remedy=error.remedy) from error
+
+
+def fetch_weights(config: Config, stages: Sequence[str]) -> None:
+    """Fetch the ImageNet weights that networks start from, which these then find in the hub's cache.
+
+    Args:
+        config: of the run.
+        stages: names of those that are to be computed; the ones that train no network are passed over.
+    Raises:
+        PistoSegError: naming all settings whose weights can't be had.
+    """
+    wanted: dict[str, list[str]] = {}
+    for name, settings in _trainings(config, stages):
+        if encoder_weights(settings) == "imagenet":
+            wanted.setdefault(settings.encoder, []).append(f"{name}.weights")
+    fields: list[str] = []
+    errors: list[PistoSegError] = []
+    for encoder, keys in wanted.items():
+        try:
+            encoders.fetch_imagenet(encoder)
+        except PistoSegError as error:
+            fields += keys
+            errors.append(error)
+    if errors:
+        reasons = "; ".join(error.reason for error in errors)
+        raise PistoSegError(reasons, field=", ".join(fields), remedy=errors[0].remedy) from errors[0]
 
 
 def check_batches(config: Config, stages: Sequence[str], say: Callable[[str], None]) -> None:
@@ -102,6 +137,21 @@ def _build(settings: Any, n_classes: int) -> None:
             encoders.create(settings.encoder, None, output_stride=settings.output_stride)
 
 
+def _say_short_average(context: StageContext, settings: TrainingConfig, steps: int) -> None:
+    """Warn of a running average that still holds much of the first weights, 5 % of them or more, when it is kept."""
+    rest = 1 - settings.average_decay
+    if not settings.average_decay or round(steps * rest, 6) >= AVERAGED_SPANS:
+        return
+    name = next(name for name, section in context.config if section is settings)
+    lower = math.floor(100 * (1 - AVERAGED_SPANS / steps)) / 100
+    remedy = f"set it to {lower:g} or less, or to 0 for none" if lower > 0 else "set it to 0 for none"
+    context.progress.say(
+        f"warning: {name}.average_decay is {settings.average_decay:g}, but the training has only {steps} steps, fewer "
+        f"than {AVERAGED_SPANS}/(1 - average_decay): the first weights still make up "
+        f"{settings.average_decay**steps:.0%} of the model that is kept; {remedy}"
+    )
+
+
 def train_stage(
     context: StageContext,
     network: torch.nn.Module,
@@ -123,6 +173,7 @@ def train_stage(
         The stage's summary.
     """
     config = context.config
+    _say_short_average(context, settings, steps_per_epoch(settings, config.compute, source.count) * settings.epochs)
 
     def on_epoch(row: dict[str, float]) -> None:
         context.run.metrics(row, step=int(row["epoch"]))

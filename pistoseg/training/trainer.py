@@ -90,7 +90,7 @@ def train(
         PistoSegError: when a loss is not finite; the batch is kept in the folder.
     """
     per_worker = images_per_worker(config, compute)
-    steps = math.ceil((config.samples_per_epoch or source.count) / (per_worker * compute.train_workers))
+    steps = steps_per_epoch(config, compute, source.count)
     samples = steps * per_worker * compute.train_workers
     failure = storage.join(folder, FAILURE)
     if storage.exists(failure):
@@ -176,6 +176,11 @@ def train(
 def images_per_worker(config: TrainingConfig, compute: ComputeConfig) -> int:
     """Images of an optimizer step that each training worker takes."""
     return max(1, config.batch_size // compute.train_workers)
+
+
+def steps_per_epoch(config: TrainingConfig, compute: ComputeConfig, count: int) -> int:
+    """Optimizer steps in an epoch on `count` samples, or on as many as are set."""
+    return math.ceil((config.samples_per_epoch or count) / (images_per_worker(config, compute) * compute.train_workers))
 
 
 def worker_resources(threads: int, gpus: bool) -> dict[str, float]:

@@ -128,7 +128,7 @@ def test_a_terminal_without_a_letter_shows_its_code(encoding, shown):
 
 
 def test_a_broken_connection_is_no_output_that_nobody_reads(monkeypatch):
-    def broken(*_):
+    def broken(*_, **__):
         raise BrokenPipeError("a connection")
 
     monkeypatch.setattr("pistoseg.config.load_config", broken)

@@ -4,6 +4,8 @@ import re
 import pytest
 import yaml
 
+from pistoseg.arguments import resolved_config
+from pistoseg.cli import build_parser
 from pistoseg.config import (
     Config,
     EvaluationConfig,
@@ -220,6 +222,30 @@ def test_a_profile_without_a_preset_is_refused_instead_of_ignored(tmp_path):
         load_config(profile="cpu", file=str(file))
 
 
+def test_a_preset_without_profiles_is_said_to_have_none():
+    with pytest.raises(PistoSegError, match=r"'demo' has no profile 'cpu'.*leave it out: this preset has no profiles"):
+        load_config("demo", "cpu")
+
+
+def test_a_file_without_classes_beside_no_preset_says_where_they_come_from(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("precise: {lrr: 0.01}\n")
+    with pytest.raises(PistoSegError, match=r"(?s)2 problem.*add --preset NAME, or a section classes; .*config show"):
+        load_config(file=str(file))
+    with pytest.raises(PistoSegError, match=r"Remedy: `pistoseg config show"):
+        load_config("demo", file=str(file))
+
+
+def test_a_file_of_classes_is_no_config(tmp_path):
+    file = tmp_path / "classes.yaml"
+    file.write_text("classes: [{name: a, color: [1, 2, 3]}, {name: b, color: [4, 5, 6]}]\nbackground_id: 2\n")
+    for preset in (None, "glas"):
+        with pytest.raises(PistoSegError, match="this is a file of classes") as caught:
+            load_config(preset, file=str(file))
+        assert (caught.value.file, caught.value.remedy) == (str(file), f"give it with --set classes={file}")
+    assert load_config("glas", overrides=[f"classes={file}"]).classes.tissue().names == ["a", "b"]
+
+
 def test_file_goes_before_the_preset_and_overrides_before_the_file(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("preset: bcss-wsss\nprofile: cpu\nseed: 5\nprecise: {lr: 0.01, epochs: 3}\n")
@@ -266,6 +292,8 @@ def test_images_of_ones_own_at_the_pixel_size_of_a_preset_are_warned_of(tmp_path
     load_config("glas", overrides=[own, "scale.mpp=null", "scale.source_mpp=null"])
     load_config(file=str(file), overrides=["scale.source_mpp=0.25"])
     load_config("wsss4luad", overrides=[own])  # which has no pixel size
+    windows = ["data", "windows", "--slides", "s", "--annotations", "a", "--out", "o.csv", "--preset", "glas", "--set"]
+    resolved_config(build_parser().parse_args([*windows, own]))
     assert caplog.messages == []
 
 
@@ -384,6 +412,22 @@ def test_what_yaml_can_not_read_is_no_defect(tmp_path, value):
     with pytest.raises(PistoSegError, match=r"is not valid YAML: (month must be|it is nested too deeply)") as caught:
         load_config("demo", overrides=[f"tracking.experiment={value}"])
     assert caught.value.field == "--set"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("preset: demo\nprecise:\n\tlr: 0.1\n", "line 3: has a tab where only spaces may stand; use spaces"),
+        ("preset: demo\nclasses:\n  {a: [1\nseed: 2\n", r"line 4: .*, while parsing a flow .* begins on line 3"),
+    ],
+)
+def test_what_is_no_yaml_is_said_with_its_line(tmp_path, content, message):
+    file = tmp_path / "mine.yaml"
+    file.write_text(content)
+    with pytest.raises(PistoSegError, match=f"is not valid YAML: {message}") as caught:
+        load_config(file=str(file))
+    assert caught.value.file == str(file)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("content", ["profile: [cpu]", "profile: {cpu: 1}", "preset: [glas]", "profile: 1"])
@@ -512,7 +556,8 @@ def test_weights_that_no_hub_has_are_asked_for_before_anything_runs():
     config = load_config("wsss4luad")
     with pytest.raises(PistoSegError, match="weights of resnet38d") as caught:
         check_weights(config, ("evaluation",))
-    assert caught.value.field == "classifier.weights"
+    assert caught.value.field == "classifier.weights, refiner.weights"
+    assert caught.value.remedy.startswith("add --profile cpu")
     check_weights(load_config("wsss4luad", overrides=["precise.masks=pseudo"]), ("evaluation",))
     given = ["classifier.weights=/data/res38d.pth", "refiner.weights=null"]
     check_weights(load_config("wsss4luad", overrides=given), ("evaluation",))

@@ -58,11 +58,19 @@ def test_a_good_data_set_is_counted_and_passes(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("share", "scored"), [(0, "not scored"), (0.2, "scored by the labels of held-out images only")]
+    ("share", "scored"),
+    [
+        (
+            0,
+            "not be scored; name some with --set data.validation=DIR, or hold labels out with "
+            "--set data.label_holdout=0.2",
+        ),
+        (0.2, "be scored by the labels of held-out images only"),
+    ],
 )
 def test_without_masks_a_check_says_what_models_will_be_scored_by(tmp_path, share, scored):
     put(tmp_path, "training/a[1, 0, 0].png")
-    said = f"there are no images with masks (img/ and mask/): models will be {scored}"
+    said = f"there are no images with masks (img/ and mask/): models will {scored}"
     assert said in run(tmp_path, label_holdout=share).warnings
 
 
@@ -230,14 +238,14 @@ def test_rare_and_absent_single_tissue_classes_are_said(tmp_path):
     put(tmp_path, "training/y-[0, 0, 1].png", seed=78)
     report = run(tmp_path)
     assert report.ok
-    assert any("1 images show 'normal' alone" in warning for warning in report.warnings)
+    assert any("class 'normal' has 1 single-tissue images" in warning for warning in report.warnings)
 
 
 def of_single_tissue(root, scale, **synthesis):
     """What a check says of images of a single tissue: problems and warnings."""
     settings = {"scale": ScaleConfig(**scale), "synthesis": SynthesisConfig(**synthesis)}
     report = check(str(root), CLASSES, DataConfig(min_single_tissue=3), **settings)
-    return report.problems, [text for text in report.warnings if "alone" in text]
+    return report.problems, [text for text in report.warnings if "alone" in text or "single-tissue" in text]
 
 
 @pytest.mark.parametrize(("scale", "crop"), [({}, 64), ({"resize": 0.5}, 32)])
@@ -253,8 +261,10 @@ def test_images_smaller_than_half_a_crop_at_the_networks_pixel_size_are_not_coun
     assert [text[:30] for text in found] == ["no image shows 'stroma' alone,", "no image shows 'normal' alone,"]
     assert [text[:37] for text in warnings] == [
         "3 images that show 'tumor' alone are ",
-        "1 images show 'tumor' alone; below 3 ",
+        "class 'tumor' has 1 single-tissue ima",
     ]
+    assert warnings[1].endswith("label more, or --set synthesis.class_sampling=natural")
+    assert problems(crop + 1, class_sampling="natural")[1][1].endswith("repeat them: label more")
     assert problems(crop + 1, class_sampling={"tumor": 1, "stroma": 0, "normal": 0}) == ([], warnings)
 
 

@@ -10,6 +10,7 @@ from pistoseg.config import load_config
 from pistoseg.errors import PistoSegError, UnavailableError
 from pistoseg.graph import Stage, plan
 from pistoseg.hooks import Hooks
+from pistoseg.models import encoders
 from pistoseg.pipeline import run_pipeline
 from pistoseg.progress import Progress
 from pistoseg.tracking import StageRun
@@ -179,6 +180,23 @@ def test_a_network_that_cannot_be_trained_is_refused_before_the_first_stage(
     given = load_config("demo", overrides=[f"data.uri={config.data.uri}", "tracking.enabled=false", masks, *settings])
     with pytest.raises(PistoSegError, match=message):
         run_pipeline(given, Workspace(str(tmp_path / "w")))
+
+
+def test_weights_that_no_hub_gives_are_refused_before_the_first_stage_by_all_their_keys(config, tmp_path, monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(encoders, "_answers", lambda endpoint: False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
+    monkeypatch.setattr(Stage, "run", lambda stage, context: pytest.fail(f"{stage.name} ran"))
+    encoders.fetch_imagenet.cache_clear()
+    own = ["preliminary.encoder=resnet18", "refiner.encoder=resnet18", "precise.encoder=resnet34"]
+    given = [f"data.uri={config.data.uri}", "tracking.enabled=false", "classifier.weights=null", *own]
+    with pytest.raises(PistoSegError, match=r"'resnet18': the hub can't be reached.*'resnet34': the hub") as caught:
+        run_pipeline(
+            load_config("demo", overrides=[*given, "precise.masks=refined_cnn"]), Workspace(str(tmp_path / "w"))
+        )
+    assert caught.value.field == "preliminary.weights, precise.weights"  # the refiner starts from the preliminary one
+    assert caught.value.remedy.startswith("add --profile cpu")
 
 
 def test_hooks_are_told_of_the_stages_that_begin_and_of_no_other(config, tmp_path, monkeypatch):

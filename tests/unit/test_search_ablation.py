@@ -119,7 +119,7 @@ def test_settings_that_no_row_can_run_with_are_reported_together_before_anything
         prepare(Table("own", "Own", rows), load_config("demo"))
     message = str(caught.value)
     assert "'steep', 'steeper': config: 1 problem(s) in the config:\n  precise.lr" in message
-    with pytest.raises(PistoSegError, match=r"'PistoSeg': classifier\.weights: no hub") as caught:
+    with pytest.raises(PistoSegError, match=r"'PistoSeg': classifier\.weights, refiner\.weights: no hub") as caught:
         prepare(TABLES["table1"], load_config("wsss4luad"), seeds=2)
     assert "Synthesized" not in str(caught.value)
 

@@ -24,7 +24,14 @@ from pistoseg.models.segmentation import Normalization
 from pistoseg.progress import Progress
 from pistoseg.stages import segmentation as stage
 from pistoseg.stages import trained
-from pistoseg.stages.trained import POOLED, check_batches, check_buildable, first_weights, train_stage
+from pistoseg.stages.trained import (
+    POOLED,
+    check_batches,
+    check_buildable,
+    fetch_weights,
+    first_weights,
+    train_stage,
+)
 from pistoseg.tracking import StageRun
 from pistoseg.training.loop import CHECKPOINT
 from pistoseg.training.trainer import (
@@ -61,8 +68,8 @@ def train_in(tmp_path, monkeypatch):
         (tmp_path / "ray_train").mkdir(exist_ok=True)
         return Trained(network.state_dict(), 0, history)
 
-    def run(**named):
-        config = load_config("demo", overrides=["data.uri=/data"])
+    def run(*overrides, **named):
+        config = load_config("demo", overrides=["data.uri=/data", *overrides])
         file = io.StringIO()
         context = StageContext(config, str(tmp_path), {}, Progress(Console(file=file)), StageRun(), **named)
 
@@ -84,6 +91,30 @@ def test_checkpoints_stay_until_the_artifact_is_finished(tmp_path, train_in):
     for tidy in context.afterwards:
         tidy()
     assert not (tmp_path / "ray_train").exists()
+
+
+@pytest.mark.parametrize(
+    ("epochs", "decay", "said"),
+    [
+        (2, 0.99, "16 steps, fewer than 3/(1 - average_decay)"),
+        (2, 0.99, "make up 85% of the model that is kept; set it to 0.81 or less, or to 0 for none"),
+        (2, 0.81, ""),
+        (2, 0, ""),
+        (37, 0.99, "only 296 steps"),
+        (38, 0.99, ""),
+    ],
+)
+def test_a_running_average_of_too_few_steps_is_warned_of(train_in, epochs, decay, said):
+    settings = [f"precise.epochs={epochs}", "precise.samples_per_epoch=64", f"precise.average_decay={decay}"]
+    text, _ = train_in(*settings)
+    text = " ".join(text.split())
+    assert ("warning: precise.average_decay is" in text) == bool(said)
+    assert said in text
+
+
+def test_three_steps_or_fewer_are_for_no_average(train_in):
+    text, _ = train_in("precise.epochs=3", "precise.samples_per_epoch=8", "precise.average_decay=0.5")
+    assert "set it to 0 for none" in " ".join(text.split())
 
 
 def test_a_training_that_was_taken_over_leaves_the_results_of_the_other_run_alone(tmp_path, train_in):
@@ -132,6 +163,23 @@ def test_only_weights_that_a_network_is_built_with_have_to_be_there():
     check_buildable(load_config("demo", overrides=[*overrides, "precise.initial=preliminary"]), ["precise"])
     with pytest.raises(PistoSegError, match=r"/none\.pth: precise\.weights: is not there"):
         check_buildable(load_config("demo", overrides=[*overrides, "precise.initial=imagenet"]), ["precise"])
+
+
+def test_imagenet_weights_are_fetched_once_for_the_networks_that_are_to_be_trained_with_them(monkeypatch):
+    fetched = []
+    monkeypatch.setattr(encoders, "_from_package", lambda encoder: None)
+    monkeypatch.setattr(encoders, "_from_hub", fetched.append)
+    encoders.fetch_imagenet.cache_clear()
+    config = load_config("demo", overrides=models("mobilenet_v2", ("imagenet", "imagenet")))
+    fetch_weights(config, ["patches", "evaluation"])
+    assert fetched == []
+    initial = load_config("demo", overrides=["precise.encoder=resnet18", "precise.initial=imagenet"])
+    fetch_weights(initial, ["refiner"])  # which starts from the preliminary model
+    assert fetched == []
+    for _ in range(2):
+        fetch_weights(config, ["preliminary", "subcategories", "precise"])
+    encoders.fetch_imagenet.cache_clear()
+    assert fetched == ["mobilenet_v2", config.classifier.encoder]
 
 
 @pytest.mark.parametrize(
