@@ -287,6 +287,8 @@ def _segment(options: argparse.Namespace) -> int:
             "symmetries": options.symmetries,
             "batch_size": options.batch_size,
             "probabilities": options.probabilities,
+            "tolerance_um": options.tolerance,
+            "min_area_um2": options.min_area,
         },
         workers=options.workers,
         limit=options.limit,

@@ -15,7 +15,7 @@ from pistoseg.outputs.summary import versions
 from pistoseg.slides import results
 from pistoseg.slides.cache import SlideCache
 from pistoseg.slides.ids import wrong_id
-from pistoseg.slides.network import NO_TISSUE, Prepared, SlideNetwork, SlideSettings, regions_origin
+from pistoseg.slides.network import MIN_AREAS_UM2, NO_TISSUE, Prepared, SlideNetwork, SlideSettings, regions_origin
 from pistoseg.slides.resolution import MAX_MPP, MIN_MPP
 from pistoseg.slides.scratch import scratch_folder
 from pistoseg.slides.source import SlideEntry, list_slides
@@ -23,6 +23,7 @@ from pistoseg.slides.stitching import MaskFile, Work
 
 if TYPE_CHECKING:
     from pistoseg.models.bundle import Segmenter
+    from pistoseg.outputs.regions import RegionsReport
 
 COARSE = 1.5
 """A slide whose pixels are so much larger than the model's is segmented with a remark."""
@@ -138,7 +139,7 @@ def write_slide(
     record = {
         **start_record(slide.entry, made_from, attempts, clock.started),
         "status": "completed",
-        "reason": _remark(slide, areas, network),
+        "reason": _remark(slide, areas, regions, network),
         "seconds": clock.total(),
         "seconds_of": clock.laps,
         "mpp": slide.reader.mpp_x,
@@ -209,7 +210,7 @@ class Clock:
         return round(time.monotonic() - self._began, 2)
 
 
-def _remark(slide: Prepared, areas: Mapping[str, Any], network: SlideNetwork) -> str:
+def _remark(slide: Prepared, areas: Mapping[str, Any], regions: RegionsReport, network: SlideNetwork) -> str:
     remarks = [network.remark] if network.remark else []
     if not areas["tissue_um2"]:
         remarks.append(NO_TISSUE)
@@ -218,4 +219,10 @@ def _remark(slide: Prepared, areas: Mapping[str, Any], network: SlideNetwork) ->
     coarsest = max(slide.reader.mpp_x, slide.reader.mpp_y)
     if coarsest > COARSE * network.mpp:
         remarks.append(f"its pixels, {coarsest:g} um, are larger than the model's, {network.mpp:g} um")
+    if network.settings.min_area_um2 is None and regions.min_area_um2 < MIN_AREAS_UM2[0]:
+        dropped = sum(regions.dropped_um2[name] for name in network.classes.names) / areas["tissue_um2"]
+        remarks.append(
+            f"specks: its outlines leave out regions below {regions.min_area_um2:g} um2, not below "
+            f"{MIN_AREAS_UM2[0]:g}; {100 * dropped:.1f} % of its tissue is in them (areas.json counts all)"
+        )
     return "; ".join(remarks)

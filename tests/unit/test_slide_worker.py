@@ -10,6 +10,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import ray
@@ -25,7 +26,7 @@ from pistoseg.slides import results
 from pistoseg.slides.cache import SlideCache
 from pistoseg.slides.network import SlideNetwork, SlideSettings
 from pistoseg.slides.source import SlideEntry
-from pistoseg.slides.stitching import MaskFile
+from pistoseg.slides.stitching import MaskFile, Work
 from pistoseg.stages import slide_worker, slides
 from pistoseg.stages.slide_images import node_cache
 from pistoseg.stages.slide_worker import SlideTask, SlideWorker, write_failure
@@ -333,3 +334,26 @@ def test_shares_of_a_slide_that_was_replaced_meanwhile_are_not_put_together(star
     with pytest.raises(PistoSegError, match=r"a\.tif: was replaced while it was segmented"):
         worker.segment(join)
     assert not (tmp_path / "out" / "slides" / "a").exists()
+
+
+@pytest.mark.parametrize(("given", "left_out", "outlined"), [(None, 25.0, 0), (100.0, 100.0, 0), (9.0, 9.0, 25)])
+def test_a_slide_of_specks_has_few_outlines_and_says_so_unless_their_area_is_given(
+    model, tmp_path, monkeypatch, given, left_out, outlined
+):
+    slide = str(write_tiff(tmp_path / "a.tif", texture(100, 100), mpp=(1.0, 1.0)))
+
+    def specks(self, slide, mask, **_):
+        ids = np.ones(mask.shape, np.uint8)
+        for y in range(5, 100, 20):
+            for x in range(5, 100, 20):
+                ids[y : y + 3, x : x + 3] = 0
+        mask.write(0, 0, ids)
+        return Work(1, 1.0, 0.0)
+
+    monkeypatch.setattr(SlideNetwork, "map", specks)
+    result = bundle.load(model, "cpu").segment_slide(slide, tmp_path / "out", mpp=1.0, min_area_um2=given)
+    assert (result.record["regions"]["min_area_um2"], result.record["regions"]["polygons"]) == (left_out, outlined)
+    assert result.areas["tissue_um2"] == 225
+    said = "leave out regions below 25 um2, not below 100; 100.0 % of its tissue"
+    assert (said in result.record["reason"]) == (given is None)
+    assert result.record["settings"]["min_area_um2"] == given
