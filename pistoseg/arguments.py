@@ -151,8 +151,14 @@ def segment_options(parser: argparse.ArgumentParser) -> None:
         "--mpp",
         type=float,
         metavar="UM",
-        help="um per px of the model's training images, where the bundle does not say it; a slide's own is the "
-        "manifest's column mpp",
+        help="um per px of the model's training images, where the bundle does not say it; that of slides is --slide-mpp",
+    )
+    parser.add_argument(
+        "--slide-mpp",
+        type=above_zero,
+        metavar="UM",
+        help="um per px of the slides at full size, such as PNGs that do not say it; it goes before what a slide says, "
+        "and a manifest's column mpp before it",
     )
     parser.add_argument(
         "--min-area",

@@ -129,9 +129,7 @@ def write_regions(
     return report
 
 
-def negligible_area(
-    mask: NDArray[np.uint8], classes: TissueClasses, mpp: float, candidates: Sequence[float]
-) -> float:
+def negligible_area(mask: NDArray[np.uint8], classes: TissueClasses, mpp: float, candidates: Sequence[float]) -> float:
     """The area below which regions can be given to their neighbours with each class keeping its own area.
 
     Args:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +18,7 @@ from pistoseg.slides import results
 from pistoseg.slides.cache import SlideCache
 from pistoseg.slides.ids import wrong_id
 from pistoseg.slides.network import MIN_AREAS_UM2, NO_TISSUE, Prepared, SlideNetwork, SlideSettings, regions_origin
-from pistoseg.slides.resolution import MAX_MPP, MIN_MPP
+from pistoseg.slides.resolution import MAX_MPP, MIN_MPP, resolve_mpp
 from pistoseg.slides.scratch import scratch_folder
 from pistoseg.slides.source import SlideEntry, list_slides
 from pistoseg.slides.stitching import MaskFile, Work
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 
 COARSE = 1.5
 """A slide whose pixels are so much larger than the model's is segmented with a remark."""
+SAME_MPP = 0.05
+"""A given pixel size may differ so much from the slide's own, which scanners round, without a remark."""
 
 
 @dataclass(frozen=True)
@@ -216,6 +220,12 @@ def _remark(slide: Prepared, areas: Mapping[str, Any], regions: RegionsReport, n
         remarks.append(NO_TISSUE)
     if slide.reader.mpp_source == "objective-power":
         remarks.append(f"its pixel size, {slide.reader.mpp_x:g} um, is a guess from the objective's power")
+    if slide.reader.mpp_source == "given":
+        with suppress(PistoSegError):  # it says none
+            own = resolve_mpp(slide.reader.properties, None, slide.entry.uri)
+            is_guess = own.source == "objective-power"
+            if not is_guess and not math.isclose(own.mpp_x, slide.reader.mpp_x, rel_tol=SAME_MPP):
+                remarks.append(f"its pixels are taken to be {slide.reader.mpp_x:g} um, and it says {own.mpp_x:g}")
     coarsest = max(slide.reader.mpp_x, slide.reader.mpp_y)
     if coarsest > COARSE * network.mpp:
         remarks.append(f"its pixels, {coarsest:g} um, are larger than the model's, {network.mpp:g} um")

@@ -209,7 +209,7 @@ def test_bad_slides_are_rows_and_the_good_ones_are_done(local_ray, model, slide,
     manifest = tmp_path / "manifest.csv"
     manifest.write_text(f"slide,slide_id,mpp\n{folder / 'no mpp.tif'},no mpp,1.0\n{folder / 'good.tif'},good,\n")
     assert segment(model, manifest, out) == 0
-    assert rows(out)["no mpp"]["mpp_source"] == "manifest"
+    assert rows(out)["no mpp"]["mpp_source"] == "given"
     check_results(out / "slides" / "no mpp", SIDE // 2, SIDE // 2, MPP, 1.0)
     assert contents(out / "slides" / "good") == before
     assert image.shape == (SIDE, SIDE, 3)

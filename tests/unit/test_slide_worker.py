@@ -15,10 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
+from PIL import Image
 from slide_files import texture, write_tiff
 
 from pistoseg import commands, storage
 from pistoseg.classes import TissueClasses
+from pistoseg.cli import main
 from pistoseg.errors import PistoSegError, RefusedError, UnavailableError
 from pistoseg.models import bundle, segmentation
 from pistoseg.outputs.summary import write_summary
@@ -357,3 +359,44 @@ def test_a_slide_of_specks_has_few_outlines_and_says_so_unless_their_area_is_giv
     said = "leave out regions below 25 um2, not below 100; 100.0 % of its tissue"
     assert (said in result.record["reason"]) == (given is None)
     assert result.record["settings"]["min_area_um2"] == given
+
+
+def test_slides_without_a_pixel_size_are_one_line_of_a_dry_run_and_an_option_gives_it(model, tmp_path, capsys):
+    folder = tmp_path / "slides"
+    folder.mkdir()
+    for name in "abcde":
+        Image.fromarray(texture(100, 100)).save(folder / f"{name}.png")
+    arguments = ["segment", "--model", model, "--mpp", "1", "--slides", str(folder), "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--dry-run"]) == 3
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "fail" in line)
+    assert line.startswith("would fail: 5 slides, a, b, c and 2 more: mpp: has neither a believable pixel size")
+    assert "--slide-mpp" in line
+    assert main([*arguments, "--dry-run", "--slide-mpp", "1"]) == 0
+    assert "fail" not in capsys.readouterr().out
+    assert main([*arguments, "--dry-run", "--slide-mpp", "200"]) == 2
+    assert "--slide-mpp: mpp: 200 um/px is no pixel size" in capsys.readouterr().err
+
+
+def test_a_pixel_size_of_all_slides_counts_as_one_of_the_manifest_which_goes_before_it(model, tmp_path):
+    for name in "ab":
+        write_tiff(tmp_path / f"{name}.tif", texture(100, 100), mpp=(1.0, 1.0))
+    run = SlideRun(model, str(tmp_path / "m.csv"), str(tmp_path / "out"), SlideSettings(mpp=1.0), slide_mpp=2.0)
+
+    def planned(manifest, run):
+        (tmp_path / "m.csv").write_text(manifest)
+        found = slides.plan(run)
+        return [(entry.mpp, found.network.made_from(entry)["settings"]) for entry, _ in found.todo]
+
+    both = planned("slide,mpp\na.tif,2.0\nb.tif,0.5\n", replace(run, slide_mpp=None))
+    assert planned("slide,mpp\na.tif,\nb.tif,0.5\n", run) == both
+    assert [mpp for mpp, _ in both] == [2.0, 0.5]
+    assert planned("slide\na.tif\n", replace(run, slide_mpp=None))[0][1] != both[0][1]
+
+
+def test_a_given_pixel_size_that_a_slide_contradicts_is_remarked_on(model, tmp_path):
+    slide = write_tiff(tmp_path / "a.tif", texture(100, 100), mpp=(1.0, 1.0))
+    segment = bundle.load(model, "cpu").segment_slide
+    assert segment(slide, tmp_path / "a", mpp=1.0, slide_mpp=0.5).record["reason"] == (
+        "its pixels are taken to be 0.5 um, and it says 1"
+    )
+    assert segment(slide, tmp_path / "b", mpp=1.0, slide_mpp=1.01).record["reason"] == ""
