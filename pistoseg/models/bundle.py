@@ -82,8 +82,8 @@ def load(uri: str, device: str | torch.device | None = None) -> Segmenter:
     """Load a bundle.
 
     Args:
-        uri: the folder, local or on any fsspec file system; that of a workspace, and `models:/` names, are for the
-            command line.
+        uri: the folder, local or on any fsspec file system; that of a workspace, and `models:/` names, are for
+            `pistoseg.load`.
         device: `cpu`, `cuda`...; None or `auto` for CUDA where there is one.
     Raises:
         PistoSegError: where the folder is no bundle, is of a newer format, or its parts do not fit each other.

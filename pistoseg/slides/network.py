@@ -122,9 +122,13 @@ class SlideNetwork:
                 "the model does not say the pixel size that it was trained at",
                 file=segmenter.uri,
                 field="mpp",
-                remedy="give --mpp, the micrometres per pixel of its training images (0.25 at 40x, 0.5 at 20x)",
+                remedy="give --mpp (in Python mpp=), the micrometres per pixel of its training images: 0.25 at 40x, 0.5 at "
+                "20x",
             )
-        remedy = f"give --mpp, the micrometres per pixel of the model's training images, {MIN_MPP:g} to {MAX_MPP:g}"
+        remedy = (
+            "give --mpp (in Python mpp=), the micrometres per pixel of the model's training images, "
+            f"{MIN_MPP:g} to {MAX_MPP:g}"
+        )
         check_mpp(mpp, segmenter.uri if settings.mpp is None else None, remedy)
         self.mpp = float(mpp)
         other = trained is not None and trained != mpp

@@ -332,7 +332,7 @@ class Registry:
             raise PistoSegError(
                 f"can't be looked up: {database} is not there",
                 file=what,
-                remedy="give --workspace or MLFLOW_TRACKING_URI",
+                remedy="give --workspace (in Python workspace=) or MLFLOW_TRACKING_URI",
             )
         return connect(self.config, self.workspace)
 

@@ -15,6 +15,7 @@ import fsspec
 import pytest
 from rich.console import Console
 
+import pistoseg
 from pistoseg import models_command, storage
 from pistoseg.artifacts import Workspace
 from pistoseg.cli import main
@@ -277,6 +278,17 @@ def test_a_registered_model_can_be_evaluated_by_its_name(workspace, monkeypatch,
     command = ["evaluate", "--data", str(tmp_path), "--out", str(tmp_path / "out"), "--workspace", workspace.root]
     assert main([*command, "--model", "models:/tissue/2"]) == 2
     assert [uri.rpartition("/precise/")[2] for uri in seen] == ["bbbb/bundle"]
+
+
+def test_python_loads_what_the_command_line_calls_a_model(workspace, monkeypatch, tmp_path):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr("pistoseg.models.bundle.load", lambda uri, device: (uri, device))
+    only = trained(Workspace(str(tmp_path)), "aaaa", "2026-01-02T00:00:00Z")
+    assert pistoseg.load(tmp_path) == (only, None)
+    second = workspace.find("precise", "bbbb").path("bundle")
+    assert pistoseg.load("models:/tissue/2", "cpu", workspace=workspace.root) == (second, "cpu")
+    with pytest.raises(PistoSegError, match=r"in Python workspace="):
+        pistoseg.load("models:/tissue/2", workspace=str(tmp_path))
 
 
 def test_models_and_versions_are_all_listed_however_few_a_server_names_at_a_time(registry, workspace, monkeypatch):
