@@ -103,7 +103,7 @@ def evaluate(
     from pistoseg.stages.evaluation import evaluate_folder, other_protocol
     from pistoseg.tracking.registry import bundle_uri
 
-    model = bundle_uri(model, TrackingConfig(), Workspace(storage.absolute(workspace)))
+    named, model = model, bundle_uri(model, TrackingConfig(), Workspace(storage.absolute(workspace)))
     data, out, progress = storage.absolute(data), storage.absolute(out), Progress()
     config = evaluation_config(model, protocol)
     if protocol and (said := other_protocol(model, config)):
@@ -121,7 +121,7 @@ def evaluate(
             max_pixels=max_pixels or DataConfig().max_pixels,
             progress=progress,
         )
-    Console().print(score_table({storage.name(model): report}))
+    Console().print(score_table({redact(named): report}, f"IoU on {storage.name(data)} ({report['images']} images)"))
     print(storage.join(out, "metrics.json"))
     return report
 

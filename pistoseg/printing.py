@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -36,17 +37,17 @@ def print_scores(console: Console, artifacts: dict[str, Artifact]) -> None:
         console.print(label_table(artifacts["label_scores"].summary["report"], held_out))
 
 
-def score_table(reports: dict[str, dict[str, Any]]) -> Table:
+def score_table(reports: dict[str, dict[str, Any]], title: str = "IoU on the validation images") -> Table:
     """A row per class and score, a column per model."""
-    table = Table(title="IoU on the validation images", title_justify="left")
+    table = Table(title=escape(title), title_justify="left")
     table.add_column("")
     for model in reports:
         table.add_column(Text(model), justify="right", overflow="fold")
     for name in next(iter(reports.values()))["iou"]:
         table.add_row(Text(name), *(_number(report["iou"][name]) for report in reports.values()))
     table.add_section()
-    for title, key in (("mIoU", "miou"), ("fwIoU", "fwiou")):
-        table.add_row(title, *(_number(report[key]) for report in reports.values()))
+    for name, key in (("mIoU", "miou"), ("fwIoU", "fwiou")):
+        table.add_row(name, *(_number(report[key]) for report in reports.values()))
         intervals = [report.get("confidence_interval_95", {}).get(key) for report in reports.values()]
         table.add_row("  95 %", *(" to ".join(map(_number, ends)) if ends else "-" for ends in intervals))
     counts = (f"{report['images']}{'' if report['complete'] else ' (incomplete)'}" for report in reports.values())

@@ -116,6 +116,8 @@ def evaluate_folder(
             remedy="name the model's classes, in its order",
         )
     scored = scan_evaluation(data).folder
+    if scored != data:
+        progress.say(f"the images of {scored} are scored, the validation split of {data}")
     with claimed(out, say=progress.say) as claim:
         assert claim is not None, "no report is ready before it is asked for"
         key = _work_key(model, scored, config, classes, device, max_pixels)
@@ -214,6 +216,8 @@ def evaluate(
             remedy="something else changed it meanwhile: delete it, and run the same command again",
         )
     matrices = np.array(table["matrix"].to_pylist(), np.int64).reshape(-1, len(classes), len(classes))
+    if said := _unseen(matrices, classes.names):
+        progress.say(said)
     report = _report(matrices, classes.names, config, seed) | {
         "protocol": config.protocol,
         "settings": config.resolved(),
@@ -248,6 +252,17 @@ class _Score:
             matrix = metrics.confusion(item.mask, prediction, len(classes))
             rows.append({"name": item.name, "matrix": matrix.ravel(), "prediction": encode_mask(prediction, classes)})
         parquet.write(pa.Table.from_pylist(rows, SCHEMA), part)
+
+
+def _unseen(matrices: np.ndarray, names: list[str]) -> str | None:
+    """What to say of classes that no mask shows; where none shows any, that was said as they were read."""
+    pixels = matrices.sum((0, 2))
+    ids = {True: [], False: []}
+    for number, name in enumerate(names):
+        ids[bool(pixels[number])].append(f"{name!r} (id {number})")
+    if not (ids[True] and ids[False]):
+        return None
+    return f"no pixel of {', '.join(ids[False])} in the masks, only of {', '.join(ids[True])}"
 
 
 def _report(matrices: np.ndarray, names: list[str], config: EvaluationConfig, seed: int) -> dict[str, Any]:
