@@ -33,8 +33,8 @@ def load(uri: str | Path, device: str | None = None, *, workspace: str = "runs/p
         A `Segmenter`: `predict(image)` gives an (H, W) array of class ids, `probabilities(image)` their probabilities,
         `segment_slide(slide, out)` writes what `pistoseg segment` does; `classes` has names and colours.
     Raises:
-        PistoSegError: there is no such model, it is damaged or of a newer version, or the workspace has several of which
-            none is its champion.
+        PistoSegError: there is no such model, it is damaged or of a newer version, or the workspace has several
+            of which none is its champion.
     """
     from pistoseg import storage
     from pistoseg.artifacts import Workspace

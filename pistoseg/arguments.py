@@ -151,7 +151,7 @@ def segment_options(parser: argparse.ArgumentParser) -> None:
         "--mpp",
         type=float,
         metavar="UM",
-        help="um per px of the model's training images, where the bundle does not say it; that of slides is --slide-mpp",
+        help="um per px of the model's training images, where the bundle does not say it; of slides: --slide-mpp",
     )
     parser.add_argument(
         "--slide-mpp",

@@ -47,8 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code.
 
     0 done; 1 a check found something; 2 the user's input or settings are wrong, or a row of a table failed; 3 some
-    slides failed, the others are done, or would of a dry run; 130 interrupted, also by SIGTERM; 141 nobody reads its output any more, as in
-    `| head`.
+    slides failed, the others are done (or would be, of a dry run); 130 interrupted, also by SIGTERM; 141 nobody reads
+    its output any more, as in `| head`.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     options, unknown = build_parser().parse_known_args(given)

@@ -160,7 +160,7 @@ def segment(
     dry_run: bool = False,
     **options: Any,
 ) -> int:
-    """Segment slides and print what came out; 3 when some failed. `dry_run` only says what would be done, and would fail.
+    """Segment slides and print what came out; 3 when some failed. `dry_run` only says what would be done or fail.
 
     Args:
         model: URI of a bundle or of a workspace with one, or `models:/name@alias`.

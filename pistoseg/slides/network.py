@@ -40,8 +40,8 @@ OVERVIEW_PIXELS = 1800
 """Longer side of the picture from which the overview is drawn, at most: twice what it shows."""
 NO_TISSUE = "no tissue was found"
 MIN_AREAS_UM2 = (100.0, 50.0, 25.0)
-"""Smallest regions of the outlines where none is given, um2: the first that leaves the areas of the classes as they are,
-else the last. That is about a cell; what is smaller is noise, of which QuPath has to open each as an object."""
+"""Smallest regions of the outlines where none is given, um2: the first that leaves the areas of the classes as they
+are, else the last. That is about a cell: what is smaller is noise, each speck of which would be an object in QuPath."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class SlideSettings:
         probabilities: whether probabilities.zarr is written.
         tolerance_um: of the outlines' simplification.
         min_area_um2: smaller regions are given to their neighbours in the outlines; the mask, and the areas that are
-            measured on it, keep them. None: the first of MIN_AREAS_UM2 with which the outlines of a slide keep them too.
+            measured on it, keep them. None: the first of MIN_AREAS_UM2 with which the outlines of a slide do, too.
     """
 
     mpp: float | None = None
@@ -122,8 +122,8 @@ class SlideNetwork:
                 "the model does not say the pixel size that it was trained at",
                 file=segmenter.uri,
                 field="mpp",
-                remedy="give --mpp (in Python mpp=), the micrometres per pixel of its training images: 0.25 at 40x, 0.5 at "
-                "20x",
+                remedy="give --mpp (in Python mpp=), the micrometres per pixel of its training images "
+                "(0.25 at 40x, 0.5 at 20x)",
             )
         remedy = (
             "give --mpp (in Python mpp=), the micrometres per pixel of the model's training images, "

@@ -66,8 +66,8 @@ def resolve_mpp(properties: Mapping[str, str], given: float | None, file: str) -
         "has neither a believable pixel size nor an objective power in its metadata",
         file=file,
         field="mpp",
-        remedy="give its micrometres per pixel in the column mpp of a manifest (CSV with the columns slide and mpp), or "
-        "those of all slides as `segment --slide-mpp`",
+        remedy="give its micrometres per pixel in the column mpp of a manifest (CSV with the columns slide and mpp), "
+        "or those of all slides as `segment --slide-mpp`",
     )
 
 

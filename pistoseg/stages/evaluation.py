@@ -257,12 +257,9 @@ class _Score:
 def _unseen(matrices: np.ndarray, names: list[str]) -> str | None:
     """What to say of classes that no mask shows; where none shows any, that was said as they were read."""
     pixels = matrices.sum((0, 2))
-    ids = {True: [], False: []}
-    for number, name in enumerate(names):
-        ids[bool(pixels[number])].append(f"{name!r} (id {number})")
-    if not (ids[True] and ids[False]):
-        return None
-    return f"no pixel of {', '.join(ids[False])} in the masks, only of {', '.join(ids[True])}"
+    seen = [f"{name!r} (id {number})" for number, name in enumerate(names) if pixels[number]]
+    unseen = [f"{name!r} (id {number})" for number, name in enumerate(names) if not pixels[number]]
+    return f"no pixel of {', '.join(unseen)} in the masks, only of {', '.join(seen)}" if seen and unseen else None
 
 
 def _report(matrices: np.ndarray, names: list[str], config: EvaluationConfig, seed: int) -> dict[str, Any]:
