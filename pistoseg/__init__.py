@@ -9,6 +9,8 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from pistoseg.models.bundle import Segmenter
 
 # What Ray ends because a node is short of memory it would begin again for ever; the pauses between these tries grow to
@@ -19,8 +21,25 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "load"]
 
 
-def load(uri: str, device: str | None = None) -> Segmenter:
-    """Load a model bundle from a folder or URI; see `pistoseg.models.bundle.load`."""
-    from pistoseg.models.bundle import load as load_bundle
+def load(uri: str | Path, device: str | None = None, *, workspace: str = "runs/pistoseg") -> Segmenter:
+    """Load a model, as `--model` of the command line names it.
 
-    return load_bundle(uri, device)
+    Args:
+        uri: folder or URI of a bundle or of a workspace with one, or a registered model: `models:/NAME@ALIAS`,
+            `models:/NAME/VERSION`.
+        device: `cpu`, `cuda`, `cuda:1`...; None or `auto` for CUDA where there is one.
+        workspace: whose MLflow knows registered models, unless MLFLOW_TRACKING_URI names a server.
+    Returns:
+        A `Segmenter`: `predict(image)` gives an (H, W) array of class ids, `probabilities(image)` their probabilities,
+        `segment_slide(slide, out)` writes what `pistoseg segment` does; `classes` has names and colours.
+    Raises:
+        PistoSegError: there is no such model, it is damaged or of a newer version, or the workspace has several
+            of which none is its champion.
+    """
+    from pistoseg import storage
+    from pistoseg.artifacts import Workspace
+    from pistoseg.config import TrackingConfig
+    from pistoseg.models import bundle
+    from pistoseg.tracking.registry import bundle_uri
+
+    return bundle.load(bundle_uri(str(uri), TrackingConfig(), Workspace(storage.absolute(workspace))), device)

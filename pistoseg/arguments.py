@@ -152,8 +152,28 @@ def segment_options(parser: argparse.ArgumentParser) -> None:
         "--mpp",
         type=float,
         metavar="UM",
-        help="um per px of the model's training images, where the bundle does not say it; a slide's own is the "
-        "manifest's column mpp",
+        help="um per px of the model's training images, where the bundle does not say it; of slides: --slide-mpp",
+    )
+    parser.add_argument(
+        "--slide-mpp",
+        type=above_zero,
+        metavar="UM",
+        help="um per px of the slides at full size, such as PNGs that do not say it; it goes before what a slide says, "
+        "and a manifest's column mpp before it",
+    )
+    parser.add_argument(
+        "--min-area",
+        type=zero_or_more,
+        metavar="UM2",
+        help="smallest region of the outlines, um2; the mask and areas keep smaller ones (default: 100, and down to 25 "
+        "for a slide on which that would change the area of a class by more than 0.5 %%)",
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=zero_or_more,
+        default=2.0,
+        metavar="UM",
+        help="of the outlines' simplification, um; 0 keeps every corner (default: %(default)g)",
     )
     parser.add_argument("--probabilities", action="store_true", help="also write probabilities.zarr of every slide")
     parser.add_argument(
@@ -188,6 +208,14 @@ def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def zero_or_more(text: str) -> float:
+    """A finite number that is not below 0."""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError("must be 0 or a number above it")
     return value
 
 

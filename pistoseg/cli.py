@@ -47,8 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code.
 
     0 done; 1 a check found something; 2 the user's input or settings are wrong, or a row of a table failed; 3 some
-    slides failed, the others are done; 130 interrupted, also by SIGTERM; 141 nobody reads its output any more, as in
-    `| head`.
+    slides failed, the others are done (or would be, of a dry run); 130 interrupted, also by SIGTERM; 141 nobody reads
+    its output any more, as in `| head`.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     options, unknown = build_parser().parse_known_args(given)
@@ -287,7 +287,10 @@ def _segment(options: argparse.Namespace) -> int:
             "symmetries": options.symmetries,
             "batch_size": options.batch_size,
             "probabilities": options.probabilities,
+            "tolerance_um": options.tolerance,
+            "min_area_um2": options.min_area,
         },
+        slide_mpp=options.slide_mpp,
         workers=options.workers,
         limit=options.limit,
         only_failed=options.only_failed,

@@ -103,7 +103,7 @@ def evaluate(
     from pistoseg.stages.evaluation import evaluate_folder, other_protocol
     from pistoseg.tracking.registry import bundle_uri
 
-    model = bundle_uri(model, TrackingConfig(), Workspace(storage.absolute(workspace)))
+    named, model = model, bundle_uri(model, TrackingConfig(), Workspace(storage.absolute(workspace)))
     data, out, progress = storage.absolute(data), storage.absolute(out), Progress()
     config = evaluation_config(model, protocol)
     if protocol and (said := other_protocol(model, config)):
@@ -121,7 +121,7 @@ def evaluate(
             max_pixels=max_pixels or DataConfig().max_pixels,
             progress=progress,
         )
-    Console().print(score_table({storage.name(model): report}))
+    Console().print(score_table({redact(named): report}, f"IoU on {storage.name(data)} ({report['images']} images)"))
     print(storage.join(out, "metrics.json"))
     return report
 
@@ -160,7 +160,7 @@ def segment(
     dry_run: bool = False,
     **options: Any,
 ) -> int:
-    """Segment slides and print what came out; 3 when some failed. `dry_run` only says what would be done.
+    """Segment slides and print what came out; 3 when some failed. `dry_run` only says what would be done or fail.
 
     Args:
         model: URI of a bundle or of a workspace with one, or `models:/name@alias`.
@@ -181,9 +181,10 @@ def segment(
     run = stage.SlideRun(uri, slides, storage.absolute(out), SlideSettings(**settings), **options)
     if dry_run:
         found = _plan(run)
-        for line in estimate_lines(stage.estimate(run, found), run.workers or 1):
+        estimate = stage.estimate(run, found)
+        for line in estimate_lines(estimate, run.workers or 1):
             print(line)
-        return 0
+        return 3 if estimate.unreadable else 0
     progress = Progress()
     with claimed(run.out, say=progress.say) as claim:  # two runs into one folder would delete each other's results
         found = _plan(run)
@@ -200,7 +201,7 @@ def _plan(run: SlideRun) -> Plan:
     found = stage.plan(run)
     print(f"{len(found.todo)} slides to do, {len(found.done)} up to date, {found.left} left alone", flush=True)
     if found.network.remark:
-        remedy = "--mpp is the model's pixel size; that of slides goes into a manifest's column mpp"
+        remedy = "--mpp is the model's pixel size; that of slides is --slide-mpp, or a manifest's column mpp"
         Progress().say(f"warning: slides are {found.network.remark}: {remedy}")
     return found
 

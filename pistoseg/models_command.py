@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 
 from rich.console import Console
 from rich.markup import escape
@@ -10,14 +12,27 @@ from rich.table import Table
 from rich.text import Text
 
 from pistoseg import storage
-from pistoseg.artifacts import Workspace
+from pistoseg.artifacts import Artifact, Workspace
 from pistoseg.config import TrackingConfig
 from pistoseg.errors import PistoSegError
+from pistoseg.progress import Progress
 from pistoseg.redaction import redact
-from pistoseg.tracking.registry import CHAMPION, PREVIOUS, ModelVersion, Registry, lineage, scored_by
+from pistoseg.tracking.registry import (
+    BUNDLE,
+    CHAMPION,
+    PREVIOUS,
+    SCORES,
+    ModelVersion,
+    Registry,
+    lineage,
+    newest_scores,
+    scored_by,
+)
 
 WIDTH = 200
 """Columns where the output is no terminal: nothing is folded in a log."""
+INTERNALS = ("epoch", "gradient_norm", "images_per_s", "lr", "seconds", "waiting_share")
+"""Metrics of a training that say how it ran."""
 
 
 def list_models(workspace: str, tracking: TrackingConfig) -> int:
@@ -29,7 +44,12 @@ def list_models(workspace: str, tracking: TrackingConfig) -> int:
     table = Table(title=f"Models at {escape(redact(registry.uri))}", title_justify="left")
     for title in ("model", "version", "aliases", "mIoU", "registered", "bundle"):
         table.add_column(title, overflow="fold")
-    for version in registry.versions():
+    versions = registry.versions()
+    if not versions:
+        where = f"no model is registered at {redact(registry.uri)}"
+        print(f"{where}; --workspace names another workspace, MLFLOW_TRACKING_URI or --set tracking.uri=URL a server")
+        return 0
+    for version in versions:
         try:
             scores = _scores(version)
         except (PistoSegError, OSError):  # one that is away, or is not to be opened from here, hides no other version
@@ -52,10 +72,8 @@ def show(model: str, workspace: str, tracking: TrackingConfig) -> int:
     rows |= {key.removeprefix("pistoseg."): value for key, value in version.tags.items() if key == "pistoseg.search"}
     for title, value in rows.items():
         console.print(f"  {title}: {value}", highlight=False, markup=False, soft_wrap=True)
-    metrics = registry.metrics(version) | _scores(version)
-    console.print("metrics", highlight=False)
-    for name, score in sorted(metrics.items()):
-        console.print(f"  {name}: {score:.4f}", highlight=False, markup=False)
+    for line in (*_score_lines(version), *_training_lines(registry.metrics(version), _scores(version))):
+        console.print(line, highlight=False, markup=False)
     console.print("lineage", highlight=False)
     for manifest in lineage(version.bundle):
         inputs = ", ".join(f"{role} {item['fingerprint'][:6]}" for role, item in manifest["inputs"].items())
@@ -69,10 +87,17 @@ def show(model: str, workspace: str, tracking: TrackingConfig) -> int:
 
 def promote(name: str, version: str, alias: str, workspace: str, tracking: TrackingConfig) -> int:
     """Point an alias to a version."""
-    before = _registry(workspace, tracking).promote(name, version, alias)
+    registry = _registry(workspace, tracking)
+    before = registry.promote(name, version, alias)
     print(f"models:/{name}@{alias} is version {version}")
     if before is not None and alias == CHAMPION:
         print(f"models:/{name}@{PREVIOUS} is version {before}")
+        with suppress(PistoSegError, OSError):  # a storage that is away hides scores
+            now, was = (_scores(registry.find(f"{name}/{number}")) for number in (version, before))
+            key = next((key for key in SCORES if key in now and key in was), None)
+            if key and now[key] < was[key]:
+                text = f"version {version} has {SCORES[key]} {now[key]:.4f}, the champion before it {was[key]:.4f}"
+                Progress().say(f"warning: {text}")
     return 0
 
 
@@ -94,15 +119,33 @@ def _console() -> Console:
 
 
 def _scores(version: ModelVersion) -> dict[str, float]:
-    """Of the newest evaluation, and the newest scores by labels, in the workspace that it was registered from.
+    """What scores a model in the workspace that it was registered from."""
+    return {name: score for artifact in _scored(version) for name, score in artifact.summary.get("metrics", {}).items()}
 
-    A model may be scored by several protocols.
-    """
-    newest: dict[str, dict[str, float]] = {}
-    if "pistoseg.bundle" in version.tags:
-        for artifact in sorted(scored_by(version.bundle), key=lambda item: str(item.manifest["created"])):
-            newest[artifact.stage] = artifact.summary.get("metrics", {})
-    return {name: score for metrics in newest.values() for name, score in metrics.items()}
+
+def _scored(version: ModelVersion) -> list[Artifact]:
+    return newest_scores(version.bundle) if BUNDLE in version.tags else []
+
+
+def _score_lines(version: ModelVersion) -> Iterator[str]:
+    """Scores by masks and by labels, with their intervals and how much was scored."""
+    for artifact in _scored(version):
+        report = artifact.summary.get("report", {})
+        counts = [f"{report[what]} {what}" for what in ("images", "windows") if what in report]
+        by = "labels" if artifact.stage == "label_scores" else "masks"
+        yield f"scores by {by}{f' of {counts[0]}' if counts else ''}"
+        for name, score in artifact.summary.get("metrics", {}).items():
+            ends = report.get("confidence_interval_95", {}).get(name, [None])
+            interval = "" if None in ends else f" (95 %: {' to '.join(f'{end:.4f}' for end in ends)})"
+            yield f"  {name}: {score:.4f}{interval}"
+
+
+def _training_lines(metrics: dict[str, float], scores: dict[str, float]) -> Iterator[str]:
+    """What else the MLflow run measured: last what says how it ran, not what came out."""
+    yield "training"
+    for name in sorted(metrics.keys() - scores.keys(), key=lambda name: (name in INTERNALS, name)):
+        # A run counts epochs from 0, the log and people from 1.
+        yield f"  epochs: {metrics[name] + 1:.0f}" if name == "epoch" else f"  {name}: {metrics[name]:.4f}"
 
 
 def _pictures(version: ModelVersion) -> list[str]:

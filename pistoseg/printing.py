@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -36,17 +37,17 @@ def print_scores(console: Console, artifacts: dict[str, Artifact]) -> None:
         console.print(label_table(artifacts["label_scores"].summary["report"], held_out))
 
 
-def score_table(reports: dict[str, dict[str, Any]]) -> Table:
+def score_table(reports: dict[str, dict[str, Any]], title: str = "IoU on the validation images") -> Table:
     """A row per class and score, a column per model."""
-    table = Table(title="IoU on the validation images", title_justify="left")
+    table = Table(title=escape(title), title_justify="left")
     table.add_column("")
     for model in reports:
         table.add_column(Text(model), justify="right", overflow="fold")
     for name in next(iter(reports.values()))["iou"]:
         table.add_row(Text(name), *(_number(report["iou"][name]) for report in reports.values()))
     table.add_section()
-    for title, key in (("mIoU", "miou"), ("fwIoU", "fwiou")):
-        table.add_row(title, *(_number(report[key]) for report in reports.values()))
+    for name, key in (("mIoU", "miou"), ("fwIoU", "fwiou")):
+        table.add_row(name, *(_number(report[key]) for report in reports.values()))
         intervals = [report.get("confidence_interval_95", {}).get(key) for report in reports.values()]
         table.add_row("  95 %", *(" to ".join(map(_number, ends)) if ends else "-" for ends in intervals))
     counts = (f"{report['images']}{'' if report['complete'] else ' (incomplete)'}" for report in reports.values())
@@ -89,7 +90,7 @@ def estimate_lines(found: Estimate, workers: int) -> list[str]:
         f"about {found.tiles:,} tiles, from {found.sampled} slides that were opened",
         f"about {minutes:,.1f} minutes: {found.tiles_per_s:.1f} tiles a second on this machine, workers: {workers}",
     ]
-    return lines + [f"would fail: {slide_id}: {reason}" for slide_id, reason in found.unreadable.items()]
+    return lines + [f"would fail: {line}" for line in _by_reason([vars(row) for row in found.unreadable])]
 
 
 def print_slides(out: str, record: Mapping[str, Any]) -> None:
@@ -98,15 +99,15 @@ def print_slides(out: str, record: Mapping[str, Any]) -> None:
     print(f"{counts['completed']} completed, {counts['failed']} failed, {counts['skipped']} were up to date")
     columns = ["slide_id", "slide", "status", "reason"]
     rows = parquet.read(storage.join(out, "summary.parquet"), columns).to_pylist()
-    for line in _failure_lines([row for row in rows if row["status"] == "failed"]):
-        print(line)
+    for line in _by_reason([row for row in rows if row["status"] == "failed"], " (see summary.csv)"):
+        print(f"failed: {line}")
     print(out)
     print("  slides/<slide_id>/  mask.tif regions.geojson overview.png areas.json slide.json")
     print("  summary.md summary.csv summary.parquet run.json")
 
 
-def _failure_lines(failed: list[dict[str, Any]]) -> list[str]:
-    """A line for each reason for which slides failed; many have the same, but for the name of their file."""
+def _by_reason(failed: list[dict[str, Any]], see: str = "") -> list[str]:
+    """A line for each reason for which slides fail; many have the same, but for the name of their file."""
     by_reason: dict[str, list[dict[str, Any]]] = {}
     for row in failed:
         _, named, reason = row["reason"].partition(f"{storage.name(row['slide'])}: ")
@@ -114,11 +115,11 @@ def _failure_lines(failed: list[dict[str, Any]]) -> list[str]:
     lines = []
     for reason, rows in by_reason.items():
         if len(rows) == 1:
-            lines.append(f"failed: {rows[0]['slide_id']}: {rows[0]['reason']}")
+            lines.append(f"{rows[0]['slide_id']}: {rows[0]['reason']}")
         else:
             some = ", ".join(row["slide_id"] for row in rows[:SHOWN])
-            more = "" if len(rows) <= SHOWN else f" and {len(rows) - SHOWN} more (see summary.csv)"
-            lines.append(f"failed: {len(rows)} slides, {some}{more}: {reason}")
+            more = "" if len(rows) <= SHOWN else f" and {len(rows) - SHOWN} more{see}"
+            lines.append(f"{len(rows)} slides, {some}{more}: {reason}")
     return lines
 
 

@@ -82,8 +82,8 @@ def load(uri: str, device: str | torch.device | None = None) -> Segmenter:
     """Load a bundle.
 
     Args:
-        uri: the folder, local or on any fsspec file system; that of a workspace, and `models:/` names, are for the
-            command line.
+        uri: the folder, local or on any fsspec file system; that of a workspace, and `models:/` names, are for
+            `pistoseg.load`.
         device: `cpu`, `cuda`...; None or `auto` for CUDA where there is one.
     Raises:
         PistoSegError: where the folder is no bundle, is of a newer format, or its parts do not fit each other.
@@ -276,10 +276,11 @@ class Segmenter:
             slide: path or URI; of object storage, it is fetched into a temporary folder first.
             out: folder or URI.
             slide_id: name of its folder; None: the file's name.
-            slide_mpp: um per level-0 px, where the slide does not say it.
+            slide_mpp: um per level-0 px, where the slide does not say it or is wrong.
             tissue_mask: path or URI of a mask to use instead of the one that would be found.
             readers: threads that read ahead of the network.
-            settings: as in `pistoseg.slides.job.SlideSettings`: mpp, stride, symmetries, batch_size, probabilities...
+            settings: as in `pistoseg.slides.network.SlideSettings`: mpp, stride, symmetries, batch_size, probabilities,
+                tolerance_um, min_area_um2.
         Returns:
             Where the results are, what slide.json says, and the areas.
         Raises:

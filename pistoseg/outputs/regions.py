@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -129,51 +129,40 @@ def write_regions(
     return report
 
 
-def negligible_area(mask: NDArray[np.uint8], classes: TissueClasses, mpp: float, min_area: float) -> float:
+def negligible_area(mask: NDArray[np.uint8], classes: TissueClasses, mpp: float, candidates: Sequence[float]) -> float:
     """The area below which regions can be given to their neighbours with each class keeping its own area.
 
     Args:
         mask: (h, w) uint8 class ids.
         classes: of the mask.
         mpp: micrometres per px of the mask.
-        min_area: that is wanted, um2; no larger one is returned.
+        candidates: areas, um2, the largest first.
     Returns:
-        The first of min_area, its half, a quarter and so on with which each class keeps its area but for
-        MAX_AREA_CHANGE of it and FREE_AREA of all tissue; 0 where there is none of more than a px.
+        The first of them with which each class keeps its area but for MAX_AREA_CHANGE of it and FREE_AREA of all
+        tissue, else the last.
     """
     mask = mask if mask.size else np.zeros((0, 1), np.uint8)
-    wanted = [min_area]
-    while wanted[-1] > mpp**2:
-        wanted.append(wanted[-1] / 2)
-    wanted.pop()
     bands = _bands(mask, None)
     shared = _shared_regions(mask, bands)
-    for some in (wanted[:1], wanted[1:]):  # mostly the first will do
-        fits = _keep_areas(mask, classes, bands, shared, [int(np.ceil(area / mpp**2)) for area in some])
-        if fits.any():
-            return some[int(fits.argmax())]
-    return 0.0
+    for area in candidates[:-1]:
+        if _keep_areas(mask, classes, bands, shared, int(np.ceil(area / mpp**2))):
+            return area
+    return candidates[-1]
 
 
 def _keep_areas(
-    mask: NDArray[np.uint8],
-    classes: TissueClasses,
-    bands: list[tuple[int, int]],
-    shared: _SharedRegions,
-    least: list[int],
-) -> NDArray[np.bool_]:
-    """For each smallest size of a region, px, whether the classes keep their areas."""
-    exact = np.zeros(256, np.int64)
-    left = np.zeros((len(least), 256), np.int64)
+    mask: NDArray[np.uint8], classes: TissueClasses, bands: list[tuple[int, int]], shared: _SharedRegions, least: int
+) -> bool:
+    """Whether the classes keep their areas without regions of less than `least` px."""
+    exact, left = np.zeros(256, np.int64), np.zeros(256, np.int64)
     for number, (top, bottom) in enumerate(bands):
         regions = find_regions(np.ascontiguousarray(mask[top:bottom]))
         exact += _areas(regions.values, regions.lengths)
-        for areas, size in zip(left, least, strict=True):
-            specks = shared.specks(number, regions, size)
-            areas += _areas(absorb(regions, specks, classes.background_id), regions.lengths)
+        specks = shared.specks(number, regions, least)
+        left += _areas(absorb(regions, specks, classes.background_id), regions.lengths)
     tissue = exact[: len(classes)]
     allowed = MAX_AREA_CHANGE * tissue + FREE_AREA * tissue.sum()
-    return np.asarray((np.abs(left[:, : len(classes)] - tissue) <= allowed).all(1))
+    return bool((np.abs(left[: len(classes)] - tissue) <= allowed).all())
 
 
 def _named(counts: NDArray[np.int64], classes: TissueClasses) -> Iterator[tuple[str, int]]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,17 +17,20 @@ from pistoseg.outputs.summary import versions
 from pistoseg.slides import results
 from pistoseg.slides.cache import SlideCache
 from pistoseg.slides.ids import wrong_id
-from pistoseg.slides.network import NO_TISSUE, Prepared, SlideNetwork, SlideSettings, regions_origin
-from pistoseg.slides.resolution import MAX_MPP, MIN_MPP
+from pistoseg.slides.network import MIN_AREAS_UM2, NO_TISSUE, Prepared, SlideNetwork, SlideSettings, regions_origin
+from pistoseg.slides.resolution import MAX_MPP, MIN_MPP, resolve_mpp
 from pistoseg.slides.scratch import scratch_folder
 from pistoseg.slides.source import SlideEntry, list_slides
 from pistoseg.slides.stitching import MaskFile, Work
 
 if TYPE_CHECKING:
     from pistoseg.models.bundle import Segmenter
+    from pistoseg.outputs.regions import RegionsReport
 
 COARSE = 1.5
 """A slide whose pixels are so much larger than the model's is segmented with a remark."""
+SAME_MPP = 0.05
+"""A given pixel size may differ so much from the slide's own, which scanners round, without a remark."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +143,7 @@ def write_slide(
     record = {
         **start_record(slide.entry, made_from, attempts, clock.started),
         "status": "completed",
-        "reason": _remark(slide, areas, network),
+        "reason": _remark(slide, areas, regions, network),
         "seconds": clock.total(),
         "seconds_of": clock.laps,
         "mpp": slide.reader.mpp_x,
@@ -209,13 +214,25 @@ class Clock:
         return round(time.monotonic() - self._began, 2)
 
 
-def _remark(slide: Prepared, areas: Mapping[str, Any], network: SlideNetwork) -> str:
+def _remark(slide: Prepared, areas: Mapping[str, Any], regions: RegionsReport, network: SlideNetwork) -> str:
     remarks = [network.remark] if network.remark else []
     if not areas["tissue_um2"]:
         remarks.append(NO_TISSUE)
     if slide.reader.mpp_source == "objective-power":
         remarks.append(f"its pixel size, {slide.reader.mpp_x:g} um, is a guess from the objective's power")
+    if slide.reader.mpp_source == "given":
+        with suppress(PistoSegError):  # it says none
+            own = resolve_mpp(slide.reader.properties, None, slide.entry.uri)
+            is_guess = own.source == "objective-power"
+            if not is_guess and not math.isclose(own.mpp_x, slide.reader.mpp_x, rel_tol=SAME_MPP):
+                remarks.append(f"its pixels are taken to be {slide.reader.mpp_x:g} um, and it says {own.mpp_x:g}")
     coarsest = max(slide.reader.mpp_x, slide.reader.mpp_y)
     if coarsest > COARSE * network.mpp:
         remarks.append(f"its pixels, {coarsest:g} um, are larger than the model's, {network.mpp:g} um")
+    if network.settings.min_area_um2 is None and regions.min_area_um2 < MIN_AREAS_UM2[0]:
+        dropped = sum(regions.dropped_um2[name] for name in network.classes.names) / areas["tissue_um2"]
+        remarks.append(
+            f"specks: its outlines leave out regions below {regions.min_area_um2:g} um2, not below "
+            f"{MIN_AREAS_UM2[0]:g}; {100 * dropped:.1f} % of its tissue is in them (areas.json counts all)"
+        )
     return "; ".join(remarks)

@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 OVERVIEW_PIXELS = 1800
 """Longer side of the picture from which the overview is drawn, at most: twice what it shows."""
 NO_TISSUE = "no tissue was found"
+MIN_AREAS_UM2 = (100.0, 50.0, 25.0)
+"""Smallest regions of the outlines where none is given, um2: the first that leaves the areas of the classes as they
+are, else the last. That is about a cell: what is smaller is noise, each speck of which would be an object in QuPath."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,8 @@ class SlideSettings:
         batch_size: tiles in a forward pass; symmetric copies count.
         probabilities: whether probabilities.zarr is written.
         tolerance_um: of the outlines' simplification.
-        min_area_um2: smaller regions are given to their neighbours in the outlines; the mask keeps them. Where that
-            would change areas, the limit is lowered for the slide.
+        min_area_um2: smaller regions are given to their neighbours in the outlines; the mask, and the areas that are
+            measured on it, keep them. None: the first of MIN_AREAS_UM2 with which the outlines of a slide do, too.
     """
 
     mpp: float | None = None
@@ -62,7 +65,7 @@ class SlideSettings:
     batch_size: int | None = None
     probabilities: bool = False
     tolerance_um: float = 2.0
-    min_area_um2: float = 100.0
+    min_area_um2: float | None = None
 
 
 @dataclass(frozen=True)
@@ -119,9 +122,13 @@ class SlideNetwork:
                 "the model does not say the pixel size that it was trained at",
                 file=segmenter.uri,
                 field="mpp",
-                remedy="give --mpp, the micrometres per pixel of its training images (0.25 at 40x, 0.5 at 20x)",
+                remedy="give --mpp (in Python mpp=), the micrometres per pixel of its training images "
+                "(0.25 at 40x, 0.5 at 20x)",
             )
-        remedy = f"give --mpp, the micrometres per pixel of the model's training images, {MIN_MPP:g} to {MAX_MPP:g}"
+        remedy = (
+            "give --mpp (in Python mpp=), the micrometres per pixel of the model's training images, "
+            f"{MIN_MPP:g} to {MAX_MPP:g}"
+        )
         check_mpp(mpp, segmenter.uri if settings.mpp is None else None, remedy)
         self.mpp = float(mpp)
         other = trained is not None and trained != mpp
@@ -250,6 +257,7 @@ class SlideNetwork:
 
     def _outline(self, path: Path, slide: Prepared, mask: NDArray[np.uint8]) -> RegionsReport:
         x, y = regions_origin(slide.reader)
+        given = self.settings.min_area_um2
         return write_regions(
             path,
             mask,
@@ -257,7 +265,7 @@ class SlideNetwork:
             to_level0=ToLevel0(slide.view.scale_x, slide.view.scale_y, -x, -y),
             mpp=self.mpp,
             tolerance=self.settings.tolerance_um,
-            min_area=negligible_area(mask, self.classes, self.mpp, self.settings.min_area_um2),
+            min_area=negligible_area(mask, self.classes, self.mpp, MIN_AREAS_UM2) if given is None else given,
         )
 
 
@@ -271,7 +279,7 @@ def _check(settings: SlideSettings) -> None:
     """Refuse what no other part looks at."""
     for name in ("tolerance_um", "min_area_um2"):
         value = getattr(settings, name)
-        if not (math.isfinite(value) and value >= 0):
+        if value is not None and not (math.isfinite(value) and value >= 0):
             raise PistoSegError(f"{value:g} is out of range", field=name, remedy="give 0 or a positive number")
     if settings.batch_size is not None and settings.batch_size < 1:
         raise PistoSegError(f"{settings.batch_size} is out of range", field="batch_size", remedy="give at least 1")

@@ -25,7 +25,7 @@ class Resolution(NamedTuple):
     Args:
         mpp_x: micrometres per pixel from left to right.
         mpp_y: micrometres per pixel from top to bottom.
-        source: `manifest`, `vendor`, `ome`, `tiff-tags`, or `objective-power`, which is a guess.
+        source: `given` by the user, `vendor`, `ome`, `tiff-tags`, or `objective-power`, which is a guess.
     """
 
     mpp_x: float
@@ -48,7 +48,7 @@ def resolve_mpp(properties: Mapping[str, str], given: float | None, file: str) -
     """
     if given is not None:
         check_mpp(given, file, f"give a value between {MIN_MPP:g} and {MAX_MPP:g} in the manifest's column mpp")
-        return Resolution(given, given, "manifest")
+        return Resolution(given, given, "given")
     tags = _both(*(_tag_mpp(properties, axis) for axis in "XY"))
     vendor = _both(_number(properties, "openslide.mpp-x"), _number(properties, "openslide.mpp-y"))
     if vendor and properties.get("openslide.vendor") != "generic-tiff":  # whose value is the TIFF tags'
@@ -66,7 +66,8 @@ def resolve_mpp(properties: Mapping[str, str], given: float | None, file: str) -
         "has neither a believable pixel size nor an objective power in its metadata",
         file=file,
         field="mpp",
-        remedy="give its micrometres per pixel in the column mpp of a manifest (CSV with the columns slide and mpp)",
+        remedy="give its micrometres per pixel in the column mpp of a manifest (CSV with the columns slide and mpp), "
+        "or those of all slides as `segment --slide-mpp`",
     )
 
 

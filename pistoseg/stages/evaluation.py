@@ -117,6 +117,8 @@ def evaluate_folder(
             remedy="name the model's classes, in its order",
         )
     scored = scan_evaluation(data).folder
+    if scored != data:
+        progress.say(f"the images of {scored} are scored, the validation split of {data}")
     with claimed(out, say=progress.say) as claim:
         assert claim is not None, "no report is ready before it is asked for"
         key = _work_key(model, scored, config, classes, device, max_pixels)
@@ -216,6 +218,8 @@ def evaluate(
             remedy="something else changed it meanwhile: delete it, and run the same command again",
         )
     matrices = np.array(table["matrix"].to_pylist(), np.int64).reshape(-1, len(classes), len(classes))
+    if said := _unseen(matrices, classes.names):
+        progress.say(said)
     report = _report(matrices, classes.names, config, seed) | {
         "protocol": config.protocol,
         "settings": config.resolved(),
@@ -250,6 +254,14 @@ class _Score:
             matrix = metrics.confusion(item.mask, prediction, len(classes))
             rows.append({"name": item.name, "matrix": matrix.ravel(), "prediction": encode_mask(prediction, classes)})
         parquet.write(pa.Table.from_pylist(rows, SCHEMA), part)
+
+
+def _unseen(matrices: np.ndarray, names: list[str]) -> str | None:
+    """What to say of classes that no mask shows; where none shows any, that was said as they were read."""
+    pixels = matrices.sum((0, 2))
+    seen = [f"{name!r} (id {number})" for number, name in enumerate(names) if pixels[number]]
+    unseen = [f"{name!r} (id {number})" for number, name in enumerate(names) if not pixels[number]]
+    return f"no pixel of {', '.join(unseen)} in the masks, only of {', '.join(seen)}" if seen and unseen else None
 
 
 def _report(matrices: np.ndarray, names: list[str], config: EvaluationConfig, seed: int) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from pistoseg.progress import Progress
 from pistoseg.redaction import redact
 from pistoseg.slides import results
 from pistoseg.slides.network import SlideNetwork, SlideSettings
+from pistoseg.slides.resolution import MAX_MPP, MIN_MPP, check_mpp
 from pistoseg.slides.source import SlideEntry, list_slides
 from pistoseg.stages import cluster, placement
 from pistoseg.stages.slide_images import node_cache
@@ -52,6 +53,7 @@ class SlideRun:
         slides: a slide, folder, prefix, pattern or manifest.
         out: URI of the output.
         settings: how slides are segmented.
+        slide_mpp: um per level-0 px of the slides of which no manifest gives it; None: as each says itself.
         workers: networks at a time; None: one a GPU, or one a node without GPUs.
         limit: slides to do at the most, of the fewest tries first.
         only_failed: only do slides that have failed before.
@@ -64,6 +66,7 @@ class SlideRun:
     slides: str
     out: str
     settings: SlideSettings
+    slide_mpp: float | None = None
     workers: int | None = None
     limit: int | None = None
     only_failed: bool = False
@@ -97,14 +100,14 @@ class Estimate:
         tiles: of all slides to do.
         tiles_per_s: of one network on this machine.
         seconds: that a run takes.
-        unreadable: slide ids that would fail, and why.
+        unreadable: rows of those that would fail, and why.
         sampled: slides that were opened for it.
     """
 
     tiles: int
     tiles_per_s: float
     seconds: float
-    unreadable: dict[str, str]
+    unreadable: list[SlideRow]
     sampled: int
 
 
@@ -115,6 +118,8 @@ def plan(run: SlideRun) -> Plan:
         PistoSegError: no slides, no model, settings that do not fit, results of other slides with the same ids, or a
             storage that does not say what is there.
     """
+    if run.slide_mpp is not None:
+        check_mpp(run.slide_mpp, "--slide-mpp", f"give um per px of the slides, {MIN_MPP:g} to {MAX_MPP:g}")
     network = SlideNetwork(bundle.load(run.model, "cpu"), run.settings)
 
     def owner(slide_id: str) -> str | None:
@@ -141,7 +146,8 @@ def plan(run: SlideRun) -> Plan:
         return record, made_from
 
     with ThreadPoolExecutor(LISTING_THREADS) as pool:
-        entries = list_slides(run.slides, lambda names: list(pool.map(owner, names)))
+        listed = list_slides(run.slides, lambda names: list(pool.map(owner, names)))
+        entries = [replace(entry, mpp=entry.mpp or run.slide_mpp) for entry in listed]
         looks = list(pool.map(look, entries))
     wanted: list[tuple[SlideEntry, int]] = []
     done: list[tuple[SlideEntry, dict[str, Any]]] = []
@@ -164,13 +170,13 @@ def estimate(run: SlideRun, found: Plan) -> Estimate:
     """Tiles and time of a run, from some of its slides and the speed of a few tiles on this machine."""
     network, todo = found.network, [entry for entry, _ in found.todo]
     sample = _spread(todo, SAMPLE)
-    tiles, unreadable = [], {}
+    tiles, unreadable = [], []
     for entry in sample:
         try:
             with network.prepared(entry, node_cache(entry.uri, run.cache_gb)) as slide:
                 tiles.append(slide.plan.n_tiles)
         except PistoSegError as error:
-            unreadable[entry.slide_id] = str(error)
+            unreadable.append(_row(entry, {"reason": str(error)}, "failed"))
     total = round(sum(tiles) / len(sample) * len(todo)) if sample else 0
     speed = _speed(bundle.load(run.model, None if run.device == "auto" else run.device), run.settings)
     return Estimate(total, speed, total / speed / (run.workers or 1), unreadable, len(sample))
@@ -225,6 +231,7 @@ def segment(
     facts = {
         "model": found.network.model,
         "slides_from": run.slides,
+        "slide_mpp": run.slide_mpp,
         "settings": found.network.decisive,
         "workers": run.workers,
         "limit": run.limit,

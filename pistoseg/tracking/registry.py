@@ -29,6 +29,8 @@ FINGERPRINT = "pistoseg.fingerprint"
 SEARCH = "pistoseg.search"
 CHAMPION = "champion"
 PREVIOUS = "previous"
+SCORES = {"miou": "mIoU", "label_iou": "IoU by labels"}
+"""By which models are compared, the first that both have, and what it is called."""
 FILES = ("model.json", "model.safetensors")
 MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "NOT_FOUND")
 """MLflow's words for a model, version or alias that it does not have."""
@@ -104,10 +106,11 @@ def _bundle_at(model: str, config: TrackingConfig) -> str:
     made = sorted((item for item in found if item), key=lambda item: str(item.manifest["created"]), reverse=True)
     if len(made) > 1:
         if chosen := _registered(config, Workspace(uri), [item.fingerprint for item in made]):
-            bundle = next(item.path("bundle") for item in made if item.fingerprint == chosen.tags[FINGERPRINT])
+            taken = next(item for item in made if item.fingerprint == chosen.tags[FINGERPRINT])
             why = "its champion" if CHAMPION in chosen.aliases else "the only one that is registered"
-            version = f"models:/{chosen.name}/{chosen.version}"
-            Progress().say(f"of the {len(made)} models in {model}, {version} is taken, {why}: {bundle}")
+            version, bundle = f"models:/{chosen.name}/{chosen.version}", taken.path("bundle")
+            score, better = _compared(Workspace(uri), taken, made)
+            Progress().say(f"of the {len(made)} models in {model}, {version} is taken, {why}{score}: {bundle}{better}")
             return bundle
         lines = "".join(f"\n  {_made(item)}" for item in made)
         raise PistoSegError(
@@ -154,6 +157,24 @@ def _registered(config: TrackingConfig, workspace: Workspace, keys: Sequence[str
         return None
     key, version = found.popitem()
     return version if champions or SEARCH in version.tags or key == keys[0] else None
+
+
+def _compared(workspace: Workspace, taken: Artifact, made: Sequence[Artifact]) -> tuple[str, str]:
+    """The score of the model of a workspace that is taken, and the best of the others where that is higher."""
+    scores: dict[str, dict[str, float]] = {}
+    try:
+        for artifact in sorted(_scoring(workspace.root), key=lambda item: str(item.manifest["created"])):
+            scores.setdefault(_model_of(artifact), {}).update(artifact.summary.get("metrics", {}))
+    except PistoSegError:  # a damaged one, which is no reason not to take the model
+        return "", ""
+    own = scores.get(taken.fingerprint, {})
+    for key, title in SCORES.items():
+        if key in own:
+            best = max(made, key=lambda item: scores.get(item.fingerprint, {}).get(key, own[key]))
+            highest = scores.get(best.fingerprint, {}).get(key, own[key])
+            better = f"; {best.path('bundle')} has more, {highest:.3f}" if highest > own[key] else ""
+            return f" ({title} {own[key]:.3f})", better
+    return "", ""
 
 
 def _finished(workspace: Workspace, key: str) -> Artifact | None:
@@ -332,7 +353,7 @@ class Registry:
             raise PistoSegError(
                 f"can't be looked up: {database} is not there",
                 file=what,
-                remedy="give --workspace or MLFLOW_TRACKING_URI",
+                remedy="give --workspace (in Python workspace=) or MLFLOW_TRACKING_URI",
             )
         return connect(self.config, self.workspace)
 
@@ -409,13 +430,27 @@ def scored_by(bundle: str) -> list[Artifact]:
     root, stage, key = ["", "", *folder.rsplit("/", 2)][-3:]
     if stage != "precise":  # as a hand may have registered it: in no workspace
         return []
-    found = []
+    return [artifact for artifact in _scoring(root) if _model_of(artifact) == key]
+
+
+def newest_scores(bundle: str) -> list[Artifact]:
+    """Of `scored_by` the newest evaluation and the newest scores by labels; protocols of evaluations may differ."""
+    found = sorted(scored_by(bundle), key=lambda item: str(item.manifest["created"]))
+    return list({artifact.stage: artifact for artifact in found}.values())
+
+
+def _scoring(root: str) -> Iterator[Artifact]:
+    """The artifacts of a workspace that score models."""
     for stage in ("evaluation", "label_scores"):
         for uri in storage.list_dir(storage.join(root, stage)):
             artifact = Workspace(root).find(stage, storage.name(uri))
-            if artifact and artifact.manifest["inputs"].get("model", {}).get("fingerprint") == key:
-                found.append(artifact)
-    return found
+            if artifact:
+                yield artifact
+
+
+def _model_of(artifact: Artifact) -> str:
+    """The fingerprint of the model that an artifact scores."""
+    return str(artifact.manifest["inputs"].get("model", {}).get("fingerprint"))
 
 
 def _version(item: Any, aliases: dict[str, list[str]]) -> ModelVersion:

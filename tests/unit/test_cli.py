@@ -17,6 +17,7 @@ from pistoseg.cli import EPILOG, _config, build_parser, main
 from pistoseg.config import TrackingConfig
 from pistoseg.ending import _interrupt
 from pistoseg.pipeline import check_weights
+from pistoseg.slides.network import SlideSettings
 from pistoseg.tracking import connect
 
 HEAVY = ("torch", "ray", "mlflow", "cv2", "pandas", "pyarrow", "PIL", "numpy", "timm", "fsspec")
@@ -381,6 +382,20 @@ def test_arguments_reach_the_config(monkeypatch):
     )
     (config, workspace) = seen[0]
     assert (config.data.uri, config.compute.workers, config.seed, workspace) == (data, 3, 4, "w")
+
+
+def test_what_outlines_leave_out_and_the_pixel_size_of_slides_reach_the_segmentation(monkeypatch):
+    given = {}
+    monkeypatch.setattr("pistoseg.commands.segment", lambda *_, **options: given.update(options) or 0)
+    arguments = ["segment", "--model", "m", "--slides", "s", "--out", "o"]
+    assert main(arguments) == 0
+    assert (given["slide_mpp"], given["settings"]["min_area_um2"]) == (None, None)
+    assert given["settings"]["tolerance_um"] == SlideSettings().tolerance_um
+    assert main([*arguments, "--min-area", "0", "--tolerance", "0.5", "--slide-mpp", "0.25"]) == 0
+    assert (given["slide_mpp"], given["settings"]["min_area_um2"], given["settings"]["tolerance_um"]) == (0.25, 0, 0.5)
+    for wrong in (["--min-area", "-1"], ["--tolerance", "nan"], ["--slide-mpp", "0"]):
+        with pytest.raises(SystemExit):
+            main([*arguments, *wrong])
 
 
 def test_a_run_says_which_preset_it_takes_where_none_is_given(monkeypatch, capsys, tmp_path):

@@ -15,6 +15,7 @@ import fsspec
 import pytest
 from rich.console import Console
 
+import pistoseg
 from pistoseg import models_command, storage
 from pistoseg.artifacts import Workspace
 from pistoseg.cli import main
@@ -279,6 +280,17 @@ def test_a_registered_model_can_be_evaluated_by_its_name(workspace, monkeypatch,
     assert [uri.rpartition("/precise/")[2] for uri in seen] == ["bbbb/bundle"]
 
 
+def test_python_loads_what_the_command_line_calls_a_model(workspace, monkeypatch, tmp_path):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr("pistoseg.models.bundle.load", lambda uri, device: (uri, device))
+    only = trained(Workspace(str(tmp_path)), "aaaa", "2026-01-02T00:00:00Z")
+    assert pistoseg.load(tmp_path) == (only, None)
+    second = workspace.find("precise", "bbbb").path("bundle")
+    assert pistoseg.load("models:/tissue/2", "cpu", workspace=workspace.root) == (second, "cpu")
+    with pytest.raises(PistoSegError, match=r"in Python workspace="):
+        pistoseg.load("models:/tissue/2", workspace=str(tmp_path))
+
+
 def test_models_and_versions_are_all_listed_however_few_a_server_names_at_a_time(registry, workspace, monkeypatch):
     from mlflow.tracking import MlflowClient
 
@@ -338,6 +350,67 @@ def test_the_terminal_shows_versions_scores_lineage_and_pictures(workspace, caps
     assert f"{workspace.root}/evaluation/cccc/predictions.png" in shown
     assert main(["models", "promote", "tissue", "2", "--workspace", workspace.root]) == 0
     assert "models:/tissue@champion is version 2" in capsys.readouterr().out
+
+
+def scored(place, key, summary):
+    model = place.find("precise", key)
+    place.commit("evaluation", f"e{key}", version=1, settings={}, inputs={"model": model}, summary=summary, seconds=1)
+
+
+def test_scores_are_shown_first_with_their_interval_and_how_a_training_ran_last(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    place, client = Workspace(str(tmp_path)), connect(TrackingConfig(), Workspace(str(tmp_path)))
+    bundle = trained(place, "aaaa", "2026-01-01T00:00:00Z")
+    report = {"images": 40, "confidence_interval_95": {"miou": [0.4, 0.6], "fwiou": [None, None]}}
+    scored(place, "aaaa", {"metrics": {"miou": 0.5, "fwiou": 0.7, "iou/tumor": 0.5}, "report": report})
+    run = client.create_run("0").info.run_id
+    for name, value in {"epoch": 1, "gradient_norm": 2, "loss": 0.1, "validation_miou": 0.45, "miou": 0.5}.items():
+        client.log_metric(run, name, value)
+    client.create_registered_model("tissue")
+    tags = {"pistoseg.bundle": bundle, "pistoseg.fingerprint": "aaaa"}
+    client.create_model_version("tissue", bundle, run_id=run, tags=tags)
+    assert main(["models", "show", "tissue", "--workspace", place.root]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[lines.index("scores by masks of 40 images") : lines.index("lineage")] == [
+        "scores by masks of 40 images",
+        "  miou: 0.5000 (95 %: 0.4000 to 0.6000)",
+        "  fwiou: 0.7000",
+        "  iou/tumor: 0.5000",
+        "training",
+        "  loss: 0.1000",
+        "  validation_miou: 0.4500",
+        "  epochs: 2",
+        "  gradient_norm: 2.0000",
+    ]
+
+
+def test_a_champion_that_scores_below_another_model_is_said_to_when_it_is_taken_and_when_it_is_made(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    place, client = Workspace(str(tmp_path)), connect(TrackingConfig(), Workspace(str(tmp_path)))
+    bundles = [trained(place, key, f"2026-01-0{day}T00:00:00Z") for day, key in enumerate(KEYS, 1)]
+    client.create_registered_model("tissue")
+    for bundle, key, miou in zip(bundles, KEYS, (0.4, 0.6, None), strict=True):
+        scored(place, key, {"metrics": {} if miou is None else {"miou": miou}})
+        client.create_model_version("tissue", bundle, tags={"pistoseg.bundle": bundle, "pistoseg.fingerprint": key})
+    for version, said in (("1", False), ("2", False), ("1", True), ("3", False)):
+        assert main(["models", "promote", "tissue", version, "--workspace", place.root]) == 0
+        told = capsys.readouterr().err
+        assert ("warning: version 1 has mIoU 0.4000, the champion before it 0.6000" in told) == said
+        bundle_uri(place.root, TrackingConfig(), place)
+        told = capsys.readouterr().err
+        assert (f"its champion (mIoU 0.400): {bundles[0]}; {bundles[1]} has more, 0.600" in told) == (version == "1")
+        assert ("has more" in told) == (version == "1")
+
+
+def test_a_registry_without_models_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    connect(TrackingConfig(), Workspace(str(tmp_path))).search_registered_models()
+    assert main(["models", "list", "--workspace", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert f"no model is registered at sqlite:///{tmp_path}/mlflow.db" in printed
+    assert "--workspace" in printed
 
 
 def test_brackets_in_names_and_paths_are_shown_as_they_are(tmp_path, monkeypatch, capsys):

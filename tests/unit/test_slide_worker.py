@@ -10,14 +10,17 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
+from PIL import Image
 from slide_files import texture, write_tiff
 
 from pistoseg import commands, storage
 from pistoseg.classes import TissueClasses
+from pistoseg.cli import main
 from pistoseg.errors import PistoSegError, RefusedError, UnavailableError
 from pistoseg.models import bundle, segmentation
 from pistoseg.outputs.summary import write_summary
@@ -25,7 +28,7 @@ from pistoseg.slides import results
 from pistoseg.slides.cache import SlideCache
 from pistoseg.slides.network import SlideNetwork, SlideSettings
 from pistoseg.slides.source import SlideEntry
-from pistoseg.slides.stitching import MaskFile
+from pistoseg.slides.stitching import MaskFile, Work
 from pistoseg.stages import slide_worker, slides
 from pistoseg.stages.slide_images import node_cache
 from pistoseg.stages.slide_worker import SlideTask, SlideWorker, write_failure
@@ -333,3 +336,67 @@ def test_shares_of_a_slide_that_was_replaced_meanwhile_are_not_put_together(star
     with pytest.raises(PistoSegError, match=r"a\.tif: was replaced while it was segmented"):
         worker.segment(join)
     assert not (tmp_path / "out" / "slides" / "a").exists()
+
+
+@pytest.mark.parametrize(("given", "left_out", "outlined"), [(None, 25.0, 0), (100.0, 100.0, 0), (9.0, 9.0, 25)])
+def test_a_slide_of_specks_has_few_outlines_and_says_so_unless_their_area_is_given(
+    model, tmp_path, monkeypatch, given, left_out, outlined
+):
+    slide = str(write_tiff(tmp_path / "a.tif", texture(100, 100), mpp=(1.0, 1.0)))
+
+    def specks(self, slide, mask, **_):
+        ids = np.ones(mask.shape, np.uint8)
+        for y in range(5, 100, 20):
+            for x in range(5, 100, 20):
+                ids[y : y + 3, x : x + 3] = 0
+        mask.write(0, 0, ids)
+        return Work(1, 1.0, 0.0)
+
+    monkeypatch.setattr(SlideNetwork, "map", specks)
+    result = bundle.load(model, "cpu").segment_slide(slide, tmp_path / "out", mpp=1.0, min_area_um2=given)
+    assert (result.record["regions"]["min_area_um2"], result.record["regions"]["polygons"]) == (left_out, outlined)
+    assert result.areas["tissue_um2"] == 225
+    said = "leave out regions below 25 um2, not below 100; 100.0 % of its tissue"
+    assert (said in result.record["reason"]) == (given is None)
+    assert result.record["settings"]["min_area_um2"] == given
+
+
+def test_slides_without_a_pixel_size_are_one_line_of_a_dry_run_and_an_option_gives_it(model, tmp_path, capsys):
+    folder = tmp_path / "slides"
+    folder.mkdir()
+    for name in "abcde":
+        Image.fromarray(texture(100, 100)).save(folder / f"{name}.png")
+    arguments = ["segment", "--model", model, "--mpp", "1", "--slides", str(folder), "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--dry-run"]) == 3
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "fail" in line)
+    assert line.startswith("would fail: 5 slides, a, b, c and 2 more: mpp: has neither a believable pixel size")
+    assert "--slide-mpp" in line
+    assert main([*arguments, "--dry-run", "--slide-mpp", "1"]) == 0
+    assert "fail" not in capsys.readouterr().out
+    assert main([*arguments, "--dry-run", "--slide-mpp", "200"]) == 2
+    assert "--slide-mpp: mpp: 200 um/px is no pixel size" in capsys.readouterr().err
+
+
+def test_a_pixel_size_of_all_slides_counts_as_one_of_the_manifest_which_goes_before_it(model, tmp_path):
+    for name in "ab":
+        write_tiff(tmp_path / f"{name}.tif", texture(100, 100), mpp=(1.0, 1.0))
+    run = SlideRun(model, str(tmp_path / "m.csv"), str(tmp_path / "out"), SlideSettings(mpp=1.0), slide_mpp=2.0)
+
+    def planned(manifest, run):
+        (tmp_path / "m.csv").write_text(manifest)
+        found = slides.plan(run)
+        return [(entry.mpp, found.network.made_from(entry)["settings"]) for entry, _ in found.todo]
+
+    both = planned("slide,mpp\na.tif,2.0\nb.tif,0.5\n", replace(run, slide_mpp=None))
+    assert planned("slide,mpp\na.tif,\nb.tif,0.5\n", run) == both
+    assert [mpp for mpp, _ in both] == [2.0, 0.5]
+    assert planned("slide\na.tif\n", replace(run, slide_mpp=None))[0][1] != both[0][1]
+
+
+def test_a_given_pixel_size_that_a_slide_contradicts_is_remarked_on(model, tmp_path):
+    slide = write_tiff(tmp_path / "a.tif", texture(100, 100), mpp=(1.0, 1.0))
+    segment = bundle.load(model, "cpu").segment_slide
+    assert segment(slide, tmp_path / "a", mpp=1.0, slide_mpp=0.5).record["reason"] == (
+        "its pixels are taken to be 0.5 um, and it says 1"
+    )
+    assert segment(slide, tmp_path / "b", mpp=1.0, slide_mpp=1.01).record["reason"] == ""

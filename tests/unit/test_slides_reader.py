@@ -229,7 +229,7 @@ def test_pictures_need_a_resolution(tmp_path: Path) -> None:
         with pytest.raises(PistoSegError, match=rf"{name}: mpp: .*column mpp"):
             open_slide(tmp_path / name)
     with open_slide(tmp_path / "a.png", mpp=0.5) as slide:
-        assert (slide.mpp_x, slide.mpp_source, slide.vendor) == (0.5, "manifest", "png")
+        assert (slide.mpp_x, slide.mpp_source, slide.vendor) == (0.5, "given", "png")
         assert np.array_equal(slide.read_region(5, 6, 100, 50), IMAGE[6:56, 5:105])
 
 
@@ -432,6 +432,6 @@ def test_real_slides_open_and_the_one_without_resolution_says_so(real_data: Path
     with pytest.raises(PistoSegError, match=r"ts1.svs: mpp: .*column mpp of a manifest"):
         open_slide(silent)
     with open_slide(silent, mpp=0.5) as slide:
-        assert (slide.mpp_x, slide.mpp_source) == (0.5, "manifest")
+        assert (slide.mpp_x, slide.mpp_source) == (0.5, "given")
         assert [level.downsample for level in slide.levels] == [1, 2]
         assert isinstance(slide, TiffReader)

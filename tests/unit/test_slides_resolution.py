@@ -15,7 +15,7 @@ POWER = {"openslide.objective-power": "40"}
 
 def test_sources_are_asked_in_order() -> None:
     everything = VENDOR | OME | TAGS | POWER
-    assert resolve_mpp(everything, 0.7, "a.svs") == (0.7, 0.7, "manifest")
+    assert resolve_mpp(everything, 0.7, "a.svs") == (0.7, 0.7, "given")
     assert resolve_mpp(everything, None, "a.svs") == (0.25, 0.26, "vendor")
     assert resolve_mpp(OME | TAGS | POWER, None, "a.svs") == (pytest.approx(0.3), 0.31, "ome")
     assert resolve_mpp(TAGS | POWER, None, "a.svs") == (0.4, 0.5, "tiff-tags")
@@ -54,7 +54,7 @@ def test_a_coarse_overview_is_believed_and_what_is_not_said_by_tags_alone_may_be
     assert resolve_mpp(overview, None, "a.tif") == (20.0, 20.0, "tiff-tags")
     assert resolve_mpp({"openslide.vendor": "x", "openslide.mpp-x": "42"}, None, "a") == (42.0, 42.0, "vendor")
     assert resolve_mpp({"ome.PhysicalSizeX": "42"}, None, "a.ome.tif") == (42.0, 42.0, "ome")
-    assert resolve_mpp(overview, 85.0, "a.tif") == (85.0, 85.0, "manifest")
+    assert resolve_mpp(overview, 85.0, "a.tif") == (85.0, 85.0, "given")
 
 
 def test_pixels_are_square_where_one_axis_is_missing() -> None:

@@ -120,6 +120,26 @@ def test_masks_without_any_class_are_warned_of_and_leave_a_report_that_is_json(
     assert (report["miou"] is None, report["confidence_interval_95"]["miou"] == [None, None]) == (warned, warned)
 
 
+def test_a_class_that_no_mask_shows_is_said(model, own_files, tmp_path):
+    said = io.StringIO()
+    evaluate(model, data_set(tmp_path / "data", 1), tmp_path / "out", said=said)
+    assert "no pixel of 'tumor' (id 0) in the masks, only of 'stroma' (id 1)" in said.getvalue()
+
+
+def test_scores_are_titled_by_their_images_and_by_the_model_as_it_was_named(
+    model, own_files, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(cluster, "connected", lambda config: nullcontext())
+    monkeypatch.chdir(Path(model).parent)
+    data_set(tmp_path / "cohort [b]" / "2.validation")
+    command = ["evaluate", "--model", "./model", "--data", str(tmp_path / "cohort [b]"), "--out", str(tmp_path / "out")]
+    assert main([*command, "--device", "cpu", "--protocol", "single-scale"]) == 0
+    printed, said = capsys.readouterr()
+    assert "IoU on cohort [b] (2 images)" in " ".join(printed.split())  # a title is folded
+    assert "./model" in printed
+    assert f"the images of {tmp_path}/cohort [b]/2.validation are scored, the validation split of" in said
+
+
 def test_a_run_that_was_taken_over_leaves_the_report_of_the_other_one_alone(model, own_files, tmp_path):
     def check():
         raise PistoSegError("another run took this over")
