@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from pistoseg.errors import PistoSegError
+from pistoseg.local_cluster import weed
+
 # Tests run more threads than there are cores; one that waits must not keep a core from the others.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Ray's workers are nice and would get next to nothing beside the tests that need no Ray.
@@ -42,6 +45,15 @@ def put_database(tmp_path_factory):
         shutil.copy(made, folder)
 
     return put
+
+
+@pytest.fixture(scope="session")
+def seaweedfs():
+    """A skip where SeaweedFS, the S3 server of the local cluster, is not installed."""
+    try:
+        weed()
+    except PistoSegError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")
