@@ -22,6 +22,14 @@ for _name in filter(_FOREIGN.fullmatch, list(os.environ)):
 os.environ["AWS_EC2_METADATA_DISABLED"] = "true"  # without keys, AWS's SDK asks the machine's own service for them
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """No test's networks depend on what ran before it; this comes before the fixtures, also those of modules."""
+    import torch  # not before the variables above are set
+
+    torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _no_alarm():
     """Tests that call a worker's code in their own process must not be killed as that ends."""
