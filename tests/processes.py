@@ -6,7 +6,9 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Self
 
 STUCK_S = 1200
 """What takes as long hangs: nothing here does, also not beside the other tests on two cores in a slow hour."""
@@ -26,21 +28,33 @@ def kill_when(command: list[str], folder: Path, moment: Callable[[], bool]) -> N
     wait_for(lambda: not any(works(pid) for pid in family))
 
 
-class Killer(threading.Thread):
-    """Kills the first worker process of a name that it sees once a moment has come."""
+class Killer:
+    """Kills, while its block runs, the first worker process of a name that it sees once a moment has come."""
 
     def __init__(self, name: bytes, moment: Callable[[], bool]) -> None:
-        super().__init__(daemon=True)
-        self.name_, self.moment, self.killed, self.done = name, moment, 0, threading.Event()
+        self.name, self.moment, self.killed = name, moment, 0
+        self._done, self._thread = threading.Event(), threading.Thread(target=self._run, daemon=True)
 
-    def run(self) -> None:
-        while not self.done.wait(0.02):
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self.killed and not self._done.wait(0.02):
             if self.moment():
-                for pid in descendants(os.getpid()):
-                    if self.name_ in command_line(pid):
-                        os.kill(pid, signal.SIGKILL)
-                        self.killed = pid
-                        return
+                self._kill_one()
+
+    def _kill_one(self) -> None:
+        for pid in descendants(os.getpid()):
+            if self.name in command_line(pid):
+                with suppress(ProcessLookupError):  # it has just ended by itself
+                    os.kill(pid, signal.SIGKILL)
+                    self.killed = pid
+                    return
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = STUCK_S) -> None:

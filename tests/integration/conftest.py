@@ -10,9 +10,8 @@ import yaml
 
 from pistoseg import storage
 from pistoseg.config import ComputeConfig
-from pistoseg.errors import PistoSegError
 from pistoseg.graph import BY_NAME
-from pistoseg.local_cluster import BUCKET, S3Server, weed
+from pistoseg.local_cluster import BUCKET, S3Server
 from pistoseg.phantom import write_cohort
 
 SIZE = 64
@@ -87,12 +86,8 @@ def local_ray():
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
+def server(tmp_path_factory, seaweedfs):
     """A SeaweedFS that was started for a module; a skip where there is none."""
-    try:
-        weed()
-    except PistoSegError as error:
-        pytest.skip(str(error))
     with S3Server(tmp_path_factory.mktemp("s3")) as server:
         server.make_bucket(BUCKET)
         yield server

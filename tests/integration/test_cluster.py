@@ -17,8 +17,7 @@ import yaml
 from conftest import NETWORK, TINY, TRAIN_STAGES
 from processes import STUCK_S
 
-from pistoseg.errors import PistoSegError
-from pistoseg.local_cluster import BUCKET, weed
+from pistoseg.local_cluster import BUCKET
 from pistoseg.phantom import write_slide
 
 pytestmark = pytest.mark.processes
@@ -93,11 +92,7 @@ class Cluster:
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    try:
-        weed()
-    except PistoSegError as error:
-        pytest.skip(str(error))
+def cluster(tmp_path_factory, seaweedfs):
     with tempfile.TemporaryDirectory(prefix="p-", dir="/tmp", ignore_cleanup_errors=True) as temporary:
         cluster = Cluster(tmp_path_factory.mktemp("cluster"), temporary)
         yield cluster

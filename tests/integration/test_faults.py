@@ -49,10 +49,8 @@ def test_a_synthesis_whose_worker_is_killed_makes_the_same_mosaics(local_ray, co
     whole, broken = Workspace(str(tmp_path / "whole")), Workspace(str(tmp_path / "broken"))
     run_pipeline(config, whole, ("synthesis",))
     parts = tmp_path / "broken"
-    killer = Killer(b"Map(_shard)", lambda: len(list(parts.glob("synthesis/*/mosaics/part-*.parquet"))) >= 2)
-    killer.start()
-    run_pipeline(config, broken, ("synthesis",))
-    killer.done.set()
+    with Killer(b"Map(_shard)", lambda: len(list(parts.glob("synthesis/*/mosaics/part-*.parquet"))) >= 2) as killer:
+        run_pipeline(config, broken, ("synthesis",))
     assert killer.killed, "the worker was to be killed in the middle"
     assert mosaics(broken).equals(mosaics(whole))
     assert mosaics(broken)["index"].to_pylist() == list(range(COUNT))

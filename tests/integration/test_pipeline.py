@@ -1,6 +1,7 @@
 """The whole pipeline as a user runs it: one command, its files, its MLflow runs, and what a second run does."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -37,11 +38,15 @@ def artifacts(workspace):
     return committed(workspace)
 
 
-@pytest.fixture(scope="module")
-def client(workspace):
+def client_of(workspace):
     from mlflow.tracking import MlflowClient
 
     return MlflowClient(f"sqlite:///{workspace / 'mlflow.db'}")
+
+
+@pytest.fixture(scope="module")
+def client(workspace):
+    return client_of(workspace)
 
 
 def runs(client):
@@ -261,11 +266,13 @@ def test_the_same_command_again_computes_nothing(workspace, artifacts, client, c
     assert len(client.search_model_versions("name='pistoseg'")) == len(versions)
 
 
-def test_a_changed_learning_rate_retrains_only_the_model_that_it_belongs_to(workspace, artifacts, client, cohort, tiny):
+def test_a_changed_learning_rate_retrains_only_the_model_that_it_belongs_to(workspace, cohort, tiny, tmp_path):
+    copied = shutil.copytree(workspace, tmp_path / "copied")  # other tests count what the first run left
+    artifacts = committed(copied)
     before = {stage: contents(folder) for stage, folder in artifacts.items()}
-    assert train(workspace, cohort, tiny, "precise.lr=0.002", "precise.epochs=1") == 0
+    assert train(copied, cohort, tiny, "precise.lr=0.002", "precise.epochs=1") == 0
     assert {stage: contents(folder) for stage, folder in artifacts.items()} == before
-    folders = {stage: sorted(item.name for item in (workspace / stage).iterdir()) for stage in TRAIN_STAGES}
+    folders = {stage: sorted(item.name for item in (copied / stage).iterdir()) for stage in TRAIN_STAGES}
     twice = {stage for stage, keys in folders.items() if len(keys) == 2}
     assert twice == {"precise", "evaluation"}
-    assert len(client.search_model_versions("name='pistoseg'")) == 2
+    assert len(client_of(copied).search_model_versions("name='pistoseg'")) == 2

@@ -64,10 +64,8 @@ def cut_off(workspace, command, tmp_path_factory):
 def outcome(cut_off, command, workspace):
     """Exit code of the second run, of whose two trials at a time one loses its process, and what was there before."""
     before = {file: file.stat().st_mtime_ns for file in workspace.glob("*/*/manifest.json")}
-    killer = Killer(b"ray::ImplicitFunc", lambda: True)
-    killer.start()
-    code = main([*command, "--parallel", "2"])
-    killer.done.set()
+    with Killer(b"ray::ImplicitFunc", lambda: True) as killer:
+        code = main([*command, "--parallel", "2"])
     assert killer.killed, "a trial's process was to be killed"
     return code, before
 

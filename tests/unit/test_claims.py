@@ -8,6 +8,7 @@ import uuid
 from types import SimpleNamespace
 
 import pytest
+from processes import STUCK_S
 
 from pistoseg import claims, storage
 from pistoseg.claims import claimed
@@ -65,7 +66,7 @@ def test_of_many_that_want_a_folder_one_makes_it_and_the_others_use_it(tmp_path,
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join(STUCK_S)
     assert len(made) == 1
     assert sorted(made + used) == list(range(8))
     assert files(folder) == []
@@ -137,7 +138,7 @@ def test_the_claim_of_a_dead_process_of_this_machine_is_taken_over_at_once(tmp_p
         "from pistoseg.claims import claimed\n"
         "with claimed(sys.argv[1]):\n    os.kill(os.getpid(), signal.SIGKILL)"
     )
-    call = subprocess.run([sys.executable, "-c", code, str(tmp_path)], timeout=120, check=False)
+    call = subprocess.run([sys.executable, "-c", code, str(tmp_path)], timeout=STUCK_S, check=False)
     assert call.returncode == -9
     assert files(str(tmp_path)) == ["000001.json"]
     with claimed(str(tmp_path), say=lambda text: None) as claim:
@@ -213,9 +214,13 @@ def test_whoever_waits_for_a_folder_that_is_written_again_keeps_the_claim_that_i
     assert files(folder) == ["000001.json"]
 
 
-def test_one_that_was_taken_over_gives_no_sign_of_life_any_more(folder):
+def test_one_that_was_taken_over_gives_no_sign_of_life_any_more(folder, monkeypatch):
+    monkeypatch.setattr(claims, "BEAT_S", 1000.0)  # until the claim is gone
     with claimed(folder) as sleeper:
         storage.remove_tree(storage.join(folder, claims.FOLDER))  # as whoever took it over and finished it does
-        sleeper._thread.join(20 * claims.BEAT_S)
-        assert not sleeper._thread.is_alive()
+        monkeypatch.setattr(claims, "BEAT_S", 0.01)
+        beats = threading.Thread(target=sleeper._beat, daemon=True)
+        beats.start()
+        beats.join(STUCK_S)
+        assert not beats.is_alive()
     assert files(folder) == []

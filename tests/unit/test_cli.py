@@ -10,6 +10,7 @@ import time
 import pytest
 import yaml
 from mlflow.server.security_utils import is_allowed_host_header, should_block_cors_request
+from processes import STUCK_S
 
 import pistoseg
 from pistoseg.artifacts import Workspace
@@ -30,7 +31,7 @@ def imported_by(code):
         f"with contextlib.suppress(SystemExit):\n    {code}\n"
         f"print('HEAVY', *[name for name in {HEAVY!r} if name in sys.modules])"
     )
-    call = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
+    call = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=STUCK_S, check=True)
     *printed, last = call.stdout.splitlines()
     return last.split()[1:], "\n".join(printed)
 
@@ -69,14 +70,14 @@ def test_every_verb_has_help(capsys):
 
 def test_the_module_runs_like_the_command():
     call = subprocess.run(
-        [sys.executable, "-m", "pistoseg", "--version"], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-m", "pistoseg", "--version"], capture_output=True, text=True, timeout=STUCK_S, check=False
     )
     assert (call.returncode, call.stdout.strip()) == (0, f"pistoseg {pistoseg.__version__}")
 
 
 def test_the_whole_command_ends_with_2_and_a_message_without_a_traceback():
     command = [sys.executable, "-m", "pistoseg", "config", "show", "--preset", "wsss", "--set", "seed=1"]
-    call = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    call = subprocess.run(command, capture_output=True, text=True, timeout=STUCK_S, check=False)
     assert call.returncode == 2
     assert call.stderr.startswith("pistoseg: --preset: there is no preset 'wsss'. Remedy: use one of: ")
     assert "Traceback" not in call.stderr
@@ -98,7 +99,7 @@ def test_a_command_whose_output_nobody_reads_ends_as_others_in_a_pipe(words, clo
     os.close(reader)
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | {closed: writer}
     command = [sys.executable, "-m", "pistoseg", *words]
-    call = subprocess.run(command, **streams, text=True, timeout=120, check=False, cwd=tmp_path)
+    call = subprocess.run(command, **streams, text=True, timeout=STUCK_S, check=False, cwd=tmp_path)
     os.close(writer)
     assert (call.returncode, call.stdout or "", call.stderr or "") == (141, "", "")
 
@@ -113,7 +114,7 @@ def test_a_command_whose_output_nobody_reads_ends_as_others_in_a_pipe(words, clo
 )
 def test_a_command_that_cannot_say_anything_ends_as_others(words, code):
     command = f"{shlex.quote(sys.executable)} -m pistoseg {words}"
-    call = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=120, check=False)
+    call = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=STUCK_S, check=False)
     assert call.returncode == code
     assert "Traceback" not in call.stderr
 
@@ -123,7 +124,7 @@ def test_a_terminal_without_a_letter_shows_its_code(encoding, shown):
     command = [sys.executable, "-m", "pistoseg", "config", "show", "--preset", "demo"]
     command += ["--set", "tracking.experiment=Tümör 組"]
     environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "1"}
-    call = subprocess.run(command, capture_output=True, timeout=120, check=False, env=environment)
+    call = subprocess.run(command, capture_output=True, timeout=STUCK_S, check=False, env=environment)
     assert (call.returncode, call.stderr) == (0, b"")
     assert f"experiment: {shown}  #" in call.stdout.decode(encoding)
 
@@ -353,7 +354,7 @@ def test_sigterm_is_an_interrupt(times):
         "pistoseg.commands.train = train\n"
         "sys.exit(pistoseg.cli.main(['train', '--data', 'somewhere']))"
     )
-    call = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    call = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=STUCK_S, check=False)
     assert (call.returncode, call.stdout) == (130, "tidied up\n")
     assert "run the same command again" in call.stderr
 

@@ -134,6 +134,7 @@ def test_the_commands_that_it_prints_put_a_cohort_where_they_train_on_it(monkeyp
     assert trained == [(drawn[0], 1)] * 2
 
 
+@pytest.mark.usefixtures("seaweedfs")
 @pytest.mark.skipif(not shutil.which("setpriv"), reason="needs setpriv of util-linux")
 def test_a_killed_command_takes_its_s3_server_with_it(tmp_path):
     script = (
@@ -145,9 +146,11 @@ def test_a_killed_command_takes_its_s3_server_with_it(tmp_path):
         "    time.sleep(600)\n"
     )
     with subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True) as command:
-        server = Path("/proc") / command.stdout.readline().strip()
-        assert b"weed" in (server / "cmdline").read_bytes()
-        command.kill()
+        try:
+            server = Path("/proc") / command.stdout.readline().strip()
+            assert b"weed" in (server / "cmdline").read_bytes()
+        finally:
+            command.kill()
     wait_for(lambda: not server.exists() or "(weed) Z" in (server / "stat").read_text())
 
 

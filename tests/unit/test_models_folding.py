@@ -12,7 +12,6 @@ from pistoseg.models.folding import fold_batch_norms
 
 def trained(network):
     """Statistics and weights as training leaves them, in evaluation mode."""
-    torch.manual_seed(0)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.3)
@@ -42,7 +41,9 @@ def test_the_output_stays_and_the_norms_go(architecture, encoder, left):
     folded = fold_batch_norms(network)
     images = torch.randn(2, 3, 96, 64)
     with torch.inference_mode():
-        torch.testing.assert_close(folded(images), network(images), rtol=1e-3, atol=1e-3)
+        expected = network(images)
+        error = (folded(images) - expected).abs().max() / expected.abs().max()
+    assert error < 1e-3
     assert norms(network) > 0
     assert norms(folded) == left
     assert not folded.training

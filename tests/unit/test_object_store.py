@@ -24,7 +24,8 @@ VARIABLES += ["AWS_DEFAULT_PROFILE", object_store.ANONYMOUS, object_store.ADDRES
 @pytest.fixture(autouse=True)
 def _no_settings(monkeypatch, tmp_path):
     for name in VARIABLES:
-        monkeypatch.setenv(name, "")
+        monkeypatch.setenv(name, "")  # so that afterwards it is as before, also where `use` sets it
+        monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
     monkeypatch.setattr(object_store, "_forwarded", {})
@@ -180,9 +181,6 @@ def test_a_profile_may_name_server_and_region(monkeypatch, tmp_path):
 
 
 def test_pyarrow_trusts_whom_awss_tools_trust(monkeypatch, tmp_path):
-    monkeypatch.delenv("AWS_CA_BUNDLE", raising=False)
-    monkeypatch.delenv("AWS_PROFILE")
-    monkeypatch.delenv("AWS_DEFAULT_PROFILE")
     monkeypatch.setenv("AWS_PROFILE", "lab")
     (tmp_path / "config").write_text("[profile lab]\nca_bundle = /etc/lab.pem\n")
     assert storage.arrow_filesystem("s3://bucket/a")[0].__reduce__()[1][0]["tls_ca_file_path"] == "/etc/lab.pem"
@@ -290,8 +288,6 @@ def expired(monkeypatch):
     monkeypatch.setenv("AWS_REGION", "us-east-1")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "any")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "any")
-    monkeypatch.delenv("AWS_PROFILE")
-    monkeypatch.delenv("AWS_DEFAULT_PROFILE")
     yield
     server.shutdown()
     thread.join()
@@ -336,8 +332,6 @@ def test_an_image_is_not_rejected_because_its_storage_refuses_it(monkeypatch):
 )
 def test_a_variable_that_can_not_be_used_is_named(monkeypatch, name, value, message):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    monkeypatch.delenv("AWS_PROFILE")
-    monkeypatch.delenv("AWS_DEFAULT_PROFILE")
     monkeypatch.setenv(name, value)
     with pytest.raises(PistoSegError, match=message):
         storage.exists("s3://bucket/x")
@@ -345,8 +339,6 @@ def test_a_variable_that_can_not_be_used_is_named(monkeypatch, name, value, mess
 
 def test_a_profiles_setting_that_can_not_be_used_is_said_to_be_the_profiles(monkeypatch, tmp_path):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    monkeypatch.delenv("AWS_REGION")
-    monkeypatch.delenv("AWS_DEFAULT_REGION")
     monkeypatch.setenv("AWS_PROFILE", "lab")
     (tmp_path / "config").write_text("[profile lab]\nregion = eu_central!\n")
     with pytest.raises(PistoSegError, match="the profile's region can't be used"):

@@ -6,6 +6,7 @@ from unicodedata import normalize
 import pyarrow as pa
 import pytest
 from patch_files import CLASSES, config_of, mask_png, put
+from processes import STUCK_S
 
 from pistoseg import object_store, parquet, storage
 from pistoseg.classes import TissueClass, TissueClasses
@@ -320,7 +321,7 @@ def test_a_table_names_images_above_its_folder(root):
 
 
 def test_images_elsewhere_are_looked_up_at_the_same_time(tmp_path, monkeypatch):
-    together, exists = threading.Barrier(2, timeout=60), storage.exists
+    together, exists = threading.Barrier(2, timeout=STUCK_S), storage.exists
 
     def slow(uri):
         if "/images/" in uri:

@@ -13,7 +13,7 @@ from pistoseg import storage
 from pistoseg.config import ComputeConfig, load_config
 from pistoseg.errors import PistoSegError, UnavailableError
 from pistoseg.stages import cluster, placement
-from pistoseg.stages.cluster import available_cpus  # itself: the tests with a local Ray put four in its place
+from pistoseg.stages.cluster import available_cpus, node_threads  # themselves: tests with a local Ray replace them
 
 
 @pytest.mark.parametrize(
@@ -64,9 +64,9 @@ def test_what_the_cluster_has_is_taken(nodes):
 
 def test_a_head_without_cpus_takes_no_threads_from_the_other_nodes(nodes):
     nodes({}, {"CPU": 8}, {"CPU": 16})
-    assert cluster.node_threads() == 8
+    assert node_threads() == 8
     nodes({"CPU": 0}, {"CPU": 0, "GPU": 1})
-    assert cluster.node_threads() == 1
+    assert node_threads() == 1
 
 
 @pytest.mark.parametrize(

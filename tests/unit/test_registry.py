@@ -2,11 +2,11 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import json
 import shutil
 import sqlite3
-import threading
 import time
 import types
 from pathlib import Path
@@ -29,7 +29,7 @@ from pistoseg.tracking.server import database_file, database_uri
 KEYS = ("aaaa", "bbbb", "cccc")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def workspace(tmp_path_factory, put_database):
     """Three versions of the model `tissue`, each with a bundle, its inputs and its scores."""
     place = Workspace(str(tmp_path_factory.mktemp("models")))
@@ -337,6 +337,7 @@ def test_a_bundle_that_is_gone_is_said_to_be_with_what_helps(registry, tmp_path,
 
 
 def test_the_terminal_shows_versions_scores_lineage_and_pictures(workspace, capsys):
+    assert main(["models", "promote", "tissue", "1", "--workspace", workspace.root]) == 0
     assert main(["models", "list", "--workspace", workspace.root]) == 0
     listed = capsys.readouterr().out
     assert "0.7000" in listed
@@ -472,20 +473,18 @@ def test_a_bundle_in_no_workspace_has_no_scores():
 
 
 def test_a_database_is_opened_by_one_at_a_time(tmp_path, monkeypatch):
-    both, met = threading.Barrier(2), []
+    opened = []
 
     def opens(uri):
-        with contextlib.suppress(threading.BrokenBarrierError):
-            met.append(both.wait(0.5))
+        opened.append(uri)
+        with (tmp_path / ".mlflow.db.lock").open() as another, pytest.raises(BlockingIOError):
+            fcntl.flock(another, fcntl.LOCK_SH | fcntl.LOCK_NB)
         return types.SimpleNamespace(tracking_uri=uri)
 
     monkeypatch.setattr("mlflow.tracking.MlflowClient", opens)
-    threads = [threading.Thread(target=connect, args=(TrackingConfig(), Workspace(str(tmp_path)))) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert met == []
+    for _ in range(2):
+        connect(TrackingConfig(), Workspace(str(tmp_path)))
+    assert len(opened) == 2
 
 
 def test_a_database_of_another_version_of_mlflow_is_upgraded_by_the_user(workspace, tmp_path, capsys):

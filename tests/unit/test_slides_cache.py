@@ -16,6 +16,7 @@ from typing import Any
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+from processes import STUCK_S
 
 from pistoseg import storage
 from pistoseg.errors import PistoSegError, UnavailableError
@@ -26,12 +27,17 @@ from pistoseg.stages.slide_worker import DAY_S
 KB = 1000
 
 
-@pytest.fixture
-def bucket() -> str:
+def filled() -> str:
+    """A bucket of this process's memory with four slides of 10 KB."""
     fsspec.filesystem("memory").store.clear()
     for name in "abcd":
         storage.write_bytes(f"memory:///b/{name}.svs", name.encode() * 10 * KB)
     return "memory:///b"
+
+
+@pytest.fixture
+def bucket() -> str:
+    return filled()
 
 
 @pytest.fixture
@@ -264,21 +270,21 @@ def killed_while_fetching(folder: str) -> None:
         os._exit(9)
 
     MemoryFileSystem.get_file = die
-    with SlideCache(folder, 100 * KB).get("memory:///b/a.svs"):
+    with SlideCache(folder, 100 * KB).get(f"{filled()}/a.svs"):
         pass
 
 
 def killed_while_using(folder: str) -> None:
-    with SlideCache(folder, 100 * KB).get("memory:///b/b.svs"):
+    with SlideCache(folder, 100 * KB).get(f"{filled()}/b.svs"):
         os._exit(9)
 
 
 def test_what_killed_processes_held_or_left_is_free_again(tmp_path: Path, bucket: str) -> None:
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")  # a fork may inherit a lock that another thread holds
     for target in (killed_while_using, killed_while_fetching):
-        process = context.Process(target=target, args=(str(tmp_path),))
+        process = context.Process(target=target, args=(str(tmp_path),), daemon=True)
         process.start()
-        process.join()
+        process.join(STUCK_S)
         assert process.exitcode == 9
     assert list(tmp_path.glob(".*.part"))
     with SlideCache(tmp_path, 15 * KB, wait_s=0.3).get(f"{bucket}/c.svs") as path:

@@ -12,6 +12,7 @@ import botocore.exceptions
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+from processes import STUCK_S
 
 from pistoseg import storage
 from pistoseg.errors import UnavailableError
@@ -93,11 +94,11 @@ def test_working_folders_of_killed_processes_are_removed_and_those_in_use_are_no
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with results.published(f"{bucket}/slides/a") as (first, _):
         (first / "areas.json").write_text("{}")
-        process = multiprocessing.get_context("fork").Process(
-            target=killed_while_working, args=(str(tmp_path), f"{bucket}/slides/b")
-        )
+        context = multiprocessing.get_context("spawn")  # a fork may inherit a lock that another thread holds
+        arguments = (str(tmp_path), f"{bucket}/slides/b")
+        process = context.Process(target=killed_while_working, args=arguments, daemon=True)
         process.start()
-        process.join()
+        process.join(STUCK_S)
         assert process.exitcode == 9
         assert len(list(tmp_path.rglob("mask.tif"))) == 1
         with results.published(f"{bucket}/slides/c") as (second, _):

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import aiohttp
 import pytest
 import yaml
+from processes import STUCK_S
 from ray.exceptions import RpcError
 
 from pistoseg import submission
@@ -45,7 +46,7 @@ def test_the_package_and_the_resolved_settings_travel(tmp_path):
     assert [tissue.name for tissue in inside.classes.classes] == ["a", "b"]
     # What travelled is enough to run the verb: nothing of the checkout is needed.
     call = [sys.executable, "-m", "pistoseg", "config", "show", "--config", "job.yaml"]
-    shown = subprocess.run(call, capture_output=True, cwd=folder, env={"PATH": ""}, timeout=120, check=True)
+    shown = subprocess.run(call, capture_output=True, cwd=folder, env={"PATH": ""}, timeout=STUCK_S, check=True)
     assert yaml.safe_load(shown.stdout)["seed"] == 7
 
 
@@ -408,7 +409,7 @@ def test_an_address_without_http_where_ray_is_not_is_no_traceback(capsys, monkey
 def test_every_job_runs_its_verb(verb):
     script = Path(__file__).parents[2] / "jobs" / f"{verb}.py"
     call = subprocess.run(
-        [sys.executable, str(script), "--help"], capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, str(script), "--help"], capture_output=True, text=True, timeout=STUCK_S, check=True
     )
     assert call.stdout.startswith(f"usage: pistoseg {verb} ")
     assert "--submit ADDRESS" in call.stdout

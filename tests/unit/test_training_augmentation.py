@@ -12,7 +12,10 @@ STRONG = {"flip": True, "crop_scale": 0.6, "rotate": 180.0, "scale": 0.4, "proba
 
 @pytest.fixture(autouse=True)
 def _one_thread():
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def config(**changes):

@@ -2,6 +2,8 @@
 
 import asyncio
 
+from processes import STUCK_S
+
 from pistoseg.training.progress import TrainingProgress
 
 
@@ -32,4 +34,4 @@ def test_nothing_waits_for_samples_that_are_used_already():
         await progress.set_used(100)  # a resumed training
         await progress.wait(60)
 
-    asyncio.run(asyncio.wait_for(scenario(), 5))
+    asyncio.run(asyncio.wait_for(scenario(), STUCK_S))
