@@ -5,13 +5,14 @@ import errno
 import json
 import subprocess
 import sys
+import threading
 import time
 
 import boto3.exceptions
 import botocore.exceptions
 import pytest
 import requests
-from processes import wait_for
+from processes import STUCK_S, wait_for
 
 from pistoseg import storage
 from pistoseg.artifacts import Artifact, Workspace
@@ -674,7 +675,7 @@ def test_what_is_kept_while_an_outbox_is_cleared_stays(line, workspace, monkeypa
 
     monkeypatch.setattr(storage, "remove_tree", slow)
     box._send_kept()
-    assert said.wait(60)
+    assert said.wait(STUCK_S)
     assert [storage.name(item) for item in messages.uris(box._folder)] == ["000002.json"]
 
 
