@@ -102,6 +102,8 @@ def _synthesis(config: Config) -> dict[str, Any]:
     settings["background"] = _background(config)
     if config.synthesis.mode == "streamed":
         settings["synthesis"].pop("count")
+    else:
+        settings["order"] = "shuffled"  # in which trainings take them, and for which they are laid out
     return settings
 
 
@@ -129,9 +131,6 @@ def _training(config: Config, section: str) -> dict[str, Any]:
     }
     if settings[section]["samples_per_epoch"] is None:
         settings["count"] = config.synthesis.count  # the length of an epoch on streamed mosaics
-    masks = "synthesis" if section == "preliminary" else _precise_inputs(config)["masks"]
-    if masks == "synthesis" and config.synthesis.mode == "stored":
-        settings["mosaics"] = "shuffled"  # they came in the order in which they are stored, in every epoch
     if scored_by_labels(config):
         settings["label_agreement"] = BY_NAME["label_scores"].version  # of the score by which the best epoch is kept
     if section == "precise" and _takes_other_normalization(config):

@@ -45,7 +45,7 @@ def values(uri: str, column: str, rows: Iterable[int]) -> Iterator[Any]:
     """Values of one column of one file; of row groups only those that hold the rows are read, one after the other."""
     import pyarrow.parquet as pq
 
-    with storage.open_file(uri) as file, pq.ParquetFile(file) as table:
+    with storage.open_parts(uri) as file, pq.ParquetFile(file) as table:
         ends = _ends(table)
         held: dict[int, pa.ChunkedArray] = {}
         for row in rows:
@@ -59,7 +59,7 @@ def read_around(uri: str, row: int, columns: list[str]) -> tuple[int, pa.Table]:
     """The row group of one file that a row is in, and the number of its first row."""
     import pyarrow.parquet as pq
 
-    with storage.open_file(uri) as file, pq.ParquetFile(file) as table:
+    with storage.open_parts(uri) as file, pq.ParquetFile(file) as table:
         ends = _ends(table)
         group = bisect_right(ends, row)
         rows = table.read_row_group(group, columns=columns)

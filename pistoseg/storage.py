@@ -168,6 +168,13 @@ def open_file(uri: str, mode: str = "rb") -> IO[Any]:
 
 
 @_explains
+def open_parts(uri: str) -> IO[bytes]:
+    """Open a file of which little is read, each time in one piece; else object storage's client reads 50 MB ahead."""
+    backend, path = filesystem(uri)
+    return backend.open(path, "rb", cache_type="none")
+
+
+@_explains
 def read_bytes(uri: str) -> bytes:
     """The whole file."""
     backend, path = filesystem(uri)

@@ -54,8 +54,8 @@ def read_annotations(uri: str, classes: TissueClasses) -> Annotations:
     The class is `properties.classification.name`, or what `.names` of a derived class spells: `A: B`, else the first
     of its names that is a class. Case does not count. Polygons that cross themselves are repaired; polygons of one
     class are united. Where a polygon of a class that is not in the config lies on them, nobody can tell what is shown:
-    that counts as not annotated. What is annotated wholly inside of such a polygon stays, as QuPath's `Region*` is
-    drawn around annotations.
+    that counts as not annotated. One that is as large as an annotation and holds half of it, or more, is a frame, as
+    QuPath's `Region*` is drawn around annotations, and hides nothing of it.
 
     Args:
         uri: the file.
@@ -84,10 +84,8 @@ def read_annotations(uri: str, classes: TissueClasses) -> Annotations:
             unknown_parts += parts
         else:
             polygons.setdefault(tissue, []).extend(parts)
-    areas = {tissue: shapely.union_all(parts) for tissue, parts in sorted(polygons.items())}
-    if areas and unknown_parts:
-        unclear = _without_inner(unknown_parts, [part for parts in polygons.values() for part in parts])
-        areas = {tissue: left for tissue, area in areas.items() if (left := shapely.difference(area, unclear))}
+    clear = {tissue: shapely.union_all(_clear(parts, unknown_parts)) for tissue, parts in sorted(polygons.items())}
+    areas = {tissue: area for tissue, area in clear.items() if area}
     return Annotations(areas, unknown, unclassified, other)
 
 
@@ -97,13 +95,18 @@ def _is_region(feature: dict[str, Any], properties: dict[str, Any]) -> bool:
     return kind in _REGIONS if kind else feature.get("id") not in _NO_REGIONS
 
 
-def _without_inner(polygons: list[Any], others: list[Any]) -> Any:
-    """The area of polygons, each without those of the others that lie inside of it."""
-    inner: dict[int, list[Any]] = {}
-    for other, polygon in shapely.STRtree(polygons).query(others, predicate="covered_by").T:
-        inner.setdefault(polygon, []).append(others[other])
-    left = [shapely.difference(part, shapely.union_all(inner.get(at, []))) for at, part in enumerate(polygons)]
-    return shapely.union_all(left)
+def _clear(polygons: list[Any], unknown: list[Any]) -> list[Any]:
+    """Polygons of a class without what polygons of unknown classes hide of them."""
+    hiding: dict[int, list[Any]] = {}
+    for at, other in shapely.STRtree(unknown).query(polygons, predicate="intersects").T:
+        polygon, upper = polygons[at], unknown[other]
+        is_frame = upper.area >= polygon.area and shapely.intersection(polygon, upper).area >= polygon.area / 2
+        if not is_frame:
+            hiding.setdefault(at, []).append(upper)
+    return [
+        shapely.difference(polygon, shapely.union_all(hiding[at])) if at in hiding else polygon
+        for at, polygon in enumerate(polygons)
+    ]
 
 
 def _features(uri: str) -> list[dict[str, Any]]:
