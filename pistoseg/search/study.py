@@ -427,11 +427,22 @@ def _confirm(
 
 
 def _promote(client: Any, model: str, version: str, known: str | None) -> str:
-    """Make a version the champion; one that an earlier run made it does not take that back from another one."""
+    """Make a version the champion, unless another one has taken that over from the one of an earlier run.
+
+    Args:
+        client: of MLflow.
+        model: name of the registered model.
+        version: that holds; after an update of the project the same setting has a new one.
+        known: what an earlier run of this search made the champion; None: nothing.
+    Returns:
+        What this search made the champion last.
+    """
     from pistoseg.tracking.registry import CHAMPION, set_alias
 
-    if version != known or CHAMPION not in client.get_registered_model(model).aliases:
-        set_alias(client, model, version)
+    champion = client.get_registered_model(model).aliases.get(CHAMPION)
+    if known is not None and champion is not None and str(champion) != known:
+        return known
+    set_alias(client, model, version)
     return version
 
 

@@ -600,6 +600,21 @@ def test_the_best_model_is_the_champion_only_if_it_holds_on_fresh_seeds(
         aliases.clear()  # as in a new registry
 
 
+@pytest.mark.parametrize(
+    ("known", "champion", "made"),
+    [(None, 4, True), (None, None, True), ("3", None, True), ("3", 3, True), ("3", 4, False)],
+)
+def test_a_model_that_an_update_made_anew_replaces_the_searchs_own_champion_alone(monkeypatch, known, champion, made):
+    from pistoseg.search import study
+
+    promoted = []
+    aliases = {} if champion is None else {"champion": champion}  # a database has versions as numbers
+    client = SimpleNamespace(get_registered_model=lambda name: SimpleNamespace(aliases=aliases))
+    monkeypatch.setattr("pistoseg.tracking.registry.set_alias", lambda *arguments: promoted.append(arguments))
+    assert study._promote(client, "tissue", "5", known) == ("5" if made else "3")
+    assert promoted == ([(client, "tissue", "5")] if made else [])
+
+
 def test_a_confirmation_that_holds_again_without_mlflow_keeps_the_champion_and_one_that_does_not_hold_does_not(
     study_of, monkeypatch
 ):
