@@ -44,6 +44,7 @@ def train(config: Config, workspace: str) -> dict[str, Artifact]:
     """Run the pipeline up to the scores; print them, the output tree, the model and what to do with it."""
     from pistoseg.patches.digest import scored_by_labels
 
+    object_store.use(config.storage)
     place = Workspace(storage.absolute(workspace))
     targets = ("preliminary_evaluation", "evaluation", *(("label_scores",) if scored_by_labels(config) else ()))
     artifacts = _run(config, place, targets)
@@ -57,6 +58,7 @@ def train(config: Config, workspace: str) -> dict[str, Artifact]:
 
 def synthesize(config: Config, workspace: str, preview: int | None, out: str) -> None:
     """Make the mosaics of a config; with `preview` only a sheet of that many, written to `out`."""
+    object_store.use(config.storage)
     place = Workspace(storage.absolute(workspace))
     if preview is None and config.synthesis.mode == "streamed":
         raise PistoSegError(
@@ -308,7 +310,6 @@ def _run(config: Config, workspace: Workspace, targets: tuple[str, ...]) -> dict
     """Run the pipeline on the cluster of the config; data that isn't there is refused before Ray starts."""
     from pistoseg.stages import cluster
 
-    object_store.use(config.storage)
     _check_data(config)
     check_weights(config, targets)
     with cluster.connected(config.compute):

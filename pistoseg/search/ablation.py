@@ -278,7 +278,7 @@ def run(
         progress: where to say what happens.
     Raises:
         PistoSegError: settings of a row, or the images, are refused; there are no validation images; the folder holds
-            a table of other settings, or of more seeds.
+            a table of other settings, of more seeds or of another name.
         UnavailableError: a disk is full, a storage away or the cluster too small, which would end every row; a table of
             before stays.
     """
@@ -286,23 +286,24 @@ def run(
     progress = progress or Progress()
     jobs, left_out = prepare(table, config, seeds)
     folder = out or storage.join(workspace.root, "ablations", table.name)
-    _refuse_another(folder, config, seeds)  # before it waits for one that is running
+    _refuse_another(folder, table, config, seeds)  # before it waits for one that is running
     with claimed(folder, say=progress.say) as claim:
         assert claim is not None
-        _refuse_another(folder, config, seeds)
+        _refuse_another(folder, table, config, seeds)
         return _run_jobs(table, config, workspace, jobs, left_out, folder, claim.check, progress)
 
 
-def _refuse_another(folder: str, config: Config, seeds: int) -> None:
+def _refuse_another(folder: str, table: Table, config: Config, seeds: int) -> None:
     """Refuse to replace a table that this one would not contain."""
     file = storage.join(folder, "ablation.json")
     if not storage.exists(file):
         return
     found = read_json(file, "delete that file and run again")
-    same = found.get("settings", _settings(config)) == _settings(config)  # a table of before does not say
-    if not same or not set(found["seeds"]) <= set(range(config.seed, config.seed + seeds)):
+    own = {"table": table.name, "settings": _settings(config)}
+    same = all(found.get(key, value) == value for key, value in own.items())  # a table of before has no settings
+    if not same or not set(found.get("seeds", ())) <= set(range(config.seed, config.seed + seeds)):
         raise PistoSegError(
-            "holds a table of other settings, other data or more seeds",
+            "holds a table of other settings, other data, more seeds or another name",
             file=folder,
             remedy="give another --out, or delete it: its artifacts stay, and the same command makes it again",
         )

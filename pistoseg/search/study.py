@@ -22,7 +22,7 @@ from pistoseg.config import Config
 from pistoseg.errors import PistoSegError, UnavailableError, explained
 from pistoseg.graph import BY_NAME, plan
 from pistoseg.pipeline import check_trainings, run_pipeline
-from pistoseg.places import data_places
+from pistoseg.places import data_places, is_data
 from pistoseg.progress import Progress
 from pistoseg.search.ablation import DATA, decisive, with_overrides
 from pistoseg.search.confirmation import Confirmation
@@ -149,7 +149,7 @@ def run(search: Search, workspace: Workspace, budget: Budget, progress: Progress
     Journal.refuse_another(folder, settings)  # before it waits for that to end
     # Before there is a journal, which would keep its name.
     _check_trainings(search, workspace, progress)
-    placement.check_shared(workspace.root, data_places(search.config))  # each trial is led, and reads, on any node
+    placement.check_shared(workspace.root, _places(search))  # each trial is led, and reads, on any node
     # Two runs of one search would overwrite each other's trials.
     with claimed(folder, say=progress.say) as claim:
         assert claim is not None
@@ -158,6 +158,17 @@ def run(search: Search, workspace: Workspace, budget: Budget, progress: Progress
         if 0 in journal.records and search.space.point_of(search.config) is None:
             journal.records[0].point = None  # an earlier version may have taken it for one of the space
         return _run(search, workspace, budget, journal, progress)
+
+
+def _places(search: Search) -> dict[str, str]:
+    """Folders and files of data that trials read, those among the space's options, too, by what they are called."""
+    return data_places(search.config) | {
+        f"{key}={value}": value
+        for parameter in search.space.parameters
+        for option in parameter.options.values()
+        for key, value in option.items()
+        if isinstance(value, str) and is_data(*key.partition(".")[::2], value)
+    }
 
 
 def _check_trainings(search: Search, workspace: Workspace, progress: Progress) -> None:
@@ -271,7 +282,7 @@ def _run_trials(
         frozenset(search.sharing.shared),
         workers,
         parallel,
-        placement.local_places(data_places(search.config)),
+        placement.local_places(_places(search)),
     )
     before, started = journal.settings["spent_s"], time.monotonic()
     try:
@@ -427,11 +438,22 @@ def _confirm(
 
 
 def _promote(client: Any, model: str, version: str, known: str | None) -> str:
-    """Make a version the champion; one that an earlier run made it does not take that back from another one."""
+    """Make a version the champion, unless another one has taken that over from the one of an earlier run.
+
+    Args:
+        client: of MLflow.
+        model: name of the registered model.
+        version: that holds; after an update of the project the same setting has a new one.
+        known: what an earlier run of this search made the champion; None: nothing.
+    Returns:
+        What this search made the champion last.
+    """
     from pistoseg.tracking.registry import CHAMPION, set_alias
 
-    if version != known or CHAMPION not in client.get_registered_model(model).aliases:
-        set_alias(client, model, version)
+    champion = client.get_registered_model(model).aliases.get(CHAMPION)
+    if known is not None and champion is not None and str(champion) != known:
+        return known
+    set_alias(client, model, version)
     return version
 
 

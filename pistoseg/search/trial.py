@@ -159,13 +159,27 @@ def run_trial(parameters: Mapping[str, Any], job: TrialJob) -> None:
         tune.report(_run(overrides, int(parameters["number"]), job))
     except Exception as error:  # whatever ends a trial is its result; the search goes on
         known = explained(error)
-        # It would end every other one, too, unless the cluster lacks what this setting itself asks for.
-        if isinstance(known, UnavailableError) and known.field not in overrides:
+        if isinstance(known, UnavailableError) and not _asks_for_more(known.field, overrides, job.config):
             tune.report({UNAVAILABLE: json.dumps(known.fields())})
         elif is_lost(error):
             raise  # no result: Tune starts it again
         else:
             tune.report({"problem": explain(error)})
+
+
+def _asks_for_more(field: str | None, overrides: Mapping[str, Any], own: Config) -> bool:
+    """Whether a trial lacks what the setting that all vary would not ask for: then it would not end the others, too.
+
+    Args:
+        field: of the error.
+        overrides: of the trial.
+        own: the config that they vary.
+    """
+    section, _, name = (field or "").partition(".")
+    if section != "compute":
+        return False
+    wanted, enough = (getattr(config.compute, name) for config in (with_overrides(own, overrides), own))
+    return bool(wanted != enough if name == "device" else wanted > enough)
 
 
 def _run(overrides: Mapping[str, Any], number: int, job: TrialJob) -> dict[str, Any]:

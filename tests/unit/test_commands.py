@@ -8,6 +8,7 @@ from pistoseg import commands, object_store
 from pistoseg.artifacts import Artifact
 from pistoseg.config import load_config
 from pistoseg.errors import PistoSegError
+from pistoseg.search.ablation import with_overrides
 from pistoseg.search.command import search
 
 LABEL_REPORT = {"windows": 9, "label_iou": 0.625, "label_map": None, "by_class": {"TUM": 0.625, "STR": None}}
@@ -79,7 +80,9 @@ def test_a_training_without_validation_images_scores_by_the_labels_of_images_tha
     assert not any("held-out" in line or "label_scores" in line for line in trained(3, "data.label_holdout=0.1"))
 
 
-@pytest.mark.parametrize("verb", ["train", "synthesize", "ablate", "search", "data check", "data windows"])
+@pytest.mark.parametrize(
+    "verb", ["train", "train by labels", "synthesize", "ablate", "search", "data check", "data windows"]
+)
 def test_a_verb_that_python_calls_asks_the_storage_of_its_config_for_its_data(verb, tmp_path, monkeypatch):
     """A server that refuses connections says which one was asked."""
     monkeypatch.setattr(object_store, "_forwarded", {})
@@ -88,9 +91,11 @@ def test_a_verb_that_python_calls_asks_the_storage_of_its_config_for_its_data(ve
         monkeypatch.setenv(name, "http://127.0.0.1:8")
     monkeypatch.setenv(object_store.ANONYMOUS, "1")
     config = load_config("demo", overrides=["data.uri=s3://b/x", "storage={endpoint: 'http://127.0.0.1:9'}"])
+    by_labels = with_overrides(config, {"data.label_holdout": 0.1})
     place, options = str(tmp_path), {"name": None, "objective": "auto", "dry_run": True}
     calls = {
         "train": lambda: commands.train(config, place),
+        "train by labels": lambda: commands.train(by_labels, place),
         "synthesize": lambda: commands.synthesize(config, place, 4, "x.png"),
         "ablate": lambda: commands.ablate("table1", config, place),
         "search": lambda: search(config, place, "crops", options),

@@ -452,6 +452,18 @@ def test_a_table_of_before_that_does_not_say_its_settings_is_replaced_and_a_dama
         ablation.run(TWO_ROWS, config, Workspace(str(tmp_path)))
 
 
+def test_another_table_does_not_replace_one_in_the_same_folder(config, pipeline, tmp_path):
+    workspace, out = Workspace(str(tmp_path / "w")), tmp_path / "out"
+    ablation.run(TWO_ROWS, config, workspace, out=str(out))
+    before = (out / "ablation.json").read_bytes()
+    with pytest.raises(PistoSegError, match=r"holds a table of other settings.*another --out"):
+        ablation.run(Table("other", "Other", TWO_ROWS.rows), config, workspace, out=str(out))
+    assert (out / "ablation.json").read_bytes() == before
+    (out / "ablation.json").write_text("{}")
+    ablation.run(TWO_ROWS, config, workspace, out=str(out))
+    assert json.loads((out / "ablation.json").read_text())["table"] == "own"
+
+
 def test_of_two_ablations_into_one_folder_the_second_waits_and_is_then_refused(config, pipeline, tmp_path, monkeypatch):
     monkeypatch.setattr(claims, "POLL_S", 0.02)
     workspace, said, refused = Workspace(str(tmp_path)), [], []

@@ -205,10 +205,18 @@ def test_the_places_of_a_trials_workers_are_freed_with_it_and_no_others(monkeypa
 
 
 @pytest.mark.parametrize(
-    ("overrides", "ends"), [({}, True), ({"precise.lr": 0.1}, True), ({"compute.train_workers": 9}, False)]
+    ("overrides", "ends", "said"),
+    [
+        ({}, True, "8 training workers need"),
+        ({"precise.lr": 0.1}, True, "8 training workers need"),
+        ({"compute.train_workers": 4}, True, "4 training workers need"),
+        ({"compute.train_workers": 8}, True, "8 training workers need"),
+        ({"compute.train_workers": 9}, False, "9 training workers need"),
+        ({"compute.device": "cuda"}, False, "cuda needs a GPU"),
+    ],
 )
 def test_what_the_cluster_cannot_give_ends_a_search_unless_the_trials_own_setting_asks_for_it(
-    config, tmp_path, monkeypatch, overrides, ends
+    config, tmp_path, monkeypatch, overrides, ends, said
 ):
     from pistoseg.search import trial
     from pistoseg.stages import placement
@@ -230,10 +238,13 @@ def test_what_the_cluster_cannot_give_ends_a_search_unless_the_trials_own_settin
     trial.run_trial({"number": 1, "overrides": json.dumps(overrides)}, job)
     (report,) = reports
     assert list(report) == [trial.UNAVAILABLE if ends else "problem"]
-    assert f"{8 if ends else 9} training workers need" in next(iter(report.values()))
+    assert said in next(iter(report.values()))
 
 
-def test_a_trial_on_a_node_that_joined_later_and_does_not_see_the_data_ends_the_search(config, tmp_path, monkeypatch):
+@pytest.mark.parametrize("overrides", [{}, {"classifier.weights": "imagenet"}])
+def test_a_trial_on_a_node_that_joined_later_and_does_not_see_the_data_ends_the_search(
+    config, tmp_path, monkeypatch, overrides
+):
     from pistoseg.search import trial
 
     reports = []
@@ -241,8 +252,23 @@ def test_a_trial_on_a_node_that_joined_later_and_does_not_see_the_data_ends_the_
     objective = Objective("miou", masks=True, labels=False)
     places = {"classifier.weights": str(tmp_path / "x.pth")}
     job = trial.TrialJob(config, str(tmp_path), objective, (), frozenset(), None, 1, places)
-    trial.run_trial({"number": 1, "overrides": "{}"}, job)
+    trial.run_trial({"number": 1, "overrides": json.dumps(overrides)}, job)
     assert "does not see it" in reports[0][trial.UNAVAILABLE]
+
+
+def test_files_that_only_the_space_names_are_asked_of_all_nodes_too(config):
+    from pistoseg.search import study
+
+    key = "precise.weights"
+    options = {name: {key: name} for name in ("imagenet", "/nets/a.pth", "s3://bucket/b.pth")}
+    space = Space("own", (Parameter("precise.lr", 0.1, 0.2), Parameter(key, options=options)))
+    own = config.model_copy(update={"data": config.data.model_copy(update={"uri": "/images"})})
+    search = study.Search("mine", own, space, None, Objective("miou", True, False), "tpe", False, None)
+    assert study._places(search) == {
+        "data.uri": "/images",
+        "precise.weights=/nets/a.pth": "/nets/a.pth",
+        "precise.weights=s3://bucket/b.pth": "s3://bucket/b.pth",
+    }
 
 
 def test_failures_are_explained_in_a_line():
@@ -598,6 +624,21 @@ def test_the_best_model_is_the_champion_only_if_it_holds_on_fresh_seeds(
             assert again == (confirmation, version)
             assert len(promoted) == count
         aliases.clear()  # as in a new registry
+
+
+@pytest.mark.parametrize(
+    ("known", "champion", "made"),
+    [(None, 4, True), (None, None, True), ("3", None, True), ("3", 3, True), ("3", 4, False)],
+)
+def test_a_model_that_an_update_made_anew_replaces_the_searchs_own_champion_alone(monkeypatch, known, champion, made):
+    from pistoseg.search import study
+
+    promoted = []
+    aliases = {} if champion is None else {"champion": champion}  # a database has versions as numbers
+    client = SimpleNamespace(get_registered_model=lambda name: SimpleNamespace(aliases=aliases))
+    monkeypatch.setattr("pistoseg.tracking.registry.set_alias", lambda *arguments: promoted.append(arguments))
+    assert study._promote(client, "tissue", "5", known) == ("5" if made else "3")
+    assert promoted == ([(client, "tissue", "5")] if made else [])
 
 
 def test_a_confirmation_that_holds_again_without_mlflow_keeps_the_champion_and_one_that_does_not_hold_does_not(
