@@ -125,7 +125,8 @@ def evaluate_folder(
         work = storage.join(out, WORK, key)
         for other in storage.list_dir(storage.join(out, WORK)):
             if storage.name(other) != key:
-                storage.remove_tree(other)
+                with suppress(OSError, PistoSegError):  # what stays are whole parts, good for its own key
+                    storage.remove_tree(other)
         storage.remove_parts(work)
         with progress.stage("Reading images and masks"):
             summary = collect(data, work, classes, max_pixels=max_pixels, actors=1, progress=progress)

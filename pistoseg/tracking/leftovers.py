@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 
 from pistoseg import storage
+from pistoseg.errors import PistoSegError
 from pistoseg.liveness import is_alive
 from pistoseg.redaction import first_line, redact
 from pistoseg.tracking import messages
 from pistoseg.tracking.delivery import Delivery, UnsentError, quoted, unsent
+from pistoseg.tracking.messages import Message
 from pistoseg.tracking.turn import turn
 
 PROCESS_TAG, LIFE_TAG, WORKSPACE_TAG = (f"pistoseg.{name}" for name in ("process", "alive", "workspace"))
@@ -17,6 +21,8 @@ PROCESS_TAG, LIFE_TAG, WORKSPACE_TAG = (f"pistoseg.{name}" for name in ("process
 MOST_RUNS = 1000
 """Runs that are looked at for killed processes, at a time."""
 
+_dice = random.SystemRandom()
+"""Not the generator that a run may have seeded."""
 _sending = threading.Lock()
 """Held while others' messages are sent: two outboxes of this process would make a run twice."""
 
@@ -34,20 +40,25 @@ class Leftovers:
     def __init__(self, delivery: Delivery, workspace: str, own: str, answers: Callable[[], bool]) -> None:
         self.delivery, self.workspace, self.own, self._answers = delivery, workspace, own, answers
         self._server = str(delivery.client.tracking_uri)
+        self._untaken: Exception | None = None
         self._stuck: set[str] = set()
         self._makes: dict[str, str | None] = {}
 
     def send(self) -> bool:
         """Send what there is, in the order of its runs; False when the server is away.
 
-        What fails for another reason stays, and keeps nothing else from being sent.
+        What fails for another reason stays, and keeps nothing else from being sent; but after an upload that fails
+        the others wait for the next call, as each may take minutes to fail. Chance decides which are tried first, or
+        one that always fails would keep the same ones back in all runs.
         """
         with _sending:
+            self._untaken = None
             try:
                 folders = storage.list_dir(storage.join(self.workspace, messages.FOLDER))
             except Exception:  # the workspace is away, which the server need not be; the next run tries again
                 return True
             folders = [folder for folder in folders if folder != self.own]
+            _dice.shuffle(folders)
             sent = True
             while sent:  # what was sent may have been what others waited for
                 sent = False
@@ -83,31 +94,45 @@ class Leftovers:
             return go_on is not None and self._send_messages(folder, go_on)
 
     def _send_messages(self, folder: str, go_on: Callable[[], None]) -> bool:
-        kept, held = list(messages.uris(folder)), None
+        kept, uploads = list(messages.uris(folder)), []
         for uri in kept:
             go_on()
-            message = messages.read(folder, uri)
+            message = messages.read(folder, uri, whole=False)  # only uploads have data
             if message is None:
                 continue
+            if message.call in messages.UPLOADS:
+                uploads.append(uri)
+            elif not self._deliver(folder, message):
+                return False
+        _dice.shuffle(uploads)
+        for uri in uploads:
+            if self._untaken is not None:
+                raise self._untaken
+            go_on()
+            message = messages.read(folder, uri)
             try:
-                self.delivery.deliver_kept(message)
-            except UnsentError as error:
-                if self._may_come(error.run_id):
+                if message is not None and not self._deliver(folder, message):
                     return False
-                self.delivery.leave_out(error.run_id)
-                what = f"MLflow has no run for {message.call}"
-                print(f"{what}, which is left out with all of it: {error.run_id} is gone")
             except Exception as error:
-                if message.call not in messages.UPLOADS or not self._answers():
-                    raise
-                held = held or error
-                continue
-            messages.remove(folder, message.number)
-        if held is not None:
-            raise held
-        storage.remove_tree(folder)
+                self._untaken = error
+                raise
+        with suppress(OSError, PistoSegError):  # all is sent; what is left takes room
+            storage.remove_tree(folder)
         if kept:  # else another process has just sent them
             print(f"MLflow got {len(kept)} messages that an earlier run could not send")
+        return True
+
+    def _deliver(self, folder: str, message: Message) -> bool:
+        """Send a message and forget it; False where an outbox can still make its run."""
+        try:
+            self.delivery.deliver_kept(message)
+        except UnsentError as error:
+            if self._may_come(error.run_id):
+                return False
+            self.delivery.leave_out(error.run_id)
+            what = f"MLflow has no run for {message.call}"
+            print(f"{what}, which is left out with all of it: {error.run_id} is gone")
+        messages.remove(folder, message.number)
         return True
 
     def _say_stuck(self, folder: str, error: Exception) -> None:

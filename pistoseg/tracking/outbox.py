@@ -3,7 +3,8 @@
 An `Outbox` stands in for an `MlflowClient`. A call that the server does not answer is written to
 `<workspace>/mlflow-unsent/<outbox>/` and everything after it too, in order, so that no run waits for MLflow or ends
 with it. Once a minute the outbox tries again; what is left at the end of a run is sent by the workspace's next run.
-A file or a model that a server which answers does not take is tried again as well, and keeps nothing else back.
+A file or a model that a server which answers does not take is tried again as well, and keeps nothing back but other
+files and models, of which each may take minutes to fail: one is tried in a pass, another one in the next.
 What belongs to a run that another outbox has still to send waits for it; what belongs to one that MLflow refused, or
 that no outbox keeps any more, is left out.
 """
@@ -58,7 +59,7 @@ class Outbox:
     def __init__(self, client: MlflowClient, workspace: str, register: Register | None = None) -> None:
         self._client = client
         self._workspace = workspace
-        self._folder = storage.join(workspace, messages.FOLDER, uuid.uuid4().hex)
+        self._folder = self._new_folder()
         self._delivery = Delivery(client, register)
         self._leftovers = Leftovers(self._delivery, workspace, self._folder, self._answers)
         self._lock = threading.Lock()
@@ -194,14 +195,22 @@ class Outbox:
             if not is_refusal(error):
                 self._went_away(error)
 
+    def _new_folder(self) -> str:
+        return storage.join(self._workspace, messages.FOLDER, uuid.uuid4().hex)
+
     def _say(self, call: str, arguments: dict[str, Any], data: bytes | None = None) -> Any:
-        if not self.away:
+        is_upload = call in messages.UPLOADS
+        if not self.away and not (is_upload and self._queue):  # what waits there are uploads, one of which failed
             try:
                 return self._delivery.deliver(call, arguments, data)
             except Exception as error:  # of any of MLflow's back ends and file stores
                 if is_refusal(error):
                     raise
-                self._went_away(error)
+                if is_upload and not isinstance(error, UnsentError) and self._answers():
+                    what = f"MLflow does not take {arguments['name']} now"
+                    print(f"{what}, the run goes on; uploads are tried again: {first_line(error)}")
+                else:
+                    self._went_away(error)
         with self._lock:
             self._numbers += 1
             message = Message(self._numbers, call, arguments, data)
@@ -209,7 +218,8 @@ class Outbox:
             if message.makes:
                 unsent.add(message.makes)
             self._keep()
-            self.away = True  # it may have come back just now; the order counts
+            if not is_upload:
+                self.away = True  # it may have come back just now; the order counts
         return None
 
     def _went_away(self, error: Exception) -> None:
@@ -270,6 +280,8 @@ class Outbox:
     def _send_kept(self) -> bool:
         """Send what other outboxes left, then this one's messages in order, until one has to wait that is no upload.
 
+        After an upload that fails the others are held, and it goes behind them: the next pass begins with another one.
+
         Returns:
             Whether the server is there and has got the last one.
         """
@@ -277,29 +289,41 @@ class Outbox:
             return not self.away
         if not self._leftovers.send():
             return False
-        sent, held = 0, 0  # uploads that wait are the first of the queue
+        sent, held, fails, done = 0, 0, False, None  # uploads that are held are the first of the queue
         while True:
+            if self._stop.is_set() and threading.current_thread() is self._thread:
+                return False  # `close` sends the rest
             with self._lock:
                 if held == len(self._queue):
-                    if sent and not held:  # under the lock, or a message that is kept meanwhile would be deleted
-                        with suppress(OSError, PistoSegError):  # what is left is nothing but the owner's name
-                            storage.remove_tree(self._folder)
-                        self.away = False
+                    was_away, self.away = self.away, False
+                    if not held:  # what is kept from now on is not to be deleted with the old folder
+                        done, self._folder = self._folder, self._new_folder()
+                        self._leftovers.own = self._folder
                     break
                 message = self._queue[held]
+            is_upload = message.call in messages.UPLOADS
+            if fails and is_upload:
+                held += 1
+                continue
             try:
                 self._delivery.deliver_kept(message)
             except Exception as error:  # the next try says so, if it has to
-                if message.call not in messages.UPLOADS or isinstance(error, UnsentError) or not self._answers():
+                if not is_upload or isinstance(error, UnsentError) or not self._answers():
                     return False
-                held += 1
+                fails = True
+                with self._lock:
+                    del self._queue[held]
+                    self._queue.append(message)
                 continue
             with self._lock:
                 del self._queue[held]
             messages.remove(self._folder, message.number)
             sent += 1
-        if sent and not self.away:
-            print(f"MLflow is back: {sent} messages sent")
+        if done:
+            with suppress(OSError, PistoSegError):  # what is left is nothing but the owner's name
+                storage.remove_tree(done)
+        if sent:
+            print(f"MLflow {'is back' if was_away else 'takes files again'}: {sent} messages sent")
         return True
 
 

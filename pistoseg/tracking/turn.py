@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from pistoseg import storage
-from pistoseg.errors import PistoSegError, UnavailableError
+from pistoseg.errors import PistoSegError
 from pistoseg.liveness import is_alive, process
 
 BEAT_S = 60.0
@@ -54,7 +54,7 @@ def turn(folder: str) -> Iterator[Callable[[], None] | None]:
         else:  # this one looked so long ago that others had their turns since
             yield None
     finally:
-        with suppress(OSError, UnavailableError):  # it ends with this process
+        with suppress(OSError, PistoSegError):  # it ends with this process
             if storage.exists(uri):  # else the folder is done
                 storage.write_bytes(uri, _body(""))
 
@@ -80,5 +80,5 @@ def _body(name: str) -> bytes:
 
 
 def _remove(uri: str) -> None:
-    with suppress(OSError, UnavailableError):
+    with suppress(OSError, PistoSegError):
         storage.remove_file(uri)

@@ -18,7 +18,7 @@ from pistoseg import claims, storage
 from pistoseg.classes import TissueClass, TissueClasses
 from pistoseg.cli import main
 from pistoseg.config import EvaluationConfig, load_config
-from pistoseg.errors import PistoSegError
+from pistoseg.errors import PistoSegError, RefusedError
 from pistoseg.graph import StageContext
 from pistoseg.models import bundle, segmentation
 from pistoseg.progress import Progress
@@ -93,6 +93,17 @@ def test_a_report_goes_beside_the_users_files_and_leaves_no_other_folder(model, 
     assert json.loads((out / "metrics.json").read_text())["iou"] == report["iou"]
     assert [file.read_bytes() for file in own_files] == [b"the user's"] * 3
     assert sorted(item.name for item in out.iterdir()) == sorted([*RESULTS, "images", "img", "parts"])
+
+
+def test_work_of_other_settings_that_can_not_be_deleted_ends_no_evaluation(model, own_files, tmp_path, monkeypatch):
+    def refuse(uri):
+        raise RefusedError("refuses access", file=uri)
+
+    leftover = tmp_path / "out" / WORK / "another" / "images" / "part-00000.parquet"
+    leftover.parent.mkdir(parents=True)
+    leftover.write_bytes(b"of a run that was killed")
+    monkeypatch.setattr(storage, "remove_tree", refuse)
+    assert evaluate(model, data_set(tmp_path / "data"), tmp_path / "out")["images"] == 2
 
 
 def test_the_size_of_the_largest_image_that_is_scored_is_an_option(model, own_files, tmp_path, monkeypatch):
