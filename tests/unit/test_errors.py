@@ -169,7 +169,7 @@ def test_a_trial_that_a_full_disk_ends_is_no_failed_trial(monkeypatch):
             raise error
 
         monkeypatch.setattr("pistoseg.search.trial._run", fail)
-        run_trial({"overrides": "{}", "number": 0}, SimpleNamespace())
+        run_trial({"overrides": "{}", "number": 0}, SimpleNamespace(config=None))
     assert [list(report) for report in reports] == [[UNAVAILABLE], ["problem"]]
 
 
