@@ -34,6 +34,10 @@ START_S = 300
 """Until everything answers; a busy laptop takes minutes, an idle one ten seconds."""
 GRPC_OFFSET = 10_000
 """SeaweedFS serves gRPC that far above each of its ports."""
+PORTS = range(20_000, 32_768)
+"""Where servers listen: above the ports of Ray's workers, below those that Linux gives whoever asks for any."""
+TRIES = 5
+"""To start SeaweedFS on other ports, where somebody else took one of them since it was seen to be free."""
 TOKEN = secrets.token_hex(32)
 """Of all clusters of this process: Ray reads it only once."""
 LONGEST_FOLDER = 40
@@ -78,6 +82,23 @@ class S3Server:
             "actions": ["Admin", "Read", "Write", "List", "Tagging"],
         }
         private_file(self.folder / "s3.json", json.dumps({"identities": [identity]}))
+        try:
+            self._start_on_free_ports(program, TRIES)
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def _start_on_free_ports(self, program: str, tries: int) -> None:
+        self._choose_ports(program)
+        try:
+            self.start()
+        except PistoSegError:
+            if tries == 1 or "address already in use" not in (self.folder / "s3.log").read_text(errors="replace"):
+                raise
+            self._start_on_free_ports(program, tries - 1)
+
+    def _choose_ports(self, program: str) -> None:
         master, volume, filer, port = free_ports(4, offset=GRPC_OFFSET)
         self.endpoint = f"http://{HOST}:{port}"
         self._command = [program, "server", f"-dir={self.folder / 'data'}", f"-ip={HOST}", f"-ip.bind={HOST}"]
@@ -87,12 +108,6 @@ class S3Server:
         self._command += ["-s3.port.iceberg=0", "-s3.port.lance=0"]  # fixed ports, taken where another one runs
         if setpriv := shutil.which("setpriv"):  # a SIGKILL of this process ends it too, as it ends Ray's
             self._command = [setpriv, "--pdeathsig", "KILL", *self._command]
-        try:
-            self.start()
-        except BaseException:
-            self.stop()
-            raise
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.stop()
@@ -354,7 +369,7 @@ def private_file(path: Path, text: str) -> None:
 
 
 def free_ports(count: int, offset: int = 0) -> list[int]:
-    """Ports of the loopback address that nobody listens on.
+    """Ports of the loopback address that nobody listens on and that no client's connection is given.
 
     Args:
         count: how many.
@@ -362,17 +377,21 @@ def free_ports(count: int, offset: int = 0) -> list[int]:
     """
     ports: list[int] = []
     while len(ports) < count:
-        with socket.socket() as first, socket.socket() as second:
-            first.bind((HOST, 0))
-            port = first.getsockname()[1]
-            if port + offset > 65_535 or any(abs(port - other) in (0, offset) for other in ports):
-                continue
-            try:
-                second.bind((HOST, port + offset if offset else 0))
-            except OSError:
-                continue
+        port = PORTS.start + secrets.randbelow(len(PORTS) - offset)
+        if any(abs(port - other) in (0, offset) for other in ports):
+            continue
+        if all(_is_free(number) for number in {port, port + offset}):
             ports.append(port)
     return ports
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            return False
+    return True
 
 
 @contextmanager

@@ -15,13 +15,11 @@ EQUAL = {"RAY_worker_niceness": "0"}  # see conftest.py
 COUNT = 6000  # mosaics, enough that some are made and some are not when the driver is killed
 
 CLUSTER = """
-import socket
 import sys
 import ray
 from ray.cluster_utils import Cluster
-with socket.socket() as free:  # jobs are taken by an agent whose port is the same in every Ray of a machine
-    free.bind(("127.0.0.1", 0))
-    port = free.getsockname()[1]
+from pistoseg.local_cluster import free_ports
+port, = free_ports(1)  # jobs are taken by an agent whose port is the same in every Ray of a machine
 head = {"num_cpus": 2, "object_store_memory": 300_000_000, "include_dashboard": True, "dashboard_port": 0}
 cluster = Cluster(initialize_head=True, head_node_args={**head, "dashboard_agent_listen_port": port})
 print(ray.init(address=cluster.address).dashboard_url, flush=True)

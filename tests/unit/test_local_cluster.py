@@ -112,8 +112,23 @@ def test_ports_are_free_and_so_are_those_of_their_other_protocol():
     ports = local_cluster.free_ports(4, offset=10_000)
     assert len({*ports, *(port + 10_000 for port in ports)}) == 8
     for port in [*ports, *(port + 10_000 for port in ports)]:
+        assert port < 32_768, "no client's connection is given it"
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", port))
+
+
+@pytest.mark.usefixtures("seaweedfs")
+def test_an_s3_server_whose_port_is_taken_since_it_was_seen_free_starts_on_others(monkeypatch, tmp_path):
+    drawn = [local_cluster.free_ports(4, offset=10_000) for _ in range(2)]
+    monkeypatch.setattr(local_cluster, "free_ports", lambda count, offset: drawn.pop(0))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", drawn[0][1] + 10_000))  # of the volume server's gRPC
+        taken.listen()
+        expected = f"http://127.0.0.1:{drawn[1][3]}"
+        with local_cluster.S3Server(tmp_path) as server:
+            assert server.endpoint == expected
+            assert server.process.poll() is None
+    assert drawn == []
 
 
 def test_the_commands_that_it_prints_put_a_cohort_where_they_train_on_it(monkeypatch, tmp_path):
