@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from benchmarks.harness import Options
 from pistoseg.config import Config, load_config
 from pistoseg.models import bundle, segmentation
-from pistoseg.patches.background import background_mask
+from pistoseg.patches.background import background_rule
 from pistoseg.patches.layouts import scan_training
 from pistoseg.patches.store import IMAGES_SCHEMA, WINDOWS_SCHEMA, PatchSet, ingest
 from pistoseg.phantom import PHANTOM_CLASSES, write_cohort, write_slide
@@ -40,17 +40,15 @@ class Material:
 
     def background(self, image: NDArray[np.uint8]) -> NDArray[np.bool_]:
         """Tissue-free pixels of an image (h, w, 3): (h, w) bool."""
-        data = self.config.data
-        if data.background == "none":
-            return np.zeros(image.shape[:2], bool)
-        return background_mask(image, data.background_grey, data.background_min_area)
+        rule = background_rule(self.config.data)
+        return np.zeros(image.shape[:2], bool) if rule is None else rule(image)
 
     def bank(self) -> TissueBank:
         """The images as the pipeline packs them."""
         synthesis = self.config.synthesis
         size = (synthesis.crop_height, synthesis.crop_width)
-        background = self.background if self.config.data.background == "bright" else None
-        bank = TissueBank.from_images(self.images, len(self.config.classes.tissue()), background, crop=size)
+        rule = background_rule(self.config.data)
+        bank = TissueBank.from_images(self.images, len(self.config.classes.tissue()), rule, crop=size)
         return bank.with_rejection(*size, synthesis.background_threshold)
 
 

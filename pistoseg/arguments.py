@@ -175,6 +175,13 @@ def segment_options(parser: argparse.ArgumentParser) -> None:
         metavar="UM",
         help="of the outlines' simplification, um; 0 keeps every corner (default: %(default)g)",
     )
+    parser.add_argument(
+        "--background",
+        choices=("model", "none"),
+        default="model",
+        help="which bright pixels inside the tissue are glass, of no class: those that the model's training left out "
+        "(model), or none (default: %(default)s)",
+    )
     parser.add_argument("--probabilities", action="store_true", help="also write probabilities.zarr of every slide")
     parser.add_argument(
         "--workers", type=positive, metavar="N", help="networks at a time (default: one a GPU, or one a node)"

@@ -289,6 +289,7 @@ def _segment(options: argparse.Namespace) -> int:
             "probabilities": options.probabilities,
             "tolerance_um": options.tolerance,
             "min_area_um2": options.min_area,
+            "background": options.background,
         },
         slide_mpp=options.slide_mpp,
         workers=options.workers,

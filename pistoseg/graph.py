@@ -126,6 +126,7 @@ def _training(config: Config, section: str) -> dict[str, Any]:
     from pistoseg.patches.digest import scored_by_labels
 
     settings = _network(config, section) | {
+        "background": _background(config),  # which the bundle says
         "train_workers": config.compute.train_workers,
         "validation": config.evaluation.model_dump(include={"patch_size"}),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
@@ -22,6 +23,7 @@ from pistoseg.models import files, inference, segmentation
 from pistoseg.models.folding import fold_batch_norms
 from pistoseg.models.inference import Predictor
 from pistoseg.models.segmentation import Normalization, SegmentationNetwork
+from pistoseg.patches.background import BackgroundRule
 from pistoseg.patches.decode import read_rgb
 from pistoseg.slides.resolution import check_mpp
 
@@ -45,6 +47,7 @@ def save(
     classes: TissueClasses,
     patch_size: int,
     scale: Mapping[str, Any] | None = None,
+    background: BackgroundRule | None = None,
     evaluation: Mapping[str, Any] | None = None,
     lineage: Mapping[str, Any] | None = None,
     metrics: Mapping[str, Any] | None = None,
@@ -57,6 +60,7 @@ def save(
         classes: tissue classes by class id.
         patch_size: side of the training samples (network px).
         scale: `mpp` (um per network px or null), `source_mpp`, `resize` (network px per image px), `fit`.
+        background: which pixels the training left out; None: none.
         evaluation: how it was scored; the keys `tile`, `stride`, `scales`, `symmetries`, `window` and `average` are the
             defaults of its `Predictor`.
         lineage: artifact fingerprints, code version, data summary.
@@ -71,6 +75,7 @@ def save(
         **classes.to_json(),
         "patch_size": patch_size,
         "scale": {"mpp": None, "source_mpp": None, "resize": 1.0, "fit": None} | dict(scale or {}),
+        "background": asdict(background) if background else None,
         "evaluation": dict(evaluation or {}),
         "lineage": dict(lineage or {}),
         "metrics": dict(metrics or {}),
@@ -146,6 +151,13 @@ def protocol_of(info: Mapping[str, Any]) -> dict[str, Any]:
     return defaults | {key: said[key] for key in _PROTOCOL if said.get(key) is not None}
 
 
+class _Background(BaseModel):
+    """What a bundle says of the pixels that its training left out."""
+
+    grey: int = Field(ge=1, le=254, strict=True)
+    min_area: int = Field(ge=0, strict=True)
+
+
 class _Protocol(BaseModel):
     """What a bundle says of its predictions; other keys are for people, or of a newer version."""
 
@@ -170,6 +182,8 @@ def _check(uri: str, info: dict[str, Any]) -> None:
         TissueClasses.from_json(info)
         Normalization(tuple(info["normalization"]["mean"]), tuple(info["normalization"]["std"]))
         ScaleConfig.model_validate(info["scale"])
+        if info.get("background") is not None:
+            _Background.model_validate(info["background"])
         evaluation = info.get("evaluation", {})
         if not isinstance(evaluation, dict):
             raise ValueError(f"evaluation is {evaluation!r}, no object")
@@ -216,6 +230,12 @@ class Segmenter:
         parts |= {"classes": self.classes.names, "mpp": self.info.get("scale", {}).get("mpp")}
         return f"Segmenter({', '.join(f'{key}={value!r}' for key, value in parts.items())})"
 
+    @property
+    def background(self) -> BackgroundRule | None:
+        """Which pixels the training left out; None: none, or the bundle is older than this key."""
+        said = self.info.get("background")
+        return BackgroundRule(said["grey"], said["min_area"]) if said else None
+
     @cached_property
     def fingerprint(self) -> str:
         """Hash of the bundle's files."""
@@ -245,7 +265,7 @@ class Segmenter:
         return scale.factor(mpp)
 
     def predict(self, image: Any, mpp: float | None = None) -> NDArray[np.uint8]:
-        """The class of every pixel.
+        """The class of every pixel, of glass as well.
 
         Args:
             image: (H, W, 3) uint8 array, PIL image, or path or URI of an image file.
@@ -280,7 +300,7 @@ class Segmenter:
             tissue_mask: path or URI of a mask to use instead of the one that would be found.
             readers: threads that read ahead of the network.
             settings: as in `pistoseg.slides.network.SlideSettings`: mpp, stride, symmetries, batch_size, probabilities,
-                tolerance_um, min_area_um2.
+                tolerance_um, min_area_um2, background.
         Returns:
             Where the results are, what slide.json says, and the areas.
         Raises:

@@ -132,6 +132,8 @@ def write_regions(
 def negligible_area(mask: NDArray[np.uint8], classes: TissueClasses, mpp: float, candidates: Sequence[float]) -> float:
     """The area below which regions can be given to their neighbours with each class keeping its own area.
 
+    What classes gain where gaps in the tissue are closed does not count: these may be many, and are no objects.
+
     Args:
         mask: (h, w) uint8 class ids.
         classes: of the mask.
@@ -159,7 +161,9 @@ def _keep_areas(
         regions = find_regions(np.ascontiguousarray(mask[top:bottom]))
         exact += _areas(regions.values, regions.lengths)
         specks = shared.specks(number, regions, least)
-        left += _areas(absorb(regions, specks, classes.background_id), regions.lengths)
+        was_tissue = regions.values < len(classes)  # small gaps are closed in any case
+        kept = absorb(regions, specks, classes.background_id)
+        left += _areas(kept[was_tissue], regions.lengths[was_tissue])
     tissue = exact[: len(classes)]
     allowed = MAX_AREA_CHANGE * tissue + FREE_AREA * tissue.sum()
     return bool((np.abs(left[: len(classes)] - tissue) <= allowed).all())

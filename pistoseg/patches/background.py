@@ -1,12 +1,39 @@
-"""Tissue-free pixels of a training image, found by their brightness."""
+"""Tissue-free pixels of an image, found by their brightness: one rule from the mosaics to the areas of slides."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import cv2
 import numpy as np
+from numpy.typing import NDArray
+
+from pistoseg.config import DataConfig
 
 
-def background_mask(image: np.ndarray, grey: int = 200, min_area: int = 50) -> np.ndarray:
+@dataclass(frozen=True)
+class BackgroundRule:
+    """What `data.background=bright` says; see `background_mask`, which it calls.
+
+    Args:
+        grey: a pixel whose luma is above this (0-255) is bright.
+        min_area: smallest bright component that counts, px.
+    """
+
+    grey: int
+    min_area: int
+
+    def __call__(self, image: NDArray[np.uint8]) -> NDArray[np.bool_]:
+        """(H, W) bool of an (H, W, 3) uint8 image."""
+        return background_mask(image, self.grey, self.min_area)
+
+
+def background_rule(data: DataConfig) -> BackgroundRule | None:
+    """How images are told to be without tissue; None: all of them is tissue."""
+    return BackgroundRule(data.background_grey, data.background_min_area) if data.background == "bright" else None
+
+
+def background_mask(image: NDArray[np.uint8], grey: int = 200, min_area: int = 50) -> NDArray[np.bool_]:
     """Find the bright, tissue-free background.
 
     Bright specks smaller than min_area are tissue (a lumen, a gap between fibres) and are removed. Dark specks inside
@@ -23,4 +50,4 @@ def background_mask(image: np.ndarray, grey: int = 200, min_area: int = 50) -> n
     _, components, stats, _ = cv2.connectedComponentsWithStats(bright, connectivity=8)
     keep = stats[:, cv2.CC_STAT_AREA] >= min_area
     keep[0] = False  # component 0 is everything that is not bright
-    return keep[components]
+    return np.asarray(keep[components], bool)

@@ -7,9 +7,9 @@ import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,6 +57,7 @@ class SlideSettings:
         tolerance_um: of the outlines' simplification.
         min_area_um2: smaller regions are given to their neighbours in the outlines; the mask, and the areas that are
             measured on it, keep them. None: the first of MIN_AREAS_UM2 with which the outlines of a slide do, too.
+        background: which pixels inside the tissue are glass: those that the model's training left out, or none.
     """
 
     mpp: float | None = None
@@ -66,6 +67,7 @@ class SlideSettings:
     probabilities: bool = False
     tolerance_um: float = 2.0
     min_area_um2: float | None = None
+    background: Literal["model", "none"] = "model"
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,10 @@ class SlideNetwork:
         other = trained is not None and trained != mpp
         self.remark = f"segmented at {mpp:g} um per px, and the model was trained at {trained:g}" if other else ""
         self.predictor = _predictor(segmenter, settings)
-        self.stitcher = Stitcher(self.predictor, len(self.classes), self.classes.background_id, readers)
+        self.background = segmenter.background if settings.background == "model" else None
+        self.stitcher = Stitcher(
+            self.predictor, len(self.classes), self.classes.background_id, readers, self.background
+        )
 
     @property
     def decisive(self) -> dict[str, Any]:
@@ -148,6 +153,7 @@ class SlideNetwork:
             "probabilities": self.settings.probabilities,
             "tolerance_um": self.settings.tolerance_um,
             "min_area_um2": self.settings.min_area_um2,
+            "background": asdict(self.background) if self.background else None,
         }
 
     def made_from(self, entry: SlideEntry) -> dict[str, str]:
@@ -281,6 +287,8 @@ def _check(settings: SlideSettings) -> None:
         value = getattr(settings, name)
         if value is not None and not (math.isfinite(value) and value >= 0):
             raise PistoSegError(f"{value:g} is out of range", field=name, remedy="give 0 or a positive number")
+    if settings.background not in ("model", "none"):
+        raise PistoSegError(f"{settings.background!r} is not known", field="background", remedy="give model or none")
     if settings.batch_size is not None and settings.batch_size < 1:
         raise PistoSegError(f"{settings.batch_size} is out of range", field="batch_size", remedy="give at least 1")
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor
 from pistoseg.memory import give_back
 from pistoseg.models.inference import Predictor, likeliest
 from pistoseg.models.tiling import cut_tile
+from pistoseg.patches.background import BackgroundRule
 from pistoseg.slides.grid import SUPER_TILE, Band, SuperTile, TilePlan
 from pistoseg.slides.view import SlideView
 
@@ -30,6 +31,9 @@ GIVE_BACK_S = 60.0
 """After how long, at the end of a band of any slide, the kernel gets what is free in the process. Sums are of many
 sizes, and where none fits into another's place a process grows: by 100 MB in five minutes. To fetch all again is
 300,000 page faults for a network on tiles of 512 px."""
+
+MAX_MARGIN = 256
+"""View px that are read around a super-tile to measure bright components, at most."""
 
 
 @dataclass(frozen=True)
@@ -123,11 +127,19 @@ class Stitcher:
         n_classes: L.
         background_id: written where there is no tissue.
         readers: threads that read ahead.
+        background: which pixels inside the tissue are glass; None: none.
     """
 
-    def __init__(self, predictor: Predictor, n_classes: int, background_id: int, readers: int = 2) -> None:
+    def __init__(
+        self,
+        predictor: Predictor,
+        n_classes: int,
+        background_id: int,
+        readers: int = 2,
+        background: BackgroundRule | None = None,
+    ) -> None:
         self.predictor, self.n_classes, self.background_id = predictor, n_classes, background_id
-        self.readers = readers
+        self.readers, self.background = readers, background
         self._given_back = time.monotonic()
 
     def run(
@@ -164,10 +176,12 @@ class Stitcher:
         start = next((item.index for item in plan.bands if item.y + item.height > plan.bands[bands.start].y), 0)
         chosen = plan.bands[start : bands.stop]
         super_tiles = [list(plan.super_tiles(band)) for band in chosen]
-        canvas = _Canvas(view, tissue, sink, self.background_id, probabilities)
-        with _ReadAhead(view, [item for items in super_tiles for item in items], self.readers) as reads:
+        canvas = _Canvas(view, tissue, sink, self.n_classes, self.background_id, probabilities)
+        todo = [item for items in super_tiles for item in items]
+        with _ReadAhead(view, todo, self.readers, self.background) as reads:
             deepest = max(band.y + band.height - band.final for band in plan.bands)
-            carry = torch.zeros(self.n_classes + 1, deepest, plan.width, device=self.predictor.device)
+            planes = self.n_classes + (1 if self.background is None else 2)
+            carry = torch.zeros(planes, deepest, plan.width, device=self.predictor.device)
             for band, items in zip(chosen, super_tiles, strict=True):
                 wanted = canvas if band.index >= bands.start else None
                 self._band(band, items, carry, reads, plan, wanted, on_tiles)
@@ -194,8 +208,9 @@ class Stitcher:
         Args:
             band: which.
             super_tiles: of it.
-            carry: (L + 1, rows, width) sums of the band above in the first rows of this one, classes, then weights;
-                those of this band for the next one take their place.
+            carry: (planes, rows, width) sums of the band above in the first rows of this one: of L classes, weights,
+                and, where there is a rule for glass, not 0 where it is; those of this band for the next one take
+                their place.
             reads: the pixels.
             plan: of the slide.
             canvas: takes what is final; None: nothing is wanted of this band but its sums in the next one.
@@ -206,7 +221,7 @@ class Stitcher:
         spill = carry.new_zeros(len(carry), band.height, 0)
         for left, stop, item in _pieces(super_tiles, plan.width):
             inherited = carry[:, :above, left:stop]
-            if item is None and not inherited[-1].any():
+            if item is None and not inherited[self.n_classes].any():
                 continue  # what no tile touches
             right = stop if item is None else max(stop, min(item.x + item.width, plan.width))
             sums = carry.new_zeros(len(carry), band.height, right - left)
@@ -225,13 +240,18 @@ class Stitcher:
         sums: Tensor,
         corner: tuple[int, int],
         item: SuperTile,
-        pixels: NDArray[np.uint8],
+        read: _Read,
         plan: TilePlan,
         on_tiles: Callable[[int], None] | None,
     ) -> None:
         """Add the tiles of a super-tile to sums whose top left corner is at `corner`, (y, x) in view px."""
         weights, side = self.predictor.tile_weights(), plan.tile
-        source = torch.from_numpy(pixels).to(self.predictor.device)
+        source = torch.from_numpy(read.pixels).to(self.predictor.device)
+        if read.glass is not None:
+            height, width = read.glass.shape
+            top, left = item.y - corner[0], item.x - corner[1]
+            glass = torch.from_numpy(read.glass).to(self.predictor.device)
+            sums[-1, top : top + height, left : left + width].masked_fill_(glass, 1)
         together = max(1, self.predictor.batch_size // self.predictor.symmetries)
         for start in range(0, len(item.tiles), together):
             chosen = item.tiles[start : start + together].tolist()
@@ -241,8 +261,8 @@ class Stitcher:
                 rows, columns = min(side, plan.height - y), min(side, plan.width - x)
                 top, left = y - corner[0], x - corner[1]
                 place, weight = sums[:, top : top + rows, left : left + columns], weights[:rows, :columns]
-                place[:-1].addcmul_(value[:, :rows, :columns], weight)
-                place[-1] += weight
+                place[: self.n_classes].addcmul_(value[:, :rows, :columns], weight)
+                place[self.n_classes] += weight
             if on_tiles:
                 on_tiles(len(chosen))
 
@@ -251,17 +271,23 @@ class _Canvas:
     """Turns final sums into class ids and probabilities, without tissue where there is none."""
 
     def __init__(
-        self, view: SlideView, tissue: NDArray[np.bool_], sink: Sink, background_id: int, probabilities: bool
+        self,
+        view: SlideView,
+        tissue: NDArray[np.bool_],
+        sink: Sink,
+        n_classes: int,
+        background_id: int,
+        probabilities: bool,
     ) -> None:
-        self.shape, self.sink = (view.height, view.width), sink
+        self.shape, self.sink, self.n_classes = (view.height, view.width), sink, n_classes
         self.tissue, self.probabilities = tissue.astype(np.float32), probabilities
         self.without_tissue, self.unseen = (torch.tensor(value, dtype=torch.uint8) for value in (background_id, 255))
 
     def draw(self, y: int, x: int, sums: Tensor) -> None:
-        """Hand (L + 1, h, w) sums at view px (x, y) over to the sink."""
-        scores, weight = sums[:-1], sums[-1]
+        """Hand (planes, h, w) sums at view px (x, y) over to the sink."""
+        scores, weight, glass = sums[: self.n_classes], sums[self.n_classes], sums[self.n_classes + 1 :]
         seen = weight > 0
-        tissue = torch.from_numpy(self._tissue(y, x, *weight.shape)).to(weight.device)
+        tissue = torch.from_numpy(self._tissue(y, x, *weight.shape)).to(weight.device) & ~(glass > 0).any(0)
         ids = torch.where(seen, torch.where(tissue, likeliest(scores), self.without_tissue), self.unseen)
         maps = None
         if self.probabilities:
@@ -303,6 +329,18 @@ def _gap(start: int, stop: int) -> Iterator[tuple[int, int, None]]:
         yield left, min(left + SUPER_TILE, stop), None
 
 
+class _Read(NamedTuple):
+    """A super-tile.
+
+    Args:
+        pixels: (height, width, 3) uint8.
+        glass: bool of those of its pixels that are in the view, so of its size at the most; None: it is not looked for.
+    """
+
+    pixels: NDArray[np.uint8]
+    glass: NDArray[np.bool_] | None
+
+
 class _ReadAhead:
     """Pixels of super-tiles in their order, read by threads while the network works on earlier ones.
 
@@ -310,12 +348,16 @@ class _ReadAhead:
         view: of the slide.
         super_tiles: to read.
         readers: threads; one more super-tile than there are threads is held.
+        background: which pixels are glass; None: it is not looked for.
     """
 
-    def __init__(self, view: SlideView, super_tiles: list[SuperTile], readers: int) -> None:
-        self._view, self._todo = view, deque(super_tiles)
+    def __init__(
+        self, view: SlideView, super_tiles: list[SuperTile], readers: int, background: BackgroundRule | None
+    ) -> None:
+        self._view, self._todo, self._background = view, deque(super_tiles), background
+        self._margin = min(background.min_area, MAX_MARGIN) if background else 0
         self._pool = ThreadPoolExecutor(readers, thread_name_prefix="slide-reader")
-        self._running: deque[Future[NDArray[np.uint8]]] = deque()
+        self._running: deque[Future[_Read]] = deque()
         self._ahead = readers + 1
         self.waited_s = 0.0
 
@@ -326,19 +368,29 @@ class _ReadAhead:
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def next(self) -> NDArray[np.uint8]:
-        """(height, width, 3) uint8 of the next super-tile."""
+    def next(self) -> _Read:
+        """The next super-tile."""
         began = time.monotonic()
-        pixels = self._running.popleft().result()
+        read = self._running.popleft().result()
         self.waited_s += time.monotonic() - began
         self._fill()
-        return pixels
+        return read
 
     def _fill(self) -> None:
         while self._todo and len(self._running) < self._ahead:
             self._running.append(self._pool.submit(self._read, self._todo.popleft()))
 
-    def _read(self, item: SuperTile) -> NDArray[np.uint8]:
-        """A super-tile; where the slide ends before it, its edge is mirrored as in any small image."""
-        width, height = min(item.width, self._view.width - item.x), min(item.height, self._view.height - item.y)
-        return cut_tile(self._view.read(item.x, item.y, width, height), (0, 0), (item.height, item.width))
+    def _read(self, item: SuperTile) -> _Read:
+        """A super-tile; where the slide ends before it, its edge is mirrored as in any small image.
+
+        With the margin around it, every bright component that reaches into it is measured whole, or is large enough by
+        what is seen of it, so that all super-tiles find the same glass. A rule of more than MAX_MARGIN px may miss the
+        end of a slit that leads out of a super-tile.
+        """
+        left, top = max(0, item.x - self._margin), max(0, item.y - self._margin)
+        right = min(item.x + item.width + self._margin, self._view.width)
+        bottom = min(item.y + item.height + self._margin, self._view.height)
+        around = self._view.read(left, top, right - left, bottom - top)
+        inside = slice(item.y - top, item.y - top + item.height), slice(item.x - left, item.x - left + item.width)
+        pixels = cut_tile(around[inside], (0, 0), (item.height, item.width))
+        return _Read(pixels, self._background(around)[inside] if self._background else None)

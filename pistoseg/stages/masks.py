@@ -24,7 +24,7 @@ from pistoseg.config import Config, DataConfig, TilingConfig
 from pistoseg.errors import PistoSegError
 from pistoseg.graph import StageContext
 from pistoseg.outputs.pictures import Panel, sheet, shrunk
-from pistoseg.patches.background import background_mask
+from pistoseg.patches.background import background_rule
 from pistoseg.patches.decode import decode_ids, encode_mask, encode_png
 from pistoseg.patches.store import PatchSet
 from pistoseg.stages import sharding
@@ -117,7 +117,8 @@ class MaskWriter:
     """
 
     def __init__(self, patches: PatchSet, classes: TissueClasses, data: DataConfig, constrain: bool) -> None:
-        self.patches, self.classes, self.data, self.constrain = patches, classes, data, constrain
+        self.patches, self.classes, self.constrain = patches, classes, constrain
+        self.background = background_rule(data)
 
     def row(
         self, position: int, image: NDArray[np.uint8], scores: Mapping[str, NDArray[np.float32]], logits: bool
@@ -133,9 +134,7 @@ class MaskWriter:
         height, width = image.shape[:2]
         grid = next(iter(scores.values())).shape[1:]
         allowed = self.patches.allowed(position) if self.constrain else None
-        bright = None
-        if self.data.background == "bright":
-            bright = background_mask(image, self.data.background_grey, self.data.background_min_area)
+        bright = self.background(image) if self.background else None
         row = {
             "image": self.patches.table["image"][position].as_py(),
             "name": self.patches.table["name"][position].as_py(),

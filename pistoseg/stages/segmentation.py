@@ -12,6 +12,7 @@ from pistoseg.config import Config, PreciseConfig, SegmentationConfig
 from pistoseg.errors import PistoSegError
 from pistoseg.graph import StageContext
 from pistoseg.models import bundle, segmentation
+from pistoseg.patches.background import background_rule
 from pistoseg.patches.store import PatchSet
 from pistoseg.stages import masks
 from pistoseg.stages.patches import held_out_folder
@@ -68,6 +69,7 @@ def _run(context: StageContext, training: SegmentationConfig, source: SampleSour
             classes=classes,
             patch_size=source.size[0],
             scale=config.scale.model_dump(),
+            background=background_rule(config.data),
             evaluation=config.evaluation.resolved() | {"config": config.evaluation.model_dump(mode="json")},
             lineage=lineage,
             metrics=metrics,

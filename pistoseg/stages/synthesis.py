@@ -14,7 +14,7 @@ from pistoseg.classes import TissueClasses
 from pistoseg.config import Config
 from pistoseg.graph import StageContext
 from pistoseg.outputs.pictures import Panel, colored, sheet
-from pistoseg.patches.background import background_mask
+from pistoseg.patches.background import background_rule
 from pistoseg.patches.decode import encode_mask, encode_png
 from pistoseg.patches.store import PatchSet
 from pistoseg.stages import cluster, sharding
@@ -64,16 +64,11 @@ def _small_images(bank: TissueBank, config: Config, context: StageContext) -> di
 def mosaics(config: Config, patches: Artifact) -> dict[str, Any]:
     """The single-tissue images of a `patches` artifact, ready for `fresh_mosaics`."""
     classes = config.classes.tissue()
-    data = config.data
-
-    def background(image: np.ndarray) -> np.ndarray:
-        return background_mask(image, data.background_grey, data.background_min_area)
-
     height, width = config.synthesis.crop_height, config.synthesis.crop_width
     bank = TissueBank.from_images(
         PatchSet.open(patches.uri).single_tissue(),
         len(classes),
-        background if data.background == "bright" else None,
+        background_rule(config.data),
         crop=(height, width),
     ).with_rejection(height, width, config.synthesis.background_threshold)
     return mosaic_source(bank, config.synthesis, classes.names, classes.background_id, config.seed)

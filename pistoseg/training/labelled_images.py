@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from pistoseg.config import DataConfig
 from pistoseg.models.bundle import Segmenter
-from pistoseg.patches.background import background_mask
+from pistoseg.patches.background import background_rule
 from pistoseg.patches.store import PatchSet
 
 MOST = 200
@@ -46,9 +46,8 @@ class LabelledImages:
 
     def tissue(self, image: NDArray[np.uint8]) -> NDArray[np.bool_]:
         """Which pixels of an image are tissue, (H, W)."""
-        if self.data.background == "none":
-            return np.ones(image.shape[:2], bool)
-        return ~background_mask(image, self.data.background_grey, self.data.background_min_area)
+        rule = background_rule(self.data)
+        return np.ones(image.shape[:2], bool) if rule is None else ~rule(image)
 
 
 def window_areas(

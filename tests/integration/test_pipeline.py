@@ -11,6 +11,7 @@ from PIL import Image
 import pistoseg
 from pistoseg import parquet
 from pistoseg.cli import main
+from pistoseg.patches.background import BackgroundRule
 from pistoseg.patches.decode import decode_ids, decode_png
 from pistoseg.tracking import default_server
 
@@ -73,6 +74,7 @@ def test_the_model_is_used_in_three_lines(artifacts, cohort):
     assert mask.max() < 5
     assert model.classes.names == ["tumor", "stroma", "lymphocytes", "necrosis", "alveoli"]
     assert model.info["scale"]["mpp"] == 0.5
+    assert model.background == BackgroundRule(215, 50)
 
 
 def test_training_leaves_its_curve_and_no_checkpoints(artifacts):

@@ -392,9 +392,12 @@ def test_what_outlines_leave_out_and_the_pixel_size_of_slides_reach_the_segmenta
     assert main(arguments) == 0
     assert (given["slide_mpp"], given["settings"]["min_area_um2"]) == (None, None)
     assert given["settings"]["tolerance_um"] == SlideSettings().tolerance_um
+    assert given["settings"]["background"] == SlideSettings().background
     assert main([*arguments, "--min-area", "0", "--tolerance", "0.5", "--slide-mpp", "0.25"]) == 0
     assert (given["slide_mpp"], given["settings"]["min_area_um2"], given["settings"]["tolerance_um"]) == (0.25, 0, 0.5)
-    for wrong in (["--min-area", "-1"], ["--tolerance", "nan"], ["--slide-mpp", "0"]):
+    assert main([*arguments, "--background", "none"]) == 0
+    assert given["settings"]["background"] == "none"
+    for wrong in (["--min-area", "-1"], ["--tolerance", "nan"], ["--slide-mpp", "0"], ["--background", "white"]):
         with pytest.raises(SystemExit):
             main([*arguments, *wrong])
 

@@ -14,6 +14,7 @@ from pistoseg.errors import PistoSegError
 from pistoseg.models import bundle, segmentation
 from pistoseg.models.mlflow_flavor import LOADER_MODULE, signature
 from pistoseg.models.segmentation import Normalization
+from pistoseg.patches.background import BackgroundRule
 from pistoseg.patches.decode import read_rgb
 from pistoseg.tracking import default_server
 
@@ -73,6 +74,17 @@ def test_the_protocol_of_the_evaluation_is_the_default(folder):
     assert (other.tile, other.stride, other.symmetries) == (96, 48, 1)
 
 
+def test_a_bundle_says_which_pixels_its_training_left_out(model, folder, tmp_path):
+    rule = BackgroundRule(215, 0)
+    bundle.save(str(tmp_path / "m"), model, classes=CLASSES, patch_size=64, background=rule)
+    assert pistoseg.load(str(tmp_path / "m"), device="cpu").background == rule
+    assert pistoseg.load(folder, device="cpu").background is None
+    older = json.loads((tmp_path / "m" / "model.json").read_text())
+    del older["background"]
+    (tmp_path / "m" / "model.json").write_text(json.dumps(older))
+    assert pistoseg.load(str(tmp_path / "m"), device="cpu").background is None
+
+
 def test_masks_have_the_size_of_the_image_and_the_network_sees_its_own_pixel_size(folder):
     loaded = pistoseg.load(folder, device="cpu")
     assert loaded.factor() == 0.5
@@ -120,6 +132,8 @@ def copy(folder, target, **changes):
         ({"normalization": {}}, "is damaged"),
         ({"scale": {"mpp": -1}}, "is damaged: mpp: "),
         ({"patch_size": "64"}, "is damaged: patch_size: "),
+        ({"background": {"grey": 300, "min_area": 50}}, "is damaged: grey: "),
+        ({"background": {"grey": 200}}, "is damaged: min_area: "),
         ({"evaluation": None}, "is damaged: evaluation is None"),
         ({"evaluation": {"symmetries": 4}}, "is damaged: symmetries: "),
         ({"evaluation": {"tile": 64, "stride": 65}}, r"is damaged: stride \(65\) must be at most"),

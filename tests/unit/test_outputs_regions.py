@@ -155,6 +155,12 @@ def test_the_smallest_region_is_chosen_so_that_classes_keep_their_area(monkeypat
     assert report.area_um2["stroma"] == (144 * side**2 if side**2 >= expected else 0)  # the last is taken in any case
 
 
+def test_gaps_that_are_closed_make_no_smaller_regions_objects():
+    mask = specked(3)
+    mask[mask == 1] = CLASSES.background_id
+    assert negligible_area(mask, CLASSES, 1.0, (100.0, 50.0, 25.0)) == 100.0
+
+
 def test_small_regions_are_given_away_where_they_do_not_matter():
     mask = np.zeros((240, 240), np.uint8)
     mask[10:110, 10:110] = 1

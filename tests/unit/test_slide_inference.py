@@ -13,6 +13,7 @@ from torch import nn
 from pistoseg.errors import PistoSegError
 from pistoseg.models.inference import Predictor
 from pistoseg.models.segmentation import Normalization
+from pistoseg.patches.background import BackgroundRule
 from pistoseg.slides.grid import TilePlan
 from pistoseg.slides.reader import open_slide
 from pistoseg.slides.stitching import MaskFile, Stitcher
@@ -73,13 +74,25 @@ def slide(tmp_path_factory):
         yield image, SlideView(reader, 0.5)
 
 
-def mapped(view, model, tissue=None, super_tile=250, bands=None, readers=2, sink=None, probabilities=False, **settings):
+def mapped(
+    view,
+    model,
+    tissue=None,
+    super_tile=250,
+    bands=None,
+    readers=2,
+    sink=None,
+    probabilities=False,
+    background=None,
+    **settings,
+):
     settings = {"tile": SMALL, "stride": 48} | settings
     tissue = np.ones((9, 11), bool) if tissue is None else tissue
     chosen = predictor(model, **settings)
     plan = TilePlan(view.width, view.height, chosen.tile, chosen.stride, tissue, super_tile)
     sink = sink or Pieces(view.height, view.width)
-    Stitcher(chosen, 3, BACKGROUND, readers).run(view, plan, tissue, sink, bands=bands, probabilities=probabilities)
+    stitcher = Stitcher(chosen, 3, BACKGROUND, readers, background)
+    stitcher.run(view, plan, tissue, sink, bands=bands, probabilities=probabilities)
     return sink
 
 
@@ -175,6 +188,57 @@ def test_tiles_without_tissue_are_not_read_and_tissue_is_cut_out_by_pixels(slide
     assert (sink.ids[200:300] == 255).sum() > 0.5 * 100 * 550
     whole = mapped(view, Blurred())
     np.testing.assert_array_equal(sink.ids[near & (sink.ids < 3)], whole.ids[near & (sink.ids < 3)])
+
+
+def glassy(height, width):
+    """Tissue with glass: spots below and above 50 px, snakes of one px width, a hole, and an edge of the slide."""
+    image = (texture(height, width) * 0.6).astype(np.uint8)
+    for number in range(600):
+        y, x, side = (number * 37) % height, (number * 101) % width, 2 + number % 9
+        image[y : y + side, x : x + side] = 250
+    image[::41, 30:-30] = image[60:63, ::29] = 250
+    for start in range(20, width - 70, 90):
+        image[150, start : start + 40] = image[400, start : start + 55] = 250
+    image[200:330, 120:300] = image[:, :20] = 250
+    return image
+
+
+@pytest.mark.parametrize("min_area", [0, 50, 200])
+def test_glass_inside_the_tissue_is_the_same_however_the_slide_is_cut(tmp_path, min_area):
+    image, rule = glassy(450, 550), BackgroundRule(200, min_area)
+    glass = rule(image)
+    with open_slide(write_tiff(tmp_path / "x.tif", image)) as reader:
+        view = SlideView(reader, 0.5)
+        np.testing.assert_array_equal(view.thumbnail(), image)
+        plain = mapped(view, Blurred(), probabilities=True)
+        assert not (plain.ids[glass] >= BACKGROUND).any()  # the test can fail
+        for super_tile, stride in ((96, 48), (150, 32), (300, 48), (4096, 96)):
+            plain = mapped(view, Blurred(), super_tile=super_tile, stride=stride, probabilities=True)
+            settings = {"super_tile": super_tile, "stride": stride, "probabilities": True, "background": rule}
+            found = mapped(view, Blurred(), **settings)
+            np.testing.assert_array_equal(found.ids == BACKGROUND, glass)
+            np.testing.assert_array_equal(found.ids[~glass], plain.ids[~glass])
+            assert not found.maps[:, glass].any()
+            np.testing.assert_array_equal(found.maps[:, ~glass], plain.maps[:, ~glass])
+            together = Pieces(view.height, view.width)
+            plan = TilePlan(view.width, view.height, SMALL, stride, np.ones((9, 11), bool), super_tile)
+            for part in range(2):
+                mapped(view, Blurred(), bands=share_of_bands(plan, part, 2), sink=together, **settings)
+            np.testing.assert_array_equal(together.ids, found.ids)
+
+
+def test_glass_does_not_make_seen_what_no_tile_touches(tmp_path):
+    image = glassy(450, 550)
+    tissue = np.zeros((45, 55), bool)
+    tissue[2:15, 30:37] = tissue[35:44, 2:10] = True
+    with open_slide(write_tiff(tmp_path / "x.tif", image)) as reader:
+        view = SlideView(reader, 0.5)
+        plain = mapped(view, Blurred(), tissue).ids
+        found = mapped(view, Blurred(), tissue, background=BackgroundRule(200, 50)).ids
+    np.testing.assert_array_equal(found == 255, plain == 255)
+    glass = BackgroundRule(200, 50)(image)
+    np.testing.assert_array_equal(found == BACKGROUND, (plain == BACKGROUND) | (glass & (plain < BACKGROUND)))
+    assert (glass & (plain < BACKGROUND)).any()
 
 
 def test_symmetries_and_scales_are_averaged_and_small_slides_are_padded(slide, tmp_path):

@@ -24,6 +24,7 @@ from pistoseg.cli import main
 from pistoseg.errors import PistoSegError, RefusedError, UnavailableError
 from pistoseg.models import bundle, segmentation
 from pistoseg.outputs.summary import write_summary
+from pistoseg.patches.background import BackgroundRule
 from pistoseg.slides import results
 from pistoseg.slides.cache import SlideCache
 from pistoseg.slides.network import SlideNetwork, SlideSettings
@@ -127,6 +128,27 @@ def test_settings_that_no_slide_can_be_segmented_with_are_refused_by_name(model,
         SlideNetwork(bundle.load(model, "cpu"), SlideSettings(mpp=1.0, **settings))
     assert [caught.value.field] == list(settings)
     SlideNetwork(bundle.load(model, "cpu"), SlideSettings(mpp=1.0, tolerance_um=0, min_area_um2=0, batch_size=1))
+
+
+def test_glass_inside_the_tissue_has_no_class_where_the_models_training_left_it_out(tmp_path):
+    classes = TissueClasses.from_json({"classes": [{"name": "tumor", "color": [255, 0, 0]}]})
+    network = segmentation.build("fpn", "tu-mobilenetv3_small_050", 1, None)
+    image = np.full((300, 300, 3), (150, 60, 120), np.uint8)
+    image[100:130, 100:130] = 250
+    slide, areas = str(write_tiff(tmp_path / "a.tif", image, mpp=(1.0, 1.0))), {}
+    for name, rule in (("bright", BackgroundRule(200, 50)), ("no rule", None)):
+        uri = str(tmp_path / name)
+        bundle.save(uri, network, classes=classes, patch_size=64, background=rule)
+        for background in ("model", "none"):
+            given = {} if background == "model" else {"background": background}
+            result = bundle.load(uri, "cpu").segment_slide(slide, tmp_path / "out", mpp=1.0, **given)
+            areas[name, background] = result.areas["tissue_um2"]
+            said = {"grey": 200, "min_area": 50} if (name, background) == ("bright", "model") else None
+            assert result.record["settings"]["background"] == said
+    assert len({areas["bright", "none"], areas["no rule", "model"], areas["no rule", "none"]}) == 1
+    assert areas["bright", "none"] - areas["bright", "model"] == 900
+    with pytest.raises(PistoSegError, match=r"background: 'white' is not known\. Remedy: give model or none"):
+        bundle.load(uri, "cpu").segment_slide(slide, tmp_path / "out", mpp=1.0, background="white")
 
 
 def test_a_slides_pixel_size_of_0_is_refused_and_not_taken_for_none(model, tmp_path):
