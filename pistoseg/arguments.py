@@ -166,7 +166,8 @@ def segment_options(parser: argparse.ArgumentParser) -> None:
         type=zero_or_more,
         metavar="UM2",
         help="smallest region of the outlines, um2; the mask and areas keep smaller ones (default: 100, and down to 25 "
-        "for a slide on which that would change the area of a class by more than 0.5 %%)",
+        "for a slide on which that would change the area of a class by more than 0.5 %%; gaps that are closed do not "
+        "count); other outlines are drawn on the masks that are there",
     )
     parser.add_argument(
         "--tolerance",

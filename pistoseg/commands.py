@@ -201,7 +201,8 @@ def _plan(run: SlideRun) -> Plan:
     from pistoseg.stages import slides as stage
 
     found = stage.plan(run)
-    print(f"{len(found.todo)} slides to do, {len(found.done)} up to date, {found.left} left alone", flush=True)
+    only = f" ({len(found.kept)} of them only get other outlines)" if found.kept else ""
+    print(f"{len(found.todo)} slides to do{only}, {len(found.done)} up to date, {found.left} left alone", flush=True)
     if found.network.remark:
         remedy = "--mpp is the model's pixel size; that of slides is --slide-mpp, or a manifest's column mpp"
         Progress().say(f"warning: slides are {found.network.remark}: {remedy}")

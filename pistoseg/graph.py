@@ -126,10 +126,11 @@ def _training(config: Config, section: str) -> dict[str, Any]:
     from pistoseg.patches.digest import scored_by_labels
 
     settings = _network(config, section) | {
-        "background": _background(config),  # which the bundle says
         "train_workers": config.compute.train_workers,
         "validation": config.evaluation.model_dump(include={"patch_size"}),
     }
+    if config.data.background != "none":
+        settings["background"] = _background(config)  # which the bundle says
     if settings[section]["samples_per_epoch"] is None:
         settings["count"] = config.synthesis.count  # the length of an epoch on streamed mosaics
     if scored_by_labels(config):

@@ -93,8 +93,9 @@ class S3Server:
         self._choose_ports(program)
         try:
             self.start()
-        except PistoSegError:
-            if tries == 1 or "address already in use" not in (self.folder / "s3.log").read_text(errors="replace"):
+        except PistoSegError as error:
+            self.stop()
+            if tries == 1 or "address already in use" not in str(error):
                 raise
             self._start_on_free_ports(program, tries - 1)
 
@@ -115,15 +116,18 @@ class S3Server:
     def start(self) -> None:
         """Start the server, also after `stop`, with the data, keys and endpoint that it had."""
         with (self.folder / "s3.log").open("ab") as log:
+            before = log.tell()
             # Ctrl-C in the terminal must not reach it before the jobs that write to it.
             self.process = subprocess.Popen(
                 self._command, stdout=log, stderr=log, cwd=self.folder, start_new_session=True
             )
         deadline = time.monotonic() + START_S
-        while not self._answers():
+        while self.process.poll() is not None or not self._answers():  # an answer may be that of another server
             if self.process.poll() is not None or time.monotonic() > deadline:
-                tail = (self.folder / "s3.log").read_text(errors="replace")[-2000:]
-                raise PistoSegError(f"SeaweedFS did not start:\n{tail}", file=str(self.folder / "s3.log"))
+                said = (self.folder / "s3.log").read_bytes()[before:].decode(errors="replace")
+                fatal = [line for line in said.splitlines() if line.startswith("F")]
+                why = "\n".join(fatal) or said[-2000:]
+                raise PistoSegError(f"SeaweedFS did not start:\n{why}", file=str(self.folder / "s3.log"))
             time.sleep(0.1)
 
     def stop(self) -> None:
@@ -389,7 +393,9 @@ def _is_free(port: int) -> bool:
     with socket.socket() as probe:
         try:
             probe.bind((HOST, port))
-        except OSError:
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
             return False
     return True
 

@@ -85,11 +85,10 @@ def mask_table(reports: dict[str, dict[str, Any]]) -> Table:
 
 def estimate_lines(found: Estimate, workers: int) -> list[str]:
     """What a dry run prints."""
-    minutes = found.seconds / 60
-    lines = [
-        f"about {found.tiles:,} tiles, from {found.sampled} slides that were opened",
-        f"about {minutes:,.1f} minutes: {found.tiles_per_s:.1f} tiles a second on this machine, workers: {workers}",
-    ]
+    lines = [f"about {found.tiles:,} tiles, from {found.sampled} slides that were opened"]
+    if found.tiles_per_s is not None:
+        speed = f"{found.tiles_per_s:.1f} tiles a second on this machine, workers: {workers}"
+        lines.append(f"about {found.seconds / 60:,.1f} minutes: {speed}")
     return lines + [f"would fail: {line}" for line in _by_reason([vars(row) for row in found.unreadable])]
 
 

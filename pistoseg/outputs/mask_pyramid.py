@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pistoseg.classes import IGNORE_ID, TissueClasses
+from pistoseg.errors import PistoSegError
 
 BIGTIFF_BYTES = 2**32 - 2**26
 """Size of the uncompressed levels from which 64-bit offsets are used: compressed ones never need more."""
@@ -69,6 +70,34 @@ def write_mask(
                 **options,
             )
     return shapes
+
+
+def read_mask(path: Path, shape: tuple[int, int]) -> Iterator[tuple[int, int, NDArray[np.uint8]]]:
+    """Class ids of a mask that `write_mask` wrote by tiles: y, x and (h, w) uint8; those of 255 alone are left out.
+
+    Args:
+        path: local file.
+        shape: (h, w) that it has to have.
+    Raises:
+        PistoSegError: the file is another one, or damaged.
+    """
+    import tifffile
+
+    try:
+        with tifffile.TiffFile(path) as file:
+            page = file.pages.first
+            if json.loads(page.description).get("format") != FORMAT or page.shape != shape:
+                raise PistoSegError("is another mask", file=str(path))
+            for tile, (_, _, y, x, _), _ in page.segments():
+                if tile is None:
+                    raise PistoSegError("lacks a tile", file=str(path))
+                ids = tile[0, : shape[0] - y, : shape[1] - x, 0]
+                if (ids != IGNORE_ID).any():
+                    yield y, x, ids
+    except PistoSegError:
+        raise
+    except Exception as error:  # decoders of damaged files raise anything
+        raise PistoSegError(f"can't be read ({error})", file=str(path)) from error
 
 
 def majority(mask: NDArray[np.uint8]) -> NDArray[np.uint8]:

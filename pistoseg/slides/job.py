@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pistoseg import storage
 from pistoseg.errors import PistoSegError
+from pistoseg.outputs.mask_pyramid import read_mask
 from pistoseg.outputs.summary import versions
 from pistoseg.slides import results
 from pistoseg.slides.cache import SlideCache
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from pistoseg.models.bundle import Segmenter
     from pistoseg.outputs.regions import RegionsReport
 
+ALL_GLASS = "all its tissue is lighter than what the model's training took for glass (background in model.json)"
 COARSE = 1.5
 """A slide whose pixels are so much larger than the model's is segmented with a remark."""
 SAME_MPP = 0.05
@@ -93,6 +95,7 @@ def segment_slide(
     *,
     cache: SlideCache,
     attempts: int = 1,
+    keep_mask: bool = False,
     on_plan: Callable[[int], None] | None = None,
     on_tiles: Callable[[int], None] | None = None,
 ) -> SlideResult:
@@ -104,6 +107,7 @@ def segment_slide(
         out: URI of the run's output.
         cache: for slides in object storage.
         attempts: which try of this slide it is, for the record.
+        keep_mask: whether a mask that is there, and is what would be made, takes the network's place.
         on_plan: told the number of tiles before the first one.
         on_tiles: told how many tiles were just done.
     Raises:
@@ -114,16 +118,45 @@ def segment_slide(
     # The slide first: one that can't be opened leaves no folder behind.
     with network.prepared(entry, cache) as slide, results.published(target) as (folder, scratch):
         clock.lap("prepare")
-        if on_plan:
-            on_plan(slide.plan.n_tiles)
-        mask = MaskFile(scratch / "mask", slide.view.height, slide.view.width)
-        zarr = folder / "probabilities.zarr" if network.settings.probabilities else None
-        work = network.map(slide, mask, probabilities=zarr, on_begin=lambda: clock.lap("queue"), on_tiles=on_tiles)
-        clock.lap("network")
-        record = write_slide(network, slide, mask, folder, work, made_from, attempts, clock)
+        mask = _kept_mask(slide, target, scratch) if keep_mask and _is_kept(out, entry, made_from, network) else None
+        is_kept, work = mask is not None, Work()
+        if mask is not None:
+            clock.lap("mask")
+        else:
+            if on_plan:
+                on_plan(slide.plan.n_tiles)
+            mask = MaskFile(scratch / "mask", slide.view.height, slide.view.width)
+            zarr = folder / "probabilities.zarr" if network.settings.probabilities else None
+            work = network.map(slide, mask, probabilities=zarr, on_begin=lambda: clock.lap("queue"), on_tiles=on_tiles)
+            clock.lap("network")
+        record = write_slide(network, slide, mask, folder, work, made_from, attempts, clock, is_kept=is_kept)
         mask.close()
     areas = record.pop("areas")
     return SlideResult(target, record, areas)
+
+
+def _is_kept(out: str, entry: SlideEntry, made_from: Mapping[str, str], network: SlideNetwork) -> bool:
+    """Whether a mask that is there is what would be made, and nothing is wanted that only the network gives."""
+    record = results.read_record(out, entry.slide_id)
+    return results.has_same_mask(record, made_from) and not network.settings.probabilities
+
+
+def _kept_mask(slide: Prepared, target: str, scratch: Path) -> MaskFile | None:
+    """The mask of earlier results in a file of its own; None where it isn't as it was written."""
+    uri = storage.join(target, "mask.tif")
+    file = storage.local_path(uri)
+    mask = MaskFile(scratch / "kept", slide.view.height, slide.view.width)
+    try:
+        if file is None:
+            file = scratch / "mask.tif"
+            with storage.open_file(uri) as source, file.open("wb") as copy:
+                shutil.copyfileobj(source, copy, 2**22)
+        for y, x, ids in read_mask(file, mask.shape):
+            mask.write(y, x, ids)
+    except (OSError, PistoSegError):
+        mask.close()
+        return None
+    return mask
 
 
 def write_slide(
@@ -136,8 +169,12 @@ def write_slide(
     attempts: int,
     clock: Clock,
     workers: int = 1,
+    is_kept: bool = False,
 ) -> dict[str, Any]:
-    """Write all results of a mapped slide, slide.json last; returns its record and `areas`."""
+    """Write all results of a mapped slide, slide.json last; returns its record and `areas`.
+
+    `is_kept` says that the mask is that of earlier results.
+    """
     areas, regions = network.write(slide, mask, folder)
     clock.lap("write")
     record = {
@@ -152,7 +189,7 @@ def write_slide(
         "width": slide.reader.width,
         "height": slide.reader.height,
         "vendor": slide.reader.vendor,
-        "mask": {"width": slide.view.width, "height": slide.view.height, "mpp": network.mpp},
+        "mask": {"width": slide.view.width, "height": slide.view.height, "mpp": network.mpp, "kept": is_kept},
         "regions": {
             "polygons": regions.polygons,
             "origin_level0": list(regions_origin(slide.reader)),
@@ -217,7 +254,7 @@ class Clock:
 def _remark(slide: Prepared, areas: Mapping[str, Any], regions: RegionsReport, network: SlideNetwork) -> str:
     remarks = [network.remark] if network.remark else []
     if not areas["tissue_um2"]:
-        remarks.append(NO_TISSUE)
+        remarks.append(ALL_GLASS if slide.plan.n_tiles and network.background else NO_TISSUE)
     if slide.reader.mpp_source == "objective-power":
         remarks.append(f"its pixel size, {slide.reader.mpp_x:g} um, is a guess from the objective's power")
     if slide.reader.mpp_source == "given":

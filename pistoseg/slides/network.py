@@ -41,7 +41,8 @@ OVERVIEW_PIXELS = 1800
 NO_TISSUE = "no tissue was found"
 MIN_AREAS_UM2 = (100.0, 50.0, 25.0)
 """Smallest regions of the outlines where none is given, um2: the first that leaves the areas of the classes as they
-are, else the last. That is about a cell: what is smaller is noise, each speck of which would be an object in QuPath."""
+are, but for gaps that are closed, else the last. That is about a cell: what is smaller is noise, each speck of which
+would be an object in QuPath."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ class SlideSettings:
         probabilities: whether probabilities.zarr is written.
         tolerance_um: of the outlines' simplification.
         min_area_um2: smaller regions are given to their neighbours in the outlines; the mask, and the areas that are
-            measured on it, keep them. None: the first of MIN_AREAS_UM2 with which the outlines of a slide do, too.
+            measured on it, keep them. None: the first of MIN_AREAS_UM2 with which the outlines of a slide keep the
+            areas of the classes, but for gaps that are closed.
         background: which pixels inside the tissue are glass: those that the model's training left out, or none.
     """
 
@@ -159,15 +161,21 @@ class SlideNetwork:
     def made_from(self, entry: SlideEntry) -> dict[str, str]:
         """What a slide's result depends on: its etag, the model and the settings, the user's for this slide included.
 
+        Those of the outlines are apart, for these can be drawn anew on a mask that is there. Whether probabilities are
+        written is not among them: they are there or not.
+
         Raises:
             PistoSegError: the slide or its tissue mask does not exist.
         """
         mask = files.etag(entry.tissue_mask) if entry.tissue_mask else None
         settings = self.decisive | {"slide_mpp": entry.mpp, "tissue_mask": mask}
+        del settings["probabilities"]
+        outlines = {key: settings.pop(key) for key in ("tolerance_um", "min_area_um2")}
         return {
             "etag": files.etag(entry.uri),
             "model": self.model["fingerprint"],
             "settings": results.settings_fingerprint(settings),
+            "outlines": results.settings_fingerprint(outlines),
         }
 
     @contextmanager

@@ -73,6 +73,14 @@ def is_current(record: Mapping[str, Any] | None, made_from: Mapping[str, Any]) -
     return record is not None and record.get("status") == "completed" and record.get("made_from") == dict(made_from)
 
 
+def has_same_mask(record: Mapping[str, Any] | None, made_from: Mapping[str, Any]) -> bool:
+    """Whether a slide is done, and its mask is what would be made now, whatever its outlines are."""
+    if record is None or record.get("status") != "completed":
+        return False
+    before = record.get("made_from", {})
+    return all(before.get(key) == made_from.get(key) for key in ("etag", "model", "settings"))
+
+
 def is_whole(out: str, slide_id: str, *, probabilities: bool) -> bool:
     """Whether the files of a completed slide are all there, for which its folder is listed."""
     wanted = _FILES | ({"probabilities.zarr"} if probabilities else set())

@@ -156,7 +156,8 @@ class Stitcher:
         """Map a slide, or some of its bands.
 
         What a pixel becomes depends neither on the bands nor on which of them are asked for: of the band above the
-        first one, the tiles are computed again where it reaches into it.
+        first one, the tiles are computed again where it reaches into it. How the slide is cut into super-tiles decides
+        only where a rule for glass has a smallest area of more than MAX_MARGIN px.
 
         Args:
             view: of the slide at the network's pixel size.
@@ -222,6 +223,7 @@ class Stitcher:
         for left, stop, item in _pieces(super_tiles, plan.width):
             inherited = carry[:, :above, left:stop]
             if item is None and not inherited[self.n_classes].any():
+                carry[:, :, left:stop] = 0  # glass beside the tiles of the band above
                 continue  # what no tile touches
             right = stop if item is None else max(stop, min(item.x + item.width, plan.width))
             sums = carry.new_zeros(len(carry), band.height, right - left)
@@ -384,8 +386,8 @@ class _ReadAhead:
         """A super-tile; where the slide ends before it, its edge is mirrored as in any small image.
 
         With the margin around it, every bright component that reaches into it is measured whole, or is large enough by
-        what is seen of it, so that all super-tiles find the same glass. A rule of more than MAX_MARGIN px may miss the
-        end of a slit that leads out of a super-tile.
+        what is seen of it, so that all super-tiles find the same glass. With a rule of more than MAX_MARGIN px, one may
+        miss the end of a slit that leads out of it.
         """
         left, top = max(0, item.x - self._margin), max(0, item.y - self._margin)
         right = min(item.x + item.width + self._margin, self._view.width)

@@ -68,6 +68,7 @@ class SlideTask:
         attempts: which try of the slide it is.
         part, parts: which share of how many.
         shares: all of them, where they are to be put together.
+        keep_mask: whether only outlines are to be drawn anew, see `segment_slide`.
     """
 
     entry: SlideEntry
@@ -75,6 +76,7 @@ class SlideTask:
     part: int = 0
     parts: int = 1
     shares: tuple[Share, ...] = ()
+    keep_mask: bool = False
 
 
 class SlideWorker:
@@ -172,6 +174,7 @@ class SlideWorker:
                 self.out,
                 cache=self._cache(entry),
                 attempts=task.attempts,
+                keep_mask=task.keep_mask,
                 on_plan=partial(self._plan, task),
                 on_tiles=partial(self._count, task),
             )

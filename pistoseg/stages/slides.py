@@ -84,12 +84,14 @@ class Plan:
         todo: slides to segment, and which try of each it is; those of the fewest tries come first.
         done: slides that are up to date, and what slide.json says, with `areas`.
         left: slides that this run leaves alone: over the limit, or not failed.
+        kept: ids of those to segment whose masks stay, as only other outlines are wanted.
     """
 
     network: SlideNetwork
     todo: list[tuple[SlideEntry, int]]
     done: list[tuple[SlideEntry, dict[str, Any]]]
     left: int
+    kept: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -98,14 +100,14 @@ class Estimate:
 
     Args:
         tiles: of all slides to do.
-        tiles_per_s: of one network on this machine.
+        tiles_per_s: of one network on this machine; None where there is no tile to do.
         seconds: that a run takes.
         unreadable: rows of those that would fail, and why.
         sampled: slides that were opened for it.
     """
 
     tiles: int
-    tiles_per_s: float
+    tiles_per_s: float | None
     seconds: float
     unreadable: list[SlideRow]
     sampled: int
@@ -125,7 +127,8 @@ def plan(run: SlideRun) -> Plan:
     def owner(slide_id: str) -> str | None:
         return (results.read_record(run.out, slide_id) or {}).get("slide")
 
-    def look(entry: SlideEntry) -> tuple[dict[str, Any] | None, dict[str, str]]:
+    def look(entry: SlideEntry) -> tuple[dict[str, Any] | None, dict[str, str], bool]:
+        is_kept = False
         record = results.read_record(run.out, entry.slide_id)
         try:
             made_from = network.made_from(entry)
@@ -142,8 +145,10 @@ def plan(run: SlideRun) -> Plan:
                 record = {**record, "areas": areas}
         elif record is not None and record.get("status") == "completed":
             results.refuse_another(run.out, entry.slide_id, entry.uri, made_from)
+            if results.has_same_mask(record, made_from) and not run.settings.probabilities:
+                is_kept = results.is_complete(run.out, entry.slide_id)
             record = results.read_record(run.out, entry.slide_id, results.FAILURE) or record
-        return record, made_from
+        return record, made_from, is_kept
 
     with ThreadPoolExecutor(LISTING_THREADS) as pool:
         listed = list_slides(run.slides, lambda names: list(pool.map(owner, names)))
@@ -151,8 +156,8 @@ def plan(run: SlideRun) -> Plan:
         looks = list(pool.map(look, entries))
     wanted: list[tuple[SlideEntry, int]] = []
     done: list[tuple[SlideEntry, dict[str, Any]]] = []
-    left = 0
-    for entry, (record, made_from) in zip(entries, looks, strict=True):
+    left, kept = 0, set[str]()
+    for entry, (record, made_from, is_kept) in zip(entries, looks, strict=True):
         failed = record is not None and record.get("status") == "failed"
         if record is not None and results.is_current(record, made_from):
             done.append((entry, record))
@@ -161,9 +166,11 @@ def plan(run: SlideRun) -> Plan:
         else:
             again = record if record and failed and record.get("made_from") == made_from else None
             wanted.append((entry, again["attempts"] + 1 if again else 1))
+            kept |= {entry.slide_id} if is_kept else set()
     wanted.sort(key=lambda item: item[1])  # or a limit would never get past slides that keep failing
     todo = wanted[: run.limit]
-    return Plan(network, todo, done, left + len(wanted) - len(todo))
+    kept &= {entry.slide_id for entry, _ in todo}
+    return Plan(network, todo, done, left + len(wanted) - len(todo), frozenset(kept))
 
 
 def estimate(run: SlideRun, found: Plan) -> Estimate:
@@ -174,10 +181,12 @@ def estimate(run: SlideRun, found: Plan) -> Estimate:
     for entry in sample:
         try:
             with network.prepared(entry, node_cache(entry.uri, run.cache_gb)) as slide:
-                tiles.append(slide.plan.n_tiles)
+                tiles.append(0 if entry.slide_id in found.kept else slide.plan.n_tiles)
         except PistoSegError as error:
             unreadable.append(_row(entry, {"reason": str(error)}, "failed"))
     total = round(sum(tiles) / len(sample) * len(todo)) if sample else 0
+    if not total:
+        return Estimate(0, None, 0.0, unreadable, len(sample))
     speed = _speed(bundle.load(run.model, None if run.device == "auto" else run.device), run.settings)
     return Estimate(total, speed, total / speed / (run.workers or 1), unreadable, len(sample))
 
@@ -263,16 +272,21 @@ def _spread(items: Sequence[Item], most: int) -> list[Item]:
 
 
 def _say(record: Mapping[str, Any], progress: Progress) -> None:
-    what = f"{record.get('tiles', 0):,} tiles in {record['seconds']} s" if record["status"] == "completed" else "failed"
+    done = "outlines drawn anew" if _keeps_mask(record) else f"{record.get('tiles', 0):,} tiles"
+    what = f"{done} in {record['seconds']} s" if record["status"] == "completed" else "failed"
     text = f"slide {record['slide_id']}: {'; '.join(filter(None, (what, record['reason'])))}"
     fields = {key: record.get(key) for key in ("slide", "status", "reason", "tiles", "seconds", "attempts")}
     progress.event("slide", text, slide_id=record["slide_id"], **fields)
 
 
+def _keeps_mask(record: Mapping[str, Any]) -> bool:
+    return bool(record.get("mask", {}).get("kept"))
+
+
 def _records(run: SlideRun, found: Plan, compute: ComputeConfig, progress: Progress) -> Generator[dict[str, Any]]:
     """Records of the slides as they are done."""
     actors, resources, threads, readers = _pool(run, compute)
-    tasks = _tasks(found.todo, actors, share=not run.settings.probabilities)
+    tasks = _tasks(found, actors, share=not run.settings.probabilities)
     actors = min(actors, len(tasks))
     together = 2 if len(tasks) > actors else 1  # the next slide is fetched while the network is at one
     # As a training's: a network that has a GPU set aside for it must not run beside it where torch does not see it.
@@ -306,7 +320,7 @@ def _records(run: SlideRun, found: Plan, compute: ComputeConfig, progress: Progr
             if task.parts > 1:
                 failed.add(slide_id)
                 pool.drop(slide_id)
-        so_far.end(slide_id, result.get("tiles"))
+        so_far.end(slide_id, 0 if _keeps_mask(result) else result.get("tiles"))
         yield result
 
 
@@ -327,10 +341,16 @@ def _pool(run: SlideRun, compute: ComputeConfig) -> tuple[int, dict[str, float],
     return actors, share, max(1, cpus // per_network), max(1, min(8, cpus // on_node))
 
 
-def _tasks(todo: Sequence[tuple[SlideEntry, int]], actors: int, share: bool) -> list[SlideTask]:
-    """A task a slide; where there are fewer slides than actors, several actors share each of them."""
-    parts = max(1, actors // len(todo)) if share else 1
-    return [SlideTask(entry, attempts, part, parts) for entry, attempts in todo for part in range(parts)]
+def _tasks(found: Plan, actors: int, share: bool) -> list[SlideTask]:
+    """A task a slide; where there are fewer slides than actors, several actors share each one that is mapped."""
+    parts = max(1, actors // max(1, len(found.todo))) if share else 1
+    tasks = []
+    for entry, attempts in found.todo:
+        if entry.slide_id in found.kept:
+            tasks.append(SlideTask(entry, attempts, keep_mask=True))
+        else:
+            tasks += [SlideTask(entry, attempts, part, parts) for part in range(parts)]
+    return tasks
 
 
 def _entry_of(record: Mapping[str, Any]) -> SlideEntry:

@@ -117,6 +117,27 @@ def test_ports_are_free_and_so_are_those_of_their_other_protocol():
             taken.bind(("127.0.0.1", port))
 
 
+def test_an_address_that_nobody_can_listen_on_is_an_error_and_no_endless_search(monkeypatch):
+    monkeypatch.setattr(local_cluster, "HOST", "192.0.2.1")  # of documentation
+    with pytest.raises(OSError, match="assign"):
+        local_cluster.free_ports(1)
+
+
+def test_a_server_that_ends_at_once_says_why_and_is_not_started_again_for_what_an_earlier_one_said(
+    monkeypatch, tmp_path
+):
+    monkeypatch.setattr(local_cluster, "weed", lambda: str(tmp_path / "weed"))
+    (tmp_path / "weed").write_text('#!/bin/sh\necho "I1 up" >&2\necho "F1 no room" >&2\nexit 1\n')
+    (tmp_path / "weed").chmod(0o755)
+    (tmp_path / "s3.log").write_text("F1 address already in use\n")
+    with (
+        pytest.raises(PistoSegError, match=r"SeaweedFS did not start:\nF1 no room\.$"),
+        local_cluster.S3Server(tmp_path),
+    ):
+        raise AssertionError
+    assert (tmp_path / "s3.log").read_text().count("no room") == 1
+
+
 @pytest.mark.usefixtures("seaweedfs")
 def test_an_s3_server_whose_port_is_taken_since_it_was_seen_free_starts_on_others(monkeypatch, tmp_path):
     drawn = [local_cluster.free_ports(4, offset=10_000) for _ in range(2)]

@@ -7,8 +7,9 @@ import tifffile
 from PIL import Image
 
 from pistoseg.classes import TissueClass, TissueClasses
+from pistoseg.errors import PistoSegError
 from pistoseg.outputs.areas import count_classes, slide_areas
-from pistoseg.outputs.mask_pyramid import majority, write_mask
+from pistoseg.outputs.mask_pyramid import majority, read_mask, write_mask
 from pistoseg.outputs.overview import downsample_mask
 
 CLASSES = TissueClasses((TissueClass("tumor", (200, 30, 30)), TissueClass("Stroma", (0, 150, 110))))
@@ -75,6 +76,32 @@ def test_a_mask_smaller_than_a_tile_has_one_level(tmp_path):
     assert write_mask(tmp_path / "m.tif", small, CLASSES, 1.0) == [(3, 4)]
     assert np.array_equal(tifffile.imread(tmp_path / "m.tif"), small)
     assert openslide.OpenSlide(tmp_path / "m.tif").level_count == 1
+
+
+def test_a_mask_is_read_as_it_was_written_without_tiles_that_were_not_looked_at(mask, tmp_path):
+    mask = mask.copy()
+    mask[:, :200] = 255
+    write_mask(tmp_path / "mask.tif", mask, CLASSES, 0.5, tile=128)
+    found = np.full_like(mask, 255)
+    corners = set()
+    for y, x, ids in read_mask(tmp_path / "mask.tif", mask.shape):
+        found[y : y + len(ids), x : x + ids.shape[1]] = ids
+        corners.add((y, x))
+    np.testing.assert_array_equal(found, mask)
+    assert not {x for _, x in corners} & {0}
+    assert {x for _, x in corners} >= {128, 512}
+
+
+def test_what_is_no_such_mask_or_damaged_is_not_read(mask, pyramid, tmp_path):
+    other, cut, plain = (tmp_path / name for name in ("a.tif", "b.tif", "c.tif"))
+    tifffile.imwrite(other, mask)
+    cut.write_bytes(pyramid.read_bytes()[: pyramid.stat().st_size // 4])
+    plain.write_bytes(b"mask")
+    for path in (other, cut, plain):
+        with pytest.raises(PistoSegError, match=f"{path}: (is another mask|can't be read)"):
+            list(read_mask(path, mask.shape))
+    with pytest.raises(PistoSegError, match="another mask"):
+        list(read_mask(pyramid, (mask.shape[0], mask.shape[1] + 1)))
 
 
 def test_large_masks_are_bigtiffs(tmp_path, monkeypatch, mask):

@@ -25,6 +25,7 @@ from pistoseg.errors import PistoSegError, RefusedError, UnavailableError
 from pistoseg.models import bundle, segmentation
 from pistoseg.outputs.summary import write_summary
 from pistoseg.patches.background import BackgroundRule
+from pistoseg.printing import estimate_lines
 from pistoseg.slides import results
 from pistoseg.slides.cache import SlideCache
 from pistoseg.slides.network import SlideNetwork, SlideSettings
@@ -147,6 +148,10 @@ def test_glass_inside_the_tissue_has_no_class_where_the_models_training_left_it_
             assert result.record["settings"]["background"] == said
     assert len({areas["bright", "none"], areas["no rule", "model"], areas["no rule", "none"]}) == 1
     assert areas["bright", "none"] - areas["bright", "model"] == 900
+    image[:] = (250, 200, 235)  # tissue by its saturation
+    slide = str(write_tiff(tmp_path / "b.tif", image, mpp=(1.0, 1.0)))
+    pale = bundle.load(str(tmp_path / "bright"), "cpu").segment_slide(slide, tmp_path / "out", mpp=1.0).record
+    assert pale["reason"].startswith("all its tissue is lighter than what the model's training took for glass")
     with pytest.raises(PistoSegError, match=r"background: 'white' is not known\. Remedy: give model or none"):
         bundle.load(uri, "cpu").segment_slide(slide, tmp_path / "out", mpp=1.0, background="white")
 
@@ -381,6 +386,101 @@ def test_a_slide_of_specks_has_few_outlines_and_says_so_unless_their_area_is_giv
     said = "leave out regions below 25 um2, not below 100; 100.0 % of its tissue"
     assert (said in result.record["reason"]) == (given is None)
     assert result.record["settings"]["min_area_um2"] == given
+
+
+@pytest.fixture
+def cohort(model, tmp_path):
+    """Two slides, and what segments those that a run has to do, told which of them go through the network."""
+    for name in "ab":
+        image = texture(150, 150, seed=ord(name))
+        image[20:130, 20:130] = (image[20:130, 20:130] * 0.3).astype(np.uint8) + np.array([120, 20, 90], np.uint8)
+        write_tiff(tmp_path / f"{name}.tif", image, mpp=(1.0, 1.0))
+    mapped = []
+
+    def segment(out=str(tmp_path / "out"), **settings):
+        chosen = SlideSettings(mpp=1.0, **settings)
+        run = SlideRun(model, str(tmp_path / "*.tif"), out, chosen, device="cpu")
+        plan = slides.plan(run)
+        worker = SlideWorker(model, chosen, out, "cpu", torch.get_num_threads(), 1, None)
+        worker.load()
+        original, mapped[:] = worker.network.map, []
+        worker.network.map = lambda slide, *rest, **more: (
+            mapped.append(slide.entry.slide_id) or original(slide, *rest, **more)
+        )
+        records = [worker.segment(task) for task in slides._tasks(plan, 1, share=True)]
+        assert all(record["status"] == "completed" for record in records)
+        assert [record["mask"]["kept"] for record in records] == [
+            record["slide_id"] not in mapped for record in records
+        ]
+        return [record["slide_id"] for record in records], list(mapped), plan
+
+    return segment
+
+
+def content(folder):
+    return {
+        item.relative_to(folder).as_posix(): item.read_bytes()
+        for item in sorted(folder.rglob("*"))
+        if item.is_file() and item.name != "slide.json"
+    }
+
+
+def test_other_outlines_are_drawn_on_the_masks_that_are_there(cohort, tmp_path):
+    assert cohort()[:2] == (["a", "b"], ["a", "b"])
+    assert cohort()[:2] == ([], [])
+    first = content(tmp_path / "out")
+    assert cohort(min_area_um2=0, tolerance_um=0)[:2] == (["a", "b"], [])
+    other = content(tmp_path / "out")
+    assert {name for name in first if first[name] != other[name]} == {f"slides/{name}/regions.geojson" for name in "ab"}
+    cohort(str(tmp_path / "anew"), min_area_um2=0, tolerance_um=0)
+    assert content(tmp_path / "anew") == other
+    (tmp_path / "out" / "slides" / "a" / "mask.tif").write_bytes(b"II*")
+    (tmp_path / "out" / "slides" / "b" / "areas.json").unlink()
+    done, mapped, plan = cohort()
+    assert (done, mapped, plan.kept) == (["a", "b"], ["a", "b"], {"a"})  # found to be damaged where it is read
+    assert content(tmp_path / "out") == first
+    assert cohort(symmetries=2)[:2] == (["a", "b"], ["a", "b"])
+    write_tiff(tmp_path / "a.tif", texture(160, 150), mpp=(1.0, 1.0))
+    assert cohort(symmetries=2, tolerance_um=1)[:2] == (["a", "b"], ["a"])
+
+
+def test_masks_in_object_storage_are_kept_too(cohort):
+    out = "memory://kept/out"
+    assert cohort(out)[:2] == (["a", "b"], ["a", "b"])
+    before = storage.read_bytes(f"{out}/slides/a/mask.tif")
+    assert cohort(out, min_area_um2=0)[:2] == (["a", "b"], [])
+    assert storage.read_bytes(f"{out}/slides/a/mask.tif") == before
+    storage.remove_tree("memory://kept")
+
+
+def test_probabilities_that_are_not_wanted_any_more_make_no_work_and_wanted_ones_do(cohort, tmp_path):
+    cohort()
+    assert cohort(probabilities=True)[:2] == (["a", "b"], ["a", "b"])
+    assert cohort()[:2] == ([], [])
+    assert (tmp_path / "out" / "slides" / "a" / "probabilities.zarr").exists()
+    assert cohort(probabilities=True, tolerance_um=1)[:2] == (["a", "b"], ["a", "b"])
+
+
+def test_a_dry_run_of_outlines_alone_has_no_tiles_and_measures_no_network(cohort, model, tmp_path, monkeypatch, capsys):
+    cohort()
+    monkeypatch.setattr(slides, "_speed", None)
+    run = SlideRun(model, str(tmp_path / "*.tif"), str(tmp_path / "out"), SlideSettings(mpp=1.0, tolerance_um=1))
+    found = commands._plan(run)
+    assert "2 slides to do (2 of them only get other outlines), 0 up to date" in capsys.readouterr().out
+    lines = estimate_lines(slides.estimate(run, found), 1)
+    assert lines == ["about 0 tiles, from 2 slides that were opened"]
+
+
+def test_a_slide_whose_mask_stays_is_not_shared():
+    entries = [SlideEntry(name, f"{name}.svs") for name in "ab"]
+    plan = slides.Plan(None, [(entry, 1) for entry in entries], [], 0, frozenset("b"))
+    tasks = slides._tasks(plan, 6, share=True)
+    assert [(task.entry.slide_id, task.part, task.parts, task.keep_mask) for task in tasks] == [
+        ("a", 0, 3, False),
+        ("a", 1, 3, False),
+        ("a", 2, 3, False),
+        ("b", 0, 1, True),
+    ]
 
 
 def test_slides_without_a_pixel_size_are_one_line_of_a_dry_run_and_an_option_gives_it(model, tmp_path, capsys):
