@@ -205,8 +205,8 @@ def segment_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--workspace",
-        default="runs/pistoseg",
-        help="whose MLflow gets the run and knows models:/, unless MLFLOW_TRACKING_URI is set (default: %(default)s)",
+        help="whose MLflow gets the run and knows models:/, unless MLFLOW_TRACKING_URI is set (default: --model, if "
+        "that is one, else runs/pistoseg)",
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
 

@@ -157,7 +157,7 @@ def segment(
     slides: str,
     out: str,
     *,
-    workspace: str,
+    workspace: str | None,
     settings: Mapping[str, Any],
     dry_run: bool = False,
     **options: Any,
@@ -168,7 +168,7 @@ def segment(
         model: URI of a bundle or of a workspace with one, or `models:/name@alias`.
         slides: a slide, folder, prefix, pattern or manifest.
         out: folder or URI of the results.
-        workspace: whose MLflow is used unless MLFLOW_TRACKING_URI names a server.
+        workspace: whose MLflow is used unless MLFLOW_TRACKING_URI names a server; None: as `workspace_of` says.
         settings: of `pistoseg.slides.network.SlideSettings`.
         dry_run: whether nothing is to be done.
         options: of `pistoseg.stages.slides.SlideRun`.
@@ -176,9 +176,9 @@ def segment(
     from pistoseg.slides.network import SlideSettings
     from pistoseg.stages import slides as stage
     from pistoseg.tracking import batch_run
-    from pistoseg.tracking.registry import bundle_uri
+    from pistoseg.tracking.registry import bundle_uri, workspace_of
 
-    tracking, place = TrackingConfig(), Workspace(storage.absolute(workspace))
+    tracking, place = TrackingConfig(), Workspace(storage.absolute(workspace or workspace_of(model)))
     uri = bundle_uri(model, tracking, place)
     run = stage.SlideRun(uri, slides, storage.absolute(out), SlideSettings(**settings), **options)
     if dry_run:

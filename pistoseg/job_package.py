@@ -39,6 +39,8 @@ def package(arguments: list[str], options: argparse.Namespace, folder: Path, her
         folder: an empty one; gets the package and, unless they are in object storage, the resolved settings.
         here: whether the cluster is on this machine, and sees its files.
     """
+    from pistoseg.tracking.registry import workspace_of
+
     command = _without(arguments, ("--submit",))
     if any(has_secret(argument) for argument in command):
         raise PistoSegError(
@@ -52,7 +54,7 @@ def package(arguments: list[str], options: argparse.Namespace, folder: Path, her
         command = [*_without(command, SETTINGS_OPTIONS), "--config", SETTINGS]
     for flag in _needed(options, here):
         if not given(command, flag):
-            command += [flag, getattr(options, flag.strip("-"))]
+            command += [flag, getattr(options, flag.strip("-")) or workspace_of(options.model)]
     command = [*_reachable(command, here, folder)]  # first: what is wrong with --data is wrong with data.uri, too
     if travel:
         values = _portable(resolved_config(options), here)

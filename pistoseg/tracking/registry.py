@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 BUNDLE = "pistoseg.bundle"
 FINGERPRINT = "pistoseg.fingerprint"
 SEARCH = "pistoseg.search"
+DEFAULT_WORKSPACE = "runs/pistoseg"
 CHAMPION = "champion"
 PREVIOUS = "previous"
 SCORES = {"miou": "mIoU", "label_iou": "IoU by labels"}
@@ -94,6 +95,15 @@ def bundle_uri(model: str, config: TrackingConfig, workspace: Workspace) -> str:
             f"{place}--out FOLDER`, and give that folder",
         )
     return version.bundle
+
+
+def workspace_of(model: str) -> str:
+    """The workspace that a model names, or the default one where it names a bundle or a registered model."""
+    if model.startswith("models:/"):
+        return DEFAULT_WORKSPACE
+    uri = storage.absolute(model)
+    is_bundle = storage.exists(storage.join(uri, FILES[0]))
+    return uri if not is_bundle and storage.list_dir(storage.join(uri, "precise")) else DEFAULT_WORKSPACE
 
 
 def _bundle_at(model: str, config: TrackingConfig) -> str:

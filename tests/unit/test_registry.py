@@ -23,7 +23,7 @@ from pistoseg.config import TrackingConfig, load_config
 from pistoseg.errors import PistoSegError
 from pistoseg.printing import mask_table, score_table
 from pistoseg.tracking import Tracker, connect, tracking_uri
-from pistoseg.tracking.registry import ModelVersion, Registry, bundle_uri, lineage, scored_by, set_alias
+from pistoseg.tracking.registry import ModelVersion, Registry, bundle_uri, lineage, scored_by, set_alias, workspace_of
 from pistoseg.tracking.server import database_file, database_uri
 
 KEYS = ("aaaa", "bbbb", "cccc")
@@ -174,6 +174,15 @@ def test_of_a_workspace_its_one_model_is_taken(root, tmp_path):
     storage.remove_tree(deleted)
     storage.write_bytes(storage.join(place.root, "precise", "damaged", "manifest.json"), b"{")
     assert bundle_uri(place.root, TrackingConfig(), place) == only
+
+
+@pytest.mark.parametrize("root", ["{}/w", "memory://pistoseg-registry/own"])
+def test_a_model_that_a_workspace_is_asked_for_has_its_runs_there_and_others_in_the_default_one(root, tmp_path):
+    place = Workspace(root.format(tmp_path))
+    model = trained(place, "aaaa", "2026-01-02T00:00:00Z")
+    assert workspace_of(place.root) == place.root
+    others = (model, "models:/tissue@champion", str(tmp_path / "nowhere"), "memory://nowhere")
+    assert {workspace_of(other) for other in others} == {"runs/pistoseg"}
 
 
 def test_of_a_workspace_with_several_models_the_user_chooses_one(tmp_path):
