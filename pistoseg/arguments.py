@@ -206,7 +206,7 @@ def segment_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workspace",
         help="whose MLflow gets the run and knows models:/, unless MLFLOW_TRACKING_URI is set (default: --model, if "
-        "that is one, else runs/pistoseg)",
+        "that is one on a disk, else runs/pistoseg)",
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
 

@@ -50,6 +50,8 @@ def submit(arguments: Sequence[str], options: argparse.Namespace) -> int:
     Raises:
         PistoSegError: something that the job needs is on this machine only, or the cluster can't be reached.
     """
+    from pistoseg.tracking.registry import DEFAULT_WORKSPACE, workspace_of
+
     address = options.submit.strip()
     if not address:
         raise PistoSegError("is empty", field="--submit", remedy=ADDRESS_REMEDY)
@@ -69,7 +71,7 @@ def submit(arguments: Sequence[str], options: argparse.Namespace) -> int:
             metadata={"pistoseg": pistoseg.__version__, "verb": verb},
         )
     _say("submitted", f"submitted {job} to {redact(address)}", job=job)
-    if verb == "segment" and not given(command, "--workspace"):
+    if verb == "segment" and not given(command, "--workspace") and workspace_of(options.model) == DEFAULT_WORKSPACE:
         text = "MLflow gets this run where the cluster's nodes have MLFLOW_TRACKING_URI; else name a --workspace"
         _say("message", text, job=job)
     try:

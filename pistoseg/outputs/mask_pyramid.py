@@ -80,6 +80,7 @@ def read_mask(path: Path, shape: tuple[int, int]) -> Iterator[tuple[int, int, ND
         shape: (h, w) that it has to have.
     Raises:
         PistoSegError: the file is another one, or damaged.
+        OSError: the disk does not give it.
     """
     import tifffile
 
@@ -94,7 +95,7 @@ def read_mask(path: Path, shape: tuple[int, int]) -> Iterator[tuple[int, int, ND
                 ids = tile[0, : shape[0] - y, : shape[1] - x, 0]
                 if (ids != IGNORE_ID).any():
                     yield y, x, ids
-    except PistoSegError:
+    except (PistoSegError, OSError, MemoryError):  # of which the file is innocent
         raise
     except Exception as error:  # decoders of damaged files raise anything
         raise PistoSegError(f"can't be read ({error})", file=str(path)) from error

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pistoseg import storage
-from pistoseg.errors import PistoSegError
+from pistoseg.errors import PistoSegError, RefusedError, UnavailableError
 from pistoseg.outputs.mask_pyramid import read_mask
 from pistoseg.outputs.summary import versions
 from pistoseg.slides import results
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from pistoseg.models.bundle import Segmenter
     from pistoseg.outputs.regions import RegionsReport
 
+MADE_BY = ("tiles_per_s", "workers", "waiting_share", "device", "precision", "versions")
+"""What slide.json says of the making of a mask, which later outlines on it leave."""
 ALL_GLASS = "all its tissue is lighter than what the model's training took for glass (background in model.json)"
 COARSE = 1.5
 """A slide whose pixels are so much larger than the model's is segmented with a remark."""
@@ -118,31 +120,35 @@ def segment_slide(
     # The slide first: one that can't be opened leaves no folder behind.
     with network.prepared(entry, cache) as slide, results.published(target) as (folder, scratch):
         clock.lap("prepare")
-        mask = _kept_mask(slide, target, scratch) if keep_mask and _is_kept(out, entry, made_from, network) else None
-        is_kept, work = mask is not None, Work()
-        if mask is not None:
-            clock.lap("mask")
-        else:
+        earlier = _earlier(out, entry, made_from, network) if keep_mask else None
+        mask, work = _kept_mask(slide, target, scratch) if earlier else None, Work()
+        if mask is None:
+            earlier = None
             if on_plan:
                 on_plan(slide.plan.n_tiles)
             mask = MaskFile(scratch / "mask", slide.view.height, slide.view.width)
-            zarr = folder / "probabilities.zarr" if network.settings.probabilities else None
+            zarr = folder / results.PROBABILITIES if network.settings.probabilities else None
             work = network.map(slide, mask, probabilities=zarr, on_begin=lambda: clock.lap("queue"), on_tiles=on_tiles)
             clock.lap("network")
-        record = write_slide(network, slide, mask, folder, work, made_from, attempts, clock, is_kept=is_kept)
+        elif earlier:
+            earlier = {**earlier, "settings": {"probabilities": results.carry_probabilities(target, folder)}}
+            clock.lap("mask")
+        record = write_slide(network, slide, mask, folder, work, made_from, attempts, clock, earlier=earlier)
         mask.close()
     areas = record.pop("areas")
     return SlideResult(target, record, areas)
 
 
-def _is_kept(out: str, entry: SlideEntry, made_from: Mapping[str, str], network: SlideNetwork) -> bool:
-    """Whether a mask that is there is what would be made, and nothing is wanted that only the network gives."""
+def _earlier(out: str, entry: SlideEntry, made_from: Mapping[str, str], network: SlideNetwork) -> dict[str, Any] | None:
+    """slide.json of results whose mask, and probabilities if these are wanted, are what would be made."""
     record = results.read_record(out, entry.slide_id)
-    return results.has_same_mask(record, made_from) and not network.settings.probabilities
+    if not results.has_same_mask(record, made_from):
+        return None
+    return record if results.is_whole(out, entry.slide_id, probabilities=network.settings.probabilities) else None
 
 
 def _kept_mask(slide: Prepared, target: str, scratch: Path) -> MaskFile | None:
-    """The mask of earlier results in a file of its own; None where it isn't as it was written."""
+    """The mask of earlier results in a file of its own; None where it is damaged."""
     uri = storage.join(target, "mask.tif")
     file = storage.local_path(uri)
     mask = MaskFile(scratch / "kept", slide.view.height, slide.view.width)
@@ -153,8 +159,10 @@ def _kept_mask(slide: Prepared, target: str, scratch: Path) -> MaskFile | None:
                 shutil.copyfileobj(source, copy, 2**22)
         for y, x, ids in read_mask(file, mask.shape):
             mask.write(y, x, ids)
-    except (OSError, PistoSegError):
+    except (FileNotFoundError, PistoSegError) as error:
         mask.close()
+        if isinstance(error, UnavailableError | RefusedError):
+            raise
         return None
     return mask
 
@@ -169,11 +177,11 @@ def write_slide(
     attempts: int,
     clock: Clock,
     workers: int = 1,
-    is_kept: bool = False,
+    earlier: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write all results of a mapped slide, slide.json last; returns its record and `areas`.
 
-    `is_kept` says that the mask is that of earlier results.
+    `earlier` is slide.json of the results whose mask it is, if the network was not run for it.
     """
     areas, regions = network.write(slide, mask, folder)
     clock.lap("write")
@@ -189,7 +197,7 @@ def write_slide(
         "width": slide.reader.width,
         "height": slide.reader.height,
         "vendor": slide.reader.vendor,
-        "mask": {"width": slide.view.width, "height": slide.view.height, "mpp": network.mpp, "kept": is_kept},
+        "mask": {"width": slide.view.width, "height": slide.view.height, "mpp": network.mpp, "kept": bool(earlier)},
         "regions": {
             "polygons": regions.polygons,
             "origin_level0": list(regions_origin(slide.reader)),
@@ -207,6 +215,9 @@ def write_slide(
         "precision": "bf16" if network.predictor.bf16 else "fp32",
         "versions": versions(),
     }
+    if earlier:
+        record |= {key: earlier.get(key) for key in MADE_BY}
+        record["settings"] = network.decisive | earlier["settings"]
     results.write_record(folder, record)
     return {**record, "areas": areas}
 

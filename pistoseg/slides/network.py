@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 OVERVIEW_PIXELS = 1800
 """Longer side of the picture from which the overview is drawn, at most: twice what it shows."""
 NO_TISSUE = "no tissue was found"
+MASK_VERSION = 1
+"""Of the code that makes masks; raised when it makes others, which slides that are done then get."""
 MIN_AREAS_UM2 = (100.0, 50.0, 25.0)
 """Smallest regions of the outlines where none is given, um2: the first that leaves the areas of the classes as they
 are, but for gaps that are closed, else the last. That is about a cell: what is smaller is noise, each speck of which
@@ -168,7 +170,7 @@ class SlideNetwork:
             PistoSegError: the slide or its tissue mask does not exist.
         """
         mask = files.etag(entry.tissue_mask) if entry.tissue_mask else None
-        settings = self.decisive | {"slide_mpp": entry.mpp, "tissue_mask": mask}
+        settings = self.decisive | {"slide_mpp": entry.mpp, "tissue_mask": mask, "version": MASK_VERSION}
         del settings["probabilities"]
         outlines = {key: settings.pop(key) for key in ("tolerance_um", "min_area_um2")}
         return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import posixpath
 import re
 import shutil
@@ -23,6 +24,7 @@ RECORD = "slide.json"
 FAILURE = "failure.json"
 """Record of a later try that failed, beside the complete results of an earlier one that were kept."""
 FORMAT = "pistoseg slide 1"
+PROBABILITIES = "probabilities.zarr"
 _LIKE_SLIDES = {"mask.tif", "overview.png"}
 _BESIDE_THEM = {RECORD, FAILURE, "regions.geojson", "areas.json"}
 _FILES = {RECORD, "regions.geojson", "areas.json", *_LIKE_SLIDES}
@@ -41,6 +43,34 @@ def read_record(out: str, slide_id: str, name: str = RECORD) -> dict[str, Any] |
     """
     record = _read_json(storage.join(slide_folder(out, slide_id), name))
     return record if isinstance(record, dict) and record.get("format") == FORMAT else None
+
+
+def carry_probabilities(target: str, folder: Path) -> bool:
+    """Take the probabilities of a slide's results over into new ones; whether there are any.
+
+    Args:
+        target: URI of the results.
+        folder: the new ones; on a disk, the same files get a second name.
+    """
+    old, new = storage.join(target, PROBABILITIES), folder / PROBABILITIES
+    if place := storage.local_path(old):
+        if place.is_dir():
+            shutil.copytree(place, new, copy_function=_link)
+        return place.is_dir()
+    backend, root = storage.filesystem(old)
+    names = [str(file).removeprefix(root).strip("/") for file in backend.find(root)]  # those that begin with a dot, too
+    for name in names:
+        (new / name).parent.mkdir(parents=True, exist_ok=True)
+        with storage.open_file(storage.join(old, name)) as source, (new / name).open("wb") as copy:
+            shutil.copyfileobj(source, copy, 2**22)
+    return bool(names)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without links
+        shutil.copy2(source, target)
 
 
 def read_areas(out: str, slide_id: str) -> dict[str, Any] | None:
@@ -83,7 +113,7 @@ def has_same_mask(record: Mapping[str, Any] | None, made_from: Mapping[str, Any]
 
 def is_whole(out: str, slide_id: str, *, probabilities: bool) -> bool:
     """Whether the files of a completed slide are all there, for which its folder is listed."""
-    wanted = _FILES | ({"probabilities.zarr"} if probabilities else set())
+    wanted = _FILES | ({PROBABILITIES} if probabilities else set())
     return wanted <= {storage.name(item) for item in storage.list_dir(slide_folder(out, slide_id))}
 
 
@@ -96,8 +126,7 @@ def is_complete(out: str, slide_id: str) -> bool:
     record = read_record(out, slide_id)
     if record is None or record.get("status") != "completed":
         return False
-    probabilities = record["settings"]["probabilities"]
-    return is_whole(out, slide_id, probabilities=probabilities) and read_areas(out, slide_id) is not None
+    return is_whole(out, slide_id, probabilities=False) and read_areas(out, slide_id) is not None
 
 
 def not_results(uris: Sequence[str]) -> list[str]:

@@ -145,8 +145,8 @@ def plan(run: SlideRun) -> Plan:
                 record = {**record, "areas": areas}
         elif record is not None and record.get("status") == "completed":
             results.refuse_another(run.out, entry.slide_id, entry.uri, made_from)
-            if results.has_same_mask(record, made_from) and not run.settings.probabilities:
-                is_kept = results.is_complete(run.out, entry.slide_id)
+            if results.has_same_mask(record, made_from) and results.is_complete(run.out, entry.slide_id):
+                is_kept = results.is_whole(run.out, entry.slide_id, probabilities=run.settings.probabilities)
             record = results.read_record(run.out, entry.slide_id, results.FAILURE) or record
         return record, made_from, is_kept
 
@@ -174,14 +174,14 @@ def plan(run: SlideRun) -> Plan:
 
 
 def estimate(run: SlideRun, found: Plan) -> Estimate:
-    """Tiles and time of a run, from some of its slides and the speed of a few tiles on this machine."""
-    network, todo = found.network, [entry for entry, _ in found.todo]
+    """Tiles and time of the network, from some of the slides and the speed of a few tiles on this machine."""
+    network, todo = found.network, [entry for entry, _ in found.todo if entry.slide_id not in found.kept]
     sample = _spread(todo, SAMPLE)
     tiles, unreadable = [], []
     for entry in sample:
         try:
             with network.prepared(entry, node_cache(entry.uri, run.cache_gb)) as slide:
-                tiles.append(0 if entry.slide_id in found.kept else slide.plan.n_tiles)
+                tiles.append(slide.plan.n_tiles)
         except PistoSegError as error:
             unreadable.append(_row(entry, {"reason": str(error)}, "failed"))
     total = round(sum(tiles) / len(sample) * len(todo)) if sample else 0
@@ -343,7 +343,7 @@ def _pool(run: SlideRun, compute: ComputeConfig) -> tuple[int, dict[str, float],
 
 def _tasks(found: Plan, actors: int, share: bool) -> list[SlideTask]:
     """A task a slide; where there are fewer slides than actors, several actors share each one that is mapped."""
-    parts = max(1, actors // max(1, len(found.todo))) if share else 1
+    parts = max(1, actors // max(1, len(found.todo) - len(found.kept))) if share else 1
     tasks = []
     for entry, attempts in found.todo:
         if entry.slide_id in found.kept:

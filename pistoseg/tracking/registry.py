@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import tempfile
@@ -98,12 +99,14 @@ def bundle_uri(model: str, config: TrackingConfig, workspace: Workspace) -> str:
 
 
 def workspace_of(model: str) -> str:
-    """The workspace that a model names, or the default one where it names a bundle or a registered model."""
-    if model.startswith("models:/"):
+    """The workspace on a disk that a model names, if it can be written to; else the default one.
+
+    That of a model in object storage has its MLflow where its training ran.
+    """
+    place = None if model.startswith("models:/") else storage.local_path(storage.absolute(model))
+    if place is None or (place / FILES[0]).exists() or not (place / "precise").is_dir():
         return DEFAULT_WORKSPACE
-    uri = storage.absolute(model)
-    is_bundle = storage.exists(storage.join(uri, FILES[0]))
-    return uri if not is_bundle and storage.list_dir(storage.join(uri, "precise")) else DEFAULT_WORKSPACE
+    return str(place) if os.access(place, os.W_OK) else DEFAULT_WORKSPACE
 
 
 def _bundle_at(model: str, config: TrackingConfig) -> str:

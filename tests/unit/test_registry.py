@@ -5,6 +5,7 @@ import dataclasses
 import fcntl
 import functools
 import json
+import os
 import shutil
 import sqlite3
 import time
@@ -176,13 +177,17 @@ def test_of_a_workspace_its_one_model_is_taken(root, tmp_path):
     assert bundle_uri(place.root, TrackingConfig(), place) == only
 
 
-@pytest.mark.parametrize("root", ["{}/w", "memory://pistoseg-registry/own"])
-def test_a_model_that_a_workspace_is_asked_for_has_its_runs_there_and_others_in_the_default_one(root, tmp_path):
-    place = Workspace(root.format(tmp_path))
-    model = trained(place, "aaaa", "2026-01-02T00:00:00Z")
-    assert workspace_of(place.root) == place.root
-    others = (model, "models:/tissue@champion", str(tmp_path / "nowhere"), "memory://nowhere")
+def test_a_model_that_a_workspace_on_a_disk_is_asked_for_has_its_runs_there_and_others_in_the_default_one(
+    tmp_path, monkeypatch
+):
+    place, away = Workspace(str(tmp_path / "w")), Workspace("memory://pistoseg-registry/own")
+    model, _ = (trained(at, "aaaa", "2026-01-02T00:00:00Z") for at in (place, away))
+    monkeypatch.chdir(tmp_path)
+    assert workspace_of(place.root) == workspace_of("w") == place.root
+    others = (model, away.root, "models:/tissue@champion", str(tmp_path / "nowhere"), "memory://nowhere")
     assert {workspace_of(other) for other in others} == {"runs/pistoseg"}
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert workspace_of(place.root) == "runs/pistoseg"
 
 
 def test_of_a_workspace_with_several_models_the_user_chooses_one(tmp_path):

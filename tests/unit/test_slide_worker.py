@@ -9,6 +9,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -193,12 +194,12 @@ def test_python_replaces_no_results_of_another_slide_either(model, tmp_path):
     segmenter.segment_slide(tmp_path / "y" / "a.tif", tmp_path / "out", slide_id="b", mpp=1.0)
 
 
-def complete(folder, probabilities=False):
+def complete(folder):
     """The folder, with complete results in it."""
     with results.published(str(folder)) as (target, _):
         for name in ("mask.tif", "overview.png", "regions.geojson", "areas.json"):
             (target / name).write_text("{}")
-        results.write_record(target, {"status": "completed", "settings": {"probabilities": probabilities}})
+        results.write_record(target, {"status": "completed"})
     return folder
 
 
@@ -272,9 +273,9 @@ def test_what_is_not_said_to_be_the_slides_fault_leaves_an_earlier_result_and_a_
     assert not (folder / "mask.tif").exists()
 
 
-@pytest.mark.parametrize("lacks", ["areas.json", "mask.tif", "whole areas.json", "probabilities.zarr"])
+@pytest.mark.parametrize("lacks", ["areas.json", "mask.tif", "whole areas.json"])
 def test_results_that_are_not_whole_are_not_left_as_completed(failed, tmp_path, lacks):
-    folder = complete(tmp_path / "out" / "slides" / "a", probabilities=lacks == "probabilities.zarr")
+    folder = complete(tmp_path / "out" / "slides" / "a")
     (folder / lacks).unlink(missing_ok=True)
     if lacks == "whole areas.json":
         (folder / "areas.json").write_text('{"tissue')
@@ -457,8 +458,62 @@ def test_probabilities_that_are_not_wanted_any_more_make_no_work_and_wanted_ones
     cohort()
     assert cohort(probabilities=True)[:2] == (["a", "b"], ["a", "b"])
     assert cohort()[:2] == ([], [])
-    assert (tmp_path / "out" / "slides" / "a" / "probabilities.zarr").exists()
-    assert cohort(probabilities=True, tolerance_um=1)[:2] == (["a", "b"], ["a", "b"])
+    before = content(tmp_path / "out")
+    assert sum("probabilities.zarr" in name for name in before) > 4
+
+
+@pytest.mark.parametrize("place", ["disk", "disk without links", "object storage"])
+def test_probabilities_stay_beside_other_outlines(cohort, tmp_path, monkeypatch, place):
+    out = "memory://kept/probabilities" if place == "object storage" else str(tmp_path / "out")
+    if place == "disk without links":
+
+        def refuse(*_):
+            raise OSError(errno.EPERM, "no links")
+
+        monkeypatch.setattr(results, "os", SimpleNamespace(link=refuse))
+
+    def maps():
+        backend, root = storage.filesystem(out)
+        files = [file for file in backend.find(root) if "/a/probabilities.zarr/" in file]
+        return {file: backend.cat_file(file) for file in files}
+
+    cohort(out, probabilities=True)
+    before = maps()
+    assert len(before) > 4
+    assert cohort(out, min_area_um2=0)[:2] == (["a", "b"], [])
+    assert maps() == before
+    record = results.read_record(out, "a")
+    assert record["settings"]["probabilities"]
+    assert cohort(out, min_area_um2=0, tolerance_um=0, probabilities=True)[:2] == (["a", "b"], [])
+    assert maps() == before
+    if place == "object storage":
+        storage.remove_tree("memory://kept")
+        return
+    storage.remove_tree(f"{out}/slides/a/probabilities.zarr")
+    assert cohort(out, tolerance_um=1)[:2] == (["a", "b"], [])  # nor wanted
+    assert not results.read_record(out, "a")["settings"]["probabilities"]
+    assert cohort(out, tolerance_um=2, probabilities=True)[:2] == (["a", "b"], ["a"])
+
+
+def test_a_kept_mask_says_what_made_it_and_a_storage_that_is_away_does_not_make_another(cohort, tmp_path, monkeypatch):
+    cohort()
+    file = tmp_path / "out" / "slides" / "a" / "slide.json"
+    made = {"device": "cuda", "precision": "bf16", "versions": {"torch": "1"}, "tiles_per_s": 7.0}
+    file.write_text(json.dumps(json.loads(file.read_text()) | made))
+    assert cohort(tolerance_um=1)[1] == []
+    assert made.items() <= json.loads(file.read_text()).items()
+
+    def away(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    before = content(tmp_path / "out")
+    monkeypatch.setattr("pistoseg.slides.job.read_mask", away)
+    with pytest.raises(AssertionError):
+        cohort(tolerance_um=0)
+    assert {name for name in content(tmp_path / "out") if name not in before} == {
+        f"slides/{name}/failure.json" for name in "ab"
+    }
+    assert before.items() <= content(tmp_path / "out").items()
 
 
 def test_a_dry_run_of_outlines_alone_has_no_tiles_and_measures_no_network(cohort, model, tmp_path, monkeypatch, capsys):
@@ -468,13 +523,13 @@ def test_a_dry_run_of_outlines_alone_has_no_tiles_and_measures_no_network(cohort
     found = commands._plan(run)
     assert "2 slides to do (2 of them only get other outlines), 0 up to date" in capsys.readouterr().out
     lines = estimate_lines(slides.estimate(run, found), 1)
-    assert lines == ["about 0 tiles, from 2 slides that were opened"]
+    assert lines == ["about 0 tiles, from 0 slides that were opened"]
 
 
 def test_a_slide_whose_mask_stays_is_not_shared():
     entries = [SlideEntry(name, f"{name}.svs") for name in "ab"]
     plan = slides.Plan(None, [(entry, 1) for entry in entries], [], 0, frozenset("b"))
-    tasks = slides._tasks(plan, 6, share=True)
+    tasks = slides._tasks(plan, 3, share=True)
     assert [(task.entry.slide_id, task.part, task.parts, task.keep_mask) for task in tasks] == [
         ("a", 0, 3, False),
         ("a", 1, 3, False),

@@ -16,7 +16,7 @@ import yaml
 from processes import STUCK_S
 from ray.exceptions import RpcError
 
-from pistoseg import storage, submission
+from pistoseg import submission
 from pistoseg.cli import build_parser, main
 from pistoseg.config import load_config
 from pistoseg.errors import PistoSegError
@@ -207,10 +207,11 @@ def test_a_job_on_this_machine_finds_the_default_places_where_the_command_has_th
 
 
 def test_a_job_on_this_machine_that_segments_by_a_workspaces_model_has_its_run_there(tmp_path):
-    storage.write_bytes("memory://job-workspace/precise/a/manifest.json", b"{}")
-    arguments = ["segment", "--model", "memory://job-workspace", "--slides", "s3://b/s", "--out", "s3://b/o"]
-    command = packaged(tmp_path, *arguments, address="auto")
-    assert command == [*arguments, "--workspace", "memory://job-workspace"]
+    (tmp_path / "w" / "precise").mkdir(parents=True)
+    (tmp_path / "job").mkdir()
+    arguments = ["segment", "--model", str(tmp_path / "w"), "--slides", "s3://b/s", "--out", "s3://b/o"]
+    command = packaged(tmp_path / "job", *arguments, address="auto")
+    assert command == [*arguments, "--workspace", str(tmp_path / "w")]
 
 
 def test_credentials_do_not_become_part_of_a_job(tmp_path):
