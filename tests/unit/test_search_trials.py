@@ -586,14 +586,14 @@ def test_the_best_model_is_the_champion_only_if_it_holds_on_fresh_seeds(
     monkeypatch.setattr(study, "run_pipeline", run_pipeline)
     monkeypatch.setattr("pistoseg.tracking.registry.set_alias", lambda *arguments: promoted.append(arguments))
     outcome = outcome_of(journal, config, space)
-    confirmation, version = study._confirm(
-        outcome.search,
-        Workspace(str(tmp_path)),
-        study.Budget(3),
-        journal,
-        tracker,
-        SimpleNamespace(say=lambda text: None),
-    )
+
+    def confirm(journal, **budget):
+        silent = SimpleNamespace(say=lambda text: None)
+        return study._confirm(
+            outcome.search, Workspace(str(tmp_path)), study.Budget(3, **budget), journal, tracker, silent
+        )
+
+    confirmation, version = confirm(journal)
     assert best
     assert confirmation.holds is holds
     assert sorted(seen) == [(False, 1), (False, 2), (False, 3), (True, 1), (True, 2), (True, 3)]  # not the search's 0
@@ -601,27 +601,11 @@ def test_the_best_model_is_the_champion_only_if_it_holds_on_fresh_seeds(
     assert version == ("model 1" if holds and not away else None)
     assert journal.settings["confirmation"]["holds"] is holds
     if holds:
-        again = study._confirm(
-            outcome.search,
-            Workspace(str(tmp_path)),
-            study.Budget(3, confirm_seeds=0),
-            Journal.open(str(tmp_path), IDENTITY),
-            tracker,
-            SimpleNamespace(say=lambda text: None),
-        )
-        assert again == (confirmation, version)
+        assert confirm(Journal.open(str(tmp_path), IDENTITY), confirm_seeds=0) == (confirmation, version)
     aliases["champion"] = "one that a user or another search promoted since"
     for count in (1, 2):
         if version:
-            again = study._confirm(
-                outcome.search,
-                Workspace(str(tmp_path)),
-                study.Budget(3),
-                journal,
-                tracker,
-                SimpleNamespace(say=lambda text: None),
-            )
-            assert again == (confirmation, version)
+            assert confirm(journal) == (confirmation, version)
             assert len(promoted) == count
         aliases.clear()  # as in a new registry
 
