@@ -71,17 +71,20 @@ def write_regions(
     to_level0: ToLevel0,
     mpp: float,
     tolerance: float,
-    min_area: float,
+    min_area: float | Sequence[float],
     band_rows: int | None = None,
 ) -> RegionsReport:
     """Write the regions of a class mask as a GeoJSON FeatureCollection of QuPath annotations.
 
     Regions are 4-connected. Those smaller than `min_area`, gaps in the tissue included, are first given to the region
-    beside them, so that neither confetti nor pinholes are written. Borders are then simplified once for both sides
-    (Visvalingam-Whyatt), which leaves neither slivers nor overlaps between neighbours: a vertex goes when the triangle
-    with its neighbours is smaller than tolerance squared; where that would change the area of a class by more than
-    half a percent, a finer tolerance is taken. Memory depends on the width of the mask and on the polygons that are
-    not finished, not on its height.
+    beside them, so that neither confetti nor pinholes are written. Of several such areas the first is taken with which
+    each class keeps its own area but for MAX_AREA_CHANGE of it and FREE_AREA of all tissue, else the last; what classes
+    gain where gaps are closed does not count: these may be many, and are no objects.
+
+    Borders are then simplified once for both sides (Visvalingam-Whyatt), which leaves neither slivers nor overlaps
+    between neighbours: a vertex goes when the triangle with its neighbours is smaller than tolerance squared; where
+    that would change the area of a class by more than half a percent, a finer tolerance is taken. Memory depends on the
+    width of the mask and on the polygons that are not finished, not on its height.
 
     Args:
         path: local file to write.
@@ -90,26 +93,26 @@ def write_regions(
         to_level0: from px of the mask to level-0 px of the slide, the unit of the file's coordinates.
         mpp: micrometres per px of the mask.
         tolerance: of the simplification, micrometres; 0 keeps every corner.
-        min_area: of a region, um2; 0 keeps every px.
+        min_area: of a region, um2, or several to choose from, the largest first; 0 keeps every px.
         band_rows: rows outlined at a time; by default as many as bounded memory allows.
     Returns:
         What was written and what was dropped.
     """
-    mask = mask if mask.size else np.zeros((0, 1), np.uint8)
-    least = int(np.ceil(min_area / mpp**2))
-    bands = _bands(mask, band_rows)
-    shared = _shared_regions(mask, bands) if least > 1 else None
+    bands = _Bands(mask if mask.size else np.zeros((0, 1), np.uint8), band_rows)
+    candidates = [min_area] if isinstance(min_area, (int, float)) else list(min_area)
+    shared = _shared_regions(bands) if _pixels(candidates[0], mpp) > 1 else None
+    min_area = candidates[0] if shared is None else _negligible(bands, shared, classes, mpp, candidates)
+    least = _pixels(min_area, mpp)
     tally = _Tally(len(classes))
     with path.open("w", encoding="utf-8") as file:
         features = _FeatureWriter(file, classes, ToLevel0(*to_level0), mpp)
         merger = _Merger(len(classes))
-        for number, (top, bottom) in enumerate(bands):
-            band = np.ascontiguousarray(mask[top:bottom])
-            regions = find_regions(band)
+        for number, (top, band, regions) in enumerate(bands):
             if shared is not None and (specks := shared.specks(number, regions, least)).any():
                 runs = specks[regions.region]
                 tally.dropped += _areas(regions.values[runs], regions.lengths[runs])
-                band = np.repeat(absorb(regions, specks, classes.background_id), regions.lengths).reshape(band.shape)
+                kept = absorb(regions, specks, classes.background_id)
+                band = np.repeat(kept, regions.lengths).reshape(band.shape)
                 regions = find_regions(band)
             values = _region_values(regions)
             polygons = _simplified(trace(band, regions), values, regions.areas, tolerance / mpp, tally)
@@ -129,44 +132,30 @@ def write_regions(
     return report
 
 
-def negligible_area(mask: NDArray[np.uint8], classes: TissueClasses, mpp: float, candidates: Sequence[float]) -> float:
-    """The area below which regions can be given to their neighbours with each class keeping its own area.
-
-    What classes gain where gaps in the tissue are closed does not count: these may be many, and are no objects.
-
-    Args:
-        mask: (h, w) uint8 class ids.
-        classes: of the mask.
-        mpp: micrometres per px of the mask.
-        candidates: areas, um2, the largest first.
-    Returns:
-        The first of them with which each class keeps its area but for MAX_AREA_CHANGE of it and FREE_AREA of all
-        tissue, else the last.
-    """
-    mask = mask if mask.size else np.zeros((0, 1), np.uint8)
-    bands = _bands(mask, None)
-    shared = _shared_regions(mask, bands)
-    for area in candidates[:-1]:
-        if _keep_areas(mask, classes, bands, shared, int(np.ceil(area / mpp**2))):
-            return area
-    return candidates[-1]
+def _pixels(area: float, mpp: float) -> int:
+    """The fewest px that are not smaller than an area, um2."""
+    return int(np.ceil(area / mpp**2))
 
 
-def _keep_areas(
-    mask: NDArray[np.uint8], classes: TissueClasses, bands: list[tuple[int, int]], shared: _SharedRegions, least: int
-) -> bool:
-    """Whether the classes keep their areas without regions of less than `least` px."""
-    exact, left = np.zeros(256, np.int64), np.zeros(256, np.int64)
-    for number, (top, bottom) in enumerate(bands):
-        regions = find_regions(np.ascontiguousarray(mask[top:bottom]))
+def _negligible(
+    bands: _Bands, shared: _SharedRegions, classes: TissueClasses, mpp: float, candidates: Sequence[float]
+) -> float:
+    """The first of some areas (um2) below which regions can be given away with the classes keeping theirs."""
+    if len(candidates) == 1:
+        return candidates[0]
+    exact = np.zeros(256, np.int64)
+    left = np.zeros((len(candidates) - 1, 256), np.int64)
+    for number, (_, _, regions) in enumerate(bands):
         exact += _areas(regions.values, regions.lengths)
-        specks = shared.specks(number, regions, least)
         was_tissue = regions.values < len(classes)  # small gaps are closed in any case
-        kept = absorb(regions, specks, classes.background_id)
-        left += _areas(kept[was_tissue], regions.lengths[was_tissue])
+        for area, without in zip(candidates, left, strict=False):
+            specks = shared.specks(number, regions, _pixels(area, mpp))
+            kept = absorb(regions, specks, classes.background_id)
+            without += _areas(kept[was_tissue], regions.lengths[was_tissue])
     tissue = exact[: len(classes)]
     allowed = MAX_AREA_CHANGE * tissue + FREE_AREA * tissue.sum()
-    return bool((np.abs(left[: len(classes)] - tissue) <= allowed).all())
+    keep = (np.abs(left[:, : len(classes)] - tissue) <= allowed).all(1)
+    return candidates[int(np.argmax(keep))] if keep.any() else candidates[-1]
 
 
 def _named(counts: NDArray[np.int64], classes: TissueClasses) -> Iterator[tuple[str, int]]:
@@ -175,10 +164,38 @@ def _named(counts: NDArray[np.int64], classes: TissueClasses) -> Iterator[tuple[
     yield "no tissue", int(counts[len(classes) :].sum())
 
 
-def _bands(mask: NDArray[np.uint8], rows: int | None) -> list[tuple[int, int]]:
-    """First and last row of each band: fewer rows where the mask is busy."""
+class _Bands:
+    """A mask in bands of rows, fewer where it is busy: the first row of each, its px and its regions.
+
+    Args:
+        mask: (h, w) uint8.
+        rows: of a band; by default as many as bounded memory allows.
+    """
+
+    def __init__(self, mask: NDArray[np.uint8], rows: int | None) -> None:
+        self.mask = mask
+        self.limits = _limits(mask, rows)
+        self._only: tuple[int, NDArray[np.uint8], Regions] | None = None
+
+    def __len__(self) -> int:
+        return len(self.limits)
+
+    def __iter__(self) -> Iterator[tuple[int, NDArray[np.uint8], Regions]]:
+        if self._only is not None:
+            yield self._only
+            return
+        for top, bottom in self.limits:
+            band = np.ascontiguousarray(self.mask[top:bottom])
+            found = top, band, find_regions(band)
+            if len(self) == 1:
+                self._only = found
+            yield found
+
+
+def _limits(mask: NDArray[np.uint8], rows: int | None) -> list[tuple[int, int]]:
+    """First and last row of each band."""
     height, width = mask.shape
-    bands = []
+    limits = []
     top = 0
     while top < height:
         bottom = min(height, top + (rows or max(1, BAND_PIXELS // width)))
@@ -187,9 +204,9 @@ def _bands(mask: NDArray[np.uint8], rows: int | None) -> list[tuple[int, int]]:
             if np.count_nonzero(band[:, 1:] != band[:, :-1]) <= BAND_RUNS:
                 break
             bottom = top + (bottom - top) // 2
-        bands.append((top, bottom))
+        limits.append((top, bottom))
         top = bottom
-    return bands
+    return limits
 
 
 @dataclass
@@ -224,15 +241,14 @@ class _SharedRegions:
         return areas < least
 
 
-def _shared_regions(mask: NDArray[np.uint8], bands: list[tuple[int, int]]) -> _SharedRegions:
+def _shared_regions(bands: _Bands) -> _SharedRegions:
     """Measure the regions that several bands share."""
     if len(bands) <= 1:
         return _SharedRegions(np.empty(0, np.int64), [])
     areas, first, links = [], [], []
     above: Row | None = None
     nodes = 0
-    for top, bottom in bands:
-        regions = find_regions(np.ascontiguousarray(mask[top:bottom]))
+    for _, _, regions in bands:
         border = _border_regions(regions)
         numbering = np.full(len(regions.areas), -1, np.int64)
         numbering[border] = np.arange(nodes, nodes + len(border))
@@ -275,18 +291,31 @@ def _transformed(polygons: Polygons, change: Callable[[NDArray[np.float64]], NDA
 def _simplified(
     polygons: Polygons, values: NDArray[np.uint8], areas: NDArray[np.int64], tolerance: float, tally: _Tally
 ) -> Polygons:
-    """A band's polygons with fewer vertices; those on the border of the band stay, for the bands to fit together."""
+    """A band's polygons with fewer vertices; those on the border of the band stay, for the bands to fit together.
+
+    They are simplified with half of the tolerance, and what is left with the whole of it: little more work than with
+    the whole at once, all of which is for nothing where it changes an area too much. The smallest triangles go first
+    either way, so that the result is the same but for a vertex here and there.
+    """
     import shapely
 
     tally.exact += np.bincount(values, areas, 256)
     allowed = np.maximum(tally.exact * MAX_AREA_ERROR, FREE_PIXELS)[: tally.classes]
+
+    def simplified(exact: Polygons, tolerance: float) -> tuple[Polygons, NDArray[np.float64], bool]:
+        simple = np.asarray(shapely.coverage_simplify(exact, tolerance, simplify_boundary=False), object)
+        added = np.bincount(values, shapely.area(simple) - areas, 256).astype(np.float64)
+        return simple, added, bool((np.abs(tally.added + added)[: tally.classes] <= allowed).all())
+
     while tolerance >= 0.5:  # a corner of a px, the smallest triangle, has half a px
-        simple = np.asarray(shapely.coverage_simplify(polygons, tolerance, simplify_boundary=False), object)
-        added = np.bincount(values, shapely.area(simple) - areas, 256)
-        if (np.abs(tally.added + added)[: tally.classes] <= allowed).all():
+        best, added, fits = simplified(polygons, tolerance / 2)
+        if fits:
+            coarse, added_by_coarse, fits = simplified(best, tolerance)
+            if fits:
+                best, added = coarse, added_by_coarse
             tally.added += added
-            return simple
-        tolerance /= 2
+            return best
+        tolerance /= 4
     return polygons
 
 

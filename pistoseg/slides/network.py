@@ -22,7 +22,7 @@ from pistoseg.outputs.areas import count_classes, slide_areas
 from pistoseg.outputs.mask_pyramid import write_mask
 from pistoseg.outputs.overview import downsample_mask, write_overview
 from pistoseg.outputs.probabilities import ProbabilityWriter
-from pistoseg.outputs.regions import RegionsReport, ToLevel0, negligible_area, write_regions
+from pistoseg.outputs.regions import RegionsReport, ToLevel0, write_regions
 from pistoseg.slides import files, results
 from pistoseg.slides.cache import SlideCache
 from pistoseg.slides.grid import TilePlan
@@ -281,7 +281,7 @@ class SlideNetwork:
             to_level0=ToLevel0(slide.view.scale_x, slide.view.scale_y, -x, -y),
             mpp=self.mpp,
             tolerance=self.settings.tolerance_um,
-            min_area=negligible_area(mask, self.classes, self.mpp, MIN_AREAS_UM2) if given is None else given,
+            min_area=MIN_AREAS_UM2 if given is None else given,
         )
 
 

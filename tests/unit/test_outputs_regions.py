@@ -7,8 +7,7 @@ from scipy import ndimage
 
 from pistoseg.classes import TissueClass, TissueClasses
 from pistoseg.outputs import outlines
-from pistoseg.outputs import regions as regions_module
-from pistoseg.outputs.regions import ToLevel0, negligible_area, write_regions
+from pistoseg.outputs.regions import ToLevel0, write_regions
 
 CLASSES = TissueClasses(tuple(TissueClass(name, (10 * i, 200, 3)) for i, name in enumerate(("tumor", "stroma", "fat"))))
 SAME = ToLevel0(1.0, 1.0)
@@ -147,26 +146,32 @@ def specked(side):
 
 @pytest.mark.parametrize(("side", "expected"), [(3, 25.0), (5, 25.0), (7, 25.0), (8, 50.0), (10, 100.0)])
 @pytest.mark.parametrize("rows", [240, 13])
-def test_the_smallest_region_is_chosen_so_that_classes_keep_their_area(monkeypatch, tmp_path, side, expected, rows):
-    monkeypatch.setattr(regions_module, "BAND_PIXELS", 240 * rows)
-    assert negligible_area(specked(side), CLASSES, 1.0, (100.0, 50.0, 25.0)) == expected
-    assert negligible_area(specked(side), CLASSES, 0.5, (25.0, 12.5, 6.25)) == expected / 4
-    report, _ = write(tmp_path / "r.geojson", specked(side), min_area=expected)
+def test_the_smallest_region_is_chosen_so_that_classes_keep_their_area(tmp_path, side, expected, rows):
+    path, mask = tmp_path / "r.geojson", specked(side)
+    report, _ = write(path, mask, min_area=(25.0, 12.5, 6.25), mpp=0.5, band_rows=rows)
+    assert report.min_area_um2 == expected / 4
+    report, _ = write(path, mask, min_area=(100.0, 50.0, 25.0), band_rows=rows)
+    assert report.min_area_um2 == expected
     assert report.area_um2["stroma"] == (144 * side**2 if side**2 >= expected else 0)  # the last is taken in any case
+    chosen = path.read_text()
+    write(path, mask, min_area=expected, band_rows=rows)
+    assert path.read_text() == chosen
 
 
-def test_gaps_that_are_closed_make_no_smaller_regions_objects():
+def test_gaps_that_are_closed_make_no_smaller_regions_objects(tmp_path):
     mask = specked(3)
     mask[mask == 1] = CLASSES.background_id
-    assert negligible_area(mask, CLASSES, 1.0, (100.0, 50.0, 25.0)) == 100.0
+    assert write(tmp_path / "r.geojson", mask, min_area=(100.0, 50.0, 25.0))[0].min_area_um2 == 100.0
 
 
-def test_small_regions_are_given_away_where_they_do_not_matter():
+def test_small_regions_are_given_away_where_they_do_not_matter(tmp_path):
     mask = np.zeros((240, 240), np.uint8)
     mask[10:110, 10:110] = 1
     mask[200, 200] = mask[50, 50] = 2
-    assert negligible_area(mask, CLASSES, 1.0, (100.0, 25.0)) == 100.0  # two px are less than 0.01 % of the tissue
-    assert negligible_area(np.zeros((0, 0), np.uint8), CLASSES, 1.0, (100.0, 25.0)) == 100.0
+    report, _ = write(tmp_path / "r.geojson", mask, min_area=(100.0, 25.0))
+    assert report.min_area_um2 == 100.0  # two px are less than 0.01 % of the tissue
+    report, _ = write(tmp_path / "r.geojson", np.zeros((0, 0), np.uint8), min_area=(100.0, 25.0))
+    assert report.min_area_um2 == 100.0
 
 
 def test_features_are_what_qupath_reads_in_level0_px(tmp_path):
