@@ -23,7 +23,7 @@ from pistoseg.models import files, inference, segmentation
 from pistoseg.models.folding import fold_batch_norms
 from pistoseg.models.inference import Predictor
 from pistoseg.models.segmentation import Normalization, SegmentationNetwork
-from pistoseg.patches.background import BackgroundRule
+from pistoseg.patches.background import BackgroundRule, check_background
 from pistoseg.patches.decode import read_rgb
 from pistoseg.slides.resolution import check_mpp
 
@@ -264,19 +264,27 @@ class Segmenter:
             )
         return scale.factor(mpp)
 
-    def predict(self, image: Any, mpp: float | None = None) -> NDArray[np.uint8]:
-        """The class of every pixel, of glass as well.
+    def predict(self, image: Any, mpp: float | None = None, *, background: str = "model") -> NDArray[np.uint8]:
+        """The class of every pixel.
 
         Args:
             image: (H, W, 3) uint8 array, PIL image, or path or URI of an image file.
             mpp: um per px of the image; None: as the training images.
+            background: which pixels have none, as in `segment_slide`: `model` for those that its training left out as
+                glass (see the attribute `background`), `none` for none.
         Returns:
-            (H, W) uint8 class ids at the image's own size; names and colours are in `classes`.
+            (H, W) uint8 class ids at the image's own size; names and colours are in `classes`, and what pixels without
+            a class have is `classes.background_id`.
         """
-        return self._predictor().predict(read_image(image), self.factor(mpp))
+        check_background(background)
+        pixels, factor = read_image(image), self.factor(mpp)
+        mask = self._predictor().predict(pixels, factor)
+        if background == "model" and self.background:
+            mask[self.background.scaled(pixels, factor)] = self.classes.background_id
+        return mask
 
     def probabilities(self, image: Any, mpp: float | None = None) -> NDArray[np.float32]:
-        """Class probabilities, (L, H, W) float32 at the image's own size; arguments as in `predict`."""
+        """Class probabilities of every pixel, (L, H, W) float32 at the image's own size; arguments as in `predict`."""
         return self._predictor().probabilities(read_image(image), self.factor(mpp))
 
     def segment_slide(

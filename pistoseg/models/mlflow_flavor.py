@@ -36,13 +36,13 @@ class BundleModel:
 
         Args:
             model_input: (N, H, W, 3) uint8, at the pixel size of the training images.
-            params: `mpp`, um per px of the images, where it is another one.
+            params: `mpp`, um per px of the images, where it is another one; `background`, as in `Segmenter.predict`.
         Returns:
             (N, H, W) uint8 class ids.
         """
-        mpp = (params or {}).get("mpp")
-        images = np.asarray(model_input)
-        masks = [self.segmenter.predict(image, mpp) for image in images]
+        images, given = np.asarray(model_input), params or {}
+        mpp, background = given.get("mpp"), given.get("background", "model")
+        masks = [self.segmenter.predict(image, mpp, background=background) for image in images]
         return np.stack(masks) if masks else np.zeros(images.shape[:3], np.uint8)
 
 
@@ -54,7 +54,9 @@ def signature() -> Any:
     return ModelSignature(
         inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1, 3))]),
         outputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1))]),
-        params=ParamSchema([ParamSpec("mpp", DataType.double, None)]),
+        params=ParamSchema(
+            [ParamSpec("mpp", DataType.double, None), ParamSpec("background", DataType.string, "model")]
+        ),
     )
 
 

@@ -128,7 +128,7 @@ def trace(band: NDArray[np.uint8], regions: Regions) -> NDArray[np.object_]:
     import shapely
 
     lines = _BorderLines(band, regions)
-    order, first = _cycles(lines.successor)
+    order, first = _cycles(lines.successor, lines.along_rows)
     sizes = np.diff(first, append=len(order))
     points = lines.corners[lines.origin[order]]
     owner = regions.region[regions.at(lines.pixel[order[first]])]
@@ -150,6 +150,7 @@ class _BorderLines:
     Attributes:
         corners: (c, 2) float64 x, y, row by row.
         origin: (s,) corner at which each segment starts.
+        along_rows: (s,) bool, those to the east and to the west.
         pixel: (s,) flat px of the band to the right of the segment, at its start.
         successor: (s,) segment that goes on along the same ring, or -1.
     """
@@ -172,6 +173,7 @@ class _BorderLines:
         southeast = y * band.shape[1] + x
         beside = (0, -1, -1 - band.shape[1], -band.shape[1])
         self.origin = np.concatenate(origins)
+        self.along_rows = np.repeat([True, False, True, False], [len(origin) for origin in origins])
         self.pixel = np.concatenate([southeast[start] + step for start, step in zip(origins, beside, strict=True)])
         leaving = self._numbers(origins, len(x))
         pinched = self._pinched(values, y, x, regions)
@@ -214,21 +216,47 @@ class _BorderLines:
         return pinched[0], pinched[1]
 
 
-def _cycles(successor: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The members of each cycle in their order, one cycle after the other, and where each begins."""
-    following = successor.tolist()  # a walk over a list is several times faster than over an array
-    order: list[int] = []
+def _cycles(successor: NDArray[np.int64], along_rows: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The members of each cycle in their order, one cycle after the other, and where each begins.
+
+    The walk goes from one segment along a row to the next, which each ring has, and what lies between is put in at
+    last: a walk is what takes long, and rings turn at most corners.
+
+    Args:
+        successor: of each segment, -1 where it has none.
+        along_rows: which segments are, those of the smallest number in each cycle among them.
+    """
+    stops = np.flatnonzero(along_rows & (successor >= 0))
+    number = np.full(len(successor), -1, np.int64)
+    number[stops] = np.arange(len(stops))
+    after, steps = successor[stops], np.ones(len(stops), np.int64)
+    between = np.flatnonzero(number[after] < 0)
+    while len(between):
+        after[between] = successor[after[between]]
+        steps[between] += 1
+        between = between[number[after[between]] < 0]
+
+    following = number[after].tolist()  # a walk over a list is several times faster than over an array
+    walked: list[int] = []
     first: list[int] = []
-    for start, after in enumerate(following):
-        if after < 0:
+    for start, then in enumerate(following):
+        if then < 0:
             continue
-        first.append(len(order))
+        first.append(len(walked))
         member = start
-        while (after := following[member]) >= 0:
-            order.append(member)
+        while (then := following[member]) >= 0:
+            walked.append(member)
             following[member] = -1
-            member = after
-    return np.array(order, np.int64), np.array(first, np.int64)
+            member = then
+    walk = np.array(walked, np.int64)
+    members, steps = stops[walk], steps[walk]
+    places = np.cumsum(steps) - steps
+    order, begins = np.empty(steps.sum(), np.int64), places[np.array(first, np.int64)]
+    while len(members):
+        order[places] = members
+        more = steps > 1
+        members, places, steps = successor[members[more]], places[more] + 1, steps[more] - 1
+    return order, begins
 
 
 def _turning_areas(

@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pistoseg.config import DataConfig
+from pistoseg.errors import PistoSegError
+from pistoseg.pixels import resize_image
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,26 @@ class BackgroundRule:
     def __call__(self, image: NDArray[np.uint8]) -> NDArray[np.bool_]:
         """(H, W) bool of an (H, W, 3) uint8 image."""
         return background_mask(image, self.grey, self.min_area)
+
+    def scaled(self, image: NDArray[np.uint8], factor: float) -> NDArray[np.bool_]:
+        """The same at the image's own size, of an image at another pixel size than the rule's.
+
+        Args:
+            image: (H, W, 3) uint8.
+            factor: px of the rule per image px.
+        """
+        height, width = image.shape[:2]
+        rows, columns = (max(1, round(side * factor)) for side in (height, width))
+        mask = self(resize_image(image, rows, columns))
+        if mask.shape == (height, width):
+            return mask
+        return cv2.resize(mask.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST_EXACT) > 0
+
+
+def check_background(background: str) -> None:
+    """Refuse what says neither that pixels are left out as the model's training did, nor that none are."""
+    if background not in ("model", "none"):
+        raise PistoSegError(f"{background!r} is not known", field="background", remedy="give model or none")
 
 
 def background_rule(data: DataConfig) -> BackgroundRule | None:

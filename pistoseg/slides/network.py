@@ -23,6 +23,7 @@ from pistoseg.outputs.mask_pyramid import write_mask
 from pistoseg.outputs.overview import downsample_mask, write_overview
 from pistoseg.outputs.probabilities import ProbabilityWriter
 from pistoseg.outputs.regions import RegionsReport, ToLevel0, write_regions
+from pistoseg.patches.background import check_background
 from pistoseg.slides import files, results
 from pistoseg.slides.cache import SlideCache
 from pistoseg.slides.grid import TilePlan
@@ -297,8 +298,7 @@ def _check(settings: SlideSettings) -> None:
         value = getattr(settings, name)
         if value is not None and not (math.isfinite(value) and value >= 0):
             raise PistoSegError(f"{value:g} is out of range", field=name, remedy="give 0 or a positive number")
-    if settings.background not in ("model", "none"):
-        raise PistoSegError(f"{settings.background!r} is not known", field="background", remedy="give model or none")
+    check_background(settings.background)
     if settings.batch_size is not None and settings.batch_size < 1:
         raise PistoSegError(f"{settings.batch_size} is out of range", field="batch_size", remedy="give at least 1")
 

@@ -251,7 +251,7 @@ class _Score:
         rows = []
         for position in shard:
             item = self.images[position]
-            prediction = self.segmenter.predict(item.image)
+            prediction = self.segmenter.predict(item.image, background="none")  # the true mask says what counts
             matrix = metrics.confusion(item.mask, prediction, len(classes))
             rows.append({"name": item.name, "matrix": matrix.ravel(), "prediction": encode_mask(prediction, classes)})
         parquet.write(pa.Table.from_pylist(rows, SCHEMA), part)
@@ -285,12 +285,13 @@ def _per_image(images: list[str], matrices: np.ndarray, names: list[str]) -> byt
 
 
 def _picture(images: str, table: pa.Table, classes: TissueClasses) -> bytes:
-    """Image, truth and prediction of the first images."""
+    """Image, truth and prediction of the first images; what is not scored is left as it is."""
     rows = []
     for position, item in enumerate(MaskedImages.open(images)):
         if position == PICTURES:
             break
         prediction = decode_ids(table["prediction"][position].as_py())
+        prediction = np.where(item.mask < len(classes), prediction, np.uint8(classes.background_id))
         truth = shrunk(Panel("ground truth", item.image, item.mask))  # whole ones may be as large as slides
         rows.append([Panel(item.name, truth.image), truth, shrunk(Panel("prediction", item.image, prediction))])
     return encode_png(sheet(rows, classes))

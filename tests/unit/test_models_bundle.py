@@ -85,6 +85,27 @@ def test_a_bundle_says_which_pixels_its_training_left_out(model, folder, tmp_pat
     assert pistoseg.load(str(tmp_path / "m"), device="cpu").background is None
 
 
+def test_pixels_that_the_training_left_out_have_no_class_unless_told_otherwise(model, folder, tmp_path):
+    scale = {"mpp": 1.0, "source_mpp": 0.5}  # the rule's pixels are twice the image's
+    bundle.save(
+        str(tmp_path / "m"), model, classes=CLASSES, patch_size=64, scale=scale, background=BackgroundRule(200, 50)
+    )
+    loaded, plain = pistoseg.load(str(tmp_path / "m"), device="cpu"), pistoseg.load(folder, device="cpu")
+    pixels = np.full((70, 90, 3), 120, np.uint8)
+    pixels[10:40, 20:50] = 240
+    pixels[60:64, 60:64] = 240  # 4 px of the rule's: a lumen
+    glass = np.zeros((70, 90), bool)
+    glass[10:40, 20:50] = True
+    mask, classified = loaded.predict(pixels), loaded.predict(pixels, background="none")
+    assert classified.max() < len(CLASSES)
+    np.testing.assert_array_equal(mask == CLASSES.background_id, glass)
+    np.testing.assert_array_equal(mask[~glass], classified[~glass])
+    np.testing.assert_array_equal(loaded.predict(pixels, mpp=1.0) == CLASSES.background_id, glass)
+    np.testing.assert_array_equal(plain.predict(pixels), plain.predict(pixels, background="none"))
+    with pytest.raises(PistoSegError, match=r"background: 'bright' is not known.*model or none"):
+        loaded.predict(pixels, background="bright")
+
+
 def test_masks_have_the_size_of_the_image_and_the_network_sees_its_own_pixel_size(folder):
     loaded = pistoseg.load(folder, device="cpu")
     assert loaded.factor() == 0.5
@@ -267,6 +288,7 @@ def test_mlflow_keeps_a_bundle_as_a_model_with_a_signature(folder, tmp_path):
     masks = model.predict(images)
     expected = pistoseg.load(folder)
     np.testing.assert_array_equal(masks, np.stack([expected.predict(image) for image in images]))
+    assert np.array_equal(model.predict(images, params={"background": "none"}), masks)
     finer = model.predict(images, params={"mpp": 1.0})
     np.testing.assert_array_equal(finer[0], expected.predict(images[0], mpp=1.0))
     with pytest.raises(mlflow.MlflowException, match="uint8"):

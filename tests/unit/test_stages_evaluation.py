@@ -21,6 +21,8 @@ from pistoseg.config import EvaluationConfig, load_config
 from pistoseg.errors import PistoSegError, RefusedError
 from pistoseg.graph import StageContext
 from pistoseg.models import bundle, segmentation
+from pistoseg.outputs.pictures import CELL, MARGIN
+from pistoseg.patches.background import BackgroundRule
 from pistoseg.progress import Progress
 from pistoseg.stages import cluster, evaluation, placement, sharding
 from pistoseg.stages.evaluation import WORK, evaluate_folder, other_protocol, run
@@ -81,6 +83,29 @@ def evaluate(model, data, out, said=None, max_pixels=10**6, **settings):
     return evaluate_folder(
         model, data, str(out), config, classes=None, device="cpu", max_pixels=max_pixels, progress=progress
     )
+
+
+def test_the_true_mask_alone_says_which_pixels_are_scored_and_shown(model, own_files, tmp_path):
+    data = data_set(tmp_path / "data", 250)  # as bright as glass
+    for mask in Path(data, "mask").iterdir():
+        ids = np.full((32, 32), 2, np.uint8)
+        ids[:, :8] = 1
+        Image.fromarray(ids).save(mask)
+    loaded = bundle.load(model, "cpu")
+    rule = BackgroundRule(200, 50)
+    uri = str(tmp_path / "model")
+    bundle.save(
+        uri, loaded.model, classes=CLASSES, patch_size=64, background=rule, evaluation=loaded.info["evaluation"]
+    )
+    evaluate(uri, data, tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert np.array(found["confusion"]).sum() == 2 * 32 * 8
+    picture = np.asarray(Image.open(tmp_path / "out" / "predictions.png").convert("RGB"))
+    bare = (picture == 250).all(-1)
+    _, truth, prediction = (
+        bare[:, start : start + CELL] for start in range(MARGIN, 3 * (CELL + MARGIN), CELL + MARGIN)
+    )
+    assert truth.sum() == prediction.sum() > 0.7 * CELL**2
 
 
 def test_a_report_goes_beside_the_users_files_and_leaves_no_other_folder(model, own_files, tmp_path):
