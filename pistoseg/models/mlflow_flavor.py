@@ -41,7 +41,7 @@ class BundleModel:
             (N, H, W) uint8 class ids.
         """
         images, given = np.asarray(model_input), params or {}
-        mpp, background = given.get("mpp"), given.get("background", "model")
+        mpp, background = given.get("mpp"), given.get("background") or "model"
         masks = [self.segmenter.predict(image, mpp, background=background) for image in images]
         return np.stack(masks) if masks else np.zeros(images.shape[:3], np.uint8)
 

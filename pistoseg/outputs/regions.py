@@ -99,7 +99,7 @@ def write_regions(
         What was written and what was dropped.
     """
     bands = _Bands(mask if mask.size else np.zeros((0, 1), np.uint8), band_rows)
-    candidates = [min_area] if isinstance(min_area, (int, float)) else list(min_area)
+    candidates = [float(area) for area in np.atleast_1d(min_area)]
     shared = _shared_regions(bands) if _pixels(candidates[0], mpp) > 1 else None
     min_area = candidates[0] if shared is None else _negligible(bands, shared, classes, mpp, candidates)
     least = _pixels(min_area, mpp)
@@ -295,7 +295,7 @@ def _simplified(
 
     They are simplified with half of the tolerance, and what is left with the whole of it: little more work than with
     the whole at once, all of which is for nothing where it changes an area too much. The smallest triangles go first
-    either way, so that the result is the same but for a vertex here and there.
+    either way, so that as many vertices are left, but for one here and there.
     """
     import shapely
 
@@ -308,13 +308,11 @@ def _simplified(
         return simple, added, bool((np.abs(tally.added + added)[: tally.classes] <= allowed).all())
 
     while tolerance >= 0.5:  # a corner of a px, the smallest triangle, has half a px
-        best, added, fits = simplified(polygons, tolerance / 2)
-        if fits:
-            coarse, added_by_coarse, fits = simplified(best, tolerance)
-            if fits:
-                best, added = coarse, added_by_coarse
-            tally.added += added
-            return best
+        half, added_by_half, half_fits = simplified(polygons, tolerance / 2)
+        whole, added, fits = simplified(half if half_fits else polygons, tolerance)  # errors may cancel out
+        if fits or half_fits:
+            tally.added += added if fits else added_by_half
+            return whole if fits else half
         tolerance /= 4
     return polygons
 

@@ -97,7 +97,7 @@ class SegmentationTask:
             return self.labelled.areas(segmenter, rank, world)
         matrix = ConfusionMatrix(len(self.classes))
         for item in MaskedImages.open(self.validation).shard(rank, world):
-            matrix.update(item.mask, segmenter.predict(item.image))
+            matrix.update(item.mask, segmenter.predict(item.image, background="none"))
         return matrix.counts
 
     def scores(self, shares: list[Any]) -> dict[str, float]:

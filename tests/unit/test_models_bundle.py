@@ -93,14 +93,21 @@ def test_pixels_that_the_training_left_out_have_no_class_unless_told_otherwise(m
     loaded, plain = pistoseg.load(str(tmp_path / "m"), device="cpu"), pistoseg.load(folder, device="cpu")
     pixels = np.full((70, 90, 3), 120, np.uint8)
     pixels[10:40, 20:50] = 240
-    pixels[60:64, 60:64] = 240  # 4 px of the rule's: a lumen
+    pixels[50:60, 60:70] = 240  # 25 px of the rule's: a lumen
     glass = np.zeros((70, 90), bool)
     glass[10:40, 20:50] = True
     mask, classified = loaded.predict(pixels), loaded.predict(pixels, background="none")
     assert classified.max() < len(CLASSES)
     np.testing.assert_array_equal(mask == CLASSES.background_id, glass)
     np.testing.assert_array_equal(mask[~glass], classified[~glass])
-    np.testing.assert_array_equal(loaded.predict(pixels, mpp=1.0) == CLASSES.background_id, glass)
+    with_lumen = loaded.predict(pixels, mpp=1.0)  # 100 px of the rule's
+    np.testing.assert_array_equal(with_lumen == CLASSES.background_id, pixels[..., 0] == 240)
+    coarse = np.full((20, 20, 3), 120, np.uint8)
+    coarse[5:12, 5:12] = 240  # 49 px, of the rule's 196 at 2 um, but for its blurred edge
+    small, large = (loaded.predict(coarse, mpp=mpp) == CLASSES.background_id for mpp in (1.0, 2.0))
+    assert not small.any()
+    assert large[6:11, 6:11].all()
+    assert large.sum() == large[4:13, 4:13].sum()
     np.testing.assert_array_equal(plain.predict(pixels), plain.predict(pixels, background="none"))
     with pytest.raises(PistoSegError, match=r"background: 'bright' is not known.*model or none"):
         loaded.predict(pixels, background="bright")
@@ -270,9 +277,11 @@ def _database(put_database, tmp_path):
 
 
 @pytest.mark.usefixtures("_database")
-def test_mlflow_keeps_a_bundle_as_a_model_with_a_signature(folder, tmp_path):
+def test_mlflow_keeps_a_bundle_as_a_model_with_a_signature(model, tmp_path):
     import mlflow
 
+    folder, scale = str(tmp_path / "bundle"), {"mpp": 1.0, "source_mpp": 0.5}
+    bundle.save(folder, model, classes=CLASSES, patch_size=64, scale=scale, background=BackgroundRule(200, 50))
     experiment = mlflow.create_experiment("bundles", artifact_location=(tmp_path / "artifacts").as_uri())
     with mlflow.start_run(experiment_id=experiment):
         logged = mlflow.pyfunc.log_model(
@@ -283,16 +292,21 @@ def test_mlflow_keeps_a_bundle_as_a_model_with_a_signature(folder, tmp_path):
             pip_requirements=["pistoseg"],
         )
     assert not [item for item in tmp_path.rglob("*") if item.suffix in (".pkl", ".pickle")]
-    model = mlflow.pyfunc.load_model(logged.model_uri)
+    loaded = mlflow.pyfunc.load_model(logged.model_uri)
     images = np.stack([picture(), picture()[::-1]])
-    masks = model.predict(images)
+    images[0, 10:40, 10:40] = 240
     expected = pistoseg.load(folder)
-    np.testing.assert_array_equal(masks, np.stack([expected.predict(image) for image in images]))
-    assert np.array_equal(model.predict(images, params={"background": "none"}), masks)
-    finer = model.predict(images, params={"mpp": 1.0})
-    np.testing.assert_array_equal(finer[0], expected.predict(images[0], mpp=1.0))
+    for given, arguments in (
+        (None, {}),
+        ({"mpp": 1.0}, {"mpp": 1.0}),
+        ({"background": None}, {}),
+        ({"background": "none"}, {"background": "none"}),
+    ):
+        masks = loaded.predict(images, params=given)
+        np.testing.assert_array_equal(masks, np.stack([expected.predict(image, **arguments) for image in images]))
+        assert (masks == CLASSES.background_id).any() == (arguments.get("background") is None)
     with pytest.raises(mlflow.MlflowException, match="uint8"):
-        model.predict(images.astype(np.float64))
+        loaded.predict(images.astype(np.float64))
 
 
 def test_a_bundle_may_have_a_pixel_size_beside_fit_which_configs_may_no_longer(folder, tmp_path):

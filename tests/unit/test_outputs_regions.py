@@ -94,6 +94,19 @@ def test_simplified_polygons_keep_areas_within_one_percent_without_slivers_or_ov
     assert distance < 4 * tolerance
 
 
+@pytest.mark.parametrize(
+    ("seed", "scale", "taken"), [(24, 3.5, 4.0), (14, 3.5, 2.0), (2, 2.5, 1.0), (0, 1.5, 0.0), (195, 1.5, 4.0)]
+)
+def test_the_largest_tolerance_that_keeps_areas_is_taken(tmp_path, seed, scale, taken):
+    rng = np.random.default_rng(seed)  # with 195, 2.0 and 1.0 would change an area too much, and 4.0 does not
+    noise = [ndimage.gaussian_filter(rng.standard_normal((60, 60)), scale) for _ in range(3)]
+    mask = np.argmax(noise, 0).astype(np.uint8)
+    report, _ = write(tmp_path / "r.geojson", mask, tolerance=4.0)
+    polygons = outlines.trace(mask, outlines.find_regions(mask))
+    expected = shapely.coverage_simplify(polygons, taken, simplify_boundary=False)
+    assert report.vertices == pytest.approx(shapely.get_num_coordinates(expected).sum(), rel=0.02)
+
+
 @pytest.mark.parametrize("background", [3, 253, 254])
 def test_any_value_may_stand_for_background(tmp_path, background):
     mask = blobs(150, 200)
