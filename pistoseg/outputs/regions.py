@@ -12,12 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pistoseg.classes import TissueClasses
+from pistoseg.outputs.bands import Bands, SharedRegions, shared_regions
 from pistoseg.outputs.outlines import Regions, Row, absorb, connected, find_regions, trace
 
-BAND_PIXELS = 8_000_000
-"""Px of the mask that are outlined at a time."""
-BAND_RUNS = 400_000
-"""Runs of equal class along the rows of a band, at most: what memory depends on where a mask is noisy."""
 MAX_AREA_ERROR = 0.005
 """Share by which simplification may change the area of a class, or FREE_PIXELS if that is more."""
 FREE_PIXELS = 10
@@ -98,9 +95,9 @@ def write_regions(
     Returns:
         What was written and what was dropped.
     """
-    bands = _Bands(mask if mask.size else np.zeros((0, 1), np.uint8), band_rows)
+    bands = Bands(mask if mask.size else np.zeros((0, 1), np.uint8), band_rows)
     candidates = [float(area) for area in np.atleast_1d(min_area)]
-    shared = _shared_regions(bands) if _pixels(candidates[0], mpp) > 1 else None
+    shared = shared_regions(bands) if _pixels(candidates[0], mpp) > 1 else None
     min_area = candidates[0] if shared is None else _negligible(bands, shared, classes, mpp, candidates)
     least = _pixels(min_area, mpp)
     tally = _Tally(len(classes))
@@ -138,7 +135,7 @@ def _pixels(area: float, mpp: float) -> int:
 
 
 def _negligible(
-    bands: _Bands, shared: _SharedRegions, classes: TissueClasses, mpp: float, candidates: Sequence[float]
+    bands: Bands, shared: SharedRegions, classes: TissueClasses, mpp: float, candidates: Sequence[float]
 ) -> float:
     """The first of some areas (um2) below which regions can be given away with the classes keeping theirs."""
     if len(candidates) == 1:
@@ -164,51 +161,6 @@ def _named(counts: NDArray[np.int64], classes: TissueClasses) -> Iterator[tuple[
     yield "no tissue", int(counts[len(classes) :].sum())
 
 
-class _Bands:
-    """A mask in bands of rows, fewer where it is busy: the first row of each, its px and its regions.
-
-    Args:
-        mask: (h, w) uint8.
-        rows: of a band; by default as many as bounded memory allows.
-    """
-
-    def __init__(self, mask: NDArray[np.uint8], rows: int | None) -> None:
-        self.mask = mask
-        self.limits = _limits(mask, rows)
-        self._only: tuple[int, NDArray[np.uint8], Regions] | None = None
-
-    def __len__(self) -> int:
-        return len(self.limits)
-
-    def __iter__(self) -> Iterator[tuple[int, NDArray[np.uint8], Regions]]:
-        if self._only is not None:
-            yield self._only
-            return
-        for top, bottom in self.limits:
-            band = np.ascontiguousarray(self.mask[top:bottom])
-            found = top, band, find_regions(band)
-            if len(self) == 1:
-                self._only = found
-            yield found
-
-
-def _limits(mask: NDArray[np.uint8], rows: int | None) -> list[tuple[int, int]]:
-    """First and last row of each band."""
-    height, width = mask.shape
-    limits = []
-    top = 0
-    while top < height:
-        bottom = min(height, top + (rows or max(1, BAND_PIXELS // width)))
-        while rows is None and bottom - top > 1:
-            band = mask[top:bottom]
-            if np.count_nonzero(band[:, 1:] != band[:, :-1]) <= BAND_RUNS:
-                break
-            bottom = top + (bottom - top) // 2
-        limits.append((top, bottom))
-        top = bottom
-    return limits
-
-
 @dataclass
 class _Tally:
     """Px by class id: dropped, outlined exactly, and what simplification has added so far."""
@@ -219,57 +171,9 @@ class _Tally:
     added: NDArray[np.float64] = field(default_factory=lambda: np.zeros(256))
 
 
-@dataclass(frozen=True)
-class _SharedRegions:
-    """What bands share, known before they are outlined.
-
-    Args:
-        sizes: px of the regions on the first or last row of a band, one band after the other.
-        first: where each band begins in it; empty where a single band shares nothing.
-    """
-
-    sizes: NDArray[np.int64]
-    first: list[int]
-
-    def specks(self, number: int, regions: Regions, least: int) -> NDArray[np.bool_]:
-        """Which regions of a band have fewer than `least` px in all."""
-        areas = regions.areas
-        if self.first:
-            border = _border_regions(regions)
-            areas = areas.copy()
-            areas[border] = self.sizes[self.first[number] : self.first[number] + len(border)]
-        return areas < least
-
-
-def _shared_regions(bands: _Bands) -> _SharedRegions:
-    """Measure the regions that several bands share."""
-    if len(bands) <= 1:
-        return _SharedRegions(np.empty(0, np.int64), [])
-    areas, first, links = [], [], []
-    above: Row | None = None
-    nodes = 0
-    for _, _, regions in bands:
-        border = _border_regions(regions)
-        numbering = np.full(len(regions.areas), -1, np.int64)
-        numbering[border] = np.arange(nodes, nodes + len(border))
-        if above is not None:
-            links.append(above.links(regions.row(0, numbering)))
-        above = regions.row(-1, numbering)
-        areas.append(regions.areas[border])
-        first.append(nodes)
-        nodes += len(border)
-    pairs = np.concatenate(links)
-    count, group = connected(nodes, pairs[:, 0], pairs[:, 1])
-    return _SharedRegions(np.bincount(group, np.concatenate(areas), count).astype(np.int64)[group], first)
-
-
 def _areas(values: NDArray[np.uint8], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
     """Px of runs by value."""
     return np.bincount(values, lengths, 256).astype(np.int64)
-
-
-def _border_regions(regions: Regions) -> NDArray[np.int64]:
-    return np.union1d(regions.row(0).region, regions.row(-1).region)
 
 
 def _region_values(regions: Regions) -> NDArray[np.uint8]:
@@ -302,8 +206,8 @@ def _simplified(
     tally.exact += np.bincount(values, areas, 256)
     allowed = np.maximum(tally.exact * MAX_AREA_ERROR, FREE_PIXELS)[: tally.classes]
 
-    def simplified(exact: Polygons, tolerance: float) -> tuple[Polygons, NDArray[np.float64], bool]:
-        simple = np.asarray(shapely.coverage_simplify(exact, tolerance, simplify_boundary=False), object)
+    def simplified(given: Polygons, tolerance: float) -> tuple[Polygons, NDArray[np.float64], bool]:
+        simple = np.asarray(shapely.coverage_simplify(given, tolerance, simplify_boundary=False), object)
         added = np.bincount(values, shapely.area(simple) - areas, 256).astype(np.float64)
         return simple, added, bool((np.abs(tally.added + added)[: tally.classes] <= allowed).all())
 

@@ -227,7 +227,7 @@ def test_a_region_meeting_itself_at_a_corner_is_valid(tmp_path):
 
 
 def test_noise_is_outlined_in_bands_that_fit_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr("pistoseg.outputs.regions.BAND_RUNS", 1000)
+    monkeypatch.setattr("pistoseg.outputs.bands.BAND_RUNS", 1000)
     mask = np.random.default_rng(0).integers(0, 4, (120, 120)).astype(np.uint8)
     report, found = write(tmp_path / "r.geojson", mask, 1.5)
     assert report.polygons == len(found) == sum(ndimage.label(mask == value)[1] for value in range(3))
